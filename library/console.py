@@ -1,0 +1,66 @@
+"""What the scripts say while they run: one logger, safe on every console code page, and one way to end on a mistake."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from library.errors import UserError
+from library.options import ConsoleOptions
+
+LOGGER = logging.getLogger("library")
+
+
+def say(message: str) -> None:
+    """Tell the user something about the run."""
+    LOGGER.info(message)
+
+
+def warn(message: str) -> None:
+    """Tell the user about something that is probably not meant."""
+    LOGGER.warning(message)
+
+
+def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
+    """Send the suite's messages to stderr or to ``--console_log_file``; other processes only report warnings.
+
+    Raises UserError when the log file cannot be written.
+    """
+    if options.console_log_file:
+        try:
+            handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--console_log_file: cannot write {options.console_log_file} ({error.strerror})."
+            ) from None
+    else:
+        make_console_safe()
+        handler = logging.StreamHandler(sys.stderr)
+    plain = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
+    handler.setFormatter(logging.Formatter(plain, datefmt="%H:%M:%S"))
+    LOGGER.handlers[:] = [handler]
+    LOGGER.propagate = False
+    level = getattr(logging, options.console_log_level or "INFO")
+    LOGGER.setLevel(level if main_process else max(level, logging.WARNING))
+
+
+def make_console_safe() -> None:
+    """Let no character of a path or caption end the run on a console that cannot show it."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's ``main``; a UserError becomes its sentence on stderr and exit code 2."""
+    make_console_safe()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

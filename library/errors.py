@@ -1,0 +1,26 @@
+"""Errors that are the user's to mend: one clear sentence, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: a command line, a file, a folder.
+
+    ``str(error)`` is one sentence (or a short list) that says what is wrong, where (file, key, line), and what would be
+    right. Entry scripts print it and end with exit code 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like ``name``, or None when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``' Did you mean "x"?'`` for the nearest known name, or an empty string."""
+    match = nearest(name, known)
+    return f' Did you mean "{match}"?' if match else ""

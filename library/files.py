@@ -1,0 +1,99 @@
+"""Files that appear under their name only when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from library.errors import UserError
+
+TEMPORARY_NAME = re.compile(r"^\..+\.(\d+)-[0-9a-f]{8}\.part(\.\w+)?$")
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden sibling of ``path`` that ``remove_stale_temporaries`` recognises; its name holds the writing process."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+
+
+def replace_when_complete(temporary: Path, path: Path) -> None:
+    """Flush ``temporary`` to disk and give it the name ``path`` in one step."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[IO[Any]]:
+    """Open a file for binary writing that takes the name ``path`` when the block ends well, and vanishes when not.
+
+    New files get the permissions that the user's umask gives. Raises OSError as ``open`` does.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text with ``\\n`` line ends, complete or not at all."""
+    with writing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Remove temporary files in ``folder`` that a process which no longer runs has left behind."""
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        match = TEMPORARY_NAME.match(entry.name)
+        if match and not _process_runs(int(match.group(1))):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def _process_runs(process_id: int) -> bool:
+    if os.name == "nt":
+        import ctypes
+
+        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, process_id)  # type: ignore[attr-defined]
+        if handle:
+            ctypes.windll.kernel32.CloseHandle(handle)  # type: ignore[attr-defined]
+        return bool(handle)
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def require_writable_folder(folder: Path, option: str) -> None:
+    """Make ``folder`` and prove that a file can be written there.
+
+    Raises UserError naming ``option`` when that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_path(folder / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{option}: cannot write in {folder} ({error.strerror}); choose a folder you can write to."
+        ) from None

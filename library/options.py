@@ -1,0 +1,381 @@
+"""The option mechanism: one typed field is the command-line option, the configuration key, the type check and the docs.
+
+An option group is a plain dataclass that stands beside the code which uses it. Its docstring is the heading, each field
+has a default and a one-sentence docstring. A script combines groups in one dataclass (one field per group) and calls
+``parse_options``. Precedence: command line, then ``--config_file``, then the default.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import pydantic
+import tyro
+
+from library.errors import UserError, did_you_mean, nearest
+from library.files import write_text
+
+Options = TypeVar("Options")
+
+# Keys that front ends or other scripts of this family write into shared configuration files. They are named in one line
+# and have no effect; a key in neither place is a mistake.
+FOREIGN_KEYS = frozenset(
+    """
+    additional_parameters epoch noise_offset_type num_cpu_threads_per_process num_processes num_machines
+    main_process_port multi_gpu gpu_ids extra_accelerate_launch_args sdxl sd3_checkbox flux1_checkbox
+    lumina_checkbox LoRA_type LyCORIS_preset LyCORIS model_list stop_text_encoder_training
+    stop_text_encoder_training_pct max_resolution train_norm train_on_input folder_name_prefix use_sage_attn
+    use_flash_attn gemma2 gemma2_max_token_length system_prompt sample_batch_size byt5 text_encoder fp8_scaled
+    fp8_vl text_encoder_cpu vae_chunk_size attn_mode split_attn enable_scaled_pos_embed train_text_encoder
+    train_t5xxl diffusers_xformers cache_text_encoder_outputs cache_text_encoder_outputs_to_disk
+    save_n_epoch_type in_json learning_rate_te learning_rate_te1 learning_rate_te2 no_token_padding
+    no_token_frequency disable_mmap_load_safetensors clip_g sd3_fused_mlp t5xxl_device t5xxl_dtype save_t5xxl
+    save_clip use_pinned_memory
+    """.split()
+)
+SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
+NOT_IN_OUTPUT_CONFIG = SECRETS | {"config_file", "output_config"}
+
+
+def parse_steps_or_ratio(value: str | int | float) -> int | float:
+    """``"100"`` -> 100 steps; ``"0.1"`` and ``"10%"`` -> the ratio 0.1. A value of 1 or more must be a whole number.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        if isinstance(value, str):
+            text = value.strip()
+            value = (
+                float(text[:-1]) / 100
+                if text.endswith("%")
+                else (float(text) if "." in text or "e" in text else int(text))
+            )
+    except ValueError:
+        raise ValueError(f"{value!r} is neither a number of steps nor a ratio") from None
+    if isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is neither a number of steps nor a ratio")
+    if isinstance(value, float) and value >= 1:
+        if not value.is_integer():
+            raise ValueError(f"{value} is not a whole number of steps, and a ratio must be below 1")
+        return int(value)
+    return value
+
+
+StepsOrRatio = Annotated[
+    Union[int, float],  # noqa: UP007 (evaluated at run time on Python 3.10 by tyro)
+    pydantic.BeforeValidator(parse_steps_or_ratio),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STEPS|RATIO",
+        instance_from_str=lambda arguments: parse_steps_or_ratio(arguments[0]),
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""Steps (a whole number) or a share of all steps (below 1, or ``"10%"``)."""
+
+
+@dataclass
+class ConfigOptions:
+    """Configuration files"""
+
+    config_file: str | None = None
+    """TOML file with option values; sections are flattened and the command line wins over it."""
+    output_config: bool = False
+    """Write the options that differ from their defaults to --config_file and end."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as declared: where it lives and what it accepts."""
+
+    name: str
+    group: str
+    title: str
+    type: Any
+    default: Any
+    help: str
+
+
+_DECLARED: dict[Any, dict[str, Option]] = {}
+
+
+def field_docstrings(group: type) -> dict[str, str]:
+    """The string literals below the fields of a dataclass, inherited ones included."""
+    documents: dict[str, str] = {}
+    for base in reversed(group.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for node, following in itertools.pairwise(body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(following, ast.Expr)
+                and isinstance(node.target, ast.Name)
+            ):
+                text = following.value.value if isinstance(following.value, ast.Constant) else ""
+                documents[node.target.id] = " ".join(str(text).split())
+    return documents
+
+
+def declared_options(options_class: Any) -> dict[str, Option]:
+    """Every option of a combined class by name, in the order of declaration.
+
+    Raises ValueError when two groups declare the same name: an option is declared once.
+    """
+    if options_class in _DECLARED:
+        return _DECLARED[options_class]
+    options: dict[str, Option] = {}
+    for group_name, group in typing.get_type_hints(options_class).items():
+        hints = typing.get_type_hints(group, include_extras=True)
+        documents = field_docstrings(group)
+        for field in dataclasses.fields(group):
+            if field.name in options:
+                raise ValueError(f"option {field.name} is declared in {options[field.name].group} and in {group_name}")
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            title = (group.__doc__ or group.__name__).strip().splitlines()[0]
+            options[field.name] = Option(
+                field.name, group_name, title, hints[field.name], default, documents.get(field.name, "")
+            )
+    _DECLARED[options_class] = options
+    return options
+
+
+def parse_options(options_class: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line and the ``--config_file`` it names into an instance of ``options_class``.
+
+    ``options_class`` is a dataclass whose fields are option groups, one of them ``ConfigOptions``. Ends the process for
+    ``--help`` and ``--output_config``. Raises UserError for unknown options and keys and for values of a wrong type.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    known = declared_options(options_class)
+    if not {"-h", "--help"} & set(arguments):
+        _refuse_unknown_options(arguments, known)
+    defaults = options_class()
+    config_path = _config_file_argument(arguments)
+    if config_path is not None and "--output_config" not in arguments:
+        for name, value in read_config_file(config_path, known).items():
+            setattr(getattr(defaults, known[name].group), name, value)
+    options = _parse_command_line(options_class, defaults, description, arguments)
+    if any(o.name == "output_config" and option_value(options, o) for o in known.values()):
+        output_config(options, config_path)
+        sys.exit(0)
+    return options
+
+
+def option_value(options: Any, option: Option) -> Any:
+    """The value of a declared option in a combined instance."""
+    return getattr(getattr(options, option.group), option.name)
+
+
+def changed_options(options: Any) -> dict[str, Any]:
+    """Name and value of every option that differs from its default."""
+    known = declared_options(type(options))
+    return {name: option_value(options, o) for name, o in known.items() if option_value(options, o) != o.default}
+
+
+def _refuse_unknown_options(arguments: Sequence[str], known: dict[str, Option]) -> None:
+    switches = [name for name, option in known.items() if option.type is bool]
+    names = set(known) | {f"no_{name}" for name in switches}
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        name = argument[2:].partition("=")[0].replace("-", "_")
+        if name not in names:
+            match = nearest(name, known)
+            raise UserError(f"Unknown option --{name}." + (f" Did you mean --{match}?" if match else ""))
+
+
+def _config_file_argument(arguments: Sequence[str]) -> Path | None:
+    for index, argument in enumerate(arguments):
+        if argument == "--config_file":
+            if index + 1 == len(arguments):
+                raise UserError("--config_file needs the path of a TOML file.")
+            return _with_toml_suffix(arguments[index + 1])
+        if argument.startswith("--config_file="):
+            return _with_toml_suffix(argument.partition("=")[2])
+    return None
+
+
+def _with_toml_suffix(path: str) -> Path:
+    return Path(path if path.endswith(".toml") else path + ".toml")
+
+
+def _parse_command_line(
+    options_class: type[Options], defaults: Options, description: str, arguments: Sequence[str]
+) -> Options:
+    """tyro reads the command line; what it prints about a mistake is folded into one sentence."""
+    complaint = io.StringIO()
+    with contextlib.redirect_stderr(complaint):
+        try:
+            return tyro.cli(
+                options_class,
+                args=arguments,
+                default=defaults,
+                description=description,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+        except SystemExit as exit_:
+            if exit_.code in (0, None):
+                raise
+    _refuse_wrong_values(arguments, declared_options(options_class))
+    raise UserError(_one_sentence(complaint.getvalue()))
+
+
+def _refuse_wrong_values(arguments: Sequence[str], known: dict[str, Option]) -> None:
+    """Name the first value on the command line that its option's type refuses."""
+    given: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            given.append((name.replace("-", "_"), [value] if equals else []))
+        elif given:
+            given[-1][1].append(argument)
+        else:
+            raise UserError(f'"{argument}" belongs to no option; options begin with "--".')
+    for name, values in given:
+        kinds = _plain_types(known[name].type) if name in known else {bool}
+        if bool in kinds:
+            if values:
+                raise UserError(f'--{name} is a switch and takes no value, but "{values[0]}" follows it.')
+        elif list not in kinds and len(values) != 1:
+            raise UserError(f"--{name} takes one value, {describe_type(known[name].type)}; {len(values)} given.")
+        elif values != ["None"]:
+            _checked(values if list in kinds else values[0], known[name])
+
+
+def _one_sentence(box: str) -> str:
+    lines = [line.strip("│╭╰╮╯─ \n") for line in box.splitlines()]
+    lines = [line for line in lines if line and "full helptext" not in line and not line.startswith("Parsing error")]
+    return " ".join(lines) or "The command line could not be read; see --help."
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises UserError that names the file, and the line of a syntax error."""
+    import tomli
+
+    try:
+        with open(path, "rb") as file:
+            return tomli.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except tomli.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it in that encoding.") from None
+
+
+def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
+    """Checked option values of a ``--config_file``: sections flattened one level, empty strings and lists left out.
+
+    Raises UserError for an unknown key (with the nearest known one) or a value that the option's type refuses.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in read_toml(path).items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    values: dict[str, Any] = {}
+    without_effect: list[str] = []
+    for key, value in flat.items():
+        if key not in known:
+            if key not in FOREIGN_KEYS:
+                raise UserError(f'{path}: unknown key "{key}".{did_you_mean(key, known)}')
+            without_effect.append(key)
+        elif value not in ("", []):
+            values[key] = _checked(value, known[key], path)
+    if without_effect:
+        from library.console import say
+
+        say(f"{path}: no effect in this script: {', '.join(without_effect)}")
+    return values
+
+
+def _checked(value: Any, option: Option, path: Path | None = None) -> Any:
+    """``value`` as the option's type; TOML's freedom (numbers for text, one value for a list) is allowed for.
+
+    Raises UserError that names the option, in the file ``path`` or on the command line.
+    """
+    place = f'{path}: "{option.name}"' if path else f"--{option.name}"
+    kinds = _plain_types(option.type)
+    if str in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    elif str in kinds and isinstance(value, list) and all(isinstance(part, int) for part in value):
+        value = ",".join(map(str, value))
+    elif list in kinds and not isinstance(value, list):
+        value = [value]
+    if isinstance(value, bool) and bool not in kinds:
+        raise UserError(f"{place} must be {describe_type(option.type)}, not {str(value).lower()}.")
+    try:
+        return pydantic.TypeAdapter(option.type).validate_python(value)
+    except pydantic.ValidationError:
+        raise UserError(f"{place} must be {describe_type(option.type)}, not {value!r}.") from None
+
+
+def _plain_types(kind: Any) -> set[Any]:
+    """The types that an annotation allows at its top level: ``int | None`` -> {int}, ``list[str]`` -> {list}."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return _plain_types(get_args(kind)[0])
+    if origin in (Union, types.UnionType):
+        return set().union(*(_plain_types(part) for part in get_args(kind))) - {type(None)}
+    if origin is Literal:
+        return {Literal}
+    return {origin or kind}
+
+
+def describe_type(kind: Any) -> str:
+    """An option's type in a reader's words, for messages and tables."""
+    if kind is StepsOrRatio:
+        return "a number of steps, or a ratio below 1"
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return describe_type(get_args(kind)[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe_type(part) for part in get_args(kind) if part is not type(None)))
+    if origin is Literal:
+        return "one of " + ", ".join(str(part) for part in get_args(kind))
+    if origin is list:
+        return f"a list ({describe_type(get_args(kind)[0])} each)"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))
+
+
+def output_config(options: Any, path: Path | None) -> None:
+    """Write every option that differs from its default to ``path`` as flat TOML, without secrets.
+
+    Raises UserError when ``path`` is missing or exists.
+    """
+    import toml
+
+    if path is None:
+        raise UserError("--output_config needs --config_file: the name of the file to write.")
+    if path.exists():
+        raise UserError(f"--output_config: {path} exists already; choose another --config_file or remove it.")
+    values = {k: v for k, v in changed_options(options).items() if k not in NOT_IN_OUTPUT_CONFIG and v is not None}
+    write_text(path, toml.dumps(values))
+
+
+@dataclass
+class ConsoleOptions:
+    """Console"""
+
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = None
+    """Least severe messages that are shown; unset means INFO."""
+    console_log_file: str | None = None
+    """Write messages to this file instead of the console."""
+    console_log_simple: bool = False
+    """Plain messages without time and level."""

@@ -1,0 +1,147 @@
+"""The prompt-line grammar: ``a cat --w 512 --h 512 --d 1 --n blurry``.
+
+Shared by sample images during training, the inference scripts and image generation. Options are read only after the
+first ``" --"``, so that the prompt's own words are never taken for options. Format: kohya-ss/sd-scripts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.console import warn
+from library.errors import UserError, did_you_mean
+from library.options import read_toml
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """One picture to draw. None means: the model family's default."""
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    width: int | None = None
+    """Pixels."""
+    height: int | None = None
+    """Pixels."""
+    seed: int | None = None
+    sample_steps: int | None = None
+    """Denoising steps, 1..1000."""
+    scale: float | None = None
+    """Classifier-free guidance."""
+    guidance_scale: float | None = None
+    """Embedded (distilled) guidance."""
+    sample_sampler: str | None = None
+    controlnet_image: str | None = None
+    cfg_trunc_ratio: float | None = None
+    renorm_cfg: float | None = None
+    flow_shift: float | None = None
+
+
+LINE_OPTIONS = {
+    "w": ("width", int),
+    "h": ("height", int),
+    "d": ("seed", int),
+    "s": ("sample_steps", int),
+    "l": ("scale", float),
+    "g": ("guidance_scale", float),
+    "n": ("negative_prompt", str),
+    "ss": ("sample_sampler", str),
+    "cn": ("controlnet_image", str),
+    "ctr": ("cfg_trunc_ratio", float),
+    "rcfg": ("renorm_cfg", float),
+    "fs": ("flow_shift", float),
+}
+FIELD_TYPES = {field: kind for field, kind in LINE_OPTIONS.values()} | {"prompt": str}
+
+
+def parse_prompt_line(line: str, place: str = "prompt") -> PromptOptions:
+    """Read one prompt line; the first of repeated options counts, an unknown one is named and ignored.
+
+    Raises UserError, beginning with ``place``, when an option's value is not a number where one is needed.
+    """
+    prompt, *pieces = (" " + line.strip()).split(" --")
+    values: dict[str, Any] = {}
+    for piece in pieces:
+        name, _, text = piece.strip().partition(" ")
+        if name.lower() not in LINE_OPTIONS:
+            warn(f'{place}: "--{piece.strip()}" is not a prompt option and is ignored.')
+            continue
+        field, kind = LINE_OPTIONS[name.lower()]
+        values.setdefault(field, _value(text.strip(), kind, f"{place}: --{name}"))
+    return _clamped(PromptOptions(prompt=prompt.strip(), **values))
+
+
+def _value(value: Any, kind: type, place: str) -> Any:
+    if kind is str:
+        return str(value)
+    try:
+        return kind(value) if not isinstance(value, str) else kind(value.strip())
+    except (TypeError, ValueError):
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f'{place} must be {wanted}, not "{value}".') from None
+
+
+def _clamped(options: PromptOptions) -> PromptOptions:
+    steps = options.sample_steps
+    return options if steps is None else dataclasses.replace(options, sample_steps=min(max(steps, 1), 1000))
+
+
+def _from_table(table: dict[str, Any], place: str) -> PromptOptions:
+    values = {}
+    for key, value in table.items():
+        if key not in FIELD_TYPES:
+            raise UserError(f'{place}: unknown key "{key}".{did_you_mean(key, FIELD_TYPES)}')
+        values[key] = _value(value, FIELD_TYPES[key], f'{place}: "{key}"')
+    return _clamped(PromptOptions(**values))
+
+
+def read_prompt_file(path: Path) -> list[PromptOptions]:
+    """The prompts of a ``.txt``, ``.toml`` or ``.json`` file, in order.
+
+    ``.txt``: one line each; empty lines and lines that begin with ``#`` are left out. ``.toml``: a ``[prompt]`` table
+    of common keys with ``[[prompt.subset]]`` tables, whose own keys win. ``.json``: a list of lines or tables.
+    Raises UserError when the file cannot be read or holds something else.
+    """
+    if path.suffix.lower() == ".toml":
+        return _from_toml(path)
+    text = _read_text(path)
+    if path.suffix.lower() == ".json":
+        return _from_json(path, text)
+    lines = enumerate(text.splitlines(), 1)
+    return [parse_prompt_line(s, f"{path}, line {n}") for n, s in lines if s.strip() and not s.startswith("#")]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a .txt, .toml or .json file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it in that encoding.") from None
+
+
+def _from_toml(path: Path) -> list[PromptOptions]:
+    table = read_toml(path).get("prompt")
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: needs a [prompt] table.")
+    common = {key: value for key, value in table.items() if key != "subset"}
+    subsets = table.get("subset", [{}])
+    return [_from_table({**common, **subset}, f"{path}, prompt {n}") for n, subset in enumerate(subsets, 1)]
+
+
+def _from_json(path: Path, text: str) -> list[PromptOptions]:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}.") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: needs a list of prompts.")
+    prompts = []
+    for number, entry in enumerate(entries, 1):
+        place = f"{path}, prompt {number}"
+        prompts.append(_from_table(entry, place) if isinstance(entry, dict) else parse_prompt_line(str(entry), place))
+    return prompts

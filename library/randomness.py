@@ -1,0 +1,50 @@
+"""Every random draw is derived from (seed, purpose, keys).
+
+A draw that is named by what it is for (noise of item 17 in epoch 3) does not depend on what was drawn before it. So the
+number of loader workers, sample images, validation and resuming change nothing, and ranks draw different noise because
+they hold different items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+Key = int | str
+
+
+def derive_seed(seed: int, purpose: str, *keys: Key) -> int:
+    """A 63-bit seed for one draw; the same arguments give the same seed on every machine and Python version."""
+    text = "\x1f".join([str(seed), purpose, *(f"{type(key).__name__}:{key}" for key in keys)])
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little") >> 1
+
+
+def generator(seed: int, purpose: str, *keys: Key) -> torch.Generator:
+    """A torch generator (CPU) for one draw. Draw on the CPU and move: so that every device sees the same numbers."""
+    import torch
+
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *keys))
+
+
+def python_random(seed: int, purpose: str, *keys: Key) -> random.Random:
+    """A ``random.Random`` for one draw (captions, augmentation)."""
+    return random.Random(derive_seed(seed, purpose, *keys))
+
+
+def numpy_random(seed: int, purpose: str, *keys: Key) -> numpy.random.Generator:
+    """A NumPy generator for one draw."""
+    import numpy
+
+    return numpy.random.default_rng(derive_seed(seed, purpose, *keys))
+
+
+def seed_global_torch(seed: int, purpose: str, *keys: Key) -> None:
+    """Seed torch's global generators (all devices), for draws inside modules such as dropout."""
+    import torch
+
+    torch.manual_seed(derive_seed(seed, purpose, *keys))

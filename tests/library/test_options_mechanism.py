@@ -1,0 +1,199 @@
+"""Command line, configuration file and defaults are one mechanism with one precedence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from library.errors import UserError
+from library.options import (
+    ConfigOptions,
+    StepsOrRatio,
+    declared_options,
+    parse_options,
+    parse_steps_or_ratio,
+)
+
+
+@dataclass
+class ExampleOptions:
+    """Example"""
+
+    rank: int | None = None
+    """Rank."""
+    rate: float = 0.5
+    """Rate."""
+    flag: bool = False
+    """Flag."""
+    kind: Literal["l2", "huber"] = "l2"
+    """Kind."""
+    settings: list[str] | None = None
+    """Settings."""
+    rates: list[float] | None = None
+    """Rates."""
+    resolution: str | None = None
+    """Resolution."""
+    warmup: StepsOrRatio = 0
+    """Warm-up."""
+
+
+@dataclass
+class SavingExample:
+    """Saving"""
+
+    output_dir: str | None = None
+    """Folder."""
+
+
+@dataclass
+class Combined:
+    config: ConfigOptions = field(default_factory=ConfigOptions)
+    example: ExampleOptions = field(default_factory=ExampleOptions)
+    saving: SavingExample = field(default_factory=SavingExample)
+
+
+def parse(*arguments: str) -> Combined:
+    return parse_options(Combined, "test", list(arguments))
+
+
+def with_file(tmp_path, text: str, *arguments: str) -> Combined:
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return parse("--config_file", str(path), *arguments)
+
+
+def test_values_are_read_with_and_without_equals_sign():
+    options = parse("--rank=4", "--rate", "1e-4", "--flag", "--settings", "a=1", "b=[2,3]", "--output_dir=x y")
+    assert (options.example.rank, options.example.rate, options.example.flag) == (4, 1e-4, True)
+    assert options.example.settings == ["a=1", "b=[2,3]"]
+    assert options.saving.output_dir == "x y"
+
+
+def test_command_line_wins_over_file_wins_over_default(tmp_path):
+    text = "rank = 8\nrate = 2\nflag = true\n"
+    options = with_file(tmp_path, text, "--rank", "4")
+    assert (options.example.rank, options.example.rate, options.example.flag) == (4, 2.0, True)
+    assert options.example.kind == "l2"
+    assert with_file(tmp_path, text, "--no_flag").example.flag is False
+    assert with_file(tmp_path, text, "--flag").example.flag is True
+
+
+def test_sections_are_flattened_and_later_keys_win(tmp_path):
+    options = with_file(tmp_path, "[one]\nrank = 1\n[two]\nrank = 2\nrate = 0.25\n")
+    assert (options.example.rank, options.example.rate) == (2, 0.25)
+
+
+def test_toml_values_are_taken_as_the_type_of_the_option(tmp_path):
+    options = with_file(tmp_path, 'resolution = 512\nrates = 1e-4\nwarmup = "10%"\nrate = 3\nrank = "16"\n')
+    example = options.example
+    assert (example.resolution, example.rates, example.warmup, example.rate) == ("512", [1e-4], 0.1, 3.0)
+    assert example.rank == 16
+    assert with_file(tmp_path, "resolution = [512, 768]").example.resolution == "512,768"
+
+
+def test_empty_strings_and_lists_mean_unset(tmp_path):
+    assert with_file(tmp_path, 'rank = ""\nsettings = []\nresolution = ""\n').example == ExampleOptions()
+
+
+def test_keys_of_front_ends_are_named_and_have_no_effect(tmp_path, caplog):
+    from library.console import LOGGER
+
+    LOGGER.propagate = True
+    with caplog.at_level("INFO"):
+        assert with_file(tmp_path, 'epoch = 3\nnoise_offset_type = "Original"\nrank = 2\n').example.rank == 2
+    assert "epoch, noise_offset_type" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("rnk = 3", 'unknown key "rnk". Did you mean "rank"?'),
+        ('rank = "x"', "\"rank\" must be a whole number, not 'x'."),
+        ("rank = 1.5", '"rank" must be a whole number, not 1.5.'),
+        ("flag = 3", '"flag" must be true or false, not 3.'),
+        ("rank = true", '"rank" must be a whole number, not true.'),
+        ('kind = "l3"', '"kind" must be one of l2, huber'),
+        ("rank = \n", "not valid TOML"),
+        ("warmup = 1.5", "a number of steps, or a ratio below 1"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_sentence_with_place(tmp_path, text, sentence):
+    with pytest.raises(UserError) as error:
+        with_file(tmp_path, text)
+    assert sentence in str(error.value)
+    assert str(tmp_path / "config.toml") in str(error.value)
+
+
+def test_toml_syntax_error_names_the_line(tmp_path):
+    with pytest.raises(UserError, match="line 3"):
+        with_file(tmp_path, "rank = 1\n\nrate = = 2\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rnk", "4"], "Unknown option --rnk. Did you mean --rank?"),
+        (["--rank", "x"], "--rank must be a whole number, not 'x'."),
+        (["--rank"], "--rank takes one value, a whole number; 0 given."),
+        (["--kind", "l3"], "--kind must be one of l2, huber, not 'l3'."),
+        (["--flag", "true"], '--flag is a switch and takes no value, but "true" follows it.'),
+        (["stray"], '"stray" belongs to no option; options begin with "--".'),
+        (["--warmup", "1.5"], "--warmup must be a number of steps, or a ratio below 1, not '1.5'."),
+        (["--config_file"], "--config_file needs the path of a TOML file."),
+        (["--config_file", "missing.toml"], "missing.toml: there is no such file."),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_sentence(arguments, sentence):
+    with pytest.raises(UserError) as error:
+        parse(*arguments)
+    assert str(error.value) == sentence
+
+
+def test_output_config_writes_what_differs_and_reads_back(tmp_path):
+    path = tmp_path / "new.toml"
+    given = ["--rank", "4", "--flag", "--settings", "a=1", "--warmup", "0.1"]
+    with pytest.raises(SystemExit) as exit_:
+        parse("--config_file", str(path), "--output_config", *given)
+    assert exit_.value.code == 0
+    assert parse("--config_file", str(path)).example == parse(*given).example
+    assert "rate" not in path.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="exists already"):
+        parse("--config_file", str(path), "--output_config")
+    with pytest.raises(UserError, match="needs --config_file"):
+        parse("--output_config")
+
+
+def test_toml_suffix_may_be_left_out(tmp_path):
+    (tmp_path / "c.toml").write_text("rank = 5", encoding="utf-8")
+    assert parse("--config_file", str(tmp_path / "c")).example.rank == 5
+
+
+@pytest.mark.parametrize(("text", "value"), [("100", 100), ("0.1", 0.1), ("10%", 0.1), ("0", 0), ("5e-2", 0.05)])
+def test_steps_or_ratio(text, value):
+    assert parse_steps_or_ratio(text) == value
+
+
+def test_every_option_of_the_flux_script_is_declared_once_and_documented():
+    from flux_train_network import FluxTrainingOptions
+
+    options = declared_options(FluxTrainingOptions)
+    assert len(options) > 190
+    assert [name for name, option in options.items() if not option.help] == []
+
+
+def test_help_is_grouped_and_imports_no_torch():
+    program = (
+        "import sys, runpy; sys.argv = ['flux_train_network.py', '--help']\n"
+        "try: runpy.run_path('flux_train_network.py', run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'accelerate', 'cv2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    for heading in ("Optimizer", "Dataset", "Sample images", "FLUX.1"):
+        assert heading in result.stdout

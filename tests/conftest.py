@@ -1,11 +1,18 @@
-"""Settings for every test: one thread per process, no network, no stray environment."""
+"""Settings for every test: one thread per process, no network; and what several rooms need to run a script."""
+
+from __future__ import annotations
 
 import os
+import random
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+
+from tests.running import toml_value
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,3 +20,57 @@ def one_thread_for_torch():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """A random tiny FLUX.1 dev in the real files' layouts."""
+    from tools.make_tiny_models import make_tiny_flux
+
+    return make_tiny_flux(tmp_path_factory.mktemp("tiny_flux"))
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory) -> Path:
+    """Twelve small pictures of several shapes with captions."""
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = random.Random(0)
+    sizes = [(128, 128), (160, 96), (200, 100), (90, 170)]
+    for number in range(12):
+        size = sizes[number % 4]
+        image = Image.new("RGB", size, tuple(draw.randrange(256) for _ in range(3)))
+        colour = tuple(draw.randrange(256) for _ in range(3))
+        ImageDraw.Draw(image).ellipse((20, 20, size[0] - 20, size[1] - 20), fill=colour)
+        image.save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"a circle, number {number}, on a background", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_command(tiny_flux):
+    """Options of the FLUX script that name the tiny model and a small quick LoRA."""
+    return [
+        *("--pretrained_model_name_or_path", tiny_flux.transformer, "--clip_l", tiny_flux.clip_l),
+        *("--t5xxl", tiny_flux.t5xxl, "--ae", tiny_flux.autoencoder),
+        *("--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", "1e-3"),
+        *("--timestep_sampling", "flux_shift", "--model_prediction_type", "raw", "--guidance_scale", "1.0"),
+        *("--t5xxl_max_token_length", "16", "--seed", "7"),
+    ]
+
+
+@pytest.fixture
+def dataset_toml(tmp_path, picture_folder):
+    """Write a dataset description over the pictures; keyword arguments are dataset keys."""
+
+    def write(folder: Path = picture_folder, **keys: object) -> Path:
+        path = tmp_path / "dataset.toml"
+        settings = {"resolution": 128, "enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256}
+        settings |= {"bucket_reso_steps": 32, "caption_extension": ".txt", "batch_size": 2, **keys}
+        lines = [f"{key} = {toml_value(value)}" for key, value in settings.items()]
+        subset = f"[[datasets.subsets]]\nimage_dir = {toml_value(folder.as_posix())}\n"
+        path.write_text("[[datasets]]\n" + "\n".join(lines) + "\n" + subset, encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,61 @@
+"""Several processes: gradients averaged in one flat buffer, models loaded one process after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.training.run_options import DistributionOptions, PrecisionOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+def make_accelerator(precision: PrecisionOptions, distribution: DistributionOptions) -> Any:
+    """Start accelerate: device, processes, mixed precision.
+
+    Raises UserError when the device cannot compute in the asked precision.
+    """
+    from datetime import timedelta
+
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    if precision.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a CUDA device; use bf16 or no on this machine.")
+    handlers = []
+    if distribution.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=distribution.ddp_timeout)))
+    return Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers)
+
+
+def average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
+    """Replace every gradient by its mean over all processes (one all-reduce for all of them).
+
+    A parameter without gradient counts as zero, so that all processes reduce the same buffer.
+    """
+    import torch
+
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.reshape(-1).float() for parameter in parameters if parameter.grad is not None])
+    flat = accelerator.reduce(flat, reduction="mean")
+    offset = 0
+    for parameter in parameters:
+        assert parameter.grad is not None
+        count = parameter.grad.numel()
+        parameter.grad.copy_(flat[offset : offset + count].view_as(parameter.grad))
+        offset += count
+
+
+def mean_over_processes(value: float, accelerator: Any) -> float:
+    """The mean of a number over all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    import torch
+
+    return accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="mean").item()

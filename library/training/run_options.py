@@ -1,0 +1,165 @@
+"""Options that say how long a run is and in which precision and memory it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from library.errors import UserError
+
+
+@dataclass
+class ModelOptions:
+    """Model"""
+
+    pretrained_model_name_or_path: str | None = None
+    """Base model: a checkpoint file or a Diffusers folder."""
+    tokenizer_cache_dir: str | None = None
+    """Folder of tokenizers, each in a folder named by its hub id with / as _; used before anything else."""
+    disable_mmap_load_safetensors: bool = False
+    """Read checkpoints with plain file reads instead of memory mapping (faster on some network drives)."""
+    sdpa: bool = False
+    """Attention by PyTorch's scaled_dot_product_attention (the default)."""
+    xformers: bool = False
+    """Attention by the xformers package."""
+    mem_eff_attn: bool = False
+    """Attention in slices, slower and with little memory."""
+    no_half_vae: bool = False
+    """Keep the autoencoder in float32."""
+    lowram: bool = False
+    """Load straight to the device, one process after another."""
+    highvram: bool = False
+    """Keep everything on the device; never empty the CUDA cache."""
+
+
+@dataclass
+class LengthOptions:
+    """Training length"""
+
+    max_train_steps: int = 1600
+    """Optimizer steps to train."""
+    max_train_epochs: int | None = None
+    """Epochs to train; wins over --max_train_steps."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are averaged for one optimizer step."""
+    seed: int | None = None
+    """Seed of every random draw; unset means a random one, which is logged and stored."""
+
+
+@dataclass
+class PrecisionOptions:
+    """Precision and memory"""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format of the computation; no means float32."""
+    full_fp16: bool = False
+    """Also keep the trained network in float16; needs --mixed_precision fp16."""
+    full_bf16: bool = False
+    """Also keep the trained network in bfloat16; needs --mixed_precision bf16."""
+    fp8_base: bool = False
+    """Keep the frozen base model in 8-bit floats."""
+    fp8_base_unet: bool = False
+    """Keep only the frozen U-Net or transformer in 8-bit floats."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them."""
+    cpu_offload_checkpointing: bool = False
+    """With --gradient_checkpointing: keep the stored block inputs in CPU memory."""
+    torch_compile: bool = False
+    """Compile the transformer's blocks."""
+    dynamo_backend: Literal[
+        "no",
+        "eager",
+        "aot_eager",
+        "inductor",
+        "aot_ts_nvfuser",
+        "nvprims_nvfuser",
+        "cudagraphs",
+        "ofi",
+        "fx2trt",
+        "onnxrt",
+        "tensort",
+        "tensorrt",
+        "ipex",
+        "tvm",
+    ] = "inductor"
+    """Compiler of --torch_compile."""
+
+
+@dataclass
+class DistributionOptions:
+    """Several processes"""
+
+    ddp_timeout: int | None = None
+    """Minutes until processes that wait for each other give up."""
+    ddp_gradient_as_bucket_view: bool = False
+    """Accepted for old command lines; gradients are averaged in one flat buffer anyway."""
+    ddp_static_graph: bool = False
+    """Accepted for old command lines; gradients are averaged outside the graph anyway."""
+    deepspeed: bool = False
+    """DeepSpeed; not available, see the error."""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage."""
+    offload_optimizer_device: Literal["cpu", "nvme"] | None = None
+    """DeepSpeed optimizer offload."""
+    offload_optimizer_nvme_path: str | None = None
+    """DeepSpeed optimizer offload path."""
+    offload_param_device: Literal["cpu", "nvme"] | None = None
+    """DeepSpeed parameter offload."""
+    offload_param_nvme_path: str | None = None
+    """DeepSpeed parameter offload path."""
+    zero3_init_flag: bool = False
+    """DeepSpeed ZeRO 3 initialisation."""
+    zero3_save_16bit_model: bool = False
+    """DeepSpeed ZeRO 3 saving."""
+    fp16_master_weights_and_gradients: bool = False
+    """DeepSpeed float16 master weights."""
+
+
+@dataclass
+class StableDiffusionModelOptions:
+    """Stable Diffusion models"""
+
+    v2: bool = False
+    """Base model is Stable Diffusion 2.x."""
+    v_parameterization: bool = False
+    """Base model predicts v."""
+    vae: str | None = None
+    """Replacement VAE: a checkpoint file or a Diffusers folder."""
+    clip_skip: int | None = None
+    """Use the text encoder's n-th layer from the back."""
+    max_token_length: Literal[75, 150, 225] | None = None
+    """Longest caption in tokens; unset means 75."""
+    weighted_captions: bool = False
+    """Read (word:1.2) and [word] in captions as weights."""
+
+
+def check_precision(options: PrecisionOptions) -> None:
+    """Raises UserError for combinations of precision options that exclude each other."""
+    if options.full_fp16 and options.mixed_precision != "fp16":
+        raise UserError("--full_fp16 needs --mixed_precision fp16.")
+    if options.full_bf16 and options.mixed_precision != "bf16":
+        raise UserError("--full_bf16 needs --mixed_precision bf16.")
+    if (options.fp8_base or options.fp8_base_unet) and options.mixed_precision == "no":
+        raise UserError("--fp8_base needs --mixed_precision fp16 or bf16.")
+
+
+@dataclass
+class HubOptions:
+    """Upload to Hugging Face"""
+
+    huggingface_repo_id: str | None = None
+    """Repository (owner/name) that saved files are uploaded to."""
+    huggingface_repo_type: str | None = None
+    """Kind of repository: model, dataset or space."""
+    huggingface_path_in_repo: str | None = None
+    """Folder inside the repository."""
+    huggingface_token: str | None = None
+    """Access token."""
+    huggingface_repo_visibility: str | None = None
+    """public makes a new repository public; anything else keeps it private."""
+    save_state_to_huggingface: bool = False
+    """Also upload states."""
+    resume_from_huggingface: bool = False
+    """--resume names a state in a repository: owner/name/path[:revision[:type]]."""
+    async_upload: bool = False
+    """Upload in the background; the final file is always waited for."""

@@ -1,0 +1,198 @@
+"""Resumable state: a folder from which a run goes on to the same bits.
+
+Version 1 of the format::
+
+    model.safetensors       the network as trained (its state_dict)
+    optimizer.safetensors   every tensor of the optimizer's state
+    train_state.json        everything else: position, schedule, optimizer numbers, loss record, what the run was
+
+No random state is stored: every draw is derived from the seed and the position (``library.randomness``). The folder
+appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+from library.files import temporary_path, write_text
+
+FORMAT = "lora-training-state"
+VERSION = 1
+
+
+@dataclass
+class ResumeOptions:
+    """Resuming"""
+
+    resume: str | None = None
+    """State folder to go on from, to the same result as an uninterrupted run."""
+    initial_epoch: int | None = None
+    """Number (from 1) of the first epoch, when the earlier ones were trained elsewhere."""
+    initial_step: int | None = None
+    """Number of steps that count as done at the start; wins over --initial_epoch."""
+    skip_until_initial_step: bool = False
+    """With --initial_step or --initial_epoch: also pass over the data of the steps that count as done."""
+
+
+@dataclass
+class Position:
+    """Where in a run: epochs and steps done, and how far the present epoch's data is used."""
+
+    epoch: int = 0
+    """Finished epochs."""
+    batch: int = 0
+    """Micro-batches of the present epoch that were used."""
+    step: int = 0
+    """Optimizer updates done."""
+
+
+@dataclass
+class RunIdentity:
+    """What must be the same for a state to belong to a run (``fixed``), and what only costs exactness (``exact``)."""
+
+    fixed: dict[str, Any] = field(default_factory=dict)
+    exact: dict[str, Any] = field(default_factory=dict)
+
+
+def pack(value: Any, tensors: dict[str, Any], name: str) -> Any:
+    """A JSON-able image of nested Python data; tensors are put into ``tensors`` under names that begin with ``name``.
+
+    Raises TypeError for objects that are neither data nor tensors.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[pack(k, tensors, f"{name}.key"), pack(v, tensors, f"{name}.{k}")] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [pack(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name}: cannot store a {type(value).__name__}")
+
+
+def unpack(value: Any, tensors: dict[str, Any]) -> Any:
+    """The data that ``pack`` was given."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {unpack(k, tensors): unpack(v, tensors) for k, v in content}
+    parts = [unpack(v, tensors) for v in content]
+    return parts if kind == "list" else tuple(parts)
+
+
+def save_state(
+    folder: Path,
+    network_state: dict[str, Any],
+    optimizer_state: Any,
+    position: Position,
+    identity: RunIdentity,
+    rest: Any,
+) -> None:
+    """Write a state folder, complete or not at all; one of the same name is replaced.
+
+    ``network_state`` maps names to tensors, ``optimizer_state`` is the optimizer's ``state_dict()``, ``rest`` is nested
+    data without tensors (schedule, loss record, gradient scaler).
+    """
+    from library.safetensors_io import save_file
+
+    aside = temporary_path(folder)
+    aside.mkdir(parents=True)
+    try:
+        tensors: dict[str, Any] = {}
+        packed = pack(optimizer_state, tensors, "optimizer")
+        save_file({k: v.detach().cpu().contiguous() for k, v in network_state.items()}, aside / "model.safetensors")
+        save_file(tensors, aside / "optimizer.safetensors")
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "current_epoch": position.epoch + 1,
+            "current_step": position.step,
+            "position": asdict(position),
+            "identity": asdict(identity),
+            "optimizer": packed,
+            "rest": pack(rest, {}, "rest"),
+        }
+        write_text(aside / "train_state.json", json.dumps(document, indent=1))
+        _take_name(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _take_name(aside: Path, folder: Path) -> None:
+    """Rename ``aside`` to ``folder``; an older folder of that name vanishes only after the new one stands."""
+    if not folder.exists():
+        os.replace(aside, folder)
+        return
+    old = temporary_path(folder)
+    os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old)
+
+
+class SavedState:
+    """A state folder that was opened; tensors are read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError when ``folder`` holds no complete state of this format."""
+        self.folder = folder
+        path = folder / "train_state.json"
+        if not folder.is_dir():
+            raise UserError(f"--resume: there is no state folder {folder}.")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"--resume: {folder} has no readable train_state.json; it is no state folder.") from None
+        if document.get("format") != FORMAT:
+            raise UserError(
+                f"--resume: {folder} was written by another program; go on from its LoRA file with --network_weights."
+            )
+        if document["version"] > VERSION:
+            raise UserError(f"--resume: {folder} was written by a newer version of these scripts.")
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            if not (folder / name).is_file():
+                raise UserError(f"--resume: {folder} is incomplete: {name} is missing.")
+        self.document = document
+        self.position = Position(**document["position"])
+        self.identity = RunIdentity(**document["identity"])
+        self.rest = unpack(document["rest"], {})
+
+    def check_belongs_to(self, identity: RunIdentity) -> list[str]:
+        """The properties of the run that changed since the state was saved and end exactness.
+
+        Raises UserError when the state belongs to another run.
+        """
+        for name, value in identity.fixed.items():
+            saved = self.identity.fixed.get(name)
+            if saved != value:
+                raise UserError(
+                    f"--resume: {self.folder} belongs to another run: its {name} is {saved}, this run's is {value}."
+                )
+        return [name for name, value in identity.exact.items() if self.identity.exact.get(name) != value]
+
+    def network_state(self) -> dict[str, Any]:
+        """The network's tensors by name."""
+        return self._tensors("model.safetensors")
+
+    def optimizer_state(self) -> Any:
+        """The optimizer's ``state_dict()`` as it was."""
+        return unpack(self.document["optimizer"], self._tensors("optimizer.safetensors"))
+
+    def _tensors(self, name: str) -> dict[str, Any]:
+        from library.safetensors_io import open_checkpoint
+
+        source = open_checkpoint(self.folder / name)
+        return {key: source.load(key) for key in source.keys()}  # noqa: SIM118

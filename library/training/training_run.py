@@ -1,0 +1,385 @@
+"""A training run up to its first step: checks, data, models, network, optimizer, resumed state.
+
+``TrainingRun`` holds everything that a run is made of, and the hooks that a model family answers. The loop over it is
+``NetworkTrainer`` in ``train_network.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.console import say, set_up_console, warn
+from library.data.build import build_dataset_groups
+from library.data.metadata import dataset_metadata
+from library.data.summary import summarize
+from library.devices import parse_dtype
+from library.errors import UserError
+from library.models.fingerprint import fingerprint
+from library.options import declared_options, option_value
+from library.prompt_options import PromptOptions
+from library.randomness import seed_global_torch
+from library.training.checkpoints import OutputFolder
+from library.training.distribution import make_accelerator
+from library.training.hub import Uploads, fetch_state
+from library.training.loss_record import LossRecord
+from library.training.losses import check_loss_options
+from library.training.lr_schedulers import check_lr_scheduler_options, create_lr_scheduler, load_scheduler_state
+from library.training.metadata import (
+    BackgroundHashes,
+    RunFacts,
+    at_step,
+    modelspec_metadata,
+    modelspec_resolution,
+    training_metadata,
+)
+from library.training.network_contract import (
+    check_network_options,
+    create_network,
+    import_network_module,
+    merge_base_weights,
+    optimizer_groups,
+    parse_network_args,
+)
+from library.training.noise_options import check_noise_options
+from library.training.optimizers import FusedBackward, check_optimizer_options, create_optimizer
+from library.training.run_options import check_precision
+from library.training.run_plan import plan_run, start_position
+from library.training.sample_images import Samples
+from library.training.state import Position, RunIdentity, SavedState
+from library.training.step_inputs import ItemDraws, NoisyInput
+from library.training.tracking import Tracker, check_logging_options
+from library.training.training_options import TrainingOptions
+from library.training.validation import check_validation_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.data.batch import Batch
+
+
+class TrainingRun:
+    """What a run is made of. A family overrides the hooks; the steps below them are called in order."""
+
+    options_class: ClassVar[type] = TrainingOptions
+    family: ClassVar[str] = "Stable Diffusion"
+    bucket_divisor: ClassVar[int] = 64
+    size_divisor: ClassVar[int] = 8
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.position = Position()
+        self.record = LossRecord()
+        self.interrupted = False
+        self.session_id = secrets.randbits(32)
+        self.started_at = time.time()
+
+    # ---- what a family gives ----------------------------------------------------------------------------------------
+
+    def check_family_options(self) -> None:
+        """Refuse what this family forbids (UserError) and say which given options have no effect."""
+
+    def make_pipeline(self) -> Any:
+        """The family's pipeline over the checkpoint files; only headers are read. Raises UserError."""
+        raise UserError("train_network.py trains no model yet; use flux_train_network.py for FLUX.1.")
+
+    def latent_format(self) -> Any:
+        """How this family's latents are cached (``library.data.cache.LatentFormat``)."""
+        raise NotImplementedError
+
+    def cache_text_outputs(self) -> None:
+        """Encode every caption and sample prompt ahead, if asked for, and let the text encoders go."""
+
+    def text_encoders_to_train(self) -> list[Any]:
+        """The text encoders as ``create_network`` takes them; None for one that is not trained."""
+        return []
+
+    def conditioning(self, batch: Batch) -> dict[str, Tensor]:
+        """The text conditioning of a batch on the device, with gradients where a text encoder is trained."""
+        raise NotImplementedError
+
+    def noisy_input(self, latents: Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
+        """Noise, noise levels and targets for clean latents; ``timestep`` (0..1000) fixes the noise level."""
+        raise NotImplementedError
+
+    def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
+        """The model's prediction, float32, comparable with ``noisy.target``."""
+        raise NotImplementedError
+
+    def sample_image(self, index: int, prompt: PromptOptions) -> Any:
+        """Draw a sample prompt as a PIL image."""
+        raise NotImplementedError
+
+    def family_metadata(self) -> dict[str, Any]:
+        """The ``ss_*`` entries that only this family writes, ``ss_base_model_version`` among them."""
+        raise NotImplementedError
+
+    def architecture(self) -> tuple[str, str]:
+        """``modelspec.architecture`` without ``/lora``, and ``modelspec.implementation``."""
+        raise NotImplementedError
+
+    # ---- before anything heavy --------------------------------------------------------------------------------------
+
+    def check_options(self) -> None:
+        """Everything that is known from the options alone. Raises UserError."""
+        options = self.options
+        check_precision(options.precision)
+        check_network_options(options.network)
+        check_optimizer_options(
+            options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision
+        )
+        check_lr_scheduler_options(options.lr_scheduler)
+        check_loss_options(options.loss)
+        check_noise_options(options.noise)
+        check_validation_options(options.validation)
+        check_logging_options(options.logging)
+        if options.distribution.deepspeed:
+            raise UserError("--deepspeed is not available in these scripts; leave it out.")
+        if not options.model.pretrained_model_name_or_path:
+            raise UserError("--pretrained_model_name_or_path is missing; name the base model's file.")
+        self.check_family_options()
+
+    def prepare_output(self) -> None:
+        """Output folder, prompt files and the state to resume are opened; nothing is written yet but the folder."""
+        options = self.options
+        self.output = OutputFolder(options.saving)
+        self.samples = Samples(options.samples, options.saving.output_dir, options.saving.output_name)
+        self.uploads = Uploads(options.hub)
+        self.saved: SavedState | None = None
+        if options.resume.resume:
+            from_hub = options.hub.resume_from_huggingface
+            folder = fetch_state(options.hub, options.resume.resume) if from_hub else Path(options.resume.resume)
+            self.saved = SavedState(folder)
+
+    def start_processes(self) -> None:
+        """Start accelerate, find device and dtypes, and agree on the seed."""
+        self.accelerator = make_accelerator(self.options.precision, self.options.distribution)
+        if not self.accelerator.is_main_process:
+            set_up_console(self.options.console, main_process=False)
+        precision = self.options.precision.mixed_precision
+        self.weight_dtype = parse_dtype("fp32" if precision == "no" else precision)
+        self.seed = self.choose_seed()
+        seed_global_torch(self.seed, "start")
+
+    def choose_seed(self) -> int:
+        """``--seed``, else the resumed state's, else a random one that all processes share."""
+        if self.options.length.seed is not None:
+            return self.options.length.seed
+        if self.saved is not None:
+            return self.saved.identity.exact["seed"]
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([secrets.randbits(32)])[0]
+
+    def build_datasets(self) -> None:
+        """Read the dataset description, list images and captions, and say what was found. Raises UserError."""
+        options = self.options
+        seed = options.validation.validation_seed
+        self.validation_seed = self.seed if seed is None else seed
+        self.train_group, self.validation_group = build_dataset_groups(
+            options.dataset,
+            bucket_divisor=self.bucket_divisor,
+            size_divisor=self.size_divisor,
+            cache=options.cache,
+            validation_split=options.validation.validation_split,
+            validation_seed=self.validation_seed,
+            seed=self.seed,
+        )
+        processes = self.accelerator.num_processes
+        say(summarize(self.train_group, "Training data", processes))
+        if self.validation_group is not None:
+            say(summarize(self.validation_group, "Validation data", processes))
+
+    def open_pipeline(self) -> None:
+        """Open the checkpoint files by their headers, so that a wrong one is named before anything is loaded."""
+        self.pipeline = self.make_pipeline()
+        import_network_module(self.options.network.network_module)
+
+    # ---- models, network, optimizer ---------------------------------------------------------------------------------
+
+    def cache_latents(self) -> None:
+        """Encode every image ahead, if asked for; the autoencoder is loaded only when an entry is missing."""
+        options = self.options.cache
+        self.latents_are_cached = options.cache_latents or options.cache_latents_to_disk
+        if not self.latents_are_cached:
+            return
+        from library.data.cache import LatentCache
+
+        for group in filter(None, (self.train_group, self.validation_group)):
+            cache = LatentCache(
+                group,
+                self.latent_format(),
+                to_disk=options.cache_latents_to_disk,
+                skip_check=options.skip_cache_check,
+                identity=self.part_identity("autoencoder"),
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+            )
+            if cache.missing:
+                cache.fill(self.encode_images, batch_size=options.vae_batch_size, seed=self.seed)
+        self.accelerator.wait_for_everyone()
+        self.pipeline.unload("autoencoder")
+
+    def part_identity(self, *parts: str) -> str:
+        """A hash that changes with the files of these parts of the pipeline."""
+        return fingerprint(file for part in parts for file in getattr(self.pipeline.files, part).source.checkpoint.files)
+
+    def encode_images(self, pixels: Tensor, generators: list[Any]) -> Tensor:
+        """Latents of pixels [batch, 3, height, width] in -1..1."""
+        return self.pipeline.encode_images(pixels.to(self.accelerator.device), generators)
+
+    def load_models(self) -> None:
+        """Load what training needs: the frozen transformer, and the autoencoder where latents are not cached."""
+        precision = self.options.precision
+        self.transformer = self.pipeline.load_transformer()
+        self.transformer.requires_grad_(False)
+        self.transformer.eval()
+        if precision.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing(cpu_offload=precision.cpu_offload_checkpointing)
+        if precision.torch_compile and precision.dynamo_backend != "no":
+            self.transformer.compile(backend=precision.dynamo_backend)
+
+    def build_network(self) -> None:
+        """Create the network, put it into the base model, and load its first weights."""
+        options = self.options.network
+        module = import_network_module(options.network_module)
+        text_encoders = self.text_encoders_to_train()
+        vae = None
+        merge_base_weights(module, options, vae, text_encoders, self.transformer)
+        seed_global_torch(self.seed, "network")
+        self.network = create_network(module, options, vae, text_encoders, self.transformer)
+        if hasattr(self.network, "prepare_network"):
+            self.network.prepare_network(self.options)
+        train_text = any(encoder is not None for encoder in text_encoders)
+        train_transformer = not options.network_train_text_encoder_only
+        self.network.apply_to(text_encoders, self.transformer, train_text, train_transformer)
+        if options.network_weights:
+            say(f"{options.network_weights}: {self.network.load_weights(options.network_weights)}")
+        if self.options.precision.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        precision = self.options.precision
+        dtype = self.weight_dtype if precision.full_fp16 or precision.full_bf16 else parse_dtype("fp32")
+        self.network.to(self.accelerator.device, dtype=dtype)
+        self.network.prepare_grad_etc(text_encoders, self.transformer)
+        self.text_encoders = text_encoders
+
+    def build_optimizer(self) -> None:
+        """Optimizer, schedule and the arithmetic of the run."""
+        options = self.options
+        rates = options.optimizer
+        groups, self.group_names = optimizer_groups(
+            self.network, rates.text_encoder_lr, rates.unet_lr, rates.learning_rate
+        )
+        self.created = create_optimizer(rates, groups, options.lr_scheduler.lr_scheduler)
+        self.optimizer = self.accelerator.prepare_optimizer(self.created.optimizer, device_placement=False)
+        self.fused = FusedBackward(self.optimizer, rates.max_grad_norm) if rates.fused_backward_pass else None
+        batches = self.train_group.batches_per_epoch(self.accelerator.num_processes)
+        self.plan = plan_run(options.length, batches)
+        self.output.resolve_epoch_ratio(self.plan.epochs)
+        self.scheduler = create_lr_scheduler(options.lr_scheduler, self.created, self.plan.max_steps)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def identity(self) -> RunIdentity:
+        """What a saved state must share with this run, and what must be equal for exactness."""
+        options = self.options
+        shapes = {name: list(tensor.shape) for name, tensor in self.network.state_dict().items()}
+        fixed = {
+            "model family": self.family,
+            "network module": options.network.network_module,
+            "number of network tensors": len(shapes),
+            "network structure": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16],
+            "optimizer": self.created.name,
+        }
+        exact = {
+            "seed": self.seed,
+            "base model": self.part_identity("transformer"),
+            "data": self.train_group.fingerprint(),
+            "gradient_accumulation_steps": self.plan.accumulation,
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": options.precision.mixed_precision,
+        }
+        return RunIdentity(fixed, exact)
+
+    def resume(self) -> None:
+        """Take over the state of ``--resume`` and find the position where training starts."""
+        same_data = True
+        if self.saved is not None:
+            changed = self.saved.check_belongs_to(self.identity())
+            if changed:
+                warn(f"--resume: {', '.join(changed)} changed since the state was saved; the result will differ.")
+            same_data = not {"data", "seed", "gradient_accumulation_steps", "processes"} & set(changed)
+            self.network.load_state_dict(self.saved.network_state())
+            self.optimizer.load_state_dict(self.saved.optimizer_state())
+            rest = self.saved.rest
+            load_scheduler_state(self.scheduler, rest["lr_scheduler"])
+            self.record.load_state(rest["losses"])
+            self.session_id, self.started_at = rest["session"]["id"], rest["session"]["started_at"]
+            if self.accelerator.scaler is not None and rest["scaler"]:
+                self.accelerator.scaler.load_state_dict(rest["scaler"])
+        saved = self.saved.position if self.saved is not None else None
+        self.position = start_position(self.plan, self.options.resume, saved, same_data)
+        if self.saved is not None:
+            say(f"going on from {self.saved.folder}: step {self.position.step}, epoch {self.position.epoch + 1}")
+
+    def start_tracking(self) -> None:
+        """Open the trackers, gather the metadata, and say what will be trained."""
+        options = self.options
+        values = {name: option_value(options, option) for name, option in declared_options(type(options)).items()}
+        self.tracker = Tracker(options.logging, values, is_main=self.accelerator.is_main_process)
+        if self.accelerator.is_main_process:
+            self.uploads.prepare()
+        self.hashes = BackgroundHashes(
+            sd_model=options.model.pretrained_model_name_or_path, vae=options.stable_diffusion.vae
+        )
+        self.metadata = training_metadata(
+            values,
+            self.run_facts(),
+            dataset_metadata(self.train_group, options.dataset, world_size=self.accelerator.num_processes),
+            self.family_metadata(),
+        )
+        trained = sum(parameter.numel() for parameter in self.parameters)
+        per_step = self.plan.accumulation * self.accelerator.num_processes
+        say(f"device {self.accelerator.device}, computing in {self.weight_dtype}, seed {self.seed}")
+        say(f"training {trained:,} parameters with {self.created.description}")
+        say(
+            f"{self.plan.max_steps} steps: {self.plan.epochs} epochs of {self.plan.steps_per_epoch} steps, "
+            f"{per_step} batches each"
+        )
+
+    def run_facts(self) -> RunFacts:
+        """What the metadata says about the run beyond its options."""
+        network = self.options.network
+        validation_group = self.validation_group
+        return RunFacts(
+            session_id=self.session_id,
+            started_at=self.started_at,
+            seed=self.seed,
+            optimizer=self.created,
+            max_train_steps=self.plan.max_steps,
+            num_batches_per_epoch=self.plan.batches_per_epoch,
+            num_epochs=self.plan.epochs,
+            num_train_images=self.train_group.train_image_count,
+            num_reg_images=self.train_group.reg_image_count,
+            num_validation_images=0 if validation_group is None else validation_group.train_image_count,
+            network_args=parse_network_args(network) if network.network_args else None,
+        )
+
+    def file_metadata(self, epoch: int) -> dict[str, str]:
+        """The metadata of a file that is saved now."""
+        options = self.options
+        architecture, implementation = self.architecture()
+        modelspec = modelspec_metadata(
+            options.metadata,
+            architecture=architecture,
+            implementation=implementation,
+            output_name=options.saving.output_name,
+            resolution=modelspec_resolution(options.dataset.resolution),
+            timestep_range=(options.noise.min_timestep, options.noise.max_timestep),
+            clip_skip=options.stable_diffusion.clip_skip,
+        )
+        metadata = {**self.metadata, **self.hashes.entries()}
+        return at_step(metadata, self.position.step, epoch, options.metadata.no_metadata, modelspec)

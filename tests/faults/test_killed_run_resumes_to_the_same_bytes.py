@@ -1,0 +1,95 @@
+"""A run that is killed and resumed writes the same LoRA as one that never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from safetensors import safe_open
+
+from tests.running import ROOT, command, launch
+
+TIMES = ("ss_training_finished_at", "modelspec.date")
+
+
+def contents(path):
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key not in TIMES}
+        return metadata, {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118
+
+
+def scalars(folder):
+    """(tag, step) -> value of every scalar in the event files below ``folder``, files in order of time."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = {}
+    for path in sorted(folder.rglob("events.*"), key=lambda path: path.parts[-3]):
+        position = 0
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                position += 1
+                found.setdefault((value.tag, event.step), []).append(value.tensor.float_val[0])
+    return {key: values[-2:] for key, values in found.items()}
+
+
+@pytest.fixture
+def arguments(flux_command, dataset_toml, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --w 64 --h 64 --d 1 --s 3\na cat --w 64 --h 64 --s 2\n", encoding="utf-8")
+    return [
+        *flux_command,
+        *("--dataset_config", dataset_toml(flip_aug=True, shuffle_caption=True, caption_tag_dropout_rate=0.2)),
+        *("--max_train_steps", "40", "--gradient_accumulation_steps", "2", "--network_dropout", "0.1"),
+        *("--network_args", "rank_dropout=0.1", "module_dropout=0.1", "--optimizer_type", "AdamW"),
+        *("--lr_scheduler", "cosine", "--lr_warmup_steps", "5", "--max_data_loader_n_workers", "2"),
+        *("--sample_prompts", prompts, "--sample_every_n_steps", "10", "--save_state", "--save_every_n_steps", "17"),
+        *("--output_name", "lora"),
+    ]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(arguments, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = launch("flux_train_network.py", *arguments, "--output_dir", whole, "--logging_dir", whole / "log")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    state = broken / "lora-step00000017-state"
+    process = subprocess.Popen(
+        command(
+            "flux_train_network.py",
+            *arguments,
+            "--output_dir",
+            broken,
+            "--logging_dir",
+            broken / "log",
+            accelerate=False,
+        ),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not state.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (broken / "lora.safetensors").exists()
+
+    result = launch(
+        "flux_train_network.py",
+        *(*arguments, "--output_dir", broken, "--logging_dir", broken / "log", "--resume", state),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    metadata, tensors = contents(whole / "lora.safetensors")
+    metadata_resumed, tensors_resumed = contents(broken / "lora.safetensors")
+    assert tensors == tensors_resumed
+    differing = {key for key in metadata if metadata[key] != metadata_resumed.get(key)}
+    assert differing <= {"ss_session_id", "ss_training_started_at"}
+    assert contents(whole / "lora-step00000034.safetensors")[1] == contents(broken / "lora-step00000034.safetensors")[1]
+    logged, logged_resumed = scalars(whole / "log"), scalars(broken / "log")
+    later = {key: value for key, value in logged.items() if key[1] > 18 and not key[0].startswith("loss/epoch")}
+    assert later and later == {key: logged_resumed[key] for key in later}

@@ -1,0 +1,42 @@
+"""Running the scripts as a user does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(
+    script: str, *arguments: object, accelerate: bool = True, processes: int = 1, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user does, through ``accelerate launch`` unless told otherwise, and wait for it."""
+    return subprocess.run(
+        command(script, *arguments, accelerate=accelerate, processes=processes),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        cwd=cwd,
+        timeout=600,
+    )
+
+
+def command(script: str, *arguments: object, accelerate: bool = True, processes: int = 1) -> list[str]:
+    """The command line that ``launch`` runs."""
+    given = [str(argument) for argument in arguments]
+    if not accelerate:
+        return [sys.executable, script, *given]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+    if processes > 1:
+        launcher += ["--num_processes", str(processes), "--cpu"]
+    return [*launcher, script, *given]
+
+
+def toml_value(value: object) -> str:
+    """A Python value as TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)

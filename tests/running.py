@@ -31,7 +31,7 @@ def command(script: str, *arguments: object, accelerate: bool = True, processes:
         return [sys.executable, script, *given]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
     if processes > 1:
-        launcher += ["--num_processes", str(processes), "--cpu"]
+        launcher += ["--multi_gpu", "--num_processes", str(processes)]
     return [*launcher, script, *given]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,9 @@ def make_accelerator(precision: PrecisionOptions, distribution: DistributionOpti
     handlers = []
     if distribution.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=distribution.ddp_timeout)))
-    return Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers)
+    # Several processes without accelerators talk through gloo, which accelerate only sets up when told so.
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    return Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers, cpu=several_on_cpu)
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:

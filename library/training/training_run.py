@@ -160,6 +160,8 @@ class TrainingRun:
         self.accelerator = make_accelerator(self.options.precision, self.options.distribution)
         if not self.accelerator.is_main_process:
             set_up_console(self.options.console, main_process=False)
+        if self.options.optimizer.fused_backward_pass and self.accelerator.num_processes > 1:
+            raise UserError("--fused_backward_pass works with one process only.")
         precision = self.options.precision.mixed_precision
         self.weight_dtype = parse_dtype("fp32" if precision == "no" else precision)
         self.seed = self.choose_seed()

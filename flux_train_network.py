@@ -41,7 +41,7 @@ NO_EFFECT = (
     "v2 v_parameterization vae clip_skip max_token_length weighted_captions mem_eff_attn sample_sampler noise_offset "
     "noise_offset_random_strength adaptive_noise_scale multires_noise_iterations multires_noise_discount "
     "zero_terminal_snr min_snr_gamma scale_v_pred_loss_like_noise_pred v_pred_like_loss debiased_estimation_loss "
-    "ddp_gradient_as_bucket_view ddp_static_graph"
+    "ddp_gradient_as_bucket_view ddp_static_graph lowram highvram"
 ).split()
 
 
@@ -119,6 +119,8 @@ class FluxNetworkTrainer(NetworkTrainer):
             warn("--split_mode is deprecated; use --blocks_to_swap.")
         if self.options.flux.blocks_to_swap or self.options.flux.split_mode:
             say("--blocks_to_swap has no effect yet: all blocks stay on the device")
+        if self.options.precision.fp8_base or self.options.precision.fp8_base_unet:
+            say("--fp8_base has no effect yet: the base model stays in the format of --mixed_precision")
         for line in objective_notices(self.options.flow):
             say(line)
 
@@ -217,6 +219,10 @@ class FluxNetworkTrainer(NetworkTrainer):
     def text_encoders_to_train(self) -> list[Any]:
         """CLIP-L and T5 as the network takes them; None for one that stays as it is."""
         modules = dict(zip(self.trained_encoders, self.pipeline.load_text_encoders(self.trained_encoders)))
+        if self.options.precision.gradient_checkpointing:
+            for module in modules.values():
+                module.enable_gradient_checkpointing()
+                module.train()
         return [modules.get("clip_l"), modules.get("t5xxl")]
 
     # ---- the training step ------------------------------------------------------------------------------------------

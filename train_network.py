@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.console import run_script, say, set_up_console, warn
+from library.console import messages_above_progress, run_script, say, set_up_console, warn
+from library.data.debug import show_dataset
 from library.data.loader import BatchLoader
 from library.devices import parse_dtype
 from library.options import parse_options
@@ -52,6 +53,8 @@ class NetworkTrainer(TrainingRun):
         self.prepare_output()
         self.start_processes()
         self.build_datasets()
+        if self.options.dataset.debug_dataset:
+            return show_dataset(self.train_group, seed=self.seed, max_train_steps=self.options.length.max_train_steps)
         self.open_pipeline()
         self.cache_latents()
         self.cache_text_outputs()
@@ -82,13 +85,14 @@ class NetworkTrainer(TrainingRun):
             desc="steps",
             ascii=True,
         )
-        with self.progress:
+        with self.progress, messages_above_progress():
             while self.position.step < self.plan.max_steps and not self.interrupted:
                 self.train_epoch(interruption)
 
     def train_epoch(self, interruption: Interruption) -> None:
         """Train the rest of the present epoch and do what is due at its end."""
         epoch = self.position.epoch
+        self.network.train()
         self.network.on_epoch_start(self.text_encoders, self.transformer)
         for index, batch in self.epoch_batches(epoch, self.position.batch):
             loss = self.train_batch(epoch, index, batch)
@@ -119,7 +123,6 @@ class NetworkTrainer(TrainingRun):
 
     def train_batch(self, epoch: int, index: int, batch: Batch) -> float:
         """Forward and backward of one micro-batch; returns its loss, the mean over all processes."""
-        self.network.train()
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start(self.text_encoders, self.transformer)
         self.network.set_multiplier(float(batch.network_multipliers[0]))
@@ -216,11 +219,12 @@ class NetworkTrainer(TrainingRun):
                 self.draw_samples(step, None)
             if due_file:
                 self.save_model(self.output.step_file(step), self.position.epoch)
-                if self.options.saving.save_state:
-                    self.save_state(self.output.step_state(step))
-                self.output.remove_old_step(step)
             if due_validation:
                 self.validate("step", step)
+        if due_file:
+            if self.options.saving.save_state:
+                self.save_state(self.output.step_state(step))
+            self.output.remove_old_step(step)
         if self.interrupted:
             say(f"ended at step {step}: {interruption.reason}")
 
@@ -243,11 +247,12 @@ class NetworkTrainer(TrainingRun):
                 self.validate("epoch", number)
             if due_file:
                 self.save_model(self.output.epoch_file(number), number)
-                if self.options.saving.save_state:
-                    self.save_state(self.output.epoch_state(number))
-                self.output.remove_old_epoch(number)
             if due_samples:
                 self.draw_samples(self.position.step, number)
+        if due_file:
+            if self.options.saving.save_state:
+                self.save_state(self.output.epoch_state(number))
+            self.output.remove_old_epoch(number)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -318,7 +323,6 @@ class NetworkTrainer(TrainingRun):
     def save_state(self, folder: Path) -> None:
         """Write a resumable state (main process)."""
         if self.accelerator.is_main_process:
-            set_train_mode(self.optimizer)
             scaler = self.accelerator.scaler
             save_state(
                 folder,
@@ -333,7 +337,6 @@ class NetworkTrainer(TrainingRun):
                     "session": {"id": self.session_id, "started_at": self.started_at},
                 },
             )
-            set_eval_mode(self.optimizer)
             say(f"saved {folder}")
             self.uploads.upload(folder)
 
@@ -343,8 +346,8 @@ class NetworkTrainer(TrainingRun):
             saving = self.options.saving
             with self.evaluating():
                 self.save_model(self.output.final_file(), self.plan.epochs, wait=True)
-                if saving.save_state or saving.save_state_on_train_end:
-                    self.save_state(self.output.final_state())
+            if saving.save_state or saving.save_state_on_train_end:
+                self.save_state(self.output.final_state())
         self.tracker.finish()
         self.uploads.finish()
         self.accelerator.end_training()

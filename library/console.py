@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from library.errors import UserError
 from library.options import ConsoleOptions
@@ -51,6 +52,13 @@ def make_console_safe() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+def messages_above_progress() -> AbstractContextManager[None]:
+    """While a progress bar stands on the console, messages go above it."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    return logging_redirect_tqdm(loggers=[LOGGER])
 
 
 def run_script(main: Callable[[], None]) -> None:

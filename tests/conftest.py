@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from pathlib import Path
@@ -10,9 +11,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 
 from tests.running import toml_value
+
+# A busy machine must not fail a property test.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
+
+
+@pytest.fixture(autouse=True)
+def messages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """caplog sees the suite's messages even after a test has set up the console."""
+    monkeypatch.setattr(logging.getLogger("library"), "propagate", True)
 
 
 @pytest.fixture(autouse=True, scope="session")

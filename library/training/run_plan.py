@@ -46,15 +46,16 @@ class RunPlan:
         return Position(epoch, steps * self.accumulation, step)
 
 
-def plan_run(options: LengthOptions, batches_per_epoch: int) -> RunPlan:
-    """The plan of a run over a data set of ``batches_per_epoch`` micro-batches for each process.
-
-    Raises UserError for lengths below 1.
-    """
+def check_lengths(options: LengthOptions) -> None:
+    """Raises UserError for lengths below 1."""
     for name in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
+
+
+def plan_run(options: LengthOptions, batches_per_epoch: int) -> RunPlan:
+    """The plan of a run over a data set of ``batches_per_epoch`` micro-batches for each process."""
     plan = RunPlan(batches_per_epoch, options.gradient_accumulation_steps, options.max_train_steps)
     if options.max_train_epochs is not None:
         steps = options.max_train_epochs * plan.steps_per_epoch

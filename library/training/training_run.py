@@ -48,7 +48,7 @@ from library.training.network_contract import (
 from library.training.noise_options import check_noise_options
 from library.training.optimizers import FusedBackward, check_optimizer_options, create_optimizer
 from library.training.run_options import check_precision
-from library.training.run_plan import plan_run, start_position
+from library.training.run_plan import check_lengths, plan_run, start_position
 from library.training.sample_images import Samples
 from library.training.state import Position, RunIdentity, SavedState
 from library.training.step_inputs import ItemDraws, NoisyInput
@@ -128,6 +128,7 @@ class TrainingRun:
         """Everything that is known from the options alone. Raises UserError."""
         options = self.options
         check_precision(options.precision)
+        check_lengths(options.length)
         check_network_options(options.network)
         check_optimizer_options(
             options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision
@@ -228,7 +229,9 @@ class TrainingRun:
 
     def part_identity(self, *parts: str) -> str:
         """A hash that changes with the files of these parts of the pipeline."""
-        return fingerprint(file for part in parts for file in getattr(self.pipeline.files, part).source.checkpoint.files)
+        return fingerprint(
+            file for part in parts for file in getattr(self.pipeline.files, part).source.checkpoint.files
+        )
 
     def encode_images(self, pixels: Tensor, generators: list[Any]) -> Tensor:
         """Latents of pixels [batch, 3, height, width] in -1..1."""

@@ -100,9 +100,6 @@ def test_empty_strings_and_lists_mean_unset(tmp_path):
 
 
 def test_keys_of_front_ends_are_named_and_have_no_effect(tmp_path, caplog):
-    from library.console import LOGGER
-
-    LOGGER.propagate = True
     with caplog.at_level("INFO"):
         assert with_file(tmp_path, 'epoch = 3\nnoise_offset_type = "Original"\nrank = 2\n').example.rank == 2
     assert "epoch, noise_offset_type" in caplog.text

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from library.errors import UserError
 from library.training.run_options import LengthOptions
-from library.training.run_plan import RunPlan, plan_run, start_position
+from library.training.run_plan import RunPlan, check_lengths, plan_run, start_position
 from library.training.state import Position, ResumeOptions
 
 
@@ -64,6 +64,6 @@ def test_nothing_left_to_train_is_an_error():
     with pytest.raises(UserError, match="nothing is left to train"):
         start_position(RunPlan(10, 1, 20), ResumeOptions(), Position(2, 0, 20), True)
     with pytest.raises(UserError, match="--max_train_steps must be at least 1"):
-        plan_run(LengthOptions(max_train_steps=0), 10)
+        check_lengths(LengthOptions(max_train_steps=0))
     with pytest.raises(UserError, match="needs --initial_step"):
         start_position(RunPlan(10, 1, 20), ResumeOptions(skip_until_initial_step=True), None, True)

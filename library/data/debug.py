@@ -1,0 +1,78 @@
+"""``--debug_dataset``: what would be trained, printed and shown, without training."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from library.data.batch import Batch
+from library.data.dataset import DatasetGroup
+
+KEY_HELP = "keys in the window: any for the next image, s for the next batch, e for the next epoch, Esc to end"
+
+
+def show_dataset(
+    group: DatasetGroup, *, seed: int, max_train_steps: int, print_line: Callable[[str], None] = print
+) -> None:
+    """Print every batch of epoch after epoch, and show its images in a window until Esc.
+
+    Where no window can be opened, one epoch is printed.
+    """
+    windows = True
+    epoch = 0
+    while windows or epoch == 0:
+        epoch += 1
+        print_line(f"epoch {epoch}; {KEY_HELP}" if windows else f"epoch {epoch}")
+        for number, plan in enumerate(group.plan(epoch, seed)):
+            step = (epoch - 1) * group.batches_per_epoch() + number
+            batch = group.load(plan, epoch=epoch, step=step, max_train_steps=max_train_steps, seed=seed)
+            for row in range(len(batch)):
+                print_line(describe_row(batch, row, number))
+            key = _show(batch) if windows else "s"
+            windows = windows and key is not None
+            if key == "escape":
+                return
+            if key == "e":
+                break
+
+
+def describe_row(batch: Batch, row: int, number: int) -> str:
+    """One line about one sample of a batch."""
+    height, width = batch.target_sizes[row]
+    original = batch.original_sizes[row]
+    parts = [
+        f"batch {number}",
+        batch.image_keys[row],
+        f"{original[1]}x{original[0]} -> {width}x{height}",
+        f"crop from {batch.crop_top_lefts[row]}",
+        f"weight {batch.loss_weights[row]:g}",
+    ]
+    if batch.flipped[row]:
+        parts.append("mirrored")
+    return ", ".join([*parts, f'caption "{batch.captions[row]}"'])
+
+
+def _show(batch: Batch) -> str | None:
+    """Show the images; the key that was pressed ("s", "e", "escape"), or None when there is no window."""
+    if batch.images is None:
+        return "s"
+    # Without a display OpenCV's window library would end the process instead of raising.
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return None
+    import cv2
+    import numpy
+
+    for image in batch.images:
+        pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().clip(0, 255).astype(numpy.uint8)
+        try:
+            cv2.imshow("dataset", pixels[:, :, ::-1])
+            key = cv2.waitKey() & 0xFF
+        except cv2.error:
+            return None
+        if key == 27:
+            cv2.destroyAllWindows()
+            return "escape"
+        if chr(key) in "se":
+            return chr(key)
+    return "s"

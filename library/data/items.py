@@ -1,0 +1,252 @@
+"""From a subset's folder or metadata file to its images with their captions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.data.captions import find_caption_file, read_caption
+from library.data.config import Kind, SubsetSettings
+from library.data.image_info import ImageInfo, read_image_info
+from library.data.images import PROBE_THREADS, image_extensions, images_in, list_folder
+from library.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+
+SIZE_IN_NAME = re.compile(r"_(\d{4,})x(\d{4,})_[a-z0-9]+\.npz$")
+NAMES_SHOWN = 100
+
+
+@dataclass
+class ImageRecord:
+    """One image of a subset, as its folder or metadata file describes it."""
+
+    path: Path
+    caption: str
+    tags: str
+    """The text whose tags count for the tag frequency of LoRA files."""
+    size: Size | None = None
+    """(width, height); None until the file was looked at."""
+    conditioning: Path | None = None
+    exists: bool = True
+    """False when only a cache file of the image is left."""
+
+
+def read_subset(subset: SubsetSettings, kind: Kind, notes: list[str]) -> list[ImageRecord]:
+    """The images of a subset in their fixed order (by path; metadata: longest key first).
+
+    Lines worth telling the user are added to ``notes``. Raises UserError for missing folders, wrong metadata, captions
+    that cannot be read, and mask images that do not match.
+    """
+    if kind == "fine_tuning":
+        return _records_from_metadata(subset)
+    records = _records_from_folder(subset, notes)
+    if kind == "conditioning":
+        _match_conditioning(records, subset)
+    return records
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Indented lines, one for each name, at most NAMES_SHOWN."""
+    lines = [f"  {name}" for name in names[:NAMES_SHOWN]]
+    return [*lines, f"  and {len(names) - NAMES_SHOWN} more"] if len(names) > NAMES_SHOWN else lines
+
+
+def _records_from_folder(subset: SubsetSettings, notes: list[str]) -> list[ImageRecord]:
+    folder = subset.image_dir or ""
+    names = list_folder(folder, subset.place)
+    paths = images_in(folder, names)
+    if not paths:
+        notes.append(f"{subset.place}: {folder} holds no images; it is left out.")
+        return []
+    known = read_image_info(subset, paths) if subset.cache_info else {}
+    caption_files = [find_caption_file(path, subset.caption_extension, names) for path in paths]
+    captions = _captions(paths, caption_files, known, subset)
+    _note_missing_captions(paths, caption_files, names, subset, notes)
+    return [
+        ImageRecord(path, caption, caption, known[path.name].size if path.name in known else None)
+        for path, caption in zip(paths, captions)
+    ]
+
+
+def _captions(
+    paths: list[Path], caption_files: list[Path | None], known: dict[str, ImageInfo], subset: SubsetSettings
+) -> list[str]:
+    """The caption of each image: from its file, or else the class tokens, or else empty."""
+
+    def read(path: Path, caption_file: Path | None) -> str | UserError:
+        if caption_file is None:
+            return subset.class_tokens or ""
+        if path.name in known:
+            return known[path.name].caption
+        try:
+            return read_caption(caption_file, enable_wildcard=subset.captions.enable_wildcard)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(PROBE_THREADS) as pool:
+        results = list(pool.map(read, paths, caption_files))
+    if errors := [str(result) for result in results if isinstance(result, UserError)]:
+        raise UserError("\n".join(errors))
+    return [str(result) for result in results]
+
+
+def _note_missing_captions(
+    paths: list[Path], caption_files: list[Path | None], names: set[str], subset: SubsetSettings, notes: list[str]
+) -> None:
+    missing = [path.name for path, file in zip(paths, caption_files) if file is None]
+    if not missing:
+        return
+    instead = f'"{subset.class_tokens}" is used' if subset.class_tokens else "they are trained without a caption"
+    if len(missing) < len(paths):
+        count = f"{len(missing)} of {len(paths)} images have no {subset.caption_extension} file"
+        notes.append("\n".join([f"{subset.image_dir}: {count}; {instead}:", *shortened(missing)]))
+        return
+    note = f"{subset.image_dir}: none of the {len(paths)} images has a {subset.caption_extension} file; {instead}."
+    others = [ext for ext in (".txt", ".caption") if any(find_caption_file(path, ext, names) for path in paths)]
+    if others:
+        note += f' There are {others[0]} files: did you mean caption_extension = "{others[0]}"?'
+    notes.append(note)
+
+
+def _match_conditioning(records: list[ImageRecord], subset: SubsetSettings) -> None:
+    """Give each image the conditioning image with its name; both folders must hold the same names."""
+    folder = subset.conditioning_data_dir or ""
+    by_stem = {path.stem: path for path in images_in(folder, list_folder(folder, subset.place))}
+    for record in records:
+        record.conditioning = by_stem.pop(record.path.stem, None)
+    missing = [record.path.name for record in records if record.conditioning is None]
+    problems = []
+    if missing:
+        problems += [f"{subset.place}: {len(missing)} images have no mask in {folder}:", *shortened(missing)]
+    if by_stem:
+        extra = sorted(path.name for path in by_stem.values())
+        problems += [f"{subset.place}: {len(extra)} masks in {folder} belong to no image:", *shortened(extra)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _records_from_metadata(subset: SubsetSettings) -> list[ImageRecord]:
+    path = Path(subset.metadata_file or "")
+    entries = _read_metadata(path, subset.place)
+    if not entries:
+        raise UserError(f"{path}: there is no image in this metadata file.")
+    folders: dict[str, set[str]] = {}
+    records, missing = [], []
+    for key in sorted(entries, key=len, reverse=True):
+        record = _record_from_entry(key, entries[key], subset, folders)
+        if record is None:
+            missing.append(key)
+        else:
+            records.append(record)
+    if missing:
+        count = f"{len(missing)} of {len(entries)} images cannot be found (image_dir: {subset.image_dir}):"
+        raise UserError("\n".join([f"{path}: {count}", *shortened(missing)]))
+    return records
+
+
+def _read_metadata(path: Path, place: str) -> dict[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{place}: there is no metadata file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the metadata file ({error}).") from None
+    entries = _parse_json_lines(text, path) if path.suffix.lower() == ".jsonl" else _parse_json(text, path)
+    for key, entry in entries.items():
+        for name in ("caption", "tags"):
+            if not isinstance(entry.get(name, ""), str | None):
+                raise UserError(f'{path}: "{name}" of {key} must be a string.')
+        size = entry.get("image_size")
+        if size is not None and not (
+            isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)
+        ):
+            raise UserError(f'{path}: "image_size" of {key} must be [width, height].')
+    return entries
+
+
+def _parse_json(text: str, path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: not valid JSON: {error.msg} (at line {error.lineno}, column {error.colno})."
+        ) from None
+    if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):
+        raise UserError(f'{path}: must be an object with an entry {{"caption": ..., "tags": ...}} for each image.')
+    return data
+
+
+def _parse_json_lines(text: str, path: Path) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is not valid JSON: {error.msg}.") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
+            raise UserError(f'{path}: line {number} must be an object with an "image_path".')
+        entries[entry["image_path"]] = entry
+    return entries
+
+
+def _record_from_entry(
+    key: str, entry: dict[str, Any], subset: SubsetSettings, folders: dict[str, set[str]]
+) -> ImageRecord | None:
+    """The image of one metadata entry, or None when there is neither an image nor a cache file of it."""
+    if os.path.isabs(key):
+        wanted = Path(key)
+    elif subset.image_dir is None:
+        raise UserError(
+            f"{subset.place}: image_dir is missing, and {key} in {subset.metadata_file} is a relative path."
+        )
+    else:
+        wanted = Path(os.path.join(subset.image_dir, key))
+    folder = str(wanted.parent)
+    if folder not in folders:
+        folders[folder] = list_folder(folder, subset.place) if wanted.parent.is_dir() else set()
+    names = folders[folder]
+    caption = _join_caption(entry.get("caption") or "", entry.get("tags") or "", subset)
+    size = tuple(entry["image_size"]) if entry.get("image_size") else None
+    if wanted.name not in names:
+        with_extension = [wanted.name + extension for extension in sorted(image_extensions())]
+        wanted = next((wanted.with_name(name) for name in with_extension if name in names), wanted)
+    record = ImageRecord(wanted, caption, entry.get("tags") or "", size)
+    if wanted.name not in names:
+        record.exists = False
+        record.size = size or _size_from_cache_files(wanted, names)
+        if record.size is None:
+            return None
+    return record
+
+
+def _size_from_cache_files(wanted: Path, names: set[str]) -> Size | None:
+    """The size of an image of which only a latent cache file is left, from that file's name."""
+    stem = wanted.stem if wanted.suffix in image_extensions() else wanted.name
+    for name in sorted(names):
+        if name.startswith(stem) and (match := SIZE_IN_NAME.search(name)) and name[: match.start()] == stem:
+            return int(match[1]), int(match[2])
+    return None
+
+
+def _join_caption(caption: str, tags: str, subset: SubsetSettings) -> str:
+    separator = subset.captions.caption_separator
+    if subset.captions.enable_wildcard:
+        tags = tags.replace("\n", separator)
+        if not caption or not tags:
+            return caption or tags
+        return "\n".join(f"{line}{separator}{tags}" for line in caption.split("\n") if line.strip())
+    if not tags:
+        return caption
+    return f"{caption}{separator}{tags}" if caption else tags

@@ -1,0 +1,358 @@
+"""Cached latents: every image encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from library.data import npz
+from library.data.cache_entries import (
+    IDENTITY,
+    CacheReport,
+    Entry,
+    State,
+    Writers,
+    all_finite,
+    cache_stem,
+    check_states,
+    clean_folders,
+    entries_of_rank,
+    in_batches,
+    progress_bar,
+    read_identity,
+    report_on,
+    require_images,
+    share_entries,
+)
+from library.data.dataset import CachedLatent, Dataset, DatasetGroup, Frame, Item, Pixels
+from library.data.loader import prefetch
+from library.errors import UserError
+from library.randomness import generator
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    EncodeImages = Callable[[Tensor, list[Generator]], Tensor]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """How a family's latents are stored: ``<image stem>_<width>x<height><suffix>``, 4 digits each."""
+
+    suffix: str
+    stride: int = 8
+    """Pixels per latent."""
+    channels: int | None = None
+    """Latent channels; None: any."""
+    sized_keys: bool = True
+    """Array names end in ``_{rows}x{columns}``, so that one file holds several resolutions."""
+    plain_name: bool = False
+    """An existing ``<image stem>.npz`` is used before the name with sizes (Stable Diffusion's old files)."""
+
+
+def check_latents_cacheable(group: DatasetGroup) -> None:
+    """Raises UserError when an augmentation gives images more than one set of latents."""
+    for dataset in group.datasets:
+        for subset in dataset.settings.subsets:
+            for option in ("color_aug", "random_crop"):
+                if getattr(subset, option):
+                    raise UserError(f"{subset.place}: {option} cannot be used together with cached latents.")
+
+
+class LatentCache:
+    """The latents of every image of a group.
+
+    Made with the group, it looks at what is on disk; ``fill`` makes the rest; from then on ``group.load`` gives
+    latents. ``identity`` names the encoder: entries made with another one are stale. Raises UserError for settings
+    that cannot be cached and for images that would share a cache file.
+    """
+
+    def __init__(
+        self,
+        group: DatasetGroup,
+        format: LatentFormat,
+        *,
+        to_disk: bool,
+        skip_check: bool = False,
+        identity: str = "",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_latents_cacheable(group)
+        self.format = format
+        self.identity = identity
+        self.rank, self.world_size = rank, world_size
+        self._dataset_of = {id(item): dataset for dataset in group.datasets for item in dataset.used_items}
+        wanted = [
+            (*self._place(dataset, item, to_disk), self._signature(dataset, item))
+            for dataset in group.datasets
+            for item in dataset.used_items
+        ]
+        entries = share_entries(wanted, self._explain_conflict)
+        if to_disk:
+            check_states(entries, self._check, skip_check=skip_check)
+            for entry in entries:
+                self._attach(entry, DiskLatents(self, entry))
+        self.entries = entries_of_rank(entries, rank, world_size)
+        require_images(entry for entry in self.entries if entry.state != "valid")
+
+    @property
+    def missing(self) -> int:
+        """Entries that this process must make; when 0 the encoder is not needed."""
+        return sum(entry.state != "valid" for entry in self.entries)
+
+    def fill(self, encode: EncodeImages, *, batch_size: int = 1, seed: int = 0, workers: int = 8) -> CacheReport:
+        """Encode what is missing.
+
+        ``encode`` takes pixels [B, 3, H, W] (float32 in -1..1, one bucket) and a generator for each image, and gives
+        latents [B, C, h, w]. Generators come from the seed, the image's name and the mirroring alone. Raises UserError
+        when an image cannot be read, latents are not finite, or a file cannot be written.
+        """
+        import torch
+
+        report = report_on(self.entries, "latent cache")
+        todo = [entry for entry in self.entries if entry.state != "valid"]
+        # The largest first, so that too little memory shows at once.
+        todo.sort(key=lambda entry: (-_area(entry.item), entry.item.placement.bucket))
+        batches = list(in_batches(todo, batch_size, lambda entry: (entry.item.placement.bucket, _flips(entry))))
+        if self.world_size == 1:
+            clean_folders(todo)
+        workers = max(1, min(workers, os.cpu_count() or 1, len(batches)))
+        bar = progress_bar(len(todo), "caching latents", "image", shown=self.rank == 0)
+        with ThreadPoolExecutor(workers) as decoders, Writers() as writers, bar, torch.no_grad():
+            for batch, pixels in prefetch(decoders, self._decode, batches, workers + 1):
+                images = torch.stack([torch.from_numpy(entry.image) for entry in pixels])
+                plain = encode(images, _generators(batch, seed, flipped=False))
+                mirrored = None
+                if _flips(batch[0]):
+                    mirrored = encode(images.flip(3), _generators(batch, seed, flipped=True))
+                writers.submit(self._store, batch, [entry.frame for entry in pixels], plain, mirrored)
+                bar.update(len(batch))
+        log.info(report.line())
+        return report
+
+    def _place(self, dataset: Dataset, item: Item, to_disk: bool) -> tuple[Any, Item, Path | None]:
+        """The entry's key, and its file."""
+        if not to_disk:
+            return self._signature(dataset, item), item, None
+        path = self._path(item)
+        return (path, self._key(item)), item, path
+
+    def _path(self, item: Item) -> Path:
+        stem = cache_stem(item)
+        plain = item.path.with_name(f"{stem}.npz")
+        if self.format.plain_name and plain.exists():
+            return plain
+        return item.path.with_name(f"{stem}_{item.size[0]:04d}x{item.size[1]:04d}{self.format.suffix}")
+
+    def _key(self, item: Item) -> str:
+        """What the names of this resolution's arrays end in."""
+        if not self.format.sized_keys:
+            return ""
+        width, height = item.placement.bucket
+        return f"_{height // self.format.stride}x{width // self.format.stride}"
+
+    def _signature(self, dataset: Dataset, item: Item) -> tuple[Any, ...]:
+        return (item.path, item.placement.bucket, item.placement.resized, dataset.interpolation(item))
+
+    def _explain_conflict(self, entry: Entry, item: Item) -> str:
+        if entry.item.path != item.path:
+            return (
+                f"{entry.item.path} and {item.path.name} would share one latent cache file; rename one of them, or "
+                "cache in memory (--cache_latents without --cache_latents_to_disk)."
+            )
+        return (
+            f"{item.path}: two datasets resize this image differently for the same bucket, which one cache file cannot "
+            "hold; give them the same options, or cache in memory."
+        )
+
+    def _attach(self, entry: Entry, source: Any) -> None:
+        for item in entry.items:
+            item.latents = source
+
+    def _check(self, entry: Entry) -> State:
+        """Whether the stored arrays are there, fit, and were made from this image by this encoder."""
+        assert entry.path is not None
+        item, key = entry.item, self._key(entry.item)
+        try:
+            heads = npz.read_heads(entry.path)
+            names = [f"latents{key}", f"original_size{key}", f"crop_ltrb{key}"]
+            names += [f"latents_flipped{key}"] if _flips(entry) else []
+            if any(name not in heads for name in names):
+                return "missing"
+            if not self._shapes_fit(heads, entry):
+                return "stale"
+            if any(other.subset.alpha_mask for other in entry.items) and f"alpha_mask{key}" not in heads:
+                return "missing"
+            latents = [name for name in names if name.startswith("latents")]
+            if f"{IDENTITY}{key}" not in heads:
+                return "valid" if all_finite(npz.read_arrays(entry.path, latents)) else "not finite"
+            written = read_identity(entry.path, f"{IDENTITY}{key}")
+        except npz.DAMAGE:
+            return "damaged"
+        sums = {name: heads[name].checksum for name in latents}
+        expected = self._identity(item, image=None) | {"image": written.get("image"), "arrays": written.get("arrays")}
+        if written != expected or any(written["arrays"].get(name) != value for name, value in sums.items()):
+            return "stale"
+        return "valid" if not item.exists or _same_file(item.path, written["image"]) else "stale"
+
+    def _shapes_fit(self, heads: Mapping[str, npz.ArrayHead], entry: Entry) -> bool:
+        key = self._key(entry.item)
+        width, height = entry.item.placement.bucket
+        latent = (height // self.format.stride, width // self.format.stride)
+        for name in (f"latents{key}", f"latents_flipped{key}"):
+            if name not in heads or (name.startswith("latents_flipped") and not _flips(entry)):
+                continue
+            shape = heads[name].shape
+            if len(shape) != 3 or shape[1:] != latent or self.format.channels not in (None, shape[0]):
+                return False
+        mask = heads.get(f"alpha_mask{key}")
+        masked = any(item.subset.alpha_mask for item in entry.items)
+        return not masked or mask is None or mask.shape == (height, width)
+
+    def _identity(self, item: Item, image: dict[str, Any] | None) -> dict[str, Any]:
+        """What an entry is made from, as it is written into the file."""
+        interpolation = self._dataset_of[id(item)].interpolation(item)
+        return {
+            "version": 1,
+            "encoder": self.identity,
+            "resized": list(item.placement.resized),
+            "interpolation": interpolation,
+            "image": image,
+        }
+
+    def _decode(self, batch: list[Entry]) -> list[Pixels]:
+        decoded = []
+        for entry in batch:
+            # Every item of an entry has the same pixels; one that asks for the alpha mask gives it to all.
+            item = next((item for item in entry.items if item.subset.alpha_mask), entry.item)
+            dataset = self._dataset_of[id(item)]
+            decoded.append(dataset.read_pixels(item, dataset.fixed_geometry(item), with_conditioning=False))
+        return decoded
+
+    def _store(self, batch: list[Entry], frames: list[Frame], plain: Tensor, mirrored: Tensor | None) -> None:
+        plain = plain.detach().float().cpu()
+        mirrored = None if mirrored is None else mirrored.detach().float().cpu()
+        for row, (entry, frame) in enumerate(zip(batch, frames)):
+            latents = [plain[row]] + ([] if mirrored is None else [mirrored[row]])
+            if not all(bool(tensor.isfinite().all()) for tensor in latents):
+                raise UserError(
+                    f"{entry.item.path}: the autoencoder gave values that are not finite (NaN or infinity); "
+                    "run it in float32 (--no_half_vae)."
+                )
+            if entry.path is None:
+                self._attach(entry, MemoryLatents([tensor.clone() for tensor in latents], frame))
+            else:
+                self._write(entry, frame, [tensor.numpy() for tensor in latents])
+            entry.state = "valid"
+
+    def _write(self, entry: Entry, frame: Frame, latents: Sequence[numpy.ndarray]) -> None:
+        assert entry.path is not None
+        key = self._key(entry.item)
+        arrays = {
+            f"latents{key}": latents[0],
+            f"original_size{key}": numpy.array(frame.original_size),
+            f"crop_ltrb{key}": numpy.array(frame.crop),
+        }
+        if len(latents) == 2:
+            arrays[f"latents_flipped{key}"] = latents[1]
+        if frame.alpha_mask is not None:
+            arrays[f"alpha_mask{key}"] = frame.alpha_mask
+        encoded = {name: npz.encode_array(array) for name, array in arrays.items()}
+        identity = self._identity(entry.item, _describe_file(entry.item.path))
+        identity["arrays"] = {name: npz.checksum(encoded[name]) for name in encoded if name.startswith("latents")}
+        encoded[f"{IDENTITY}{key}"] = npz.encode_array(numpy.array(json.dumps(identity)))
+        # What this resolution held before (a mask no longer wanted, latents of a changed image) does not stay.
+        old = {f"{name}{key}" for name in ("latents_flipped", "alpha_mask")}
+        npz.update(entry.path, encoded, keep=lambda name: name not in old)
+
+
+class MemoryLatents:
+    """Latents kept in memory: plain, and mirrored when flip_aug is on."""
+
+    def __init__(self, latents: list[Tensor], frame: Frame) -> None:
+        import torch
+
+        self.latents, self.frame = latents, frame
+        self.alpha_mask = None if frame.alpha_mask is None else torch.from_numpy(frame.alpha_mask)
+
+    def read(self, *, flipped: bool) -> CachedLatent:
+        """The latents, mirrored if asked for."""
+        return CachedLatent(self.latents[int(flipped)], self.frame.original_size, self.frame.crop, self.alpha_mask)
+
+
+class DiskLatents:
+    """Latents read from a cache file each time."""
+
+    def __init__(self, cache: LatentCache, entry: Entry) -> None:
+        assert entry.path is not None
+        self.path = entry.path
+        self.key = cache._key(entry.item)
+        self.masked = any(item.subset.alpha_mask for item in entry.items)
+
+    def read(self, *, flipped: bool) -> CachedLatent:
+        """The latents, mirrored if asked for. Raises UserError naming the file."""
+        import torch
+
+        key = self.key
+        latents = f"latents_flipped{key}" if flipped else f"latents{key}"
+        names = [latents, f"original_size{key}", f"crop_ltrb{key}"] + ([f"alpha_mask{key}"] if self.masked else [])
+        arrays = npz.read_arrays_for_training(self.path, names)
+        width, height = (int(side) for side in arrays[f"original_size{key}"])
+        left, top, right, bottom = (float(edge) for edge in arrays[f"crop_ltrb{key}"])
+        mask = arrays.get(f"alpha_mask{key}")
+        return CachedLatent(
+            latents=torch.from_numpy(arrays[latents]).float(),
+            original_size=(width, height),
+            crop=(left, top, right, bottom),
+            alpha_mask=None if mask is None else torch.from_numpy(mask).float(),
+        )
+
+
+def _area(item: Item) -> int:
+    return item.placement.bucket[0] * item.placement.bucket[1]
+
+
+def _flips(entry: Entry) -> bool:
+    return any(item.subset.flip_aug for item in entry.items)
+
+
+def _generators(batch: Sequence[Entry], seed: int, *, flipped: bool) -> list[Generator]:
+    """One generator per image, which knows nothing of the batch."""
+    names = [f"{entry.item.path.parent.name}/{entry.item.path.name}" for entry in batch]
+    return [generator(seed, "latent", name, int(flipped)) for name in names]
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    """Size, time and content hash of an image file."""
+    status = path.stat()
+    return {"bytes": status.st_size, "time": status.st_mtime_ns, "blake2b": _content_hash(path)}
+
+
+def _same_file(path: Path, described: Any) -> bool:
+    """Whether the file still is the described one; its content is only read when its time differs (a copy)."""
+    if not isinstance(described, dict):
+        return False
+    status = path.stat()
+    if status.st_size != described.get("bytes"):
+        return False
+    return status.st_mtime_ns == described.get("time") or _content_hash(path) == described.get("blake2b")
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""Names of number formats, and the device that work runs on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from library.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_NAMES = {
+    "float": "float32",
+    "fp32": "float32",
+    "float32": "float32",
+    "fp16": "float16",
+    "float16": "float16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3fn": "float8_e4m3fn",
+    "float8_e4m3fn": "float8_e4m3fn",
+    "fp8_e4m3fnuz": "float8_e4m3fnuz",
+    "float8_e4m3fnuz": "float8_e4m3fnuz",
+    "fp8_e5m2": "float8_e5m2",
+    "float8_e5m2": "float8_e5m2",
+    "fp8_e5m2fnuz": "float8_e5m2fnuz",
+    "float8_e5m2fnuz": "float8_e5m2fnuz",
+}
+
+
+def parse_dtype(name: str, option: str = "") -> torch.dtype:
+    """The torch dtype of a name such as ``bf16`` or ``fp8``. Raises UserError that lists the known names."""
+    import torch
+
+    known = DTYPE_NAMES.get(name.lower().removeprefix("torch."))
+    if known is None:
+        prefix = f"{option}: " if option else ""
+        raise UserError(
+            f'{prefix}"{name}" is not a number format; known are {", ".join(DTYPE_NAMES)}.'
+            f"{did_you_mean(name, DTYPE_NAMES)}"
+        )
+    return getattr(torch, known)
+
+
+def is_fp8(dtype: torch.dtype | None) -> bool:
+    """Whether ``dtype`` is an 8-bit floating-point format: for storage only, torch cannot compute in it."""
+    return dtype is not None and dtype.itemsize == 1 and dtype.is_floating_point
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one (CUDA, ROCm, Apple, XPU), else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def empty_cache(device: torch.device | None = None) -> None:
+    """Give unused memory back: unreachable objects first, then what the accelerator's allocator holds."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    device = device or default_device()
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()

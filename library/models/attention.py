@@ -1,0 +1,105 @@
+"""One attention function for every model, over every backend."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.errors import UserError, did_you_mean
+
+AttentionBackend = Literal["sdpa", "split", "xformers", "flash"]
+"""``sdpa``: torch's fused kernels. ``split``: the same, one batch item at a time, each on its own real length, which
+needs least memory. ``xformers``, ``flash``: the packages of that name."""
+
+PACKAGES = {"xformers": "xformers", "flash": "flash_attn"}
+
+
+def require_backend(backend: str) -> None:
+    """Raise UserError when ``backend`` is unknown or its package isn't installed."""
+    if backend not in get_args(AttentionBackend):
+        known = get_args(AttentionBackend)
+        raise UserError(
+            f'Attention backend "{backend}" is unknown; known are {", ".join(known)}.{did_you_mean(backend, known)}'
+        )
+    package = PACKAGES.get(backend)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f'Attention backend "{backend}" needs the package {package}, which is not installed; '
+            "install it or use torch's own attention (sdpa), which is as fast with current torch."
+        )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, backend: AttentionBackend = "sdpa"
+) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V.
+
+    ``query`` [batch, heads, queries, D], ``key`` and ``value`` [batch, heads, keys, D]; ``key_mask`` boolean
+    [batch, keys], True where a key may be attended to (every row needs at least one). Returns
+    [batch, queries, heads * D]. Raises TypeError for a mask that isn't boolean.
+    """
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        raise TypeError("key_mask must be boolean: a float mask would be added to the scores")
+    if backend == "split":
+        out = _split(query, key, value, key_mask)
+    elif backend == "xformers":
+        out = _xformers(query, key, value, key_mask)
+    elif backend == "flash":
+        out = _flash(query, key, value, key_mask)
+    else:
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _split(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    """One item at a time; masked keys are left out, so that the fused kernels without masks do the work."""
+    rows = []
+    for item in range(len(query)):
+        item_key, item_value = key[item : item + 1], value[item : item + 1]
+        if key_mask is not None:
+            kept = key_mask[item].nonzero().squeeze(1)
+            item_key, item_value = item_key[:, :, kept], item_value[:, :, kept]
+        rows.append(F.scaled_dot_product_attention(query[item : item + 1], item_key, item_value))
+    return torch.cat(rows)
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    bias = None
+    if key_mask is not None:
+        batch, heads, queries, keys = *query.shape[:3], key.shape[2]
+        # xformers wants the rows of a bias aligned to 8 elements, and the bias expanded rather than broadcast.
+        aligned = torch.zeros(batch, 1, 1, -(-keys // 8) * 8, dtype=query.dtype, device=query.device)
+        aligned[..., :keys].masked_fill_(~key_mask[:, None, None, :], float("-inf"))
+        bias = aligned[..., :keys].expand(batch, heads, queries, keys)
+    out = memory_efficient_attention(*(t.transpose(1, 2) for t in (query, key, value)), attn_bias=bias)
+    return out.transpose(1, 2)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    if key_mask is None:
+        return flash_attn_func(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
+    batch, heads, queries, dim = query.shape
+    kept = key_mask.flatten().nonzero().squeeze(1)
+    lengths = key_mask.sum(1, dtype=torch.int32)
+    key_starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    query_starts = torch.arange(0, (batch + 1) * queries, queries, dtype=torch.int32, device=query.device)
+    packed_key, packed_value = (t.transpose(1, 2).reshape(-1, heads, dim)[kept] for t in (key, value))
+    out = flash_attn_varlen_func(
+        query.transpose(1, 2).reshape(-1, heads, dim),
+        packed_key,
+        packed_value,
+        query_starts,
+        key_starts,
+        queries,
+        int(lengths.max()),
+    )
+    return out.reshape(batch, queries, heads, dim).transpose(1, 2)

@@ -1,0 +1,290 @@
+"""The image autoencoder of FLUX.1 and Lumina Image 2.0, under the names of the original checkpoints.
+
+Pixels in -1..1 become latents at 1/8 of the size (with four resolution levels), scaled to about unit variance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.loading import Origin, TensorSource, load_module
+from library.models.recognition import AUTOENCODER_PREFIXES, refuse_unless
+from library.safetensors_io import open_checkpoint
+
+LATENT_SCALE = 0.3611
+LATENT_SHIFT = 0.1159
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Everything that fixes the network's shape; the defaults are the FLUX.1 autoencoder."""
+
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    latent_channels: int = 16
+    groups: int = 32
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent position."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+def norm_groups(channels: int) -> int:
+    """GroupNorm groups by convention: with 32 groups, narrow models would lose absolute colour."""
+    return 32 if channels >= 128 else 8
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.changes_channels = in_channels != out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return (self.nin_shortcut(x) if self.changes_channels else x) + hidden
+
+
+class AttnBlock(nn.Module):
+    """One-head attention over all positions."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        query, key, value = (
+            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for layer in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution (the checkpoints call their list ``block``) and the step to the next resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, count: int, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels if index == 0 else out_channels, out_channels, groups) for index in range(count)
+        )
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        resample = self.downsample or self.upsample
+        return x if resample is None else resample(x)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for index, width in enumerate(widths):
+            level = Level(([config.channels, *widths])[index], width, config.res_blocks, config.groups)
+            if index < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.groups)
+        self.up = nn.ModuleList()  # up[0] is the finest level, as in the checkpoints; forward runs from the last to it
+        for index, width in enumerate(widths):
+            level = Level(([*widths, widths[-1]])[index + 1], width, config.res_blocks + 1, config.groups)
+            if index > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder; the state dict has the keys of the original checkpoints."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.conv_in.weight.device
+
+    def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the unscaled latents of ``images`` [batch, 3, H, W] in -1..1.
+
+        Each is float32 [batch, z, H/8, W/8]. The log-variance is clamped to -30..20, as in diffusers.
+        """
+        moments = self.encoder(images.to(device=self.device, dtype=self.dtype)).float()
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Scaled latents of ``images`` [batch, 3, H, W] in -1..1: float32 [batch, z, H/8, W/8].
+
+        Item i is sampled from its posterior with the CPU generator ``generators[i]``, so that it does not depend on its
+        batch; without generators the posterior's mean is taken.
+        """
+        mean, logvar = self.encode_moments(images)
+        if generators is not None:
+            if len(generators) != len(mean):
+                raise ValueError(f"{len(generators)} generators for {len(mean)} images")
+            noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+            mean = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
+        return LATENT_SCALE * (mean - LATENT_SHIFT)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [batch, 3, H, W], about -1..1, of scaled ``latents`` [batch, z, H/8, W/8]."""
+        unscaled = latents.float() / LATENT_SCALE + LATENT_SHIFT
+        return self.decoder(unscaled.to(device=self.device, dtype=self.dtype))
+
+
+@dataclass(frozen=True)
+class AutoencoderFile:
+    """An opened autoencoder checkpoint, ready to be loaded."""
+
+    source: TensorSource
+    config: AutoencoderConfig
+
+    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> AutoencoderKL:
+        """The autoencoder, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
+        with torch.device("meta"):
+            autoencoder = AutoencoderKL(self.config)
+        load_module(autoencoder, self.source, dtype, device)
+        return autoencoder
+
+
+def open_autoencoder(path: Path | str, disable_mmap: bool = False, option: str = "") -> AutoencoderFile:
+    """Open ``path`` (original or Diffusers layout; a file, or a model folder with ``vae/``) by its headers only.
+
+    Raises UserError, naming ``option`` and what the file is, when it isn't such an autoencoder.
+    """
+    checkpoint = open_checkpoint(path, "vae", disable_mmap, option)
+    kind = refuse_unless(checkpoint, {"ae", "ae-diffusers"}, "a FLUX autoencoder (AE)", AUTOENCODER_PREFIXES)
+    source = TensorSource(checkpoint, AUTOENCODER_PREFIXES)
+    if kind.name == "ae-diffusers":
+        levels = source.count(r"decoder\.up_blocks\.(\d+)\.")
+        source.remap({original_name(name, levels): diffusers_origin(source, name) for name in source.names()})
+    channels = source.shape("encoder.conv_in.weight")[0]
+    levels = source.count(r"encoder\.down\.(\d+)\.")
+    widths = [source.shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    config = AutoencoderConfig(
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        res_blocks=source.count(r"encoder\.down\.0\.block\.(\d+)\."),
+        latent_channels=source.shape("decoder.conv_in.weight")[1],
+        groups=int(source.exceptions.get("norm_num_groups", norm_groups(channels))),
+    )
+    if channels % config.groups:
+        raise UserError(f"{checkpoint.label}: {channels} channels cannot be split into {config.groups} norm groups.")
+    return AutoencoderFile(source, config)
+
+
+DIFFUSERS_NAMES = (
+    (r"\bdown_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
+    (r"\bdown_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
+    (r"\bup_blocks\.(\d+)\.resnets\.", r"up.\1.block."),
+    (r"\bup_blocks\.(\d+)\.upsamplers\.0\.", r"up.\1.upsample."),
+    (r"\bmid_block\.resnets\.0\.", "mid.block_1."),
+    (r"\bmid_block\.resnets\.1\.", "mid.block_2."),
+    (r"\bmid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"\bgroup_norm\.", "norm."),
+    (r"\b(to_q|query)\.", "q."),
+    (r"\b(to_k|key)\.", "k."),
+    (r"\b(to_v|value)\.", "v."),
+    (r"\b(to_out\.0|proj_attn)\.", "proj_out."),
+    (r"\bconv_shortcut\.", "nin_shortcut."),
+    (r"\bconv_norm_out\.", "norm_out."),
+)
+
+
+def original_name(name: str, levels: int) -> str:
+    """The original name of a Diffusers tensor; Diffusers counts the decoder's levels from the coarsest."""
+    for pattern, replacement in DIFFUSERS_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"\bup\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", name)
+
+
+def diffusers_origin(source: TensorSource, name: str) -> Origin:
+    """The attention's projections are matrices in Diffusers, 1x1 convolutions in the original."""
+    shape = source.shape(name)
+    return Origin((name,), shape=(*shape, 1, 1) if len(shape) == 2 else None)

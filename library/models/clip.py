@@ -1,0 +1,117 @@
+"""CLIP's text encoder (transformers' model) from a single file or a Diffusers folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.loading import Origin, TensorSource, load_module
+from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
+from library.safetensors_io import open_checkpoint
+
+HEAD_DIM = 64
+PREFIX = "text_model."
+BELOW_PREFIX = ("embeddings.", "encoder.", "final_layer_norm.")  # how transformers 5 itself writes files
+OTHER_TENSORS = ("text_projection.weight", "text_projection", "logit_scale", "text_model.embeddings.position_ids")
+
+
+class ClipTextEncoder(nn.Module):
+    """CLIP's text transformer under the checkpoints' names: everything lies below ``text_model``.
+
+    (From version 5 on, transformers leaves that level out, and LoRA names would lose it.)
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        from transformers.models.clip.modeling_clip import CLIPTextModel
+
+        self.text_model = CLIPTextModel(config)
+
+    @property
+    def config(self) -> Any:
+        return self.text_model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text_model.embeddings.position_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_model.embeddings.position_embedding.weight.device
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Active while the module is in train mode, which changes nothing else: there is no dropout."""
+        self.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, tokens: Tensor, end_of_text: int) -> Tensor:
+        """Pooled text [batch, hidden] of ``tokens`` [batch, length]: the final state at the first ``end_of_text``."""
+        tokens = tokens.to(self.device)
+        hidden = self.text_model(input_ids=tokens).last_hidden_state
+        ends = (tokens == end_of_text).int().argmax(dim=-1)
+        return hidden[torch.arange(len(tokens), device=hidden.device), ends]
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """An opened CLIP checkpoint, ready to be loaded."""
+
+    source: TensorSource
+    sizes: dict[str, Any]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.sizes["vocab_size"]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.sizes["hidden_size"]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens in one prompt, start and end included."""
+        return self.sizes["max_position_embeddings"]
+
+    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> ClipTextEncoder:
+        """The text encoder, frozen and in eval mode. Raises UserError where tensors don't fit."""
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+        # The special ids of the configuration are unused: they come from the tokenizer.
+        config = CLIPTextConfig(**self.sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0, attention_dropout=0.0)
+        with torch.device("meta"):
+            encoder = ClipTextEncoder(config)
+        positions = torch.arange(self.max_length, device=device).expand(1, -1)
+        encoder.text_model.embeddings.register_buffer("position_ids", positions, persistent=False)
+        load_module(encoder, self.source, dtype, device)
+        return encoder
+
+
+def open_clip(path: Path | str, disable_mmap: bool = False, option: str = "") -> ClipFile:
+    """Open a CLIP-L text encoder by its headers: a file, or a folder (with ``text_encoder/`` in it).
+
+    Heads are 64 wide, as in all published models; a narrower model says ``num_attention_heads`` in its metadata's
+    ``config`` entry or its folder's ``config.json``. Raises UserError, naming ``option`` and what the file is.
+    """
+    checkpoint = open_checkpoint(path, "text_encoder", disable_mmap, option)
+    refuse_unless(checkpoint, {"clip-l", "clip-full"}, "a CLIP-L text encoder", CLIP_L_PREFIXES)
+    source = TensorSource(checkpoint, CLIP_L_PREFIXES)
+    source.remap({PREFIX + name: Origin((name,)) for name in source.names() if name.startswith(BELOW_PREFIX)})
+    source.drop([name for name in source.names() if not name.startswith(PREFIX) or name in OTHER_TENSORS])
+    vocabulary, hidden = source.shape("text_model.embeddings.token_embedding.weight")
+    heads = int(source.exceptions.get("num_attention_heads", max(1, hidden // HEAD_DIM)))
+    if hidden % heads:
+        raise UserError(f"{checkpoint.label}: a width of {hidden} cannot be split into {heads} attention heads.")
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": source.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": source.count(r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": heads,
+        "max_position_embeddings": source.shape("text_model.embeddings.position_embedding.weight")[0],
+        "hidden_act": source.exceptions.get("hidden_act", "quick_gelu"),
+    }
+    return ClipFile(source, sizes)

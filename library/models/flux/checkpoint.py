@@ -1,0 +1,159 @@
+"""Open a FLUX.1 transformer file: recognise its layout, infer its sizes, build it on ``meta``, load it.
+
+Layouts read: the original one, the same with ComfyUI's prefix, and Diffusers' (a file, shards, or a model folder).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
+from library.models.loading import Origin, TensorSource, load_module
+from library.models.recognition import TRANSFORMER_PREFIXES, refuse_unless
+from library.safetensors_io import open_checkpoint
+
+Variant = Literal["dev", "schnell"]
+SPECIAL_INPUTS = {128: "Depth or Canny", 384: "Fill"}
+
+
+@dataclass(frozen=True)
+class TransformerFile:
+    """An opened transformer checkpoint, ready to be loaded."""
+
+    source: TensorSource
+    config: FluxConfig
+
+    @property
+    def variant(self) -> Variant:
+        """``dev`` where the model is guidance-distilled (dev, Krea, Kontext), else ``schnell``."""
+        return "dev" if self.config.guidance_embed else "schnell"
+
+    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> FluxTransformer:
+        """The transformer, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
+        with torch.device("meta"):
+            transformer = FluxTransformer(self.config)
+        load_module(transformer, self.source, dtype, device)
+        return transformer
+
+
+def open_transformer(path: Path | str, disable_mmap: bool = False, option: str = "") -> TransformerFile:
+    """Open ``path`` (a file, one of its shards, a Diffusers folder) by its headers only.
+
+    Raises UserError, naming ``option`` and what the file is, when it isn't a FLUX.1 text-to-image transformer.
+    """
+    checkpoint = open_checkpoint(path, "transformer", disable_mmap, option)
+    kind = refuse_unless(checkpoint, {"flux", "flux-diffusers"}, "a FLUX.1 transformer", TRANSFORMER_PREFIXES)
+    source = TensorSource(checkpoint, TRANSFORMER_PREFIXES)
+    if kind.name == "flux-diffusers":
+        source.remap(diffusers_origins(source))
+    in_channels = source.shape("img_in.weight")[1]
+    if in_channels != source.shape("final_layer.linear.weight")[0]:
+        special = SPECIAL_INPUTS.get(in_channels, "a special kind")
+        raise UserError(
+            f"{checkpoint.label} is a FLUX.1 model with extra image inputs ({special}: {in_channels} input channels); "
+            "a text-to-image model (dev, schnell, Krea, Kontext) is needed here."
+        )
+    return TransformerFile(source, infer_config(source))
+
+
+def infer_config(source: TensorSource) -> FluxConfig:
+    """Sizes from the shapes of tensors in the original layout. Raises UserError when they contradict each other."""
+    hidden, in_channels = source.shape("img_in.weight")
+    head_dim = source.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    exceptions = source.exceptions
+    try:
+        return FluxConfig(
+            hidden_size=hidden,
+            num_heads=hidden // head_dim,
+            depth=source.count(r"double_blocks\.(\d+)\."),
+            depth_single=source.count(r"single_blocks\.(\d+)\."),
+            in_channels=in_channels,
+            out_channels=source.shape("final_layer.linear.weight")[0],
+            context_dim=source.shape("txt_in.weight")[1],
+            vector_dim=source.shape("vector_in.in_layer.weight")[1],
+            time_dim=source.shape("time_in.in_layer.weight")[1],
+            mlp_hidden=source.shape("double_blocks.0.img_mlp.0.weight")[0],
+            axes_dims=tuple(exceptions.get("axes_dims_rope", rope_axes(head_dim))),
+            theta=float(exceptions.get("theta", 10000.0)),
+            guidance_embed="guidance_in.in_layer.weight" in source,
+            qkv_bias="double_blocks.0.img_attn.qkv.bias" in source,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source.checkpoint.label} has sizes that don't fit together: {error}.") from None
+
+
+# Diffusers' names of whole modules; {} is "weight" or "bias".
+OUTER = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+DOUBLE_NORMS = {
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+}
+SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+}
+SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+
+
+def swap_halves(modulation: Tensor) -> Tensor:
+    """Diffusers keeps the last modulation as (scale, shift), the original as (shift, scale)."""
+    scale, shift = modulation.chunk(2)
+    return torch.cat((shift, scale))
+
+
+def diffusers_origins(source: TensorSource) -> dict[str, Origin]:
+    """For each tensor of the original layout, the Diffusers tensors it is made of (rows in that order)."""
+    origins: dict[str, Origin] = {}
+
+    def add(name: str, parts: tuple[str, ...]) -> None:
+        for kind in ("weight", "bias"):
+            keys = tuple(f"{part}.{kind}" for part in parts)
+            if all(key in source for key in keys):
+                swapped = name == "final_layer.adaLN_modulation.1"
+                origins[f"{name}.{kind}"] = Origin(keys, swap_halves) if swapped else Origin(keys)
+
+    for name, part in OUTER.items():
+        add(name, (part,))
+    for ours, theirs, modules, norms in (
+        ("double_blocks", "transformer_blocks", DOUBLE, DOUBLE_NORMS),
+        ("single_blocks", "single_transformer_blocks", SINGLE, SINGLE_NORMS),
+    ):
+        for index in range(source.count(rf"{theirs}\.(\d+)\.")):
+            for name, parts in modules.items():
+                add(f"{ours}.{index}.{name}", tuple(f"{theirs}.{index}.{part}" for part in parts))
+            for name, part in norms.items():
+                if f"{theirs}.{index}.{part}.weight" in source:
+                    origins[f"{ours}.{index}.{name}.scale"] = Origin((f"{theirs}.{index}.{part}.weight",))
+    return origins

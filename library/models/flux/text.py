@@ -1,0 +1,57 @@
+"""Prompts to FLUX.1's conditioning: a pooled vector from CLIP-L and a sequence of states from T5.
+
+Conditioning is a dictionary of tensors, batch first: ``l_pooled`` [B, 768], ``t5_out`` [B, L, 4096], ``txt_ids``
+[B, L, 3] (all zero) and ``t5_attn_mask`` [B, L] (1 where the prompt and its end token stand).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+    from library.models.clip import ClipTextEncoder
+    from library.models.t5 import T5TextEncoder
+
+T5_LENGTH = {"schnell": 256, "dev": 512}
+
+
+def clip_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
+    """Token ids of ``prompts`` for CLIP, cut or padded: ``l_tokens`` [B, length]."""
+    return {"l_tokens": _tokenize(tokenizer, prompts, length).input_ids}
+
+
+def t5_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
+    """Token ids of ``prompts`` for T5, cut or padded: ``t5_tokens`` and ``t5_attn_mask``, both [B, length]."""
+    tokens = _tokenize(tokenizer, prompts, length)
+    return {"t5_tokens": tokens.input_ids, "t5_attn_mask": tokens.attention_mask}
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> BatchEncoding:
+    return tokenizer(list(prompts), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+
+
+def encode_clip(
+    encoder: ClipTextEncoder, tokens: Mapping[str, Tensor], end_of_text: int, with_gradients: bool = False
+) -> dict[str, Tensor]:
+    """``l_pooled`` of ``tokens`` (from ``clip_tokens``)."""
+    with torch.set_grad_enabled(with_gradients):
+        return {"l_pooled": encoder(tokens["l_tokens"], end_of_text)}
+
+
+def encode_t5(
+    encoder: T5TextEncoder, tokens: Mapping[str, Tensor], apply_attention_mask: bool, with_gradients: bool = False
+) -> dict[str, Tensor]:
+    """``t5_out``, ``txt_ids`` and ``t5_attn_mask`` of ``tokens`` (from ``t5_tokens``).
+
+    Without ``apply_attention_mask`` T5 also attends to padding, as FLUX.1 was trained.
+    """
+    mask = tokens["t5_attn_mask"].to(encoder.device)
+    with torch.set_grad_enabled(with_gradients):
+        states = encoder(tokens["t5_tokens"], mask if apply_attention_mask else None)
+    return {"t5_out": states, "txt_ids": torch.zeros(*mask.shape, 3, device=mask.device), "t5_attn_mask": mask}

@@ -1,0 +1,373 @@
+"""The FLUX.1 transformer, under the names of the original checkpoints (github.com/black-forest-labs/flux).
+
+It maps noisy packed latents, text and a timestep to the velocity (noise minus image). Blocks are built from modulation
+modules that are handed in, so that a relative which computes its modulations elsewhere can use the same blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library.models.attention import AttentionBackend, attention, require_backend
+
+LARGEST_FLOAT16 = 65504.0
+Modulations = tuple[Tensor, ...]  # shift, scale, gate (, shift, scale, gate): each [batch, 1, hidden]
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Everything that fixes the network's shape; the defaults are FLUX.1 [dev]."""
+
+    hidden_size: int = 3072
+    num_heads: int = 24
+    depth: int = 19
+    depth_single: int = 38
+    in_channels: int = 64
+    out_channels: int = 64
+    context_dim: int = 4096
+    vector_dim: int = 768
+    time_dim: int = 256
+    mlp_hidden: int = 12288
+    axes_dims: tuple[int, ...] = (16, 56, 56)
+    theta: float = 10000.0
+    guidance_embed: bool = True
+    qkv_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden size {self.hidden_size} is not a multiple of {self.num_heads} heads")
+        if sum(self.axes_dims) != self.head_dim or any(dim % 2 for dim in self.axes_dims):
+            raise ValueError(
+                f"RoPE axes {self.axes_dims} must be even and add up to the head dimension {self.head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """The share of each position axis (unused, row, column) in a head: 1/8, 7/16, 7/16, as in FLUX.1's 16, 56, 56."""
+    return (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16)
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """[batch, channels, h, w] -> [batch, (h/2) * (w/2), channels * 4], tokens row by row, channel order (c, dy, dx)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of ``pack_latents``; ``height`` and ``width`` are those of the latents."""
+    batch, _, channels = tokens.shape
+    patches = tokens.reshape(batch, height // 2, width // 2, channels // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+
+def image_ids(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Positions (0, row, column) of packed latents of size ``height`` x ``width``: [(h/2) * (w/2), 3], float32."""
+    ids = torch.zeros(height // 2, width // 2, 3, device=device)
+    ids[..., 1] = torch.arange(height // 2, device=device)[:, None]
+    ids[..., 2] = torch.arange(width // 2, device=device)[None, :]
+    return ids.flatten(0, 1)
+
+
+def rope_rotations(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
+    """Rotary positions of ``ids`` [batch, tokens, axes] as unit complex numbers [batch, 1, tokens, head_dim / 2].
+
+    Angles are computed in float64, because float32 loses high positions; the result is complex64.
+    """
+    positions = ids.double()
+    angles = [
+        positions[..., axis, None] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        for axis, dim in enumerate(axes_dims)
+    ]
+    joined = torch.cat(angles, dim=-1).unsqueeze(1)
+    return torch.polar(torch.ones_like(joined), joined).to(torch.complex64)
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate adjacent pairs of ``x`` [batch, heads, tokens, head_dim], in float32.
+
+    As a complex product: several times as fast as products and sums of the pairs' halves, with the same result.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+
+
+def sinusoid(values: Tensor, dim: int) -> Tensor:
+    """Embed ``values`` [batch] (timestep in 0..1, or guidance) as [batch, dim] float32: cosines first, then sines."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
+    angles = 1000.0 * values.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_dim: int, hidden_dim: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension in float32; its weight is called ``scale`` in the checkpoints."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), eps=1e-6).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; the attention itself joins both streams and lives in the block."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, hidden_size * 3, bias=qkv_bias)
+        self.norm = QKNorm(hidden_size // num_heads)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[batch, tokens, hidden] -> three of [batch, heads, tokens, head_dim], queries and keys normed."""
+        return split_heads(self.qkv(x), self.num_heads, self.norm)
+
+
+def split_heads(qkv: Tensor, num_heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return norm.query_norm(query), norm.key_norm(key), value
+
+
+class Modulation(nn.Module):
+    """``count`` modulation vectors from the conditioning vector [batch, hidden]."""
+
+    def __init__(self, hidden_size: int, count: int):
+        super().__init__()
+        self.count = count
+        self.lin = nn.Linear(hidden_size, count * hidden_size)
+
+    def forward(self, vec: Tensor) -> Modulations:
+        return self.lin(F.silu(vec))[:, None, :].chunk(self.count, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
+
+
+def feed_forward(hidden_size: int, mlp_hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(hidden_size, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden_size)
+    )
+
+
+def clip_float16(x: Tensor) -> Tensor:
+    """Keep float16 finite: the streams of the last blocks can pass its largest number."""
+    return x.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16) if x.dtype == torch.float16 else x
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image tokens with weights of their own and one joint attention, text first."""
+
+    def __init__(self, config: FluxConfig, img_mod: nn.Module, txt_mod: nn.Module):
+        super().__init__()
+        self.attention_backend: AttentionBackend = "sdpa"
+        self.img_mod = img_mod
+        self.img_attn = SelfAttention(config.hidden_size, config.num_heads, config.qkv_bias)
+        self.img_mlp = feed_forward(config.hidden_size, config.mlp_hidden)
+        self.txt_mod = txt_mod
+        self.txt_attn = SelfAttention(config.hidden_size, config.num_heads, config.qkv_bias)
+        self.txt_mlp = feed_forward(config.hidden_size, config.mlp_hidden)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        img_qkv = self.img_attn.query_key_value(modulate(img, img_shift1, img_scale1))
+        txt_qkv = self.txt_attn.query_key_value(modulate(txt, txt_shift1, txt_scale1))
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))
+        attended = attention(apply_rope(query, rope), apply_rope(key, rope), value, key_mask, self.attention_backend)
+        txt_attended, img_attended = attended.split((txt.shape[1], img.shape[1]), dim=1)
+
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attended))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attended))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
+        return img, clip_float16(txt)
+
+
+class SingleStreamBlock(nn.Module):
+    """Text and image tokens as one sequence; attention and feed-forward side by side."""
+
+    def __init__(self, config: FluxConfig, modulation: nn.Module):
+        super().__init__()
+        self.attention_backend: AttentionBackend = "sdpa"
+        self.num_heads = config.num_heads
+        self.widths = (3 * config.hidden_size, config.mlp_hidden)
+        self.linear1 = nn.Linear(config.hidden_size, sum(self.widths))
+        self.linear2 = nn.Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
+        self.norm = QKNorm(config.head_dim)
+        self.modulation = modulation
+
+    def forward(self, x: Tensor, vec: Tensor, rope: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
+        query, key, value = split_heads(qkv, self.num_heads, self.norm)
+        attended = attention(apply_rope(query, rope), apply_rope(key, rope), value, key_mask, self.attention_backend)
+        out = self.linear2(torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1))
+        return clip_float16(torch.addcmul(x, gate, out))
+
+
+class LastLayer(nn.Module):
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class StreamTransformer(nn.Module):
+    """What the FLUX family shares: the two lists of blocks, how they are run, and how memory is traded for time."""
+
+    double_blocks: nn.ModuleList
+    single_blocks: nn.ModuleList
+    img_in: nn.Linear
+
+    swappable_blocks = ("double_blocks", "single_blocks")
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.cpu_offload_checkpointing = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations; 8-bit weights are stored only, and computed with in bfloat16."""
+        dtype = self.img_in.weight.dtype
+        return dtype if dtype.itemsize > 1 else torch.bfloat16
+
+    @property
+    def device(self) -> torch.device:
+        return self.img_in.weight.device
+
+    def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
+        """Keep only the inputs of each block for the backward pass (in main memory with ``cpu_offload``)."""
+        self.gradient_checkpointing = True
+        self.cpu_offload_checkpointing = cpu_offload
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+        self.cpu_offload_checkpointing = False
+
+    def set_attention_backend(self, backend: AttentionBackend) -> None:
+        """Raises UserError when the backend's package isn't installed."""
+        require_backend(backend)
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.attention_backend = backend
+
+    def run(self, module: Callable[..., Any], *inputs: Any) -> Any:
+        """Call ``module``, with its activations recomputed in the backward pass if checkpointing is on."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return module(*inputs)
+        if not self.cpu_offload_checkpointing:
+            return checkpoint(module, *inputs, use_reentrant=False)
+        # Only the checkpoint's inputs are saved while these hooks are active, so only they go to main memory.
+        with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
+            return checkpoint(module, *inputs, use_reentrant=False)
+
+    def run_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, key_mask: Tensor | None) -> Tensor:
+        """All blocks; returns the image tokens [batch, image tokens, hidden]."""
+        for block in self.double_blocks:
+            img, txt = self.run(block, img, txt, vec, rope, key_mask)
+        joined = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            joined = self.run(block, joined, vec, rope, key_mask)
+        return joined[:, txt.shape[1] :]
+
+    def positions(self, img_ids: Tensor, txt_ids: Tensor, batch: int) -> Tensor:
+        """Rotations of the joint sequence, text first. Ids may be [tokens, 3] or [batch, tokens, 3]."""
+        ids = [ids if ids.dim() == 3 else ids.expand(batch, *ids.shape) for ids in (txt_ids, img_ids)]
+        return rope_rotations(torch.cat(ids, dim=1), self.config.axes_dims, self.config.theta)
+
+
+class FluxTransformer(StreamTransformer):
+    """FLUX.1 [dev] and [schnell]; the state dict has the keys of the original checkpoints."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__(config)
+        hidden = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, hidden)
+        self.time_in = MLPEmbedder(config.time_dim, hidden)
+        self.vector_in = MLPEmbedder(config.vector_dim, hidden)
+        if config.guidance_embed:
+            self.guidance_in = MLPEmbedder(config.time_dim, hidden)
+        self.txt_in = nn.Linear(config.context_dim, hidden)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(config, Modulation(hidden, 6), Modulation(hidden, 6)) for _ in range(config.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(config, Modulation(hidden, 3)) for _ in range(config.depth_single)
+        )
+        self.final_layer = LastLayer(config)
+
+    def conditioning_vector(self, timesteps: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        vec = self.time_in(sinusoid(timesteps, self.config.time_dim).to(self.dtype))
+        if self.config.guidance_embed:
+            if guidance is None:
+                raise ValueError("this transformer is guidance-distilled: it needs a guidance value for each item")
+            vec = vec + self.guidance_in(sinusoid(guidance, self.config.time_dim).to(self.dtype))
+        return vec + self.vector_in(pooled.to(self.dtype))
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        txt_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity [batch, S, out_channels] of packed noisy latents.
+
+        ``img`` [batch, S, in_channels]; ``img_ids`` [S, 3] or [batch, S, 3]; ``txt`` [batch, L, context_dim];
+        ``txt_ids`` as ``img_ids``; ``timesteps`` [batch] in 0..1 and ``guidance`` [batch], both float32 (the latter
+        ignored by models without a guidance embedding); ``y`` [batch, vector_dim] pooled text; ``txt_attention_mask``
+        [batch, L], non-zero where text tokens are attended to (None: all).
+        """
+        vec = self.run(self.conditioning_vector, timesteps, y, guidance)
+        rope = self.positions(img_ids, txt_ids, len(img))
+        key_mask = None
+        if txt_attention_mask is not None:
+            text_mask = txt_attention_mask.to(device=img.device).bool()
+            key_mask = F.pad(text_mask, (0, img.shape[1]), value=True)
+        tokens = self.run_blocks(self.img_in(img.to(self.dtype)), self.txt_in(txt.to(self.dtype)), vec, rope, key_mask)
+        return self.final_layer(tokens, vec)

@@ -1,0 +1,217 @@
+"""From a checkpoint file to a module: names mapped, weights dequantised, straight to their dtype and device.
+
+A module is built on torch's meta device and its tensors are read one at a time, so that memory never holds much more
+than the finished module.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.recognition import names_of_part
+from library.safetensors_io import Checkpoint
+
+UNREADABLE_QUANTISATION = {
+    ".absmax": "bitsandbytes 4-bit",
+    ".quant_map": "bitsandbytes 4-bit",
+    ".SCB": "bitsandbytes 8-bit",
+    ".qweight": "integer-quantised (GPTQ, AWQ or Nunchaku)",
+    ".wscales": "Nunchaku",
+    ".weight_scale_2": "NVFP4",
+}
+WEIGHT_SCALES = (".scale_weight", ".weight_scale")
+QUANTISATION_KEY = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How one tensor of a module comes from a file: the tensors of ``keys`` as one, row after row.
+
+    Then ``transform`` reorders its values and ``shape``, where given, is what it is reshaped to.
+    """
+
+    keys: tuple[str, ...]
+    transform: Callable[[Tensor], Tensor] | None = None
+    shape: tuple[int, ...] | None = None
+
+
+class TensorSource:
+    """The tensors of a checkpoint under the names of a module; fp8 weights with scales are given dequantised.
+
+    ``prefixes`` are taken off each key that has one; keys of other parts in an all-in-one file are left out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...] = ()):
+        self.checkpoint = checkpoint
+        self.file_keys = set(checkpoint)
+        _refuse_unreadable_quantisation(checkpoint)
+        names = names_of_part(checkpoint, prefixes) or {key: key for key in checkpoint}
+        self.origins = {name: Origin((key,)) for name, key in names.items() if not QUANTISATION_KEY.search(name)}
+
+    @property
+    def exceptions(self) -> dict[str, Any]:
+        """What shapes cannot give: the folder's ``config.json`` and the ``config`` entry of the file's metadata."""
+        texts = [self.checkpoint.metadata.get("config", "")]
+        folder_config = self.checkpoint.files[0].with_name("config.json")
+        # Only in a model's own folder: elsewhere, a config.json may be any other model's.
+        if self.checkpoint.files[0].name.startswith(("model", "diffusion_pytorch_model")) and folder_config.is_file():
+            texts.insert(0, folder_config.read_text(encoding="utf-8"))
+        merged: dict[str, Any] = {}
+        for text in texts:
+            try:
+                config = json.loads(text or "{}")
+            except ValueError:
+                continue  # other programs keep other things under this name
+            merged.update(config if isinstance(config, dict) else {})
+        return merged
+
+    def remap(self, targets: Mapping[str, Origin]) -> None:
+        """Give tensors new names: each target is made from current names, which are then no longer there."""
+        made = {
+            name: replace(origin, keys=tuple(self.origins[key].keys[0] for key in origin.keys))
+            for name, origin in targets.items()
+        }
+        for origin in targets.values():
+            for key in origin.keys:
+                self.origins.pop(key, None)
+        self.origins.update(made)
+
+    def drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.origins.pop(name, None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.origins
+
+    def names(self) -> list[str]:
+        return list(self.origins)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises UserError when the file has no such tensor."""
+        if name not in self.origins:
+            raise UserError(
+                f'{self.checkpoint.label}: the tensor "{name}" is missing, so the model\'s sizes cannot be told.'
+            )
+        origin = self.origins[name]
+        return origin.shape or self._joined_shape(origin)
+
+    def _joined_shape(self, origin: Origin) -> tuple[int, ...]:
+        shapes = [self.checkpoint.shape(key) for key in origin.keys]
+        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def count(self, pattern: str) -> int:
+        """One more than the highest number that stands in the group of ``pattern`` in any name; 0 if in none."""
+        found = (re.match(pattern, name) for name in self.origins)
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+    def load(self, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+        """The tensor, in memory of its own."""
+        origin = self.origins[name]
+        tensor = self._load_joined(origin, dtype, device)
+        if origin.transform is not None:
+            tensor = origin.transform(tensor)
+        return tensor if origin.shape is None else tensor.reshape(origin.shape)
+
+    def _load_joined(self, origin: Origin, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+        """The parts are read one at a time straight into their place, so that joining takes no memory of its own."""
+        if len(origin.keys) == 1:
+            return self._load_stored(origin.keys[0], dtype, device)
+        is_scaled = any(self._scale(key) is not None for key in origin.keys)
+        joined_dtype = dtype or (torch.bfloat16 if is_scaled else self.checkpoint.dtype(origin.keys[0]))
+        joined = torch.empty(self._joined_shape(origin), dtype=joined_dtype, device=device)
+        row_counts = [self.checkpoint.shape(key)[0] for key in origin.keys]
+        for key, rows in zip(origin.keys, joined.split(row_counts)):
+            if is_scaled:
+                rows.copy_(self._load_stored(key, dtype, device))
+            else:
+                self.checkpoint.copy_to(key, rows)
+        return joined
+
+    def _load_stored(self, key: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+        scale = self._scale(key)
+        if scale is None:
+            return self.checkpoint.load(key, dtype, device)
+        weight = self.checkpoint.load(key, torch.float32, device)
+        return weight.mul_(scale.to(device)).to(dtype or torch.bfloat16)
+
+    def _scale(self, key: str) -> Tensor | None:
+        """The scale of an fp8 weight, in a shape that multiplies it: a scalar or one value for each row."""
+        if not key.endswith(".weight"):
+            return None
+        for suffix in WEIGHT_SCALES:
+            scale_key = key.removesuffix(".weight") + suffix
+            if scale_key in self.file_keys:
+                scale = self.checkpoint.load(scale_key, torch.float32)
+                rows, *rest = self.checkpoint.shape(key)
+                if scale.numel() not in (1, rows):
+                    raise UserError(
+                        f'{self.checkpoint.label}: the scales of "{key}" are neither one nor one for each row.'
+                    )
+                return scale.reshape(()) if scale.numel() == 1 else scale.reshape(rows, *(1 for _ in rest))
+        return None
+
+
+def _refuse_unreadable_quantisation(checkpoint: Checkpoint) -> None:
+    advice = "use the float32, float16, bfloat16 or fp8 version"
+    for key in checkpoint:
+        for suffix, meaning in UNREADABLE_QUANTISATION.items():
+            if key.endswith(suffix) or ".quant_state." in key:
+                raise UserError(f"{checkpoint.label} is quantised ({meaning}), which is not supported; {advice}.")
+        if key.endswith(".comfy_quant"):
+            described = bytes(checkpoint.load(key).tolist()).decode("utf-8", errors="replace")
+            if '"float8_e4m3fn"' not in described and '"float8_e5m2"' not in described:
+                raise UserError(f"{checkpoint.label} is quantised as {described}, which is not supported; {advice}.")
+
+
+def load_module(
+    module: nn.Module,
+    source: TensorSource,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    optional: Collection[str] = (),
+    keep_float32: Collection[str] = (),
+) -> None:
+    """Fill ``module``, built on the meta device, with the tensors of ``source``; it ends frozen and in eval mode.
+
+    ``dtype`` None keeps the file's numbers. Names in ``optional`` may be in the file without a place in the module.
+    Names that end in one of ``keep_float32`` become float32. Raises UserError that lists missing and unexpected tensors
+    or names one whose shape is wrong.
+    """
+    places = module.state_dict(keep_vars=True)
+    names = set(source.names())
+    missing = sorted(places.keys() - names)
+    unexpected = sorted(names - places.keys() - set(optional))
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing ({_few(missing)})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} tensors are unexpected ({_few(unexpected)})")
+    if problems:
+        raise UserError(
+            f"{source.checkpoint.label} does not fit the model it was recognised as: {' and '.join(problems)}."
+        )
+    for name, place in places.items():
+        if source.shape(name) != tuple(place.shape):
+            raise UserError(
+                f'{source.checkpoint.label}: tensor "{name}" has the shape {source.shape(name)}, '
+                f"but the other tensors ask for {tuple(place.shape)}."
+            )
+    with torch.no_grad():
+        state = {
+            name: source.load(name, torch.float32 if name.endswith(tuple(keep_float32)) else dtype, device)
+            for name in places
+        }
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

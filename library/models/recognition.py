@@ -1,0 +1,152 @@
+"""What a checkpoint is, told from its tensors' names and shapes, so that a file of the wrong family is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from library.errors import UserError
+from library.safetensors_io import Checkpoint
+
+# Names under which programs put a whole model into one file together with its other parts.
+TRANSFORMER_PREFIXES = ("model.diffusion_model.",)
+AUTOENCODER_PREFIXES = ("vae.", "first_stage_model.")
+CLIP_L_PREFIXES = ("text_encoders.clip_l.transformer.", "conditioner.embedders.0.transformer.")
+T5_PREFIXES = ("text_encoders.t5xxl.transformer.",)
+PART_PREFIXES = ("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders.", "conditioner.")
+
+LORA_KEY = re.compile(
+    r"\.(lora_(down|up|A|B|mid)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_blocks|oft_diag)(\.|$)|_lora\.(down|up)\."
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint.
+
+    ``keys`` are names that it has (a trailing dot: any name that starts so), ``without`` one that it doesn't have,
+    ``sized`` a (key, axis, size) that tells it from its likes.
+    """
+
+    name: str
+    description: str
+    keys: tuple[str, ...]
+    without: str | None = None
+    sized: tuple[str, int, int] | None = None
+
+
+SD_ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+SDXL_ATTENTION = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+UNET_ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+FLUX_DOUBLE = "double_blocks.0.img_attn.qkv.weight"
+HUNYUAN_DOUBLE = "double_blocks.0.img_attn_qkv.weight"
+JOINT = "transformer_blocks.0.attn.add_k_proj.weight"
+DIFFUSERS_POOLED = "time_text_embed.text_embedder.linear_1.weight"
+APPROXIMATOR = "distilled_guidance_layer.in_proj.weight"
+ENCODER = "encoder.down.0.block.0.conv1.weight"
+DIFFUSERS_ENCODER = "encoder.down_blocks.0.resnets.0.conv1.weight"
+DECODER = "decoder.conv_in.weight"
+CLIP = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+T5 = "encoder.block.0.layer.0.SelfAttention.q.weight"
+LLM = "model.layers.0.self_attn.q_proj.weight"
+IN_DIFFUSERS = "in the Diffusers layout"
+
+# The first that fits is taken, so the more special stand above the more general.
+KINDS = (
+    Kind("controlnet", "a FLUX ControlNet file", ("controlnet_blocks.",)),
+    Kind("controlnet", "a ControlNet file", ("controlnet_cond_embedding.",)),
+    Kind("controlnet", "a ControlNet file", ("control_model.input_hint_block.",)),
+    Kind("chroma-radiance", "a Chroma Radiance file (pixel space)", ("nerf_blocks.",)),
+    Kind("chroma-x0", "a Chroma file of the x0-prediction variant", (APPROXIMATOR, "__x0__")),
+    Kind("chroma", "a Chroma file", (APPROXIMATOR, FLUX_DOUBLE)),
+    Kind("chroma-diffusers", f"a Chroma file {IN_DIFFUSERS}", (APPROXIMATOR, JOINT)),
+    Kind("flux2", "a FLUX.2 file", ("single_stream_modulation.",)),
+    Kind("flux", "a FLUX.1 file", (FLUX_DOUBLE, "img_in.weight", "vector_in.in_layer.weight")),
+    Kind("flux-diffusers", f"a FLUX.1 file {IN_DIFFUSERS}", (JOINT, "x_embedder.weight", DIFFUSERS_POOLED)),
+    Kind("hunyuan-image", "a HunyuanImage-2.1 file", (HUNYUAN_DOUBLE, "byt5_in.")),
+    Kind("hunyuan-image", "a HunyuanImage-2.1 file", ("double_blocks.0.img_attn_q.weight", "byt5_in.")),
+    Kind("hunyuan-video", "a HunyuanVideo file", (HUNYUAN_DOUBLE,)),
+    Kind("sd3", "a Stable Diffusion 3 file", ("joint_blocks.0.context_block.attn.qkv.weight",)),
+    Kind("sd3", f"a Stable Diffusion 3 file {IN_DIFFUSERS}", (JOINT, "pos_embed.proj.weight")),
+    Kind("qwen-image", "a Qwen-Image file", (JOINT, "txt_norm.weight")),
+    Kind("lumina", "a Lumina Image 2.0 file", ("cap_embedder.1.weight", "context_refiner.")),
+    Kind("lumina", f"a Lumina Image 2.0 file {IN_DIFFUSERS}", ("time_caption_embed.caption_embedder.1.weight",)),
+    Kind("sdxl", "a Stable Diffusion XL file", (SDXL_ATTENTION,), without=SD_ATTENTION),
+    Kind("sd2", "a Stable Diffusion 2.x file", (SD_ATTENTION,), sized=(SD_ATTENTION, 1, 1024)),
+    Kind("sd1", "a Stable Diffusion 1.x file", (SD_ATTENTION,)),
+    Kind("sdxl", f"a Stable Diffusion XL file {IN_DIFFUSERS}", (UNET_ATTENTION, "add_embedding.")),
+    Kind("sd2", f"a Stable Diffusion 2.x file {IN_DIFFUSERS}", (UNET_ATTENTION,), sized=(UNET_ATTENTION, 1, 1024)),
+    Kind("sd1", f"a Stable Diffusion 1.x file {IN_DIFFUSERS}", (UNET_ATTENTION,)),
+    Kind("wan", "a Wan video file", ("blocks.0.cross_attn.norm_k.weight", "text_embedding.0.weight")),
+    Kind("pixart", "a PixArt file", ("blocks.0.cross_attn.kv_linear.weight",)),
+    Kind("aura-flow", "an AuraFlow file", ("double_layers.0.attn.w1q.weight",)),
+    Kind("hunyuan-vae", "a HunyuanImage autoencoder", (ENCODER, DECODER), sized=(DECODER, 1, 64)),
+    Kind("sd-vae", "a Stable Diffusion autoencoder (VAE)", (ENCODER, "quant_conv.weight")),
+    Kind("ae", "a FLUX autoencoder (AE)", (ENCODER, DECODER)),
+    Kind("sd-vae", f"a Stable Diffusion autoencoder (VAE) {IN_DIFFUSERS}", (DIFFUSERS_ENCODER, "quant_conv.weight")),
+    Kind("ae-diffusers", f"an autoencoder (VAE) {IN_DIFFUSERS}", (DIFFUSERS_ENCODER, DECODER)),
+    Kind("clip-full", "a full CLIP file (text and image)", (CLIP, "vision_model.")),
+    Kind("clip-g", "a CLIP-G text encoder", (CLIP,), sized=(CLIP, 0, 1280)),
+    Kind("clip-l", "a CLIP-L text encoder", (CLIP,)),
+    Kind(
+        "clip-l", "a CLIP text encoder", ("encoder.layers.0.self_attn.q_proj.weight", "embeddings.position_embedding.")
+    ),
+    Kind("open-clip", "a text encoder in the OpenCLIP layout", ("transformer.resblocks.",)),
+    Kind("t5-full", "a full T5 file (encoder and decoder)", (T5, "decoder.block.")),
+    Kind("byt5", "a ByT5 text encoder", (T5,), sized=(T5, 1, 1472)),
+    Kind("t5", "a T5 text encoder", (T5,)),
+    Kind("gemma2", "a Gemma 2 text encoder", (LLM, "model.layers.0.pre_feedforward_layernorm.weight")),
+    Kind("qwen2.5-vl", "a Qwen2.5-VL text encoder", (LLM, "model.layers.0.self_attn.q_proj.bias")),
+    Kind("llm", "a language model (Llama type)", (LLM,)),
+)
+
+
+def recognise(checkpoint: Checkpoint, prefixes: tuple[str, ...] = TRANSFORMER_PREFIXES) -> Kind | None:
+    """The kind of a checkpoint, or None when it is none that we know.
+
+    Where keys start with one of ``prefixes``, only those are looked at: that part of an all-in-one file.
+    """
+    originals = names_of_part(checkpoint, prefixes) or names_of_part(checkpoint, TRANSFORMER_PREFIXES)
+    originals = originals or {key: key for key in checkpoint}
+    if any(LORA_KEY.search(key) for key in originals):
+        return Kind("lora", "a LoRA file", ())
+    for kind in KINDS:
+        if not all(_has(originals, key) for key in kind.keys) or kind.without in originals:
+            continue
+        if kind.sized is None or checkpoint.shape(originals[kind.sized[0]])[kind.sized[1]] == kind.sized[2]:
+            return kind
+    return None
+
+
+def names_of_part(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> dict[str, str]:
+    """One part's names without prefix, and the file's keys; empty where no key starts with one of ``prefixes``.
+
+    Keys without any known prefix belong to the part too: files exist in which only some keys carry it.
+    """
+    if not any(key.startswith(prefixes) for key in checkpoint):
+        return {}
+    names = {}
+    for key in checkpoint:
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+        if prefix or not key.startswith(PART_PREFIXES):
+            names[key.removeprefix(prefix)] = key
+    return names
+
+
+def _has(names: Collection[str], key: str) -> bool:
+    return any(name.startswith(key) for name in names) if key.endswith(".") else key in names
+
+
+def refuse_unless(
+    checkpoint: Checkpoint, kinds: Collection[str], wanted: str, prefixes: tuple[str, ...] = TRANSFORMER_PREFIXES
+) -> Kind:
+    """The checkpoint's kind; raises UserError unless its name is one of ``kinds``.
+
+    The message says what the file is, and that ``wanted`` ("a FLUX.1 transformer") is needed.
+    """
+    kind = recognise(checkpoint, prefixes)
+    if kind is not None and kind.name in kinds:
+        return kind
+    what = f"is {kind.description}" if kind is not None else "is not a checkpoint of a known kind"
+    raise UserError(f"{checkpoint.label} {what}; {wanted} is needed here.")

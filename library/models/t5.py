@@ -1,0 +1,117 @@
+"""T5 v1.1's encoder (transformers' model) from a single file, shards or a Diffusers folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.loading import Origin, TensorSource, load_module
+from library.models.recognition import T5_PREFIXES, refuse_unless
+from library.safetensors_io import open_checkpoint
+
+EMBEDDING = "encoder.embed_tokens.weight"
+SHARED_EMBEDDING = "shared.weight"
+
+
+class T5TextEncoder(nn.Module):
+    """T5's encoder under the checkpoints' names, with one embedding table (``encoder.embed_tokens``)."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        from transformers.models.t5.modeling_t5 import T5Stack
+
+        self.encoder = T5Stack(config)
+
+    @property
+    def config(self) -> Any:
+        return self.encoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.final_layer_norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.final_layer_norm.weight.device
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Active while the module is in train mode, which changes nothing else: there is no dropout."""
+        self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The last hidden state [batch, length, width] of ``tokens`` [batch, length].
+
+        ``attention_mask`` [batch, length], non-zero where tokens are attended to; None: everywhere.
+        """
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        return self.encoder(input_ids=tokens.to(self.device), attention_mask=mask).last_hidden_state
+
+
+@dataclass(frozen=True)
+class T5File:
+    """An opened T5 checkpoint, ready to be loaded."""
+
+    source: TensorSource
+    sizes: dict[str, Any]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.sizes["vocab_size"]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.sizes["d_model"]
+
+    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> T5TextEncoder:
+        """The encoder, frozen and in eval mode. Raises UserError where tensors don't fit.
+
+        In float16 the feed-forward's last matrix stays float32, as in transformers: its products pass float16's range.
+        """
+        from transformers.models.t5.configuration_t5 import T5Config
+
+        config = T5Config(
+            **self.sizes,
+            feed_forward_proj="gated-gelu",
+            layer_norm_epsilon=1e-6,
+            dropout_rate=0.0,  # only ever used as an encoder of prompts, which must not change from step to step
+            use_cache=False,
+            is_encoder_decoder=False,
+        )
+        with torch.device("meta"):
+            encoder = T5TextEncoder(config)
+        keep_float32 = (".wo.weight",) if dtype == torch.float16 else ()
+        load_module(encoder, self.source, dtype, device, keep_float32=keep_float32)
+        return encoder
+
+
+def open_t5(path: Path | str, disable_mmap: bool = False, option: str = "") -> T5File:
+    """Open a T5 v1.1 encoder by its headers: a file, shards, or a folder (with ``text_encoder_2/`` in it).
+
+    Raises UserError, naming ``option`` and what the file is.
+    """
+    checkpoint = open_checkpoint(path, "text_encoder_2", disable_mmap, option)
+    refuse_unless(checkpoint, {"t5", "t5-full"}, "a T5 v1.1 text encoder", T5_PREFIXES)
+    source = TensorSource(checkpoint, T5_PREFIXES)
+    if "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" not in source:
+        raise UserError(f"{checkpoint.label} is a T5 v1.0 text encoder; T5 v1.1 (t5xxl) is needed here.")
+    if EMBEDDING not in source:
+        source.remap({EMBEDDING: Origin((SHARED_EMBEDDING,))})
+    source.drop([name for name in source.names() if not name.startswith("encoder.")])
+    buckets, heads = source.shape("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    vocabulary, width = source.shape(EMBEDDING)
+    sizes = {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": source.shape("encoder.block.0.layer.0.SelfAttention.q.weight")[0] // heads,
+        "d_ff": source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": source.count(r"encoder\.block\.(\d+)\."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": int(source.exceptions.get("relative_attention_max_distance", 128)),
+    }
+    return T5File(source, sizes)

@@ -1,0 +1,185 @@
+"""Find a text encoder's tokenizer: with the user's files first, from the hub last.
+
+The order: ``--tokenizer_cache_dir``, files beside the checkpoint, a ``spiece_model`` in the checkpoint, what ships with
+this program, and the Hugging Face hub, which is announced.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from library.errors import UserError
+from library.safetensors_io import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CACHE_OPTION = "--tokenizer_cache_dir"
+SHIPPED = Path(__file__).parent / "tokenizers"
+
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    """A kind of tokenizer: its hub id, the folders where Diffusers puts it, and how its files are told from others'."""
+
+    family: Literal["clip", "t5"]
+    hub_id: str
+    folders: tuple[str, ...]
+    files: tuple[str, ...]
+    json_model: str
+
+    @property
+    def folder_name(self) -> str:
+        """Its folder's name inside ``--tokenizer_cache_dir``."""
+        return self.hub_id.replace("/", "_")
+
+
+CLIP_L = TokenizerKind("clip", "openai/clip-vit-large-patch14", ("tokenizer",), ("vocab.json", "merges.txt"), "BPE")
+T5_XXL = TokenizerKind("t5", "google/t5-v1_1-xxl", ("tokenizer_2", "tokenizer"), ("spiece.model",), "Unigram")
+
+
+def load_tokenizer(
+    kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int, cache_dir: Path | str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer for a text encoder with ``vocabulary`` rows in its embedding table.
+
+    Raises UserError when the tokenizer has more entries than that, and when there is none, saying what to give.
+    """
+    tokenizer, origin = _find(kind, checkpoint, vocabulary, Path(cache_dir) if cache_dir else None)
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"The tokenizer from {origin} has {len(tokenizer):,} entries, but {checkpoint.label} has embeddings for "
+            f"only {vocabulary:,}; put the tokenizer that belongs to it beside it, or into {CACHE_OPTION} as a folder "
+            f"named {kind.folder_name}."
+        )
+    return tokenizer
+
+
+def _find(
+    kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int, cache_dir: Path | None
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer and, for messages, where it comes from."""
+    if cache_dir is not None and (cache_dir / kind.folder_name).is_dir():
+        folder = cache_dir / kind.folder_name
+        if not holds(kind, folder):
+            raise UserError(
+                f"{CACHE_OPTION}: {folder} holds no {' + '.join(kind.files)} and no fitting tokenizer.json."
+            )
+        return _from_folder(kind, folder, vocabulary), str(folder)
+    for folder in _neighbours(kind, checkpoint.path):
+        if holds(kind, folder):
+            return _from_folder(kind, folder, vocabulary), str(folder)
+    if kind.family == "t5" and "spiece_model" in checkpoint:
+        return _from_embedded(kind, checkpoint, vocabulary), f"the checkpoint {checkpoint.path}"
+    if kind.family == "clip":
+        return _shipped_clip(), "this program (OpenAI's CLIP vocabulary)"
+    return _from_hub(kind, checkpoint, vocabulary, cache_dir), f"the hub ({kind.hub_id})"
+
+
+def holds(kind: TokenizerKind, folder: Path) -> bool:
+    """Whether ``folder`` holds a tokenizer of this kind, and not one of another kind under the same file names."""
+    tokenizer_json = folder / "tokenizer.json"
+    if tokenizer_json.is_file():
+        try:
+            return json.loads(tokenizer_json.read_text(encoding="utf-8"))["model"]["type"] == kind.json_model
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{tokenizer_json} is not a valid tokenizer file.") from None
+    return all((folder / name).is_file() for name in kind.files)
+
+
+def _neighbours(kind: TokenizerKind, path: Path) -> Iterator[Path]:
+    """Folders beside a checkpoint: Diffusers' tokenizer folders, in it or next to it, then its own folder."""
+    for place in (path, path.parent, path.parent.parent):
+        yield from (place / name for name in kind.folders)
+        if place == path.parent and not path.parent.name.startswith("text_encoder"):
+            break  # one level further up only in a Diffusers folder, where the tokenizers stand beside text_encoder/
+    yield path if path.is_dir() else path.parent
+
+
+def _from_folder(kind: TokenizerKind, folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+    arguments: dict[str, Any] = {}
+    try:
+        if kind.family == "t5" and not (folder / "tokenizer.json").is_file():
+            arguments["extra_ids"] = _sentinels(folder, vocabulary)
+        return _tokenizer_class(kind).from_pretrained(str(folder), local_files_only=True, **arguments)
+    except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+        raise UserError(f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _sentinels(folder: Path, vocabulary: int) -> int:
+    """How many sentinel tokens T5 has after its pieces: 100, unless a small vocabulary has no room for them."""
+    import sentencepiece
+
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        configured = json.loads(config.read_text(encoding="utf-8")).get("extra_ids")
+        if configured is not None:
+            return int(configured)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model")).vocab_size()
+    return 100 if pieces + 100 <= vocabulary else 0
+
+
+def _from_embedded(kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokenizerBase:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "spiece.model").write_bytes(checkpoint.load("spiece_model").numpy().tobytes())
+        return _from_folder(kind, Path(folder), vocabulary)
+
+
+def _shipped_clip() -> PreTrainedTokenizerBase:
+    text = gzip.decompress((SHIPPED / "clip" / "merges.txt.gz").read_bytes()).decode("utf-8")
+    merges = [tuple(line.split(" ")) for line in text.splitlines()]
+    bytes_as_characters = byte_characters()
+    entries = bytes_as_characters + [character + "</w>" for character in bytes_as_characters]
+    entries += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    return _tokenizer_class(CLIP_L)(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def byte_characters() -> list[str]:
+    """The 256 characters that stand for bytes in byte-level BPE, in the order of CLIP's vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
+def _from_hub(
+    kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int, cache_dir: Path | None
+) -> PreTrainedTokenizerBase:
+    """Fetch the files ourselves: without them, transformers' own ``from_pretrained`` makes an empty tokenizer."""
+    from huggingface_hub import snapshot_download
+
+    logger.info("No tokenizer %s beside the checkpoint: asking the Hugging Face hub (or its local cache).", kind.hub_id)
+    patterns = [*kind.files, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    try:
+        folder = Path(snapshot_download(kind.hub_id, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The tokenizer {kind.hub_id} is neither beside the checkpoint ({checkpoint.path}) nor to be had from the "
+            f"Hugging Face hub; put its {' and '.join(kind.files)} (or tokenizer.json) into a folder named "
+            f"{kind.folder_name}, and give the folder above that as {CACHE_OPTION}."
+        ) from error
+    if not holds(kind, folder):
+        raise UserError(f"The Hugging Face hub gave no {' and '.join(kind.files)} for {kind.hub_id} (in {folder}).")
+    tokenizer = _from_folder(kind, folder, vocabulary)
+    if cache_dir is not None:
+        tokenizer.save_pretrained(str(cache_dir / kind.folder_name))
+        logger.info("Saved the tokenizer to %s.", cache_dir / kind.folder_name)
+    return tokenizer
+
+
+def _tokenizer_class(kind: TokenizerKind) -> Any:
+    if kind.family == "clip":
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+        return CLIPTokenizer
+    from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+    return T5Tokenizer

@@ -1,0 +1,506 @@
+"""Checkpoint files: look into them, read them tensor by tensor, write and hash them.
+
+The safetensors format is 8 bytes with the header's length, a JSON header, and the tensors' bytes. Headers are read
+without torch, so that a damaged file or one of the wrong family is named before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from library.errors import UserError, did_you_mean
+from library.files import writing
+
+if TYPE_CHECKING:
+    import torch
+
+# Format name: torch name, bytes per element. In the order in which the safetensors library sorts tensors, last first.
+DTYPES = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "I16": ("int16", 2),
+    "U16": ("uint16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4),
+    "U32": ("uint32", 4),
+    "F32": ("float32", 4),
+    "C64": ("complex64", 8),
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "U64": ("uint64", 8),
+}
+LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+SIGNATURES = {
+    b"GGUF": "a GGUF file, which this program cannot read; use a safetensors file in float32, float16, bfloat16 or fp8",
+    b"PK\x03\x04": "a PyTorch pickle file under the name of a safetensors file; give it the suffix .ckpt or .pt",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; download the real file",
+    b"<!DOCTYPE": "a web page, not a checkpoint; the download went wrong",
+    b"<html": "a web page, not a checkpoint; the download went wrong",
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: ``start`` and ``stop`` are byte positions in ``file``; ``dtype`` is the format's name."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The description at the start of a safetensors file; ``data_start`` is where the first tensor's bytes stand."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str] = field(default_factory=dict)
+    data_start: int = 0
+
+
+def read_header(path: Path | str) -> Header:
+    """Read and check the header of a safetensors file, without torch and without touching the tensors.
+
+    Raises UserError for a missing, truncated or damaged file, and names what a file of another format is.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            start = file.read(32)
+            _refuse_other_formats(path, start)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else None
+            if length is None or length > LARGEST_HEADER:
+                raise UserError(f"{path} is not a safetensors file ({size:,} bytes, without a valid header).")
+            if 8 + length > size:
+                raise UserError(
+                    f"{path} is truncated: its header alone takes {8 + length:,} bytes, the file has {size:,}."
+                )
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    return _parse_header(path, text, 8 + length, size)
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    for signature, meaning in SIGNATURES.items():
+        if start.lstrip()[: len(signature)].lower() == signature.lower():
+            raise UserError(f"{path} is {meaning}.")
+
+
+def _parse_header(path: Path, text: bytes, data_start: int, size: int) -> Header:
+    try:
+        described = json.loads(text)
+        metadata = {str(key): str(value) for key, value in (described.pop("__metadata__", None) or {}).items()}
+        tensors = {
+            name: TensorEntry(
+                path,
+                str(entry["dtype"]),
+                tuple(int(size) for size in entry["shape"]),
+                data_start + int(entry["data_offsets"][0]),
+                data_start + int(entry["data_offsets"][1]),
+            )
+            for name, entry in described.items()
+        }
+    except (ValueError, AttributeError, LookupError, TypeError):
+        raise UserError(f"{path} is damaged: its header is not valid safetensors JSON.") from None
+    expected = max((entry.stop for entry in tensors.values()), default=data_start)
+    if size < expected:
+        raise UserError(f"{path} is truncated: its header describes {expected:,} bytes, the file has {size:,}.")
+    if size > expected:
+        raise UserError(f"{path} is damaged: its header describes {expected:,} bytes, the file has {size:,}.")
+    for name, entry in tensors.items():
+        _, width = DTYPES.get(entry.dtype, (None, None))
+        if entry.start < data_start or (
+            width is not None and entry.stop - entry.start != math.prod(entry.shape) * width
+        ):
+            raise UserError(f'{path} is damaged: the size of tensor "{name}" does not match its shape.')
+    return Header(tensors, metadata, data_start)
+
+
+class Checkpoint(ABC):
+    """A set of named tensors that are read one at a time.
+
+    ``path`` is what the user named, a file or a folder; ``files`` are what it stands for; ``label`` is how messages
+    name it, with its option.
+    """
+
+    path: Path
+    files: list[Path]
+    label: str
+    metadata: dict[str, str]
+
+    @abstractmethod
+    def keys(self) -> Collection[str]: ...
+
+    @abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def dtype(self, key: str) -> torch.dtype:
+        """Raises UserError for a number format that torch doesn't have."""
+
+    @abstractmethod
+    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The tensor, in memory of its own; floating-point tensors become ``dtype`` where one is given."""
+
+    @abstractmethod
+    def copy_to(self, key: str, place: torch.Tensor) -> None:
+        """Copy the tensor, cast as needed, into ``place`` of the same shape, without another copy on the way."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.keys()
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """One safetensors file or several shards. Nothing is read but headers until ``load`` is called.
+
+    ``disable_mmap`` reads with plain file reads, which is faster on some network drives.
+    """
+
+    def __init__(self, path: Path, files: list[Path], disable_mmap: bool = False):
+        self.path = path
+        self.label = str(path)
+        self.files = files
+        self.disable_mmap = disable_mmap
+        self.metadata: dict[str, str] = {}
+        self.entries: dict[str, TensorEntry] = {}
+        for file in files:
+            header = read_header(file)
+            self.metadata.update(header.metadata)
+            self.entries.update(header.tensors)
+
+    def keys(self) -> Collection[str]:
+        return self.entries.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.entries[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        import torch
+
+        entry = self.entries[key]
+        dtype = getattr(torch, DTYPES.get(entry.dtype, ("", 0))[0], None)
+        if dtype is None:
+            raise UserError(
+                f'{entry.file}: tensor "{key}" has the number format {entry.dtype}, which is not supported.'
+            )
+        return dtype
+
+    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+        stored = self._stored(key)
+        wanted = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
+        loaded = stored.to(device).to(wanted)
+        # A tensor that still lies on the mapped file is copied, so that the mapping ends here.
+        return loaded.clone() if loaded is stored and not self.disable_mmap else loaded
+
+    def copy_to(self, key: str, place: torch.Tensor) -> None:
+        place.copy_(self._stored(key))
+
+    def _stored(self, key: str) -> torch.Tensor:
+        """The tensor, on the mapped file or in memory of its own."""
+        return self._bytes(key).view(self.dtype(key)).reshape(self.shape(key))
+
+    def _bytes(self, key: str) -> torch.Tensor:
+        """The stored bytes as a uint8 tensor: mapped, or read."""
+        import numpy
+        import torch
+
+        entry = self.entries[key]
+        count = entry.stop - entry.start
+        if count == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        try:
+            if self.disable_mmap:
+                data = numpy.empty(count, dtype=numpy.uint8)
+                with open(entry.file, "rb", buffering=0) as file:
+                    file.seek(entry.start)
+                    _read_into(file, data.data, entry.file)
+                return torch.from_numpy(data)
+            # Copy-on-write, because torch warns about memory that it may not write to; nothing is written.
+            mapped = numpy.memmap(entry.file, dtype=numpy.uint8, mode="c", offset=entry.start, shape=(count,))
+        except OSError as error:
+            raise UserError(f"{entry.file} cannot be read: {error.strerror}.") from None
+        aligned = entry.start % 8 == 0
+        return torch.from_numpy(mapped) if aligned else torch.from_numpy(numpy.array(mapped))
+
+
+def _read_into(file: IO[bytes], buffer: memoryview, path: Path) -> None:
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
+        if not count:
+            raise UserError(f"{path} became shorter while it was read.")
+        filled += count
+
+
+class PickledCheckpoint(Checkpoint):
+    """A ``.ckpt``, ``.pt``, ``.pth`` or ``.bin`` file, read with ``weights_only=True``, so that no code in it runs."""
+
+    def __init__(self, path: Path, disable_mmap: bool = False):
+        import pickle
+        import zipfile
+
+        import torch
+
+        self.path = path
+        self.files = [path]
+        self.label = str(path)
+        self.metadata: dict[str, str] = {}
+        can_map = not disable_mmap and zipfile.is_zipfile(path)  # the format before PyTorch 1.6 can't be mapped
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{path} holds more than tensors, and loading it could run code that someone put there; "
+                "use the safetensors version of this model."
+            ) from None
+        except (RuntimeError, ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path} cannot be read as a PyTorch file: {str(error).splitlines()[0]}") from None
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds no set of named tensors.")
+        self.tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+    def keys(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].dtype
+
+    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+        stored = self.tensors[key].detach()
+        loaded = stored.to(device).to(dtype if dtype is not None and stored.is_floating_point() else stored.dtype)
+        return loaded.clone() if loaded is stored else loaded
+
+    def copy_to(self, key: str, place: torch.Tensor) -> None:
+        place.copy_(self.tensors[key])
+
+
+def open_checkpoint(
+    path: Path | str, subfolder: str | None = None, disable_mmap: bool = False, option: str = ""
+) -> Checkpoint:
+    """Open a checkpoint without reading its tensors.
+
+    ``path``: a safetensors file, one of several shards, an ``.index.json``, a pickled file, or a folder (with its files
+    in ``subfolder``, as in a Diffusers model folder, or in itself). Raises UserError naming ``option`` and the path.
+    """
+    path = Path(path)
+    try:
+        files = checkpoint_files(path, subfolder)
+        checkpoint: Checkpoint
+        if files[0].suffix.lower() in PICKLE_SUFFIXES:
+            checkpoint = PickledCheckpoint(files[0], disable_mmap)
+        else:
+            checkpoint = SafetensorsCheckpoint(path, files, disable_mmap)
+    except UserError as error:
+        raise UserError(f"{option}: {error}" if option else str(error)) from None
+    checkpoint.label = f"{option}: {path}" if option else str(path)
+    return checkpoint
+
+
+def checkpoint_files(path: Path, subfolder: str | None = None) -> list[Path]:
+    """The file, or all shards, that ``path`` stands for. Raises UserError when there are none or some are missing."""
+    if path.is_dir():
+        if subfolder is not None and (path / subfolder).is_dir():
+            path = path / subfolder
+        return _files_of_folder(path)
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path} does not exist.{did_you_mean(path.name, siblings)}")
+    if path.name.endswith(".index.json"):
+        return _files_of_index(path)
+    shard = SHARD.match(path.name)
+    if shard is not None:
+        count = int(shard["count"])
+        return _existing(
+            [path.with_name(f"{shard['stem']}-{i + 1:05d}-of-{count:05d}.safetensors") for i in range(count)]
+        )
+    if path.suffix.lower() != ".safetensors" and path.suffix.lower() not in PICKLE_SUFFIXES:
+        read_header(path)  # names GGUF and the like; a safetensors file under another name is accepted
+    return [path]
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda file: (len(file.name), file.name))
+    if indexes:
+        return _files_of_index(indexes[0])
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: (len(file.name), file.name))
+    shards = [file for file in files if SHARD.match(file.name)]
+    if shards:
+        return checkpoint_files(shards[0])
+    for usual in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+        if folder / usual in files:
+            return [folder / usual]
+    if len(files) > 1:
+        raise UserError(
+            f"{folder} holds several safetensors files ({_few([f.name for f in files])}); name the one to use."
+        )
+    if not files:
+        raise UserError(f"{folder} holds no safetensors file.")
+    return files
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{index} is not a valid index of shards.") from None
+    return _existing([index.parent / name for name in names])
+
+
+def _existing(files: list[Path]) -> list[Path]:
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{files[0].parent}: {len(missing)} of {len(files)} shards are missing: {_few(missing)}.")
+    return files
+
+
+def _few(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def load_tensors(
+    path: Path | str, device: torch.device | str = "cpu"
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors and the metadata of a (small) file, such as a LoRA."""
+    checkpoint = open_checkpoint(path)
+    return {key: checkpoint.load(key, device=device) for key in checkpoint}, checkpoint.metadata
+
+
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that appears complete or not at all.
+
+    The same tensors and metadata give the same bytes. Tensors are written one at a time, from any device. Raises
+    TypeError when a metadata value isn't a string, OSError as writing does.
+    """
+    layout = _layout(tensors)
+    with writing(path) as file:
+        file.write(_header_bytes(tensors, layout, metadata or {}))
+        for name in layout:
+            file.write(_tensor_bytes(tensors[name]))
+
+
+def content_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """``sshs_model_hash`` and ``sshs_legacy_hash`` of a file with these tensors and this metadata.
+
+    The first is the SHA-256 of the tensors' bytes in file order; the second, 8 digits, that of the 64 KiB at offset
+    1 MiB of the file as it would be with only the ``ss_`` entries of the metadata.
+    """
+    layout = _layout(tensors)
+    header = _header_bytes(tensors, layout, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    whole, window = hashlib.sha256(), hashlib.sha256()
+    window.update(_overlap(header, 0))
+    position = len(header)
+    for name in layout:
+        data = _tensor_bytes(tensors[name])
+        whole.update(data)
+        window.update(_overlap(data, position))
+        position += len(data)
+    return whole.hexdigest(), window.hexdigest()[:8]
+
+
+def _overlap(data: Any, position: int) -> Any:
+    """The part of ``data``, which stands at ``position``, that lies in the legacy hash's window."""
+    return data[max(0, 0x100000 - position) : max(0, 0x110000 - position)]
+
+
+def _layout(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names in file order, which is the safetensors library's own: widest numbers first, then by name."""
+    order = {name: index for index, (name, _) in enumerate(DTYPES.values())}
+    return sorted(tensors, key=lambda name: (-order[_dtype_name(tensors[name])], name))
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _header_bytes(tensors: Mapping[str, torch.Tensor], layout: list[str], metadata: Mapping[str, str]) -> bytes:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError("safetensors metadata values must be strings")
+    formats = {name: file_name for file_name, (name, _) in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name in layout:
+        tensor = tensors[name]
+        stop = position + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": formats[_dtype_name(tensor)],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def model_hash(path: Path | str) -> str:
+    """SHA-256 (hex) of the tensors' bytes of a safetensors file: the same whatever its metadata."""
+    return _sha256(Path(path), read_header(path).data_start)
+
+
+def legacy_hash(path: Path | str) -> str:
+    """First 8 hex digits of the SHA-256 of 64 KiB at offset 1 MiB; "NOFILE" or "IsADirectory" without a file."""
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        return "IsADirectory" if path.is_dir() else "NOFILE"
+    with open(path, "rb") as file:
+        file.seek(0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
+def file_hash(path: Path | str) -> str:
+    """SHA-256 (hex) of a whole file; "NOFILE" or "IsADirectory" where there is no file."""
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        return "IsADirectory" if path.is_dir() else "NOFILE"
+    return _sha256(path, 0)
+
+
+def _sha256(path: Path, start: int) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(path, start):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path, start: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        file.seek(start)
+        while chunk := file.read(1 << 22):
+            yield chunk

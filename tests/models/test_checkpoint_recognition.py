@@ -1,0 +1,142 @@
+"""A file of the wrong family is named for what it is, before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.errors import UserError
+from library.models.autoencoder_kl import open_autoencoder
+from library.models.clip import open_clip
+from library.models.flux.checkpoint import open_transformer
+from library.models.recognition import KINDS, recognise
+from library.models.t5 import open_t5
+from library.safetensors_io import open_checkpoint, save_file
+from tools.make_tiny_models import make_tiny_flux
+
+SD_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+SDXL_ATTENTION = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+CLIP_QUERY = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+T5_QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
+
+# Names (with widths where they count) as they stand in published files.
+FILES = {
+    "a Stable Diffusion XL file": {SDXL_ATTENTION: (4, 2048), "conditioner.embedders.1.model.ln_final.weight": (4,)},
+    "a Stable Diffusion 1.x file": {SD_ATTENTION: (4, 768), "first_stage_model.encoder.conv_in.weight": (4,)},
+    "a Stable Diffusion 2.x file": {SD_ATTENTION: (4, 1024)},
+    "a Chroma file": {"distilled_guidance_layer.in_proj.weight": (4, 4), "double_blocks.0.img_attn.qkv.weight": (4, 4)},
+    "a Chroma Radiance file": {
+        "distilled_guidance_layer.in_proj.weight": (4, 4),
+        "double_blocks.0.img_attn.qkv.weight": (4, 4),
+        "nerf_blocks.0.norm.scale": (4,),
+    },
+    "x0-prediction": {
+        "distilled_guidance_layer.in_proj.weight": (4, 4),
+        "double_blocks.0.img_attn.qkv.weight": (4, 4),
+        "__x0__": (0,),
+    },
+    "a FLUX.2 file": {
+        "double_blocks.0.img_attn.qkv.weight": (4, 4),
+        "img_in.weight": (4, 4),
+        "single_stream_modulation.lin.weight": (4, 4),
+    },
+    "a Stable Diffusion 3 file": {"model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": (4, 4)},
+    "a Lumina Image 2.0 file": {
+        "model.diffusion_model.cap_embedder.1.weight": (4, 4),
+        "model.diffusion_model.context_refiner.0.attention.qkv.weight": (4, 4),
+    },
+    "a HunyuanImage-2.1 file": {"double_blocks.0.img_attn_qkv.weight": (4, 4), "byt5_in.fc1.weight": (4, 4)},
+    "a LoRA file": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 4)},
+    "a LoRA file ": {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 4)},
+    "a CLIP-L text encoder": {CLIP_QUERY: (768, 768)},
+    "a CLIP-G text encoder": {CLIP_QUERY: (1280, 1280)},
+    "a T5 text encoder": {T5_QUERY: (4, 4096)},
+    "a ByT5 text encoder": {T5_QUERY: (4, 1472)},
+    "a FLUX ControlNet file": {"controlnet_blocks.0.weight": (4, 4), "double_blocks.0.img_attn.qkv.weight": (4, 4)},
+    "a Stable Diffusion autoencoder": {
+        "encoder.down.0.block.0.conv1.weight": (4, 4, 3, 3),
+        "decoder.conv_in.weight": (4, 4, 3, 3),
+        "quant_conv.weight": (4, 4, 1, 1),
+    },
+    "a HunyuanImage autoencoder": {
+        "encoder.down.0.block.0.conv1.weight": (4, 4, 3, 3),
+        "decoder.conv_in.weight": (4, 64, 3, 3),
+    },
+    "a Gemma 2 text encoder": {
+        "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        "model.layers.0.pre_feedforward_layernorm.weight": (4,),
+    },
+    "not a checkpoint of a known kind": {"something.else": (4,)},
+}
+
+
+def write(path, shapes: dict[str, tuple[int, ...]]):
+    save_file({key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("description", FILES)
+def test_what_is_given_for_the_transformer_is_named(tmp_path, description):
+    path = write(tmp_path / "model.safetensors", FILES[description])
+    with pytest.raises(UserError) as error:
+        open_transformer(path, option="--pretrained_model_name_or_path")
+    message = str(error.value)
+    assert message.startswith(f"--pretrained_model_name_or_path: {path}") and "a FLUX.1 transformer" in message
+    assert description.strip() in message and message.count("\n") == 0
+
+
+def test_parts_that_were_mixed_up_are_named(tmp_path):
+    files = make_tiny_flux(tmp_path)
+    for opener, path, description in (
+        (open_clip, files.t5xxl, "a T5 text encoder"),
+        (open_t5, files.clip_l, "a CLIP-L text encoder"),
+        (open_autoencoder, files.transformer, "a FLUX.1 file"),
+        (open_transformer, files.autoencoder, r"a FLUX autoencoder \(AE\)"),
+    ):
+        with pytest.raises(UserError, match=f"is {description}; .* is needed here"):
+            opener(path)
+
+
+@pytest.mark.parametrize(("width", "name"), [(128, "Depth or Canny"), (384, "Fill")])
+def test_flux_models_with_image_inputs_are_named(tmp_path, width, name):
+    files = make_tiny_flux(tmp_path)
+    checkpoint = open_checkpoint(files.transformer)
+    state = {key: checkpoint.load(key) for key in checkpoint}
+    state["img_in.weight"] = torch.zeros(64, width)
+    save_file(state, tmp_path / "special.safetensors")
+    with pytest.raises(UserError, match=name):
+        open_transformer(tmp_path / "special.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "name"),
+    [
+        (".absmax", "bitsandbytes"),
+        (".quant_state.bitsandbytes__nf4", "bitsandbytes"),
+        (".qweight", "integer-quantised"),
+    ],
+)
+def test_quantised_layouts_are_named(tmp_path, suffix, name):
+    files = make_tiny_flux(tmp_path)
+    checkpoint = open_checkpoint(files.transformer)
+    state = {key: checkpoint.load(key) for key in checkpoint}
+    quantised = (
+        "single_blocks.0.linear1.weight"
+        if suffix.startswith((".absmax", ".quant_state"))
+        else "single_blocks.0.linear1"
+    )
+    state[quantised + suffix] = torch.zeros(4, dtype=torch.uint8)
+    save_file(state, tmp_path / "quantised.safetensors")
+    with pytest.raises(UserError, match=name):
+        open_transformer(tmp_path / "quantised.safetensors")
+
+
+def test_every_kind_can_be_reached(tmp_path):
+    """No kind stands below a more general one that takes its files."""
+    for kind in KINDS:
+        shapes: dict[str, tuple[int, ...]] = {key + "x" * key.endswith("."): (8, 8, 1, 1) for key in kind.keys}
+        if kind.sized is not None:
+            key, axis, size = kind.sized
+            shapes[key] = tuple(size if index == axis else 8 for index in range(2))
+        recognised = recognise(open_checkpoint(write(tmp_path / "file.safetensors", shapes)))
+        assert recognised is not None and recognised.description == kind.description

@@ -74,15 +74,16 @@ def flux_command(tiny_flux):
 
 @pytest.fixture
 def dataset_toml(tmp_path, picture_folder):
-    """Write a dataset description over the pictures; keyword arguments are dataset keys."""
+    """Write a dataset description over the pictures; ``subset`` holds subset keys, the others are dataset keys."""
 
-    def write(folder: Path = picture_folder, **keys: object) -> Path:
+    def write(folder: Path = picture_folder, subset: dict[str, object] | None = None, **keys: object) -> Path:
         path = tmp_path / "dataset.toml"
         settings = {"resolution": 128, "enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256}
         settings |= {"bucket_reso_steps": 32, "caption_extension": ".txt", "batch_size": 2, **keys}
-        lines = [f"{key} = {toml_value(value)}" for key, value in settings.items()]
-        subset = f"[[datasets.subsets]]\nimage_dir = {toml_value(folder.as_posix())}\n"
-        path.write_text("[[datasets]]\n" + "\n".join(lines) + "\n" + subset, encoding="utf-8")
+        lines = ["[[datasets]]", *(f"{key} = {toml_value(value)}" for key, value in settings.items())]
+        lines += ["[[datasets.subsets]]", f"image_dir = {toml_value(folder.as_posix())}"]
+        lines += [f"{key} = {toml_value(value)}" for key, value in (subset or {}).items()]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
     return write

@@ -39,4 +39,6 @@ def toml_value(value: object) -> str:
     """A Python value as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(part)}" for key, part in value.items()) + "}"
     return f'"{value}"' if isinstance(value, str) else str(value)

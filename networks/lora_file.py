@@ -1,0 +1,58 @@
+"""LoRA files: ``<name>.lora_down.weight`` [rank, in], ``<name>.lora_up.weight`` [out, rank], ``<name>.alpha``.
+
+The format is that of kohya-ss/sd-scripts, which ComfyUI and diffusers read; other forms are read by ``lora_formats``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from library.files import writing
+from library.safetensors_io import content_hashes, load_tensors, save_file
+
+SPLIT_MARK = "ss_network_split_qkv"
+FULL_STRENGTH = "alpha_times_parts"  # alpha was raised with the rank of joined modules
+
+
+class LoRAWeights(NamedTuple):
+    """One module of a file; its strength is alpha / rank, the rank being down's first dimension."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+
+def state_dict_of(modules: Mapping[str, LoRAWeights], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Tensors on the CPU under the keys of files; all of ``dtype``, or as they are with alpha in float32."""
+    tensors: dict[str, Tensor] = {}
+    for name, weights in modules.items():
+        tensors[f"{name}.lora_down.weight"] = weights.down
+        tensors[f"{name}.lora_up.weight"] = weights.up
+        tensors[f"{name}.alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)
+    return {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+
+
+def read_file(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata. Raises UserError when the file is missing or damaged."""
+    return load_tensors(path)
+
+
+def write_file(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+    """Write a file that appears complete or not at all.
+
+    ``.safetensors`` files carry the metadata and two hashes of the content (``sshs_model_hash``,
+    ``sshs_legacy_hash``); any other suffix means ``torch.save``, which has no metadata.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        with writing(path) as file:
+            torch.save(dict(tensors), file)
+        return
+    metadata = dict(metadata or {})
+    metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = content_hashes(tensors, metadata)
+    save_file(tensors, path, metadata)

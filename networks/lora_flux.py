@@ -1,0 +1,191 @@
+"""LoRA for FLUX.1 and Chroma: which modules, which arguments, which names other programs use.
+
+Files are those of kohya-ss/sd-scripts' ``networks.lora_flux``: ``lora_unet_double_blocks_0_img_attn_qkv`` and so on,
+``lora_te1_`` for CLIP-L and ``lora_te3_`` for T5-XXL.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
+from networks.lora_arguments import choice, flag, text, whole_number, whole_numbers
+from networks.lora_core import LoRANetwork
+from networks.lora_creation import build_network, build_network_from_weights
+from networks.lora_targets import (
+    Arguments,
+    Family,
+    Target,
+    TargetTable,
+    parse_indices,
+    path_from,
+    ranks_by_name,
+)
+
+TRANSFORMER = TargetTable("lora_unet", "unet", ("DoubleStreamBlock", "SingleStreamBlock"))
+CLIP_L = TargetTable(
+    "lora_te1",
+    "textencoder 1",
+    ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"),
+    file_path=path_from("layers.", "text_model.encoder."),
+    is_text_encoder=True,
+)
+T5XXL = TargetTable(
+    "lora_te3",
+    "textencoder 2",
+    ("T5Attention", "T5DenseGatedActDense"),
+    file_path=path_from("block.", "encoder."),
+    is_text_encoder=True,
+)
+
+RANK_RULES = (
+    ("img_attn_dim", ("img_attn",)),
+    ("txt_attn_dim", ("txt_attn",)),
+    ("img_mlp_dim", ("img_mlp",)),
+    ("txt_mlp_dim", ("txt_mlp",)),
+    ("img_mod_dim", ("img_mod",)),
+    ("txt_mod_dim", ("txt_mod",)),
+    ("single_dim", ("single_blocks", "linear")),
+    ("single_mod_dim", ("modulation",)),
+)
+IN_LAYERS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
+BLOCK_LISTS = (
+    ("double", "double_blocks", "train_double_block_indices"),
+    ("single", "single_blocks", "train_single_block_indices"),
+)
+
+
+def selected_blocks(targets: Sequence[Target], arguments: Arguments) -> set[str]:
+    """Names of the modules in blocks that ``train_blocks`` and the two lists of indices leave in.
+
+    Raises UserError when a list names a block that the model doesn't have.
+    """
+    train_blocks = arguments["train_blocks"] or "all"
+    names: set[str] = set()
+    for kind, block_list, argument in BLOCK_LISTS:
+        mine = [target for target in targets if target.path.startswith(block_list)]
+        numbers = {target.name: int(target.path.split(".")[1]) for target in mine}
+        given = arguments[argument]
+        count = max(numbers.values(), default=-1) + 1
+        chosen = parse_indices("all" if given is None else given, count, argument)
+        if train_blocks in ("all", kind):
+            names.update(name for name, number in numbers.items() if number in chosen)
+    return names
+
+
+def joined_rows(target: Target) -> list[int] | None:
+    """Rows of q, k, v (and mlp) in the modules that hold them together."""
+    if not target.path.endswith((".img_attn.qkv", ".txt_attn.qkv", ".linear1")):
+        return None
+    assert isinstance(target.module, nn.Linear)
+    hidden = target.module.in_features
+    rest = target.module.out_features - 3 * hidden
+    return [hidden] * 3 + ([rest] if rest else [])
+
+
+def rank_of_in_layers(arguments: Arguments) -> Mapping[str, int]:
+    return dict(zip(IN_LAYERS, arguments["in_dims"] or []))
+
+
+def other_names(target: Target) -> Iterable[tuple[str, int | None]]:
+    """What diffusers, PEFT, AI-toolkit, ComfyUI, OneTrainer and XLabs call a module, or the parts of a joined one."""
+    path = target.path
+    if target.table is CLIP_L:
+        yield from ((f"text_encoder.{path}", None), (f"text_encoders.clip_l.transformer.{path}", None))
+    elif target.table is T5XXL:
+        yield from ((f"text_encoder_2.{path}", None), (f"text_encoders.t5xxl.transformer.{path}", None))
+        yield f"lora_te2_{path}".replace(".", "_"), None
+    else:
+        for name in (path, f"diffusion_model.{path}", f"transformer.{path}", *_xlabs_names(path)):
+            yield name, None
+        parts = _diffusers_paths(path)
+        for index, part in enumerate(parts):
+            number = index if len(parts) > 1 else None
+            for name in (part, f"transformer.{part}", f"lora_transformer_{part}".replace(".", "_")):
+                yield name, number
+
+
+def _diffusers_paths(path: str) -> tuple[str, ...]:
+    if path == "final_layer.adaLN_modulation.1":
+        return ()  # diffusers keeps its rows in another order
+    if path in OUTER:
+        return (OUTER[path],)
+    blocks, number, module = path.split(".", 2)
+    names, prefix = (DOUBLE, "") if blocks == "double_blocks" else (SINGLE, "single_")
+    return tuple(f"{prefix}transformer_blocks.{number}.{part}" for part in names.get(module, ()))
+
+
+def _xlabs_names(path: str) -> Iterable[str]:
+    """XLabs numbers the streams: 1 is the image's, 2 the text's."""
+    match = re.fullmatch(r"(double_blocks\.\d+)\.(img|txt)_attn\.(qkv|proj)", path)
+    if match:
+        yield f"{match[1]}.processor.{match[3]}_lora{1 if match[2] == 'img' else 2}"
+
+
+FLUX = Family(
+    module="networks.lora_flux",
+    transformer=TRANSFORMER,
+    text_encoders=(CLIP_L, T5XXL),
+    arguments={
+        **{argument: whole_number for argument, _ in RANK_RULES},
+        "in_dims": whole_numbers(len(IN_LAYERS), ", ".join(IN_LAYERS)),
+        "train_double_block_indices": text,
+        "train_single_block_indices": text,
+        "train_blocks": choice("all", "single", "double"),
+        "train_t5xxl": flag,
+    },
+    rank=ranks_by_name(RANK_RULES),
+    selected=selected_blocks,
+    extra_layers=rank_of_in_layers,
+    known_extra_layers=(*IN_LAYERS, "final_layer"),
+    text_encoder_is_trained=lambda index, arguments: index == 0 or bool(arguments["train_t5xxl"]),
+    split=joined_rows,
+    aliases=other_names,
+)
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
+    text_encoder: nn.Module | Sequence[nn.Module | None] | None,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **network_args: Any,
+) -> LoRANetwork:
+    """A new network for a FLUX.1 or Chroma transformer and its text encoders [CLIP-L, T5-XXL], either may be None.
+
+    See ``lora_creation.build_network``. The result's ``train_t5xxl`` says whether T5-XXL is trained.
+    """
+    network = build_network(
+        FLUX, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, **network_args
+    )
+    return _with_t5_mark(network)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | Path | None,
+    vae: Any,
+    text_encoder: nn.Module | Sequence[nn.Module | None] | None,
+    unet: nn.Module,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **network_args: Any,
+) -> tuple[LoRANetwork, dict[str, Tensor]]:
+    """The network that a file holds. See ``lora_creation.build_network_from_weights``."""
+    network, tensors = build_network_from_weights(
+        FLUX, multiplier, file, text_encoder, unet, weights_sd, for_inference, **network_args
+    )
+    return _with_t5_mark(network), tensors
+
+
+def _with_t5_mark(network: LoRANetwork) -> LoRANetwork:
+    network.train_t5xxl = any(lora.target.table is T5XXL for lora in network.text_encoder_loras)
+    return network

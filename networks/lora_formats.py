@@ -1,0 +1,109 @@
+"""Reading LoRA tensors under the key names of several programs.
+
+A name is looked up in a list that is made from the modules of the model at hand, so nothing is guessed from the key
+itself: ``lora_unet_...`` (kohya-ss/sd-scripts), ``transformer....lora_A`` (diffusers, PEFT, AI-toolkit),
+``diffusion_model....`` (ComfyUI). What diffusers keeps as separate q, k, v (and mlp) layers is joined into one module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from networks.lora_file import LoRAWeights
+from networks.lora_targets import Family, Target
+
+_ROLES = {
+    "down": r"\.lora_down\.weight|\.lora_A(?:\.default)?\.weight|(?:[._]lora|\.lora_linear_layer)?\.down\.weight",
+    "up": r"\.lora_up\.weight|\.lora_B(?:\.default)?\.weight|(?:[._]lora|\.lora_linear_layer)?\.up\.weight",
+    "alpha": r"\.alpha",
+}
+_KEY = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in _ROLES.items()) + r")$")
+_OTHER_METHODS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr"}
+_OTHER_METHODS |= {"lokr_w1_a": "LoKr", "oft_blocks": "OFT", "oft_diag": "OFT"}
+
+
+def read_modules(
+    tensors: Mapping[str, Tensor], targets: Iterable[Target], family: Family
+) -> tuple[dict[str, LoRAWeights], list[str]]:
+    """The modules in ``tensors`` by LoRA name, and the keys that belong to no target or to an incomplete module.
+
+    Raises UserError when the tensors belong to another method (DoRA, LoHa, LoKr, OFT).
+    """
+    known = {alias: (target, part) for target in targets for alias, part in _names(target, family)}
+    entries: dict[tuple[str, int | None], dict[str, str]] = defaultdict(dict)
+    by_name: dict[str, Target] = {}
+    unexpected = []
+    for key in tensors:
+        match = _KEY.match(key)
+        found = known.get(_plain(match["module"])) if match else None
+        if match is None or found is None:
+            _refuse_other_methods(key)
+            unexpected.append(key)
+            continue
+        target, part = found
+        by_name[target.name] = target
+        entries[target.name, part][str(match.lastgroup)] = key
+    parts: dict[str, dict[int | None, LoRAWeights]] = defaultdict(dict)
+    for (name, part), keys in entries.items():
+        if "down" in keys and "up" in keys:
+            down, up = tensors[keys["down"]], tensors[keys["up"]]
+            alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else float(len(down))
+            parts[name][part] = LoRAWeights(down, up, alpha)
+        else:
+            unexpected.extend(keys.values())
+    return {name: _joined(by_name[name], found_parts, family) for name, found_parts in parts.items()}, unexpected
+
+
+def _names(target: Target, family: Family) -> Iterable[tuple[str, int | None]]:
+    yield target.name, None
+    yield from family.aliases(target)
+
+
+def _plain(module: str) -> str:
+    for wrapper in ("base_model.model.", "module."):
+        module = module.removeprefix(wrapper)
+    return module
+
+
+def _refuse_other_methods(key: str) -> None:
+    method = next((method for part, method in _OTHER_METHODS.items() if part in key.split(".")), None)
+    if method:
+        raise UserError(f'the file holds {method} weights ("{key}"), which are not LoRA and cannot be read here.')
+
+
+def _joined(target: Target, parts: Mapping[int | None, LoRAWeights], family: Family) -> LoRAWeights:
+    """One module of separately trained parts: downs stacked, ups on the diagonal, zeros for a part that is missing."""
+    if None in parts:
+        return parts[None]
+    rows = family.split(target) or []
+    found = [(index, parts[index]) for index in range(len(rows)) if index in parts]
+    return join_parts([weights for _, weights in found], [index for index, _ in found], rows)
+
+
+def join_parts(parts: Sequence[LoRAWeights], positions: Sequence[int], rows: Sequence[int]) -> LoRAWeights:
+    """``parts[i]`` acts on rows number ``positions[i]`` of a layer whose parts have ``rows`` rows each.
+
+    The result has the sum of the ranks. Where all parts have one strength, no number is changed: alpha is that strength
+    times the rank. Else strengths are folded into the ups.
+    """
+    rank = sum(len(weights.down) for weights in parts)
+    strengths = [weights.alpha / len(weights.down) for weights in parts]
+    strength = strengths[0] if len(set(strengths)) == 1 else 1.0
+    up = parts[0].up.new_zeros(sum(rows), rank)
+    column = 0
+    for weights, position, own in zip(parts, positions, strengths):
+        top, width = sum(rows[:position]), len(weights.down)
+        if weights.up.shape != (rows[position], width):
+            raise UserError(
+                f"the file has an up matrix of shape {list(weights.up.shape)} where this model needs"
+                f" {[rows[position], width]}; it was made for another model."
+            )
+        up[top : top + rows[position], column : column + width] = weights.up * (own / strength)
+        column += width
+    return LoRAWeights(torch.cat([weights.down for weights in parts]), up, strength * rank)

@@ -1,0 +1,175 @@
+"""Which modules of a model get LoRA, under which names, with which rank: what a family declares.
+
+A family is a ``Family`` made of ``TargetTable``s (one per model) and a few rules. Names in files are
+``<prefix>_<module path with dots as underscores>``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from library.errors import UserError
+
+Arguments = Mapping[str, Any]  # parsed network_args by name; None where not given
+
+
+def same_path(path: str) -> str:
+    return path
+
+
+def path_from(anchor: str, prefix: str) -> Callable[[str], str]:
+    """A ``file_path`` that replaces whatever stands before ``anchor`` by ``prefix``.
+
+    Libraries wrap text encoders differently from version to version; the names in files must not follow them.
+    """
+
+    def file_path(path: str) -> str:
+        position = path.find(anchor)
+        return prefix + path[position:] if position >= 0 else path
+
+    return file_path
+
+
+@dataclass(frozen=True)
+class TargetTable:
+    """The LoRA targets of one model."""
+
+    prefix: str
+    """``lora_unet``, ``lora_te1``, ..."""
+    group: str
+    """Label of its parameter group: ``unet``, ``textencoder 1``, ..."""
+    classes: tuple[str, ...]
+    """Class names; every Linear and Conv2d inside modules of these classes is a target."""
+    conv_classes: tuple[str, ...] = ()
+    """As ``classes``, but only when ``conv_dim`` is given."""
+    file_path: Callable[[str], str] = same_path
+    """Module path -> the path that names the module in files."""
+    is_text_encoder: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One Linear or Conv2d that can get LoRA."""
+
+    path: str
+    """Its path in files, with dots."""
+    module: nn.Linear | nn.Conv2d
+    table: TargetTable
+
+    @property
+    def name(self) -> str:
+        return f"{self.table.prefix}.{self.path}".replace(".", "_")
+
+    @property
+    def is_wide_conv(self) -> bool:
+        """A convolution that sees neighbours; 1x1 convolutions are treated like Linear layers."""
+        return isinstance(self.module, nn.Conv2d) and self.module.kernel_size != (1, 1)
+
+
+def default_group(target: Target, arguments: Arguments) -> tuple[str, float]:
+    return target.table.group, 1.0
+
+
+def no_split(target: Target) -> list[int] | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes the LoRA of one model family."""
+
+    module: str
+    """Name in messages, as given to --network_module."""
+    transformer: TargetTable
+    text_encoders: tuple[TargetTable, ...]
+    """In the order of the text encoders."""
+    arguments: Mapping[str, Callable[[str, Any], Any]]
+    """network_args beyond the common ones: name -> parser (see lora_arguments)."""
+    rank: Callable[[Target, Arguments], int | None] = field(default=lambda target, arguments: None)
+    """Rank that the family's own arguments give a transformer module; None: no opinion, 0: no LoRA."""
+    alpha: Callable[[Target, Arguments], float | None] = field(default=lambda target, arguments: None)
+    """Alpha that the family's own arguments give a module; None: --network_alpha (conv_alpha)."""
+    selected: Callable[[Sequence[Target], Arguments], set[str]] | None = None
+    """Names of the transformer modules to train (block selection); None: all."""
+    extra_layers: Callable[[Arguments], Mapping[str, int]] = field(default=lambda arguments: {})
+    """Module path -> rank of transformer layers outside the table's classes; 0: none."""
+    known_extra_layers: tuple[str, ...] = ()
+    """All paths ``extra_layers`` can name; a file may hold any of them."""
+    text_encoder_is_trained: Callable[[int, Arguments], bool] = field(default=lambda index, arguments: True)
+    split: Callable[[Target], list[int] | None] = no_split
+    """Rows of the parts that ``split_qkv`` separates in a module; None: not a joined module."""
+    group: Callable[[Target, Arguments], tuple[str, float]] = default_group
+    """Label of a module's parameter group and the factor on its learning rate."""
+    aliases: Callable[[Target], Iterable[tuple[str, int | None]]] = field(default=lambda target: ())
+    """Names that other programs give a module or, with its number, one of its parts (see lora_formats)."""
+
+
+def find_targets(model: nn.Module, table: TargetTable, with_conv: bool = False) -> list[Target]:
+    """Every Linear and Conv2d inside modules of the table's classes, each once, in the model's own order."""
+    classes = table.classes + (table.conv_classes if with_conv else ())
+    parents = [(path, module) for path, module in model.named_modules() if type(module).__name__ in classes]
+    found: dict[str, Target] = {}
+    for parent_path, parent in parents:
+        for path, target in _layers(parent, parent_path, table):
+            found.setdefault(path, target)
+    return list(found.values())
+
+
+def find_layers(model: nn.Module, table: TargetTable, paths: Iterable[str]) -> dict[str, list[Target]]:
+    """Per path the Linear and Conv2d layers at or below it; a path that the model lacks has none."""
+    modules = dict(model.named_modules())
+    return {path: [t for _, t in _layers(modules[path], path, table)] if path in modules else [] for path in paths}
+
+
+def _layers(parent: nn.Module, parent_path: str, table: TargetTable) -> Iterable[tuple[str, Target]]:
+    for child_path, module in parent.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            path = ".".join(part for part in (parent_path, child_path) if part)
+            yield path, Target(table.file_path(path), module, table)
+
+
+def ranks_by_name(rules: Sequence[tuple[str, tuple[str, ...]]]) -> Callable[[Target, Arguments], int | None]:
+    """A ``Family.rank`` from rules (argument, parts): the argument's value for names that contain all the parts.
+
+    The first rule whose argument is given and whose parts match applies.
+    """
+
+    def rank(target: Target, arguments: Arguments) -> int | None:
+        for argument, parts in rules:
+            if arguments.get(argument) is not None and all(part in target.name for part in parts):
+                return arguments[argument]
+        return None
+
+    return rank
+
+
+def parse_indices(text: str, count: int, argument: str) -> set[int]:
+    """Block numbers from ``all``, ``none`` or a list such as ``0,1,8-12``.
+
+    Raises UserError when a number isn't below ``count`` or the text is none of these.
+    """
+    text = text.strip()
+    if text == "all":
+        return set(range(count))
+    chosen: set[int] = set()
+    for part in [] if text in ("", "none") else text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(
+                f'--network_args: {argument} "{text}" must be "all", "none" or a list of numbers and ranges such as'
+                f' "0,1,4-7", not "{part.strip()}".'
+            )
+        if last >= count:
+            raise UserError(
+                f"--network_args: {argument} names block {last}, but this model has the blocks 0 to {count - 1}."
+                if count
+                else f"--network_args: {argument} names block {last}, but this model has no such blocks."
+            )
+        chosen.update(range(first, last + 1))
+    return chosen

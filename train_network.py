@@ -63,11 +63,8 @@ class NetworkTrainer(TrainingRun):
         self.build_optimizer()
         self.resume()
         self.start_tracking()
-        with (
-            Interruption() as interruption,
-            BatchLoader(self.train_group, workers=self.options.dataset.max_data_loader_n_workers) as self.loader,
-        ):
-            self.draw_first_samples()
+        with Interruption() as interruption, self.batch_loader() as self.loader:
+            self.look_before_training()
             self.run_epochs(interruption)
         self.finish()
 
@@ -106,6 +103,10 @@ class NetworkTrainer(TrainingRun):
                 break
         if not self.interrupted:
             self.after_epoch(epoch)
+
+    def batch_loader(self) -> BatchLoader:
+        """The threads that prepare training batches; they live as long as the run."""
+        return BatchLoader(self.train_group, workers=self.options.dataset.max_data_loader_n_workers)
 
     def epoch_batches(self, epoch: int, first: int) -> Iterator[tuple[int, Batch]]:
         """The micro-batches of an epoch from number ``first`` on, prepared ahead by the loader's threads."""
@@ -182,6 +183,8 @@ class NetworkTrainer(TrainingRun):
             limit = self.options.optimizer.max_grad_norm
             if limit > 0:
                 self.accelerator.clip_grad_norm_(self.parameters, limit)
+            else:
+                self.accelerator.unscale_gradients(self.optimizer)
             for name in ("update_grad_norms", "update_norms"):
                 if hasattr(self.network, name):
                     getattr(self.network, name)()
@@ -282,18 +285,24 @@ class NetworkTrainer(TrainingRun):
         total, count = (mean_over_processes(number, accelerator) for number in sums)
         average = total / max(count, 1e-12)
         name = f"loss/validation/{kind}"
-        values = {f"{name}_average": average, f"{name}_divergence": average - self.record.average}
+        values = {f"{name}_average": average}
+        if self.record.losses:
+            values[f"{name}_divergence"] = average - self.record.average
         self.tracker.log(values, x, epoch=self.position.epoch + 1, global_step=self.position.step)
         say(f"{kind} {x}: validation loss {average:.5f}")
 
     # ---- samples and files ------------------------------------------------------------------------------------------
 
-    def draw_first_samples(self) -> None:
-        """Draw the samples of ``--sample_at_first`` when nothing is trained yet."""
+    def look_before_training(self) -> None:
+        """The samples of ``--sample_at_first``, and the validation loss that step validations are compared with."""
         self.norms = None
-        if self.position.step == 0 and self.samples.due_at_start():
-            with self.evaluating():
+        if self.position.step > 0:
+            return
+        with self.evaluating():
+            if self.samples.due_at_start():
                 self.draw_samples(0, 0)
+            if self.validation_group is not None and self.options.validation.validate_every_n_steps:
+                self.validate("step", 0)
 
     def draw_samples(self, step: int, epoch: int | None) -> None:
         """Draw the sample prompts, dealt to the processes, with the network at full strength."""

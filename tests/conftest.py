@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 
+from tests.documented import INTERPOLATION, MULTI_RESOLUTION, VALIDATION
 from tests.running import toml_value
 
 # A busy machine must not fail a property test.
@@ -87,3 +88,9 @@ def dataset_toml(tmp_path, picture_folder):
         return path
 
     return write
+
+
+@pytest.fixture
+def documented() -> dict[str, str]:
+    """The dataset configurations of the FLUX.1 guide."""
+    return {"multi_resolution": MULTI_RESOLUTION, "validation": VALIDATION, "interpolation": INTERPOLATION}

@@ -116,13 +116,13 @@ def import_network_module(name: str) -> Any:
 def create_network(module: Any, options: NetworkOptions, vae: Any, text_encoders: Any, unet: Any) -> Any:
     """Build the network as the options ask. Raises UserError when the module builds none."""
     arguments: dict[str, Any] = parse_network_args(options)
+    if "dropout" not in arguments:
+        arguments["dropout"] = options.network_dropout
     if options.dim_from_weights:
         network, _ = module.create_network_from_weights(
             1, options.network_weights, vae, text_encoders, unet, **arguments
         )
         return network
-    if "dropout" not in arguments:
-        arguments["dropout"] = options.network_dropout
     network = module.create_network(
         1.0,
         options.network_dim,

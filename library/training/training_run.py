@@ -282,6 +282,8 @@ class TrainingRun:
         self.created = create_optimizer(rates, groups, options.lr_scheduler.lr_scheduler)
         self.optimizer = self.accelerator.prepare_optimizer(self.created.optimizer, device_placement=False)
         self.fused = FusedBackward(self.optimizer, rates.max_grad_norm) if rates.fused_backward_pass else None
+        if self.fused and getattr(self.network, "weight_norms", lambda: None)() is not None:
+            raise UserError("ggpo_sigma and ggpo_beta need all gradients at once; leave out --fused_backward_pass.")
         batches = self.train_group.batches_per_epoch(self.accelerator.num_processes)
         self.plan = plan_run(options.length, batches)
         self.output.resolve_epoch_ratio(self.plan.epochs)

@@ -31,62 +31,6 @@ SECTION_4 = """
   --cache_latents
 """.split()
 
-MULTI_RESOLUTION = """
-[general]
-# Common settings
-flip_aug = true
-color_aug = false
-keep_tokens_separator= "|||"
-shuffle_caption = false
-caption_tag_dropout_rate = 0
-caption_extension = ".txt"
-
-[[datasets]]
-# First resolution settings
-batch_size = 2
-enable_bucket = true
-resolution = [1024, 1024]
-
-  [[datasets.subsets]]
-  image_dir = "IMAGES"
-  num_repeats = 1
-
-[[datasets]]
-# Second resolution settings
-batch_size = 3
-enable_bucket = true
-resolution = [768, 768]
-
-  [[datasets.subsets]]
-  image_dir = "IMAGES"
-  num_repeats = 1
-"""
-
-VALIDATION = """
-validation_seed = 42 # [Optional] Validation seed, otherwise uses training seed for validation split .
-enable_bucket = true
-resolution = [1024, 1024]
-
-[[datasets]]
-  [[datasets.subsets]]
-  # This directory will use 100% of the images for training
-  image_dir = "FIRST"
-
-[[datasets]]
-validation_split = 0.1 # Split between 0.0 and 1.0 where 1.0 will use the full subset as a validation dataset
-
-  [[datasets.subsets]]
-  # This directory will split 10% to validation and 90% to training
-  image_dir = "SECOND"
-
-[[datasets]]
-validation_split = 1.0 # Will use this full subset as a validation subset.
-
-  [[datasets.subsets]]
-  # This directory will use the 100% to validation and 0% to training
-  image_dir = "THIRD"
-"""
-
 
 def model_options(tiny_flux) -> list[str]:
     return [
@@ -133,9 +77,9 @@ def test_the_basic_command_trains_and_saves_each_epoch(tiny_flux, dataset_toml, 
 
 
 @pytest.mark.slow
-def test_the_multi_resolution_toml_trains(flux_command, picture_folder, tmp_path):
+def test_the_multi_resolution_toml_trains(flux_command, picture_folder, tmp_path, documented):
     path = tmp_path / "multi.toml"
-    text = MULTI_RESOLUTION.replace("IMAGES", picture_folder.as_posix())
+    text = documented["multi_resolution"].replace("path/to/image/directory", picture_folder.as_posix())
     path.write_text(text.replace("1024, 1024", "256, 256").replace("768, 768", "320, 320"), encoding="utf-8")
     result = launch(
         "flux_train_network.py",
@@ -154,7 +98,7 @@ def test_the_multi_resolution_toml_trains(flux_command, picture_folder, tmp_path
 
 
 @pytest.mark.slow
-def test_the_validation_toml_validates_the_same_every_time(flux_command, picture_folder, tmp_path):
+def test_the_validation_toml_validates_the_same_every_time(flux_command, picture_folder, tmp_path, documented):
     folders = [tmp_path / name for name in ("first", "second", "third")]
     for folder in folders:
         folder.mkdir()
@@ -162,9 +106,9 @@ def test_the_validation_toml_validates_the_same_every_time(flux_command, picture
             (folder / source.name).write_bytes(source.read_bytes())
             (folder / f"{source.stem}.caption").write_text("a circle", encoding="utf-8")
     path = tmp_path / "validation.toml"
-    text = VALIDATION.replace("1024, 1024", "256, 256")
-    for name, folder in zip(("FIRST", "SECOND", "THIRD"), folders):
-        text = text.replace(name, folder.as_posix())
+    text = documented["validation"].replace("1024, 1024", "256, 256")
+    for name, folder in zip(("directory", "second-directory", "full_validation"), folders):
+        text = text.replace(f'"path/to/image/{name}"', f'"{folder.as_posix()}"')
     path.write_text(text, encoding="utf-8")
     result = launch(
         "flux_train_network.py",
@@ -185,7 +129,7 @@ def test_the_validation_toml_validates_the_same_every_time(flux_command, picture
     assert (found["ss_num_train_images"], found["ss_num_validation_images"]) == ("23", "13")
     scalars = scalar_values(tmp_path / "log")
     steps = scalars["loss/validation/step_average"]
-    assert [step for step, _ in steps] == [5, 10, 15, 20, 25, 30, 35, 40, 45]
+    assert [step for step, _ in steps] == [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]
     assert [epoch for epoch, _ in scalars["loss/validation/epoch_average"]] == [1, 2]
     # Nothing was learned (rates of 1e-30), so every validation must say the same number.
     values = {round(value, 6) for _, value in [*steps, *scalars["loss/validation/epoch_average"]]}

@@ -1,0 +1,38 @@
+"""On a CUDA device: half precision with gradient scaling, and a run that is resumed, through the command line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.running import launch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_trains(flux_command, dataset_toml, tmp_path, precision):
+    result = launch(
+        "flux_train_network.py",
+        *(*flux_command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path, "--max_train_steps", "20"),
+        *("--mixed_precision", precision, "--optimizer_type", "AdamW8bit", "--gradient_checkpointing"),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    tensors = load_file(tmp_path / "last.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
+
+
+def test_a_resumed_half_precision_run_keeps_its_gradient_scale(flux_command, dataset_toml, tmp_path):
+    arguments = [*flux_command, "--dataset_config", dataset_toml(), "--mixed_precision", "fp16", "--save_state"]
+    arguments += ["--save_every_n_steps", "10", "--cache_latents", "--cache_text_encoder_outputs"]
+    whole = launch("flux_train_network.py", *arguments, "--output_dir", tmp_path / "a", "--max_train_steps", "20")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    state = tmp_path / "a" / "at-step00000010-state"
+    again = [*arguments, "--output_dir", tmp_path / "b", "--max_train_steps", "20", "--resume", state]
+    resumed = launch("flux_train_network.py", *again)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "last.safetensors") for name in "ab")
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)

@@ -100,7 +100,7 @@ class FluxNetworkTrainer(NetworkTrainer):
         self.cache_text = cache.cache_text_encoder_outputs or cache.cache_text_encoder_outputs_to_disk
         self.trained_encoders: tuple[Encoder, ...] = ()
         if not options.network.network_train_unet_only:
-            train_t5 = parse_network_args(options.network).get("train_t5xxl") == "True"
+            train_t5 = parse_network_args(options.network).get("train_t5xxl", "").lower() == "true"
             self.trained_encoders = ("clip_l", "t5xxl") if train_t5 else ("clip_l",)
         if self.cache_text and "t5xxl" in self.trained_encoders:
             raise UserError("train_t5xxl=True encodes captions at every step; leave out --cache_text_encoder_outputs.")
@@ -109,6 +109,14 @@ class FluxNetworkTrainer(NetworkTrainer):
         if flux.t5xxl_max_token_length is not None and flux.t5xxl_max_token_length < 1:
             raise UserError("--t5xxl_max_token_length must be at least 1.")
         self.say_what_has_no_effect()
+
+    def prepare_output(self) -> None:
+        """As for every family; prompt options that FLUX.1 does not have are named."""
+        super().prepare_output()
+        unused = ("sample_sampler", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+        given = [name for name in unused if any(getattr(prompt, name) is not None for prompt in self.samples.prompts)]
+        if given:
+            say(f"no effect in sample prompts for FLUX.1: {', '.join(given)}")
 
     def say_what_has_no_effect(self) -> None:
         """One line for each given option that changes nothing for FLUX.1."""
@@ -230,7 +238,7 @@ class FluxNetworkTrainer(NetworkTrainer):
     def conditioning(self, batch: Batch) -> dict[str, Tensor]:
         """From the cache, with what a trained encoder gives for the caption in its place."""
         device = self.accelerator.device
-        fixed = {name: tensor.to(device) for name, tensor in (batch.text or {}).items()}
+        fixed = {name: tensor.to(device, non_blocking=True) for name, tensor in (batch.text or {}).items()}
         encoders: tuple[Encoder, ...] = self.trained_encoders if fixed else ("clip_l", "t5xxl")
         if not encoders:
             return fixed

@@ -106,7 +106,10 @@ class NetworkTrainer(TrainingRun):
 
     def batch_loader(self) -> BatchLoader:
         """The threads that prepare training batches; they live as long as the run."""
-        return BatchLoader(self.train_group, workers=self.options.dataset.max_data_loader_n_workers)
+        pin_memory = self.accelerator.device.type == "cuda"
+        return BatchLoader(
+            self.train_group, workers=self.options.dataset.max_data_loader_n_workers, pin_memory=pin_memory
+        )
 
     def epoch_batches(self, epoch: int, first: int) -> Iterator[tuple[int, Batch]]:
         """The micro-batches of an epoch from number ``first`` on, prepared ahead by the loader's threads."""
@@ -153,7 +156,7 @@ class NetworkTrainer(TrainingRun):
         import torch
 
         if batch.latents is not None:
-            return batch.latents.to(self.accelerator.device, torch.float32)
+            return batch.latents.to(self.accelerator.device, torch.float32, non_blocking=True)
         assert batch.images is not None
         latents = self.encode_images(batch.images, draws.generators("latents"))
         if not torch.isfinite(latents).all():
@@ -333,19 +336,23 @@ class NetworkTrainer(TrainingRun):
         """Write a resumable state (main process)."""
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
-            save_state(
-                folder,
-                self.network.state_dict(),
-                self.optimizer.state_dict(),
-                self.position,
-                self.identity(),
-                {
-                    "lr_scheduler": scheduler_state(self.scheduler),
-                    "losses": self.record.state(),
-                    "scaler": None if scaler is None else scaler.state_dict(),
-                    "session": {"id": self.session_id, "started_at": self.started_at},
-                },
-            )
+            try:
+                save_state(
+                    folder,
+                    self.network.state_dict(),
+                    self.optimizer.state_dict(),
+                    self.position,
+                    self.identity(),
+                    {
+                        "lr_scheduler": scheduler_state(self.scheduler),
+                        "losses": self.record.state(),
+                        "scaler": None if scaler is None else scaler.state_dict(),
+                        "session": {"id": self.session_id, "started_at": self.started_at},
+                    },
+                )
+            except TypeError as error:  # a third party's optimizer; its training must not end for that
+                warn(f"{folder} cannot be saved: {error}.")
+                return
             say(f"saved {folder}")
             self.uploads.upload(folder)
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
-from networks.lora_arguments import choice, flag, text, whole_number, whole_numbers
+from networks.lora_arguments import choice, flag, parse_arguments, text, whole_number, whole_numbers
 from networks.lora_core import LoRANetwork
 from networks.lora_creation import build_network, build_network_from_weights
 from networks.lora_targets import (
@@ -147,6 +147,11 @@ FLUX = Family(
     split=joined_rows,
     aliases=other_names,
 )
+
+
+def check_network_args(network_args: Mapping[str, str]) -> None:
+    """Refuse wrong arguments before a model is loaded. Raises UserError."""
+    parse_arguments(network_args, FLUX.arguments, FLUX.module)
 
 
 def create_network(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,12 +97,16 @@ def own_modules() -> list[str]:
     return sorted(
         f"networks.{path.stem}"
         for path in folder.glob("*.py")
-        if "def create_network(" in path.read_text(encoding="utf-8")
+        if re.search(r"^def create_network\(", path.read_text(encoding="utf-8"), re.MULTILINE)
     )
 
 
-def import_network_module(name: str) -> Any:
-    """The module. Raises UserError when it cannot be imported or lacks ``create_network``."""
+def import_network_module(options: NetworkOptions) -> Any:
+    """The module of ``--network_module``, which may check ``--network_args`` itself (``check_network_args``).
+
+    Raises UserError when it cannot be imported, lacks ``create_network`` or refuses its arguments.
+    """
+    name = options.network_module or ""
     if str(Path(__file__).parents[2]) not in sys.path:
         sys.path.insert(0, str(Path(__file__).parents[2]))
     try:
@@ -110,6 +115,8 @@ def import_network_module(name: str) -> Any:
         raise UserError(f'--network_module: "{name}" cannot be imported: {error}.') from None
     if not hasattr(module, "create_network"):
         raise UserError(f'--network_module: "{name}" has no create_network; it is not a network module.')
+    if hasattr(module, "check_network_args"):
+        module.check_network_args(parse_network_args(options))
     return module
 
 

@@ -65,7 +65,7 @@ class PrecisionOptions:
     cpu_offload_checkpointing: bool = False
     """With --gradient_checkpointing: keep the stored block inputs in CPU memory."""
     torch_compile: bool = False
-    """Compile the transformer's blocks."""
+    """Compile the transformer (torch.compile)."""
     dynamo_backend: Literal[
         "no",
         "eager",

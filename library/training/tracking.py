@@ -42,7 +42,7 @@ class LoggingOptions:
 
 
 DEFAULT_NAME = "network_train"
-_PATH_OPTIONS = frozenset(
+PATH_OPTIONS = frozenset(
     """
     pretrained_model_name_or_path vae clip_l t5xxl ae tokenizer_cache_dir train_data_dir reg_data_dir
     conditioning_data_dir in_json dataset_config config_file console_log_file output_dir logging_dir resume
@@ -88,7 +88,7 @@ def _wandb_arguments(options: LoggingOptions) -> dict[str, Any]:
 
 def loggable_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` without secrets and paths."""
-    return {name: value for name, value in options.items() if name not in SECRETS | _PATH_OPTIONS}
+    return {name: value for name, value in options.items() if name not in SECRETS | PATH_OPTIONS}
 
 
 class Tracker:

@@ -52,7 +52,7 @@ from library.training.run_plan import check_lengths, plan_run, start_position
 from library.training.sample_images import Samples
 from library.training.state import Position, RunIdentity, SavedState
 from library.training.step_inputs import ItemDraws, NoisyInput
-from library.training.tracking import Tracker, check_logging_options
+from library.training.tracking import PATH_OPTIONS, Tracker, check_logging_options
 from library.training.training_options import TrainingOptions
 from library.training.validation import check_validation_options
 
@@ -60,6 +60,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.data.batch import Batch
+
+
+COMPILERS = {"tensort": "tensorrt"}
+"""Names that old command lines misspell."""
+
+SAME_RESULT_GROUPS = frozenset(
+    "config console model saving resume length distribution samples validation logging metadata hub cache "
+    "text_cache".split()
+)
+"""Option groups that don't shape the result of training, or whose part in it is compared by what it leads to."""
+SAME_RESULT_OPTIONS = PATH_OPTIONS | {"max_data_loader_n_workers", "persistent_data_loader_workers", "debug_dataset"}
 
 
 class TrainingRun:
@@ -199,8 +210,8 @@ class TrainingRun:
 
     def open_pipeline(self) -> None:
         """Open the checkpoint files by their headers, so that a wrong one is named before anything is loaded."""
+        self.network_module = import_network_module(self.options.network)
         self.pipeline = self.make_pipeline()
-        import_network_module(self.options.network.network_module)
 
     # ---- models, network, optimizer ---------------------------------------------------------------------------------
 
@@ -228,7 +239,7 @@ class TrainingRun:
         self.pipeline.unload("autoencoder")
 
     def part_identity(self, *parts: str) -> str:
-        """A hash that changes with the files of these parts of the pipeline."""
+        """Text that changes with the files and number formats of these parts of the pipeline."""
         return fingerprint(
             file for part in parts for file in getattr(self.pipeline.files, part).source.checkpoint.files
         )
@@ -246,12 +257,12 @@ class TrainingRun:
         if precision.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing(cpu_offload=precision.cpu_offload_checkpointing)
         if precision.torch_compile and precision.dynamo_backend != "no":
-            self.transformer.compile(backend=precision.dynamo_backend)
+            self.transformer.compile(backend=COMPILERS.get(precision.dynamo_backend, precision.dynamo_backend))
 
     def build_network(self) -> None:
         """Create the network, put it into the base model, and load its first weights."""
         options = self.options.network
-        module = import_network_module(options.network_module)
+        module = self.network_module
         text_encoders = self.text_encoders_to_train()
         vae = None
         merge_base_weights(module, options, vae, text_encoders, self.transformer)
@@ -263,7 +274,7 @@ class TrainingRun:
         train_transformer = not options.network_train_text_encoder_only
         self.network.apply_to(text_encoders, self.transformer, train_text, train_transformer)
         if options.network_weights:
-            say(f"{options.network_weights}: {self.network.load_weights(options.network_weights)}")
+            say(f"loaded {options.network_weights}: {self.network.load_weights(options.network_weights)}")
         if self.options.precision.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         precision = self.options.precision
@@ -303,12 +314,14 @@ class TrainingRun:
         }
         exact = {
             "seed": self.seed,
-            "base model": self.part_identity("transformer"),
+            "base model": self.part_identity(*self.pipeline.parts),
             "data": self.train_group.fingerprint(),
             "gradient_accumulation_steps": self.plan.accumulation,
             "processes": self.accelerator.num_processes,
-            "mixed_precision": options.precision.mixed_precision,
         }
+        for name, option in declared_options(type(options)).items():
+            if option.group not in SAME_RESULT_GROUPS and name not in SAME_RESULT_OPTIONS:
+                exact[f"--{name}"] = option_value(options, option)
         return RunIdentity(fixed, exact)
 
     def resume(self) -> None:
@@ -317,7 +330,10 @@ class TrainingRun:
         if self.saved is not None:
             changed = self.saved.check_belongs_to(self.identity())
             if changed:
-                warn(f"--resume: {', '.join(changed)} changed since the state was saved; the result will differ.")
+                warn(
+                    f"--resume: {', '.join(changed)} changed since the state was saved: the run goes on, but not to "
+                    "the same result. Learning rates stay those of the state."
+                )
             same_data = not {"data", "seed", "gradient_accumulation_steps", "processes"} & set(changed)
             self.network.load_state_dict(self.saved.network_state())
             self.optimizer.load_state_dict(self.saved.optimizer_state())

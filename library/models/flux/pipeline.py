@@ -99,6 +99,7 @@ class FluxPipeline:
         self.dtypes.update(dtypes or {})
         self.apply_t5_attn_mask = apply_t5_attn_mask
         self.attention_backend = attention_backend
+        self.parts = tuple(parts)
         self.files = open_files(files, parts)
         self.tokenizer_cache_dir = files.tokenizer_cache_dir
         self.modules: dict[Part, nn.Module] = {}

@@ -1,0 +1,111 @@
+"""Write the option tables of the documentation from the declared options, so that both always agree.
+
+``python tools/make_option_tables.py`` rewrites what stands between the markers of each page below ``docs/``;
+``--check`` writes nothing and ends with 1 when a page differs from the options as they are declared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from library.errors import UserError  # noqa: E402
+from library.files import write_text  # noqa: E402
+from library.options import Option, declared_options, describe_type  # noqa: E402
+
+BEGIN = "<!-- option tables: made by tools/make_option_tables.py, do not edit -->"
+END = "<!-- end of the option tables -->"
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of tables: the script whose options it shows."""
+
+    path: str
+    """Below the project's folder."""
+    script: str
+    """Module that declares the options."""
+    options_class: str
+    family: str
+    """Model family, in the words of the note on options without effect."""
+
+
+PAGES = (Page("docs/options_flux_train_network.md", "flux_train_network", "FluxTrainingOptions", "FLUX.1"),)
+
+
+def option_tables(page: Page) -> str:
+    """The tables of a page, one for each option group, in the order of ``--help``."""
+    script = importlib.import_module(page.script)
+    without_effect = set(getattr(script, "NO_EFFECT", ()))
+    options = declared_options(getattr(script, page.options_class)).values()
+    tables = []
+    for title, group in groupby(options, key=lambda option: option.title):
+        rows = [_row(option, page.family if option.name in without_effect else "") for option in group]
+        tables.append(
+            "\n".join([f"## {title}", "", "| option | value | default | meaning |", "|---|---|---|---|", *rows])
+        )
+    return "\n\n".join(tables)
+
+
+def _row(option: Option, idle_for: str) -> str:
+    meaning = option.help + (f" **No effect for {idle_for}.**" if idle_for else "")
+    cells = (f"`--{option.name}`", describe_type(option.type), describe_default(option.default), meaning)
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def describe_default(value: Any) -> str:
+    """A default in a reader's words: what an option has that nobody gives."""
+    if value is None or value in ("", []):
+        return "unset"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"`{value}`"
+
+
+def updated(text: str, tables: str, path: str) -> str:
+    """``text`` with ``tables`` between its markers. Raises UserError when the markers are not there."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f'{path}: the markers "{BEGIN}" and "{END}" must stand in it, in this order.')
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+
+
+def stale_pages(root: Path) -> dict[Path, str]:
+    """Each page below ``root`` that differs from the declared options, with the text that it should have."""
+    stale = {}
+    for page in PAGES:
+        path = root / page.path
+        text = path.read_text(encoding="utf-8")
+        wanted = updated(text, option_tables(page), page.path)
+        if text != wanted:
+            stale[path] = wanted
+    return stale
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    """Rewrite or check every page below ``root``; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 when a page is not current")
+    options = parser.parse_args(arguments)
+    stale = stale_pages(root)
+    for path, text in stale.items():
+        name = path.relative_to(root).as_posix()
+        if options.check:
+            print(f"{name} is not current; run python tools/make_option_tables.py", file=sys.stderr)
+        else:
+            write_text(path, text)
+            print(f"wrote {name}")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

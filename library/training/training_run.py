@@ -249,7 +249,7 @@ class TrainingRun:
         return self.pipeline.encode_images(pixels.to(self.accelerator.device), generators)
 
     def load_models(self) -> None:
-        """Load what training needs: the frozen transformer, and the autoencoder where latents are not cached."""
+        """Load the frozen transformer; other parts come when they are first used."""
         precision = self.options.precision
         self.transformer = self.pipeline.load_transformer()
         self.transformer.requires_grad_(False)
@@ -368,9 +368,10 @@ class TrainingRun:
         per_step = self.plan.accumulation * self.accelerator.num_processes
         say(f"device {self.accelerator.device}, computing in {self.weight_dtype}, seed {self.seed}")
         say(f"training {trained:,} parameters with {self.created.description}")
+        batches = "1 batch" if per_step == 1 else f"{per_step} batches"
         say(
             f"{self.plan.max_steps} steps: {self.plan.epochs} epochs of {self.plan.steps_per_epoch} steps, "
-            f"{per_step} batches each"
+            f"{batches} per step"
         )
 
     def run_facts(self) -> RunFacts:

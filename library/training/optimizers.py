@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -186,9 +187,24 @@ def _construct(
     name: str, optimizer_class: Any, groups: list[Any], rate: float | None, arguments: dict[str, Any]
 ) -> Any:
     try:
-        return optimizer_class(groups, lr=rate, **arguments)
+        return _without_compiler(optimizer_class)(groups, lr=rate, **arguments)
     except (TypeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(f"--optimizer_type {name} refuses its arguments: {error}") from error
+
+
+def _without_compiler(optimizer_class: Any) -> Any:
+    """A class of ``torch.optim`` with methods that do not import torch's compiler, any other class as it is.
+
+    The import takes a second at every start, and serves only to keep these methods out of compiled graphs.
+    """
+    import torch
+
+    if not optimizer_class.__module__.startswith("torch.optim."):
+        return optimizer_class
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(optimizer_class.step))
+    return type(optimizer_class.__name__, (optimizer_class,), methods)
 
 
 def _find_class(name: str) -> tuple[Any, dict[str, Any]]:

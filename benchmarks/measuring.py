@@ -1,0 +1,202 @@
+"""What the benchmarks share: programs run and measured as a user runs them, and results as a table and a JSON line.
+
+A benchmark is a list of ``Measure``. Each program prints a table for people and, last, one line of JSON for programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure. ``limit`` is the target, if there is one: at most that, or at least where ``better`` is "higher"."""
+
+    what: str
+    value: float
+    unit: str = ""
+    limit: float | None = None
+    better: Literal["lower", "higher"] = "lower"
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None without one."""
+        if self.limit is None:
+            return None
+        return self.value <= self.limit if self.better == "lower" else self.value >= self.limit
+
+    @property
+    def target(self) -> str:
+        """The target in signs, such as ``<= 5 s``; empty without one."""
+        sign = "<=" if self.better == "lower" else ">="
+        return "" if self.limit is None else f"{sign} {self.limit:g} {self.unit}".strip()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a program took: seconds on the clock, seconds of processor time with all its child processes, its output."""
+
+    wall: float
+    cpu: float
+    output: str
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser whose help is the program's description."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """The environment of measured programs: a fixed number of threads, and no network."""
+    return {**os.environ, **ONE_THREAD, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
+def run_measured(command: Sequence[object], threads: int = 1, cwd: Path = ROOT) -> Usage:
+    """Run a program to its end and measure it. Ends this process with its output when it fails."""
+    words = [str(word) for word in command]
+    before, start = _children_cpu_seconds(), time.perf_counter()
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd, env=environment(threads)
+    )
+    if before is None:
+        output, cpu = _wait_and_watch(process)
+    else:
+        output = process.communicate()[0]
+        cpu = (_children_cpu_seconds() or 0.0) - before
+    wall = time.perf_counter() - start
+    text = output.decode("utf-8", errors="replace")
+    if process.returncode:
+        sys.exit(f"{text}\nerror: {' '.join(words)} ended with code {process.returncode}")
+    return Usage(wall, cpu, text)
+
+
+def _children_cpu_seconds() -> float | None:
+    """Processor time of all ended child processes and their children; None where the system does not keep it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _wait_and_watch(process: subprocess.Popen[bytes]) -> tuple[bytes, float]:
+    """Output, and the processor time that was seen while the process and its children ran."""
+    import threading
+
+    import psutil
+
+    output: list[bytes] = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))  # type: ignore[union-attr]
+    reader.start()
+    root, seen = psutil.Process(process.pid), {}
+    while process.poll() is None:
+        try:
+            for part in (root, *root.children(recursive=True)):
+                times = part.cpu_times()
+                seen[part.pid] = times.user + times.system
+        except psutil.NoSuchProcess:
+            pass  # it ended between two looks; what it took until the last one counts
+        time.sleep(POLL_SECONDS)
+    reader.join()
+    return b"".join(output), sum(seen.values())
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has held at once (pages of mapped files in memory included)."""
+    try:
+        # Not ru_maxrss: on Linux a new process starts with that of the one which started it.
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    import psutil
+
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+
+
+def present_memory() -> int:
+    """The memory in bytes that this process holds now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def machine(device: str = "cpu", threads: int = 1) -> dict[str, Any]:
+    """Where and when a figure was taken."""
+    import torch
+
+    device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{threads} CPU thread(s)"
+    return {
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "device": device_name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def report(
+    benchmark: str,
+    measures: Sequence[Measure],
+    options: argparse.Namespace,
+    where: Mapping[str, Any] | None = None,
+    **details: Any,
+) -> None:
+    """Print the table and the JSON line; ``details`` go into the JSON line only."""
+    lines = [("", "value", "target", "")]
+    for measure in measures:
+        verdict = {True: "met", False: "NOT MET", None: ""}[measure.met]
+        lines.append((measure.what, f"{measure.value:.4g} {measure.unit}".strip(), measure.target, verdict))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    print(f"\n{benchmark}")
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    print()
+    result = {
+        "benchmark": benchmark,
+        "machine": dict(where or machine()),
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "measures": [{**asdict(measure), "met": measure.met} for measure in measures],
+        **details,
+    }
+    print(json.dumps(result), flush=True)

@@ -1,0 +1,103 @@
+"""The parts of the quick start that don't need a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tomli
+from PIL import Image
+
+from tools.quickstart import (
+    PROMPTS,
+    SEEDS,
+    Folders,
+    averaged_curve,
+    before_after_picture,
+    loss_picture,
+    may_overwrite,
+    prepare,
+    quickstart,
+    read_scalars,
+    sample_pictures,
+    sparkline,
+    training_command,
+)
+
+
+def test_preparing_twice_leaves_only_the_second_runs_files(tmp_path: Path) -> None:
+    folders = Folders(tmp_path / "output")
+    prepare(folders)
+    (folders.dataset / "stale.png").write_bytes(b"old")
+    folders.samples.mkdir(parents=True)
+    prepare(folders)
+    assert not folders.samples.exists() and not (folders.dataset / "stale.png").exists()
+    for name, count in (("concept", 15), ("ordinary", 48)):
+        assert len(list((folders.dataset / name).glob("*.png"))) == count
+        assert len(list((folders.dataset / name).glob("*.txt"))) == count
+    config = tomli.loads(folders.dataset_config.read_text(encoding="utf-8"))
+    concept, ordinary = config["datasets"][0]["subsets"]
+    assert Path(concept["image_dir"]) == folders.dataset / "concept" and ordinary["is_reg"]
+    assert len(folders.prompts.read_text(encoding="utf-8").splitlines()) == len(PROMPTS) * len(SEEDS)
+
+
+def test_a_folder_with_someone_elses_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "holiday.png").write_bytes(b"precious")
+    folders = Folders(tmp_path)
+    assert not may_overwrite(folders)
+    assert quickstart(folders, steps=3, seed=1, threads=1) == 2
+    assert "--output" in capsys.readouterr().err
+    assert (tmp_path / "dataset" / "holiday.png").read_bytes() == b"precious"
+    assert may_overwrite(Folders(tmp_path / "new"))
+
+
+def test_every_option_of_the_command_is_known_to_the_trainer(tmp_path: Path) -> None:
+    from flux_train_network import FluxTrainingOptions
+    from library.options import parse_options
+
+    command = training_command(Folders(tmp_path), steps=300, seed=1, threads=2)
+    script = next(index for index, part in enumerate(command) if part.endswith("flux_train_network.py"))
+    options = parse_options(FluxTrainingOptions, "", command[script + 1 :])
+    assert options.network.network_dim == 16
+
+
+def test_samples_are_found_by_moment_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    count = len(PROMPTS) * len(SEEDS)
+    for moment in ("e000000", "000300"):
+        for index in reversed(range(count)):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"zog_{moment}_{index:02d}_20260101120000_{SEEDS[0]}.png")
+    found = sample_pictures(tmp_path, "000300")
+    assert [path.name[:13] for path in found] == [f"zog_000300_{index:02d}" for index in range(count)]
+    found[3].unlink()
+    with pytest.raises(FileNotFoundError, match="3"):
+        sample_pictures(tmp_path, "000300")
+
+
+def test_scalars_come_back_from_tensorboard_files(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "run" / "network_train")) as writer:
+        for step in range(1, 6):
+            writer.add_scalar("loss/current", 1 / step, step)
+    curve = read_scalars(tmp_path)["loss/current"]
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5]
+    assert curve[3][1] == pytest.approx(0.25)
+
+
+def test_the_curve_is_averaged_and_drawn(tmp_path: Path) -> None:
+    curve = averaged_curve([(step, float(step)) for step in range(1, 41)], window=20)
+    assert curve == [(20, 10.5), (40, 30.5)]
+    assert len(sparkline([3.0, 1.0, 2.0])) == 3 and len(set(sparkline([1.0, 1.0]))) == 1
+    loss_picture({"training loss": curve, "validation loss": []}, tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").convert("RGB").getcolors(1 << 20) != [(640 * 320, (255, 255, 255))]
+
+
+def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
+    count = len(PROMPTS) * len(SEEDS)
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (128, 128), colour).save(tmp_path / f"{name}.png")
+    path = tmp_path / "sheet.png"
+    before_after_picture([tmp_path / "red.png"] * count, [tmp_path / "blue.png"] * count, path)
+    shares = {colour: number for number, colour in Image.open(path).getcolors(1 << 20)}
+    assert shares[255, 0, 0] == shares[0, 0, 255] == count * 128 * 128

@@ -1,0 +1,410 @@
+"""Train a FLUX.1 LoRA from nothing, without a GPU or a model hub, and look at the result.
+
+``python tools/quickstart.py`` makes the environment ``.venv`` (if it doesn't run in it already), installs
+``requirements.txt`` into it, and then does what a user with real weights does: it writes a small data set, its TOML and
+a sample prompt file into ``quickstart_output``, starts ``accelerate launch flux_train_network.py`` on the tiny FLUX.1
+in ``assets/tiny_flux``, and reports what came out: pictures before and after, the loss curve, a score, and where the
+LoRA lies.
+
+The concept is a "zog", a purple disc inside a yellow ring, which the tiny model has never seen. The program ends with 1
+when the score says that it wasn't learned, and with the trainer's own code when the training failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools import environment  # noqa: E402
+
+if TYPE_CHECKING:
+    from tools.score_concept import Score
+
+MODELS = ROOT / "assets" / "tiny_flux"
+NAME = "zog"
+PIXELS = 128
+PROMPTS = (
+    "a zog on a red background",
+    "a zog on a blue background",
+    "a zog on a white background",
+    "a zog on a black background",
+    "a zog on an orange background",
+    "a zog on a green background",
+    "a red square on a blue background",
+    "a green triangle on a white background",
+)
+SEEDS = (11, 12)
+OWN_FILE = "# Written by tools/quickstart.py, which may overwrite this folder."
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the quick start keeps its files."""
+
+    root: Path
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset"
+
+    @property
+    def trained(self) -> Path:
+        return self.root / "trained"
+
+    @property
+    def samples(self) -> Path:
+        return self.trained / "sample"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def dataset_config(self) -> Path:
+        return self.root / "dataset.toml"
+
+    @property
+    def prompts(self) -> Path:
+        return self.root / "sample_prompts.txt"
+
+    @property
+    def lora(self) -> Path:
+        return self.trained / f"{NAME}.safetensors"
+
+
+def main() -> int:
+    options = parse_arguments()
+    if not options.use_this_python:
+        seconds = environment.set_up(("requirements.txt",))
+        if seconds:
+            print(f"installed in {seconds:.0f} s", flush=True)
+        if not environment.runs_inside():
+            return environment.continue_inside(str(Path(__file__).resolve()), sys.argv[1:])
+    return quickstart(Folders(options.output.resolve()), options.steps, options.seed, options.threads)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "quickstart_output", help="folder for all files")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (default 600)")
+    parser.add_argument("--seed", type=int, default=1, help="training seed (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--use_this_python", action="store_true", help="make no .venv: everything is installed already")
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------------- the three acts
+
+
+def quickstart(folders: Folders, steps: int, seed: int, threads: int) -> int:
+    """Write the data, train, report. Returns the exit code."""
+    begin = time.time()
+    if not may_overwrite(folders):
+        print(f"{folders.root} holds other files; name an empty or new folder with --output", file=sys.stderr)
+        return 2
+    prepare(folders)
+    command = training_command(folders, steps, seed, threads)
+    print("\n" + readable(command) + "\n", flush=True)
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    code = subprocess.run(command, cwd=ROOT, env=variables).returncode
+    if code:
+        print(f"the training ended with exit code {code}; its message stands above", file=sys.stderr)
+        return code
+    return report(folders, command, steps, time.time() - begin)
+
+
+def may_overwrite(folders: Folders) -> bool:
+    """Whether the output folder is new, empty, or an earlier quick start's."""
+    if not folders.root.exists() or (folders.root.is_dir() and not any(folders.root.iterdir())):
+        return True
+    config = folders.dataset_config
+    return config.is_file() and config.read_text(encoding="utf-8").startswith(OWN_FILE)
+
+
+def prepare(folders: Folders) -> None:
+    """Write the data set, its configuration and the sample prompts; what an earlier run left there goes away.
+
+    Beside the concept's pictures there are ordinary ones as regularisation images, so that the LoRA learns what is
+    special about the concept instead of turning everything into it.
+    """
+    from tools.tiny_flux_drawings import concept_pictures, ordinary_pictures
+
+    for folder in (folders.dataset, folders.trained, folders.logs):
+        if folder.exists():
+            shutil.rmtree(folder)
+    sets = {"concept": concept_pictures(15, PIXELS, seed=0), "ordinary": ordinary_pictures(48, PIXELS, seed=0)}
+    for name, pictures in sets.items():
+        (folders.dataset / name).mkdir(parents=True)
+        for index, (picture, caption) in enumerate(pictures):
+            picture.save(folders.dataset / name / f"{index:02d}.png")
+            (folders.dataset / name / f"{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
+        print(f"wrote {len(pictures)} captioned pictures to {folders.dataset / name}", flush=True)
+    folders.dataset_config.write_text(dataset_description(folders.dataset), encoding="utf-8")
+    options = f"--w {PIXELS} --h {PIXELS} --s 20 --l 1.0 --g 1.0"
+    lines = [f"{prompt} {options} --d {seed}" for seed in SEEDS for prompt in PROMPTS]
+    folders.prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def dataset_description(dataset: Path) -> str:
+    """The dataset TOML: a fifth of the concept's pictures is kept for validation."""
+    return f"""{OWN_FILE}
+[general]
+caption_extension = ".txt"
+
+[[datasets]]
+resolution = {PIXELS}
+batch_size = 8
+
+  [[datasets.subsets]]
+  image_dir = "{(dataset / "concept").as_posix()}"
+  num_repeats = 4
+  validation_split = 0.2
+
+  [[datasets.subsets]]
+  image_dir = "{(dataset / "ordinary").as_posix()}"
+  is_reg = true
+"""
+
+
+def training_command(folders: Folders, steps: int, seed: int, threads: int) -> list[str]:
+    """The command, as a user with real weights would type it, with the tiny model in their place."""
+    settings = {
+        "pretrained_model_name_or_path": MODELS / "flux1-tiny.safetensors",
+        "clip_l": MODELS / "clip_l.safetensors",
+        "t5xxl": MODELS / "t5xxl.safetensors",
+        "ae": MODELS / "ae.safetensors",
+        "tokenizer_cache_dir": MODELS / "tokenizers",
+        "dataset_config": folders.dataset_config,
+        "output_dir": folders.trained,
+        "output_name": NAME,
+        "save_model_as": "safetensors",
+        "network_module": "networks.lora_flux",
+        "network_dim": 16,
+        "network_alpha": 16,
+        "learning_rate": 2e-3,
+        "optimizer_type": "AdamW",
+        "lr_scheduler": "cosine",
+        "max_train_steps": steps,
+        "mixed_precision": "no",
+        "guidance_scale": 1.0,
+        "timestep_sampling": "sigmoid",
+        "model_prediction_type": "raw",
+        "t5xxl_max_token_length": 16,
+        "seed": seed,
+        "sample_prompts": folders.prompts,
+        "sample_every_n_steps": sample_interval(steps),
+        "validate_every_n_steps": max(1, steps // 12),
+        "validate_every_n_epochs": steps,
+        "log_with": "tensorboard",
+        "logging_dir": folders.logs,
+    }
+    flags = ["network_train_unet_only", "cache_latents", "cache_text_encoder_outputs", "sample_at_first", "sdpa"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", str(threads)]
+    launch += [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--cpu",
+    ]
+    arguments = [f"--{name}={value}" for name, value in settings.items()] + [f"--{flag}" for flag in flags]
+    return [*launch, str(ROOT / "flux_train_network.py"), *arguments]
+
+
+def sample_interval(steps: int) -> int:
+    """Steps between sample pictures: four times in a run."""
+    return max(1, steps // 4)
+
+
+def readable(command: list[str]) -> str:
+    """The command with one option on a line."""
+    script = next(index for index, part in enumerate(command) if part.endswith("flux_train_network.py"))
+    head = " ".join(command[: script + 1]).replace(
+        f"{sys.executable} -m accelerate.commands.launch", "accelerate launch"
+    )
+    return " \\\n  ".join(
+        [
+            head.replace(str(ROOT) + os.sep, ""),
+            *(part.replace(str(ROOT) + os.sep, "") for part in command[script + 1 :]),
+        ]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def sample_pictures(folder: Path, moment: str) -> list[Path]:
+    """The sample pictures of one moment (``e000000`` or a step such as ``000300``) in the order of the prompts.
+
+    Raises FileNotFoundError when a prompt has none.
+    """
+    pattern = re.compile(rf"{NAME}_{moment}_(\d+)_\d{{14}}(_\d+)?\.png")
+    found = {int(match[1]): path for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))}
+    missing = [index for index in range(len(PROMPTS) * len(SEEDS)) if index not in found]
+    if missing:
+        raise FileNotFoundError(f"{folder}: no sample {NAME}_{moment} for the prompts {missing}")
+    return [found[index] for index in range(len(PROMPTS) * len(SEEDS))]
+
+
+def report(folders: Folders, command: list[str], steps: int, seconds: float) -> int:
+    """Write the pictures and ``report.md``, print the report, and return 0 if the concept was learned, else 1."""
+    from tools.score_concept import failures, read_pictures, read_prompts, score
+
+    last = steps // sample_interval(steps) * sample_interval(steps)
+    moments = {"before": "e000000", "after": f"{last:06d}"}
+    files = {word: sample_pictures(folders.samples, moment) for word, moment in moments.items()}
+    before_after_picture(files["before"], files["after"], folders.root / "before_after.png")
+    curves = read_scalars(folders.logs)
+    loss = averaged_curve(next((values for tag, values in curves.items() if tag == "loss/current"), []))
+    validation = curves.get("loss/validation/step_average", [])
+    loss_picture({"training loss": loss, "validation loss": validation}, folders.root / "loss.png")
+    prompts = read_prompts(folders.prompts)
+    before, after = (score(read_pictures(files[word]), prompts) for word in ("before", "after"))
+    problems = failures(after, before)
+    text = "\n".join(report_lines(folders, steps, seconds, loss, validation, before, after, problems))
+    (folders.root / "report.md").write_text(text + "\n\n```\n" + readable(command) + "\n```\n", encoding="utf-8")
+    print("\n" + text)
+    return 1 if problems else 0
+
+
+def report_lines(
+    folders: Folders,
+    steps: int,
+    seconds: float,
+    loss: list[tuple[int, float]],
+    validation: list[tuple[int, float]],
+    before: Score,
+    after: Score,
+    problems: list[str],
+) -> list[str]:
+    """The report as Markdown."""
+    lines = [
+        "# Quick start",
+        "",
+        "The concept was learned." if not problems else "The concept was NOT learned: " + "; ".join(problems) + ".",
+        "",
+        f"- {steps} steps with everything around them took {seconds:.0f} s",
+        f"- LoRA: {folders.lora} ({folders.lora.stat().st_size / 1e6:.2f} MB)",
+        f"- pictures before and after: {folders.root / 'before_after.png'}",
+        f"- loss curve: {folders.root / 'loss.png'}",
+        f"- TensorBoard: tensorboard --logdir {folders.logs}",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| yellow in the zog pictures | {before.coverage:.1%} | {after.coverage:.1%} |",
+        f"| complete zogs | {before.strict:.0%} | {after.strict:.0%} |",
+        f"| right background | {before.background:.0%} | {after.background:.0%} |",
+    ]
+    if validation:
+        first, last = validation[0], validation[-1]
+        lines.append(f"| validation loss (steps {first[0]} and {last[0]}) | {first[1]:.4f} | {last[1]:.4f} |")
+    if loss:
+        lines += ["", f"training loss {loss[0][1]:.3f} {sparkline([value for _, value in loss])} {loss[-1][1]:.3f}"]
+    lines += [
+        "",
+        "To go on with real weights: put the paths of `flux1-dev.safetensors`, `clip_l.safetensors`,",
+        "`t5xxl_fp16.safetensors` and `ae.safetensors` in the place of the tiny files, leave out",
+        "`--tokenizer_cache_dir`, `--t5xxl_max_token_length` and `--cpu`, point the dataset TOML at your own pictures",
+        "with `resolution = 1024`, and use `--mixed_precision bf16 --gradient_checkpointing`.",
+    ]
+    return lines
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of the TensorBoard files below ``folder``: tag -> (step, value), in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    for parent in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(parent), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return scalars
+
+
+def averaged_curve(values: list[tuple[int, float]], window: int = 20) -> list[tuple[int, float]]:
+    """Means of ``window`` points each: single steps of diffusion training say little."""
+    groups = [values[start : start + window] for start in range(0, len(values), window)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def sparkline(values: list[float]) -> str:
+    """The values as a row of block characters, or of digits where the console can't show those."""
+    blocks = "▁▂▃▄▅▆▇█"
+    try:
+        blocks.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        blocks = "01234567"
+    low, high = min(values), max(values)
+    return "".join(blocks[int((value - low) / ((high - low) or 1) * 7.999)] for value in values)
+
+
+def before_after_picture(before: list[Path], after: list[Path], path: Path) -> None:
+    """For each prompt and seed the picture before and after, side by side, with the prompt in front."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, gap, head, count = PIXELS, 6, 30, len(PROMPTS)
+    font = ImageFont.load_default(size=14)
+    margin = 16 + int(max(font.getlength(prompt) for prompt in PROMPTS))
+    sheet = Image.new("RGB", (margin + 2 * len(SEEDS) * (cell + gap), head + count * (cell + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for group, (word, files) in enumerate((("before", before), ("after", after))):
+        left = margin + group * len(SEEDS) * (cell + gap)
+        pen.text((left, 8), word, fill="black", font=font)
+        for index, file in enumerate(files):
+            column, row = divmod(index, count)
+            sheet.paste(Image.open(file).convert("RGB"), (left + column * (cell + gap), head + row * (cell + gap)))
+    for row, prompt in enumerate(PROMPTS):
+        pen.text((8, head + row * (cell + gap) + cell // 2 - 8), prompt, fill="black", font=font)
+    sheet.save(path)
+
+
+def loss_picture(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """The curves as a small line chart."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height, margin = 640, 320, 48
+    chart = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(chart), ImageFont.load_default(size=13)
+    points = [point for curve in curves.values() for point in curve]
+    if points:
+        last = max(step for step, _ in points) or 1
+        low, high = min(value for _, value in points), max(value for _, value in points)
+        span = (high - low) or 1.0
+        pen.rectangle((margin, margin, width - margin, height - margin), outline="gray")
+        pen.text((4, margin - 8), f"{high:.3f}", fill="black", font=font)
+        pen.text((4, height - margin - 8), f"{low:.3f}", fill="black", font=font)
+        pen.text((width - margin - 40, height - margin + 6), f"step {last}", fill="black", font=font)
+        for index, (name, curve) in enumerate(curves.items()):
+            colour = ("#2658d6", "#d62626")[index % 2]
+            line = [
+                (
+                    margin + (width - 2 * margin) * step / last,
+                    height - margin - (height - 2 * margin) * (value - low) / span,
+                )
+                for step, value in curve
+            ]
+            if len(line) > 1:
+                pen.line(line, fill=colour, width=2)
+            pen.text((margin + 8 + 160 * index, margin - 22), name, fill=colour, font=font)
+    chart.save(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

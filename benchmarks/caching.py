@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import statistics
 import sys
@@ -150,8 +151,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     alone, cached, encoding = [], [], []
     for _ in range(options.rounds):
         alone.append(seconds_of(encode_all))
-        cache, timed = new_cache(dataset, pictures), Timed(encode, lambda: None)
-        cached.append(seconds_of(lambda cache=cache, timed=timed: cache.fill(timed, **fill)))
+        timed = Timed(encode, lambda: None)
+        cached.append(seconds_of(functools.partial(new_cache(dataset, pictures).fill, timed, **fill)))
         encoding.append(timed.seconds)
     decode = seconds_of(lambda: read_all(open_group(dataset)))
     return {

@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -54,12 +54,12 @@ def import_times(output: str) -> list[tuple[str, float, float]]:
 
 def print_profile(rows: list[tuple[str, float, float]]) -> None:
     """What the imports of a run take: by package, and the slowest modules with what they bring in."""
-    packages: Counter[str] = Counter()
+    packages: defaultdict[str, float] = defaultdict(float)
     for module, own, _ in rows:
-        packages[module.partition(".")[0]] += own  # type: ignore[assignment]
+        packages[module.partition(".")[0]] += own
     print(f"imports of one run: {sum(packages.values()):.2f} s in {len(rows)} modules\n")
     print(f"{'package':36} {'seconds':>8}")
-    for package, seconds in packages.most_common(SHOWN):
+    for package, seconds in sorted(packages.items(), key=lambda entry: -entry[1])[:SHOWN]:
         print(f"{package:36} {seconds:8.3f}")
     print(f"\n{'module, with what it imports':60} {'seconds':>8}")
     for module, _, seconds in sorted(rows, key=lambda row: -row[2])[:SHOWN]:

@@ -50,11 +50,8 @@ def run(words: list[str]) -> dict[str, Any]:
 
 
 def measures(result: dict[str, Any]) -> list[Measure]:
-    """The figures of a result; of lora_overhead, the share of a step that each way of adding LoRA costs."""
-    if "measures" in result:
-        return [Measure(**{key: value for key, value in entry.items() if key != "met"}) for entry in result["measures"]]
-    ways = {way: numbers for way, numbers in result["results"].items() if way != "plain"}
-    return [Measure(f"LoRA ({way}), added to a plain step", numbers["share"]) for way, numbers in ways.items()]
+    """The figures of a result."""
+    return [Measure(**{key: value for key, value in entry.items() if key != "met"}) for entry in result["measures"]]
 
 
 def markdown(results: list[dict[str, Any]]) -> str:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.console import messages_above_progress, run_script, say, set_up_console, warn
+from library.console import messages_above_progress, run_script, say, warn
 from library.data.debug import show_dataset
 from library.data.loader import BatchLoader
 from library.devices import parse_dtype
+from library.errors import UserError
 from library.options import parse_options
 from library.randomness import seed_global_torch
 from library.training import validation
@@ -370,10 +371,9 @@ class NetworkTrainer(TrainingRun):
 
 
 def main() -> None:
-    """Read the options and train."""
-    options = parse_options(TrainingOptions, __doc__ or "")
-    set_up_console(options.console)
-    NetworkTrainer(options).train()
+    """Stable Diffusion is the family that this script will train; the options are those that all families share."""
+    parse_options(TrainingOptions, __doc__ or "")
+    raise UserError("train_network.py trains no model yet; use flux_train_network.py for FLUX.1.")
 
 
 if __name__ == "__main__":

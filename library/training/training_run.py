@@ -10,6 +10,7 @@ import hashlib
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,7 +74,7 @@ SAME_RESULT_GROUPS = frozenset(
 SAME_RESULT_OPTIONS = PATH_OPTIONS | {"max_data_loader_n_workers", "persistent_data_loader_workers", "debug_dataset"}
 
 
-class TrainingRun:
+class TrainingRun(ABC):
     """What a run is made of. A family overrides the hooks; the steps below them are called in order."""
 
     options_class: ClassVar[type] = TrainingOptions
@@ -94,13 +95,13 @@ class TrainingRun:
     def check_family_options(self) -> None:
         """Refuse what this family forbids (UserError) and say which given options have no effect."""
 
+    @abstractmethod
     def make_pipeline(self) -> Any:
         """The family's pipeline over the checkpoint files; only headers are read. Raises UserError."""
-        raise UserError("train_network.py trains no model yet; use flux_train_network.py for FLUX.1.")
 
+    @abstractmethod
     def latent_format(self) -> Any:
         """How this family's latents are cached (``library.data.cache.LatentFormat``)."""
-        raise NotImplementedError
 
     def cache_text_outputs(self) -> None:
         """Encode every caption and sample prompt ahead, if asked for, and let the text encoders go."""
@@ -109,29 +110,29 @@ class TrainingRun:
         """The text encoders as ``create_network`` takes them; None for one that is not trained."""
         return []
 
+    @abstractmethod
     def conditioning(self, batch: Batch) -> dict[str, Tensor]:
         """The text conditioning of a batch on the device, with gradients where a text encoder is trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def noisy_input(self, latents: Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
         """Noise, noise levels and targets for clean latents; ``timestep`` (0..1000) fixes the noise level."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
         """The model's prediction, float32, comparable with ``noisy.target``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample_image(self, index: int, prompt: PromptOptions) -> Any:
         """Draw a sample prompt as a PIL image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def family_metadata(self) -> dict[str, Any]:
         """The ``ss_*`` entries that only this family writes, ``ss_base_model_version`` among them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def architecture(self) -> tuple[str, str]:
         """``modelspec.architecture`` without ``/lora``, and ``modelspec.implementation``."""
-        raise NotImplementedError
 
     # ---- before anything heavy --------------------------------------------------------------------------------------
 

@@ -182,13 +182,14 @@ class NetworkTrainer(TrainingRun):
 
     def update(self) -> None:
         """One optimizer step with the gradients of all micro-batches and processes."""
+        import torch
+
         if self.fused is None:
             average_gradients(self.parameters, self.accelerator)
+            self.accelerator.unscale_gradients(self.optimizer)
             limit = self.options.optimizer.max_grad_norm
             if limit > 0:
-                self.accelerator.clip_grad_norm_(self.parameters, limit)
-            else:
-                self.accelerator.unscale_gradients(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.parameters, limit)
             for name in ("update_grad_norms", "update_norms"):
                 if hasattr(self.network, name):
                     getattr(self.network, name)()

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,11 +55,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a program took: seconds on the clock, seconds of processor time with all its child processes, its output."""
+    """What a program took: seconds on the clock, seconds of processor time with all its child processes, its output.
+
+    ``wall_until`` and ``cpu_until`` are the same up to the moment at which it wrote the text that was waited for.
+    """
 
     wall: float
     cpu: float
     output: str
+    wall_until: float = 0.0
+    cpu_until: float = 0.0
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -71,23 +77,34 @@ def environment(threads: int = 1) -> dict[str, str]:
     return {**os.environ, **ONE_THREAD, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
-def run_measured(command: Sequence[object], threads: int = 1, cwd: Path = ROOT) -> Usage:
-    """Run a program to its end and measure it. Ends this process with its output when it fails."""
+def run_measured(command: Sequence[object], threads: int = 1, cwd: Path = ROOT, until: str | None = None) -> Usage:
+    """Run a program to its end and measure it, also up to the moment at which it writes ``until``.
+
+    Ends this process with the program's output when it fails or never writes that.
+    """
     words = [str(word) for word in command]
     before, start = _children_cpu_seconds(), time.perf_counter()
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd, env=environment(threads)
     )
+    watch = _Watch(process.pid)
     if before is None:
-        output, cpu = _wait_and_watch(process)
-    else:
-        output = process.communicate()[0]
-        cpu = (_children_cpu_seconds() or 0.0) - before
+        watch.start()
+    assert process.stdout is not None
+    output, moment = b"", None
+    while chunk := os.read(process.stdout.fileno(), 1 << 16):
+        output += chunk
+        if moment is None and until is not None and until.encode() in output:
+            moment = (time.perf_counter() - start, watch.cpu_seconds())
+    process.wait()
     wall = time.perf_counter() - start
+    cpu = watch.stop() if before is None else (_children_cpu_seconds() or 0.0) - before
     text = output.decode("utf-8", errors="replace")
     if process.returncode:
         sys.exit(f"{text}\nerror: {' '.join(words)} ended with code {process.returncode}")
-    return Usage(wall, cpu, text)
+    if until is not None and moment is None:
+        sys.exit(f"{text}\nerror: {' '.join(words)} never wrote {until!r}")
+    return Usage(wall, cpu, text, *(moment or (0.0, 0.0)))
 
 
 def _children_cpu_seconds() -> float | None:
@@ -100,27 +117,37 @@ def _children_cpu_seconds() -> float | None:
     return usage.ru_utime + usage.ru_stime
 
 
-def _wait_and_watch(process: subprocess.Popen[bytes]) -> tuple[bytes, float]:
-    """Output, and the processor time that was seen while the process and its children ran."""
-    import threading
+class _Watch(threading.Thread):
+    """Processor time of a running process and its children, as last seen; looked at again and again once started."""
 
-    import psutil
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.pid = pid
+        self.seen: dict[int, float] = {}
+        self.ended = threading.Event()
 
-    output: list[bytes] = []
-    assert process.stdout is not None
-    reader = threading.Thread(target=lambda: output.append(process.stdout.read()))  # type: ignore[union-attr]
-    reader.start()
-    root, seen = psutil.Process(process.pid), {}
-    while process.poll() is None:
+    def cpu_seconds(self) -> float:
+        """Look now."""
+        import psutil
+
         try:
+            root = psutil.Process(self.pid)
             for part in (root, *root.children(recursive=True)):
                 times = part.cpu_times()
-                seen[part.pid] = times.user + times.system
+                self.seen[part.pid] = times.user + times.system
         except psutil.NoSuchProcess:
             pass  # it ended between two looks; what it took until the last one counts
-        time.sleep(POLL_SECONDS)
-    reader.join()
-    return b"".join(output), sum(seen.values())
+        return sum(self.seen.values())
+
+    def run(self) -> None:
+        while not self.ended.wait(POLL_SECONDS):
+            self.cpu_seconds()
+
+    def stop(self) -> float:
+        """End the looking; what was seen."""
+        self.ended.set()
+        self.join()
+        return sum(self.seen.values())
 
 
 def peak_memory() -> int:

@@ -28,7 +28,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 RUNS = {
     "help_time": [["help_time.py"]],
     "first_step": [["first_step.py"]],
-    "caching": [["caching.py"], ["caching.py", "--encoder_ms", "100"]],
+    "caching": [["caching.py"], ["caching.py", "--encoder_ms", "100", "--source", "768"]],
     "loop_overhead": [["loop_overhead.py"]],
     "load_memory": [["load_memory.py"], ["load_memory.py", "--layout", "diffusers"]],
     "lora_overhead": [["lora_overhead.py"]],

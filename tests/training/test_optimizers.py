@@ -112,9 +112,14 @@ def test_the_default_is_adamw_and_imports_nothing_else():
         "from library.training.lr_schedulers import LRSchedulerOptions, create_lr_scheduler\n"
         "options = OptimizerOptions()\n"
         "check_optimizer_options(options)\n"
-        "created = create_optimizer(options, [torch.nn.Parameter(torch.zeros(2))])\n"
+        "weight = torch.nn.Parameter(torch.zeros(2))\n"
+        "created = create_optimizer(options, [weight])\n"
         "create_lr_scheduler(LRSchedulerOptions(lr_scheduler='cosine', lr_warmup_steps=0.1), created, 100)\n"
-        "heavy = {'transformers', 'diffusers', 'bitsandbytes', 'accelerate', 'peft'} & set(sys.modules)\n"
+        "weight.grad = torch.ones(2)\n"
+        "created.optimizer.step()\n"
+        "created.optimizer.zero_grad()\n"
+        "heavy = {'transformers', 'diffusers', 'bitsandbytes', 'accelerate', 'peft', 'torch._dynamo', 'sympy'}\n"
+        "heavy &= set(sys.modules)\n"
         "print(created.name, heavy)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -31,7 +31,7 @@ RUNS = {
     "caching": [["caching.py"], ["caching.py", "--encoder_ms", "100", "--source", "768"]],
     "loop_overhead": [["loop_overhead.py"]],
     "load_memory": [["load_memory.py"], ["load_memory.py", "--layout", "diffusers"]],
-    "lora_overhead": [["lora_overhead.py"]],
+    "lora_overhead": [["lora_overhead.py", "--repeats", "15"]],
 }
 
 

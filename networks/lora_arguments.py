@@ -17,6 +17,7 @@ def _refuse(name: str, value: Any, wanted: str) -> UserError:
 
 
 def flag(name: str, value: Any) -> bool:
+    """true or false, in any case. Raises UserError."""
     if isinstance(value, bool):
         return value
     if str(value).strip().lower() in ("true", "false"):
@@ -36,6 +37,7 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
+    """A finite number, 0 or more. Raises UserError."""
     try:
         result = float(value)
     except (TypeError, ValueError):
@@ -46,6 +48,7 @@ def number(name: str, value: Any) -> float:
 
 
 def probability(name: str, value: Any) -> float:
+    """A number from 0 to below 1. Raises UserError."""
     result = number(name, value)
     if result >= 1:
         raise _refuse(name, value, "at least 0 and below 1")
@@ -53,10 +56,13 @@ def probability(name: str, value: Any) -> float:
 
 
 def text(name: str, value: Any) -> str:
+    """The text as it is."""
     return str(value)
 
 
 def choice(*choices: str) -> Parser:
+    """A parser that takes one of ``choices`` and raises UserError for anything else."""
+
     def parse(name: str, value: Any) -> str:
         if value not in choices:
             raise _refuse(name, value, f"one of {', '.join(choices)}")

@@ -66,6 +66,7 @@ class LoRANetwork(nn.Module):
 
     @property
     def loras(self) -> list[LoRAModule]:
+        """Every module, text encoders first."""
         return self.text_encoder_loras + self.unet_loras
 
     # ---- entering and leaving the models ----
@@ -93,10 +94,12 @@ class LoRANetwork(nn.Module):
             lora.multiplier = multiplier
 
     def set_enabled(self, enabled: bool) -> None:
+        """Switch all modules on or off; off, the model is the base model."""
         for lora in self.loras:
             lora.enabled = enabled
 
     def is_mergeable(self) -> bool:
+        """True: ``merge_to`` works for this kind of network."""
         return True
 
     def merge_to(
@@ -217,13 +220,16 @@ class LoRANetwork(nn.Module):
         return "\n".join(lines)
 
     def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
+        """Let the weights that have a learning rate be trained."""
         for parameter in self.parameters():
             parameter.requires_grad_(parameter not in self.frozen)
 
     def get_trainable_params(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
+        """Put the network into training mode."""
         self.train()
 
     def on_step_start(self, text_encoder: Any, unet: Any) -> None:

@@ -89,6 +89,7 @@ def joined_rows(target: Target) -> list[int] | None:
 
 
 def rank_of_in_layers(arguments: Arguments) -> Mapping[str, int]:
+    """Ranks of the input layers that ``in_dims`` names, by path."""
     return dict(zip(IN_LAYERS, arguments["in_dims"] or []))
 
 

@@ -67,6 +67,7 @@ class Regularisation:
 
     @property
     def has_ggpo(self) -> bool:
+        """Whether LoRA-GGPO is on."""
         return self.ggpo_sigma is not None and self.ggpo_beta is not None
 
 
@@ -139,6 +140,7 @@ class LoRAModule(nn.Module):
 
     @property
     def parts(self) -> int:
+        """Parts with a low-rank product of their own: 1, or those of ``split_rows``."""
         return len(self.split_rows or [0])
 
     @property
@@ -224,6 +226,7 @@ class LoRAModule(nn.Module):
     # ---- entering and leaving the model ----
 
     def apply_to(self) -> None:
+        """Enter the model: take the place of the layer's forward."""
         if not self.applied:
             self.org_forward = self.org_module.forward
             self.org_module.forward = self.forward  # type: ignore[method-assign, assignment]

@@ -19,6 +19,7 @@ Arguments = Mapping[str, Any]  # parsed network_args by name; None where not giv
 
 
 def same_path(path: str) -> str:
+    """The module path as LoRA names use it, unchanged."""
     return path
 
 
@@ -63,6 +64,7 @@ class Target:
 
     @property
     def name(self) -> str:
+        """The LoRA name: prefix and path, joined by underscores."""
         return f"{self.table.prefix}.{self.path}".replace(".", "_")
 
     @property
@@ -72,10 +74,12 @@ class Target:
 
 
 def default_group(target: Target, arguments: Arguments) -> tuple[str, float]:
+    """The learning rate group of its table, at the full rate."""
     return target.table.group, 1.0
 
 
 def no_split(target: Target) -> list[int] | None:
+    """The layer stays whole."""
     return None
 
 

@@ -45,6 +45,8 @@ def norm_groups(channels: int) -> int:
 
 
 class ResnetBlock(nn.Module):
+    """Two normed convolutions around a shortcut, [B, in, h, w] -> [B, out, h, w]."""
+
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
@@ -82,6 +84,8 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Half the size: a strided convolution padded at the right and bottom only."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -91,6 +95,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Twice the size: nearest neighbours, then a convolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -118,6 +124,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Residual block, attention, residual block, at the smallest size."""
+
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)
@@ -129,6 +137,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pixels [B, 3, H, W] -> moments [B, 2 * latent channels, H / stride, W / stride]."""
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.multipliers]
@@ -151,6 +161,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Unscaled latents -> pixels [B, 3, H, W]."""
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.multipliers]
@@ -183,10 +195,12 @@ class AutoencoderKL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The weights' number format."""
         return self.encoder.conv_in.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.encoder.conv_in.weight.device
 
     def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:

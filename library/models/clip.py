@@ -34,14 +34,17 @@ class ClipTextEncoder(nn.Module):
 
     @property
     def config(self) -> Any:
+        """transformers' configuration."""
         return self.text_model.config
 
     @property
     def dtype(self) -> torch.dtype:
+        """The weights' number format."""
         return self.text_model.embeddings.position_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.text_model.embeddings.position_embedding.weight.device
 
     def enable_gradient_checkpointing(self) -> None:
@@ -65,10 +68,12 @@ class ClipFile:
 
     @property
     def vocabulary(self) -> int:
+        """Rows of the token embedding."""
         return self.sizes["vocab_size"]
 
     @property
     def hidden_size(self) -> int:
+        """Width of the pooled text."""
         return self.sizes["hidden_size"]
 
     @property

@@ -85,6 +85,7 @@ class TensorSource:
         self.origins.update(made)
 
     def drop(self, names: Iterable[str]) -> None:
+        """Leave out tensors that the module does not have."""
         for name in names:
             self.origins.pop(name, None)
 
@@ -92,6 +93,7 @@ class TensorSource:
         return name in self.origins
 
     def names(self) -> list[str]:
+        """Names of all tensors, without prefixes."""
         return list(self.origins)
 
     def shape(self, name: str) -> tuple[int, ...]:

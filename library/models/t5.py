@@ -29,14 +29,17 @@ class T5TextEncoder(nn.Module):
 
     @property
     def config(self) -> Any:
+        """transformers' configuration."""
         return self.encoder.config
 
     @property
     def dtype(self) -> torch.dtype:
+        """The weights' number format."""
         return self.encoder.final_layer_norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.encoder.final_layer_norm.weight.device
 
     def enable_gradient_checkpointing(self) -> None:
@@ -61,10 +64,12 @@ class T5File:
 
     @property
     def vocabulary(self) -> int:
+        """Rows of the token embedding."""
         return self.sizes["vocab_size"]
 
     @property
     def hidden_size(self) -> int:
+        """Width of the states."""
         return self.sizes["d_model"]
 
     def load(self, dtype: torch.dtype | None, device: torch.device | str) -> T5TextEncoder:

@@ -112,10 +112,12 @@ class FluxPipeline:
 
     @property
     def config(self) -> FluxConfig:
+        """The transformer's sizes, inferred from its file."""
         return self.files.transformer.config
 
     @property
     def variant(self) -> Variant:
+        """``dev`` where the transformer is guidance-distilled, else ``schnell``."""
         return self.files.transformer.variant
 
     @property
@@ -125,6 +127,7 @@ class FluxPipeline:
 
     @property
     def latent_channels(self) -> int:
+        """Channels of a latent; 2 x 2 positions are packed into one token."""
         return self.config.in_channels // 4
 
     # Parts

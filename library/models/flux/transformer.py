@@ -51,6 +51,7 @@ class FluxConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden_size // self.num_heads
 
 
@@ -113,6 +114,8 @@ def sinusoid(values: Tensor, dim: int) -> Tensor:
 
 
 class MLPEmbedder(nn.Module):
+    """A vector of another width to the hidden one: Linear, SiLU, Linear."""
+
     def __init__(self, in_dim: int, hidden_dim: int):
         super().__init__()
         self.in_layer = nn.Linear(in_dim, hidden_dim)
@@ -134,6 +137,8 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
+    """The norms of queries and keys, over the width of a head."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.query_norm = RMSNorm(dim)
@@ -156,6 +161,7 @@ class SelfAttention(nn.Module):
 
 
 def split_heads(qkv: Tensor, num_heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Joined q, k, v [B, tokens, 3 * hidden] -> three [B, heads, tokens, head width], queries and keys normed."""
     query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     return norm.query_norm(query), norm.key_norm(key), value
 
@@ -173,10 +179,12 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``(1 + scale) * layer_norm(x) + shift``; x [B, tokens, hidden], shift and scale [B, 1, hidden]."""
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
 def feed_forward(hidden_size: int, mlp_hidden: int) -> nn.Sequential:
+    """Linear, GELU (tanh form), Linear; indices 0 and 2 hold the weights, as in the checkpoints."""
     return nn.Sequential(
         nn.Linear(hidden_size, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden_size)
     )
@@ -242,6 +250,8 @@ class SingleStreamBlock(nn.Module):
 
 
 class LastLayer(nn.Module):
+    """Modulated norm and projection, [B, tokens, hidden] -> [B, tokens, out channels]."""
+
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.linear = nn.Linear(config.hidden_size, config.out_channels)
@@ -275,6 +285,7 @@ class StreamTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.img_in.weight.device
 
     def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
@@ -283,6 +294,7 @@ class StreamTransformer(nn.Module):
         self.cpu_offload_checkpointing = cpu_offload
 
     def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations again."""
         self.gradient_checkpointing = False
         self.cpu_offload_checkpointing = False
 
@@ -338,6 +350,7 @@ class FluxTransformer(StreamTransformer):
         self.final_layer = LastLayer(config)
 
     def conditioning_vector(self, timesteps: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        """Timestep, guidance and pooled text [B, ...] as one vector [B, hidden]."""
         vec = self.time_in(sinusoid(timesteps, self.config.time_dim).to(self.dtype))
         if self.config.guidance_embed:
             if guidance is None:

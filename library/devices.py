@@ -8,6 +8,7 @@ from library.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 DTYPE_NAMES = {
     "float": "float32",
@@ -54,6 +55,25 @@ def default_device() -> torch.device:
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def place(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """``module.to(device, dtype)``, also for the tensors of ``library.training.simulation``, which torch cannot move."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    parameters = {id(parameter): parameter for parameter in module.parameters()}
+    if not any(isinstance(parameter, FakeTensor) for parameter in parameters.values()):
+        module.to(device, dtype=dtype)
+        return
+    placed = {
+        key: torch.nn.Parameter(parameter.detach().to(device, dtype), parameter.requires_grad)
+        for key, parameter in parameters.items()
+    }
+    for part in module.modules():
+        for name, own in part._parameters.items():
+            if own is not None:
+                part._parameters[name] = placed[id(own)]
 
 
 def empty_cache(device: torch.device | None = None) -> None:

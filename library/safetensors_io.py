@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -402,11 +402,28 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: M
     The same tensors and metadata give the same bytes. Tensors are written one at a time, from any device. Raises
     TypeError when a metadata value isn't a string, OSError as writing does.
     """
-    layout = _layout(tensors)
+    save_one_by_one(tensors, tensors.__getitem__, path, metadata)
+
+
+def save_one_by_one(
+    described: Mapping[str, torch.Tensor],
+    load: Callable[[str], torch.Tensor],
+    path: Path | str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As ``save_file``, for tensors that are made only when their turn comes, so that memory holds one of them.
+
+    ``described`` are stand-ins with each tensor's shape and dtype, such as tensors on the meta device. Raises
+    ValueError when ``load`` gives another shape or dtype.
+    """
+    layout = _layout(described)
     with writing(path) as file:
-        file.write(_header_bytes(tensors, layout, metadata or {}))
+        file.write(_header_bytes(described, layout, metadata or {}))
         for name in layout:
-            file.write(_tensor_bytes(tensors[name]))
+            tensor = load(name)
+            if (tensor.shape, tensor.dtype) != (described[name].shape, described[name].dtype):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as described")
+            file.write(_tensor_bytes(tensor))
 
 
 def content_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:

@@ -1,7 +1,8 @@
-"""Write a tiny FLUX.1 with random weights, in the layouts and key names of the real files, with tokenizers.
+"""Write a tiny model with random weights, in the layouts and key names of the real files, with tokenizers.
 
 It draws nothing that can be recognised: it is for trying out commands and for tests, which load it by the same code as
-the real models. Example: ``python tools/make_tiny_models.py tiny_flux --variant schnell --layout diffusers``
+the real models. Examples: ``python tools/make_tiny_models.py tiny_flux --variant schnell --layout diffusers`` and
+``python tools/make_tiny_models.py tiny_sdxl --family sdxl``
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def t5_config(vocabulary: int) -> Any:
     )
 
 
-def write_clip_tokenizer(folder: Path) -> int:
+def write_clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
     """A byte-level BPE without merges, as vocab.json and merges.txt; returns its number of entries."""
     folder.mkdir(parents=True, exist_ok=True)
     characters = byte_characters()
@@ -151,7 +152,8 @@ def write_clip_tokenizer(folder: Path) -> int:
     write_text(folder / "vocab.json", json.dumps({entry: index for index, entry in enumerate(entries)}))
     write_text(folder / "merges.txt", "#version: 0.2\n")
     write_text(
-        folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+        folder / "tokenizer_config.json",
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token}),
     )
     return len(entries)
 
@@ -321,14 +323,26 @@ def diffusers_autoencoder_state(state: dict[str, Tensor], config: AutoencoderCon
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files go")
-    parser.add_argument(
-        "--variant", choices=get_args(Variant), default="dev", help="with or without guidance embedding"
-    )
+    parser.add_argument("--family", choices=("flux", "sd1", "sd2", "sdxl"), default="flux", help="which model")
+    parser.add_argument("--variant", choices=get_args(Variant), help="FLUX.1: with or without guidance embedding")
     parser.add_argument("--layout", choices=get_args(Layout), default="original", help="whose key names and files")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    parser.add_argument("--v_prediction", action="store_true", help="Stable Diffusion: a file that says it predicts v")
     arguments = parser.parse_args()
-    files = make_tiny_flux(arguments.folder, arguments.variant, arguments.layout, arguments.seed)
-    print("\n".join(str(path) for path in dict.fromkeys(vars(files).values())))
+    if arguments.family == "flux":
+        if arguments.v_prediction:
+            parser.error("--v_prediction is for Stable Diffusion")
+        files = make_tiny_flux(arguments.folder, arguments.variant or "dev", arguments.layout, arguments.seed)
+        print("\n".join(str(path) for path in dict.fromkeys(vars(files).values())))
+        return
+    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+
+    if arguments.layout == "comfyui" or arguments.variant:
+        parser.error("--variant and --layout comfyui are for FLUX.1")
+    path = make_tiny_stable_diffusion(
+        arguments.folder, arguments.family, arguments.layout, arguments.seed, v_prediction=arguments.v_prediction
+    )
+    print(path)
 
 
 if __name__ == "__main__":

@@ -239,10 +239,14 @@ class AutoencoderFile:
     source: TensorSource
     config: AutoencoderConfig
 
+    def skeleton(self) -> AutoencoderKL:
+        """The module on torch's meta device: its structure without its numbers."""
+        with torch.device("meta"):
+            return AutoencoderKL(self.config)
+
     def load(self, dtype: torch.dtype | None, device: torch.device | str) -> AutoencoderKL:
         """The autoencoder, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        with torch.device("meta"):
-            autoencoder = AutoencoderKL(self.config)
+        autoencoder = self.skeleton()
         load_module(autoencoder, self.source, dtype, device)
         return autoencoder
 

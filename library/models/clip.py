@@ -1,4 +1,4 @@
-"""CLIP's text encoder (transformers' model) from a single file or a Diffusers folder."""
+"""CLIP's text encoders (transformers' model) from a single file, a part of one, or a Diffusers folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory.fp8 import NumberFormat
 from library.models.loading import Origin, TensorSource, load_module
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
 from library.safetensors_io import open_checkpoint
@@ -17,20 +18,26 @@ from library.safetensors_io import open_checkpoint
 HEAD_DIM = 64
 PREFIX = "text_model."
 BELOW_PREFIX = ("embeddings.", "encoder.", "final_layer_norm.")  # how transformers 5 itself writes files
-OTHER_TENSORS = ("text_projection.weight", "text_projection", "logit_scale", "text_model.embeddings.position_ids")
+POSITION_IDS = "text_model.embeddings.position_ids"
 
 
 class ClipTextEncoder(nn.Module):
     """CLIP's text transformer under the checkpoints' names: everything lies below ``text_model``.
 
-    (From version 5 on, transformers leaves that level out, and LoRA names would lose it.)
+    (From version 5 on, transformers leaves that level out, and LoRA names would lose it.) ``text_projection`` is the
+    layer of that many outputs that the pooled text passes in SDXL's second encoder.
     """
 
-    def __init__(self, config: Any):
+    text_projection: nn.Linear | None
+
+    def __init__(self, config: Any, projection_size: int | None = None):
         super().__init__()
         from transformers.models.clip.modeling_clip import CLIPTextModel
 
         self.text_model = CLIPTextModel(config)
+        self.text_projection = None
+        if projection_size is not None:
+            self.text_projection = nn.Linear(config.hidden_size, projection_size, bias=False)
 
     @property
     def config(self) -> Any:
@@ -52,11 +59,15 @@ class ClipTextEncoder(nn.Module):
         self.text_model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, tokens: Tensor, end_of_text: int) -> Tensor:
-        """Pooled text [batch, hidden] of ``tokens`` [batch, length]: the final state at the first ``end_of_text``."""
+        """Pooled text [batch, hidden] of ``tokens`` [batch, length]: the final state at the first ``end_of_text``.
+
+        Where there is a ``text_projection``, it is applied.
+        """
         tokens = tokens.to(self.device)
         hidden = self.text_model(input_ids=tokens).last_hidden_state
         ends = (tokens == end_of_text).int().argmax(dim=-1)
-        return hidden[torch.arange(len(tokens), device=hidden.device), ends]
+        pooled = hidden[torch.arange(len(tokens), device=hidden.device), ends]
+        return pooled if self.text_projection is None else self.text_projection(pooled)
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class ClipFile:
 
     source: TensorSource
     sizes: dict[str, Any]
+    projection_size: int | None = None
+    """Outputs of the layer that projects the pooled text, where there is one."""
 
     @property
     def vocabulary(self) -> int:
@@ -81,14 +94,18 @@ class ClipFile:
         """Tokens in one prompt, start and end included."""
         return self.sizes["max_position_embeddings"]
 
-    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> ClipTextEncoder:
-        """The text encoder, frozen and in eval mode. Raises UserError where tensors don't fit."""
+    def skeleton(self) -> ClipTextEncoder:
+        """The module on torch's meta device: its structure without its numbers."""
         from transformers.models.clip.configuration_clip import CLIPTextConfig
 
         # The special ids of the configuration are unused: they come from the tokenizer.
         config = CLIPTextConfig(**self.sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0, attention_dropout=0.0)
         with torch.device("meta"):
-            encoder = ClipTextEncoder(config)
+            return ClipTextEncoder(config, self.projection_size)
+
+    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> ClipTextEncoder:
+        """The text encoder, frozen and in eval mode. Raises UserError where tensors don't fit."""
+        encoder = self.skeleton()
         positions = torch.arange(self.max_length, device=device).expand(1, -1)
         encoder.text_model.embeddings.register_buffer("position_ids", positions, persistent=False)
         load_module(encoder, self.source, dtype, device)
@@ -98,18 +115,34 @@ class ClipFile:
 def open_clip(path: Path | str, disable_mmap: bool = False, option: str = "") -> ClipFile:
     """Open a CLIP-L text encoder by its headers: a file, or a folder (with ``text_encoder/`` in it).
 
-    Heads are 64 wide, as in all published models; a narrower model says ``num_attention_heads`` in its metadata's
-    ``config`` entry or its folder's ``config.json``. Raises UserError, naming ``option`` and what the file is.
+    Raises UserError, naming ``option`` and what the file is.
     """
     checkpoint = open_checkpoint(path, "text_encoder", disable_mmap, option)
     refuse_unless(checkpoint, {"clip-l", "clip-full"}, "a CLIP-L text encoder", CLIP_L_PREFIXES)
     source = TensorSource(checkpoint, CLIP_L_PREFIXES)
+    name_below_text_model(source)
+    source.drop([name for name in source.names() if not name.startswith(PREFIX)])
+    return clip_file(source)
+
+
+def name_below_text_model(source: TensorSource) -> None:
+    """Give the names of a Hugging Face text encoder the level that some files leave out; drop the position numbers."""
     source.remap({PREFIX + name: Origin((name,)) for name in source.names() if name.startswith(BELOW_PREFIX)})
-    source.drop([name for name in source.names() if not name.startswith(PREFIX) or name in OTHER_TENSORS])
+    source.drop([POSITION_IDS])
+
+
+def clip_file(source: TensorSource, hidden_act: str = "quick_gelu", is_projected: bool = False) -> ClipFile:
+    """A text encoder from ``source`` under Hugging Face names, with all sizes from the shapes.
+
+    Heads are 64 wide, as in all published models, and the activation is ``hidden_act``; a model that differs says
+    ``num_attention_heads`` or ``hidden_act`` in its metadata's ``config`` entry or its folder's ``config.json``.
+    ``is_projected`` asks for ``text_projection``. Raises UserError where tensors are missing or sizes don't fit.
+    """
     vocabulary, hidden = source.shape("text_model.embeddings.token_embedding.weight")
-    heads = int(source.exceptions.get("num_attention_heads", max(1, hidden // HEAD_DIM)))
+    exceptions = source.exceptions
+    heads = int(exceptions.get("num_attention_heads", max(1, hidden // HEAD_DIM)))
     if hidden % heads:
-        raise UserError(f"{checkpoint.label}: a width of {hidden} cannot be split into {heads} attention heads.")
+        raise UserError(f"{source.checkpoint.label}: a width of {hidden} cannot be split into {heads} attention heads.")
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -117,6 +150,6 @@ def open_clip(path: Path | str, disable_mmap: bool = False, option: str = "") ->
         "num_hidden_layers": source.count(r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": heads,
         "max_position_embeddings": source.shape("text_model.embeddings.position_embedding.weight")[0],
-        "hidden_act": source.exceptions.get("hidden_act", "quick_gelu"),
+        "hidden_act": exceptions.get("hidden_act", hidden_act),
     }
-    return ClipFile(source, sizes)
+    return ClipFile(source, sizes, source.shape("text_projection.weight")[0] if is_projected else None)

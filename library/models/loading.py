@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory.fp8 import FP8, BlocksInFp8, NumberFormat, ScaledWeight, block_linears, quantise, store_in_fp8
 from library.models.recognition import names_of_part
 from library.safetensors_io import Checkpoint
 
@@ -35,22 +36,29 @@ QUANTISATION_KEY = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weigh
 class Origin:
     """How one tensor of a module comes from a file: the tensors of ``keys`` as one, row after row.
 
-    Then ``transform`` reorders its values and ``shape``, where given, is what it is reshaped to.
+    ``rows`` (start, stop) takes a part of the first dimension, of a single key only. Then ``transform`` reorders the
+    values and ``shape``, where given, is what the tensor is reshaped to.
     """
 
     keys: tuple[str, ...]
     transform: Callable[[Tensor], Tensor] | None = None
     shape: tuple[int, ...] | None = None
+    rows: tuple[int, int] | None = None
 
 
 class TensorSource:
     """The tensors of a checkpoint under the names of a module; fp8 weights with scales are given dequantised.
 
     ``prefixes`` are taken off each key that has one; keys of other parts in an all-in-one file are left out.
+    ``part`` names the entry of the file's ``config`` that is about this part alone.
     """
 
-    def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...] = ()):
+    reads_numbers = True
+    """When False, tensors of the right shape and format are given whose numbers are undefined: nothing is read."""
+
+    def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...] = (), part: str = ""):
         self.checkpoint = checkpoint
+        self.part = part
         self.file_keys = set(checkpoint)
         _refuse_unreadable_quantisation(checkpoint)
         names = names_of_part(checkpoint, prefixes) or {key: key for key in checkpoint}
@@ -71,7 +79,8 @@ class TensorSource:
             except ValueError:
                 continue  # other programs keep other things under this name
             merged.update(config if isinstance(config, dict) else {})
-        return merged
+        of_part = merged.get(self.part)
+        return {**merged, **of_part} if isinstance(of_part, dict) else merged
 
     def remap(self, targets: Mapping[str, Origin]) -> None:
         """Give tensors new names: each target is made from current names, which are then no longer there."""
@@ -107,6 +116,8 @@ class TensorSource:
 
     def _joined_shape(self, origin: Origin) -> tuple[int, ...]:
         shapes = [self.checkpoint.shape(key) for key in origin.keys]
+        if origin.rows is not None:
+            return (origin.rows[1] - origin.rows[0], *shapes[0][1:])
         return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def count(self, pattern: str) -> int:
@@ -117,15 +128,25 @@ class TensorSource:
     def load(self, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
         """The tensor, in memory of its own."""
         origin = self.origins[name]
+        if not self.reads_numbers:
+            return torch.empty(self.shape(name), dtype=self._format(origin, dtype), device=device)
         tensor = self._load_joined(origin, dtype, device)
         if origin.transform is not None:
             tensor = origin.transform(tensor)
         return tensor if origin.shape is None else tensor.reshape(origin.shape)
 
+    def _format(self, origin: Origin, dtype: torch.dtype | None) -> torch.dtype:
+        """The number format in which ``load`` gives a tensor."""
+        stored = self.checkpoint.dtype(origin.keys[0])
+        if not stored.is_floating_point:
+            return stored
+        return dtype or (torch.bfloat16 if any(self.is_scaled(key) for key in origin.keys) else stored)
+
     def _load_joined(self, origin: Origin, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
         """The parts are read one at a time straight into their place, so that joining takes no memory of its own."""
         if len(origin.keys) == 1:
-            return self._load_stored(origin.keys[0], dtype, device)
+            stored = self._load_stored(origin.keys[0], dtype, device)
+            return stored if origin.rows is None else stored[slice(*origin.rows)].clone()
         is_scaled = any(self._scale(key) is not None for key in origin.keys)
         joined_dtype = dtype or (torch.bfloat16 if is_scaled else self.checkpoint.dtype(origin.keys[0]))
         joined = torch.empty(self._joined_shape(origin), dtype=joined_dtype, device=device)
@@ -143,6 +164,48 @@ class TensorSource:
             return self.checkpoint.load(key, dtype, device)
         weight = self.checkpoint.load(key, torch.float32, device)
         return weight.mul_(scale.to(device)).to(dtype or torch.bfloat16)
+
+    def stored(self, name: str, values: Tensor) -> list[tuple[str, slice, Tensor]]:
+        """The way back of ``load``: ``values``, in the module's shape, as (key, rows of its tensor, their values).
+
+        Scales of fp8 weights are not applied.
+        """
+        origin = self.origins[name]
+        joined = self._joined_shape(origin)
+        if origin.transform is None:
+            values = values.reshape(joined)
+        else:  # it moves values around; where they went tells the way back
+            places = origin.transform(torch.arange(values.numel()).reshape(joined)).reshape(-1).to(values.device)
+            values = torch.empty_like(values.reshape(-1)).index_copy_(0, places, values.reshape(-1)).reshape(joined)
+        if len(origin.keys) == 1:
+            return [(origin.keys[0], slice(*(origin.rows or (None,))), values)]
+        row_counts = [self.checkpoint.shape(key)[0] for key in origin.keys]
+        return [(key, slice(None), rows) for key, rows in zip(origin.keys, values.split(row_counts))]
+
+    def load_fp8(self, name: str, device: torch.device | str) -> ScaledWeight:
+        """The tensor in 8 bits with one scale: as it is where the file has it so, else rounded from the file's numbers.
+
+        A file's plain 8-bit numbers have the scale 1. Raises UserError where numbers are not finite.
+        """
+        if not self.reads_numbers:
+            return ScaledWeight(torch.empty(self.shape(name), dtype=FP8, device=device), torch.empty((), device=device))
+        origin = self.origins[name]
+        if not self.reads_numbers:
+            return ScaledWeight(torch.empty(self.shape(name), dtype=FP8, device=device), torch.ones((), device=device))
+        key = origin.keys[0]
+        scale = self._scale(key)
+        if origin == Origin((key,)) and self.checkpoint.dtype(key) == FP8 and (scale is None or scale.dim() == 0):
+            codes = self.checkpoint.load(key, None, device)
+            return ScaledWeight(codes, (torch.ones(()) if scale is None else scale).to(device))
+        is_scaled = any(self._scale(key) is not None for key in origin.keys)
+        try:
+            return quantise(self.load(name, torch.float32 if is_scaled else None, device))
+        except ValueError as error:
+            raise UserError(f'{self.checkpoint.label}: tensor "{name}" cannot be stored in 8 bits: {error}.') from None
+
+    def is_scaled(self, key: str) -> bool:
+        """Whether the tensor is fp8 with a scale of its own in the file."""
+        return any(key.removesuffix(".weight") + suffix in self.file_keys for suffix in WEIGHT_SCALES)
 
     def _scale(self, key: str) -> Tensor | None:
         """The scale of an fp8 weight, in a shape that multiplies it: a scalar or one value for each row."""
@@ -176,16 +239,17 @@ def _refuse_unreadable_quantisation(checkpoint: Checkpoint) -> None:
 def load_module(
     module: nn.Module,
     source: TensorSource,
-    dtype: torch.dtype | None,
+    dtype: NumberFormat | None,
     device: torch.device | str,
     optional: Collection[str] = (),
     keep_float32: Collection[str] = (),
 ) -> None:
     """Fill ``module``, built on the meta device, with the tensors of ``source``; it ends frozen and in eval mode.
 
-    ``dtype`` None keeps the file's numbers. Names in ``optional`` may be in the file without a place in the module.
-    Names that end in one of ``keep_float32`` become float32. Raises UserError that lists missing and unexpected tensors
-    or names one whose shape is wrong.
+    ``dtype`` None keeps the file's numbers; ``BlocksInFp8`` stores the Linear weights of blocks in 8 bits, but for
+    those below the module's ``not_in_fp8`` (a tuple of names), where it has that. Names in ``optional`` may be in the
+    file without a place in the module. Names that end in one of ``keep_float32`` become float32. Raises UserError that
+    lists missing and unexpected tensors or names one whose shape is wrong.
     """
     places = module.state_dict(keep_vars=True)
     names = set(source.names())
@@ -206,11 +270,20 @@ def load_module(
                 f'{source.checkpoint.label}: tensor "{name}" has the shape {source.shape(name)}, '
                 f"but the other tensors ask for {tuple(place.shape)}."
             )
+    in_fp8: dict[str, nn.Linear] = {}
+    if isinstance(dtype, BlocksInFp8):
+        layers = block_linears(module, getattr(module, "not_in_fp8", ()))
+        in_fp8 = {f"{name}.weight": layer for name, layer in layers.items()}
+        dtype = dtype.compute
+    state = {}
     with torch.no_grad():
-        state = {
-            name: source.load(name, torch.float32 if name.endswith(tuple(keep_float32)) else dtype, device)
-            for name in places
-        }
+        for name in places:
+            if name.endswith(tuple(keep_float32)):
+                state[name] = source.load(name, torch.float32, device)
+            elif name in in_fp8:
+                store_in_fp8(in_fp8[name], source.load_fp8(name, device), dtype or torch.float32)
+            else:
+                state[name] = source.load(name, dtype, device)
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False).eval()
 

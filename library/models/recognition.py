@@ -14,7 +14,10 @@ TRANSFORMER_PREFIXES = ("model.diffusion_model.",)
 AUTOENCODER_PREFIXES = ("vae.", "first_stage_model.")
 CLIP_L_PREFIXES = ("text_encoders.clip_l.transformer.", "conditioner.embedders.0.transformer.")
 T5_PREFIXES = ("text_encoders.t5xxl.transformer.",)
-PART_PREFIXES = ("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders.", "conditioner.")
+PART_PREFIXES = (
+    *("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders.", "conditioner.", "cond_stage_model."),
+    *("model_ema.", "loss."),  # what a training run leaves in its files
+)
 
 LORA_KEY = re.compile(
     r"\.(lora_(down|up|A|B|mid)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_blocks|oft_diag)(\.|$)|_lora\.(down|up)\."
@@ -107,8 +110,8 @@ def recognise(checkpoint: Checkpoint, prefixes: tuple[str, ...] = TRANSFORMER_PR
 
     Where keys start with one of ``prefixes``, only those are looked at: that part of an all-in-one file.
     """
-    originals = names_of_part(checkpoint, prefixes) or names_of_part(checkpoint, TRANSFORMER_PREFIXES)
-    originals = originals or {key: key for key in checkpoint}
+    tried = (names_of_part(checkpoint, group) for group in (prefixes, TRANSFORMER_PREFIXES, AUTOENCODER_PREFIXES))
+    originals = next(filter(None, tried), None) or {key: key for key in checkpoint}
     if any(LORA_KEY.search(key) for key in originals):
         return Kind("lora", "a LoRA file", ())
     for kind in KINDS:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory.fp8 import BlocksInFp8, NumberFormat
 from library.models.loading import Origin, TensorSource, load_module
 from library.models.recognition import T5_PREFIXES, refuse_unless
 from library.safetensors_io import open_checkpoint
@@ -72,11 +73,8 @@ class T5File:
         """Width of the states."""
         return self.sizes["d_model"]
 
-    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> T5TextEncoder:
-        """The encoder, frozen and in eval mode. Raises UserError where tensors don't fit.
-
-        In float16 the feed-forward's last matrix stays float32, as in transformers: its products pass float16's range.
-        """
+    def skeleton(self) -> T5TextEncoder:
+        """The module on torch's meta device: its structure without its numbers."""
         from transformers.models.t5.configuration_t5 import T5Config
 
         config = T5Config(
@@ -88,8 +86,16 @@ class T5File:
             is_encoder_decoder=False,
         )
         with torch.device("meta"):
-            encoder = T5TextEncoder(config)
-        keep_float32 = (".wo.weight",) if dtype == torch.float16 else ()
+            return T5TextEncoder(config)
+
+    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> T5TextEncoder:
+        """The encoder, frozen and in eval mode. Raises UserError where tensors don't fit.
+
+        In float16 the feed-forward's last matrix stays float32, as in transformers: its products pass float16's range.
+        """
+        encoder = self.skeleton()
+        compute = dtype.compute if isinstance(dtype, BlocksInFp8) else dtype
+        keep_float32 = (".wo.weight",) if compute == torch.float16 else ()
         load_module(encoder, self.source, dtype, device, keep_float32=keep_float32)
         return encoder
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,13 +30,17 @@ SHIPPED = Path(__file__).parent / "tokenizers"
 
 @dataclass(frozen=True)
 class TokenizerKind:
-    """A kind of tokenizer: its hub id, the folders where Diffusers puts it, and how its files are told from others'."""
+    """A kind of tokenizer: its hub id, the folders where Diffusers puts it, and how its files are told from others'.
+
+    ``pad_id`` is what the text encoder was trained to see after the end of text; None leaves it to the files.
+    """
 
     family: Literal["clip", "t5"]
     hub_id: str
     folders: tuple[str, ...]
     files: tuple[str, ...]
     json_model: str
+    pad_id: int | None = None
 
     @property
     def folder_name(self) -> str:
@@ -43,7 +48,13 @@ class TokenizerKind:
         return self.hub_id.replace("/", "_")
 
 
-CLIP_L = TokenizerKind("clip", "openai/clip-vit-large-patch14", ("tokenizer",), ("vocab.json", "merges.txt"), "BPE")
+CLIP_FILES = ("vocab.json", "merges.txt")
+CLIP_L = TokenizerKind("clip", "openai/clip-vit-large-patch14", ("tokenizer",), CLIP_FILES, "BPE")
+# OpenCLIP's models were trained with zeros after the end of text, which is "!". Their folders on the hub disagree.
+CLIP_H = TokenizerKind("clip", "stabilityai/stable-diffusion-2", ("tokenizer",), CLIP_FILES, "BPE", pad_id=0)
+CLIP_BIG_G = TokenizerKind(
+    "clip", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", ("tokenizer_2",), CLIP_FILES, "BPE", pad_id=0
+)
 T5_XXL = TokenizerKind("t5", "google/t5-v1_1-xxl", ("tokenizer_2", "tokenizer"), ("spiece.model",), "Unigram")
 
 
@@ -61,6 +72,8 @@ def load_tokenizer(
             f"only {vocabulary:,}; put the tokenizer that belongs to it beside it, or into {CACHE_OPTION} as a folder "
             f"named {kind.folder_name}."
         )
+    if kind.pad_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(kind.pad_id)
     return tokenizer
 
 
@@ -106,13 +119,57 @@ def _neighbours(kind: TokenizerKind, path: Path) -> Iterator[Path]:
 
 
 def _from_folder(kind: TokenizerKind, folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+    if _belongs_to_another(kind, folder):
+        return _from_files_alone(kind, folder, vocabulary)
     arguments: dict[str, Any] = {}
     try:
         if kind.family == "t5" and not (folder / "tokenizer.json").is_file():
             arguments["extra_ids"] = _sentinels(folder, vocabulary)
-        return _tokenizer_class(kind).from_pretrained(str(folder), local_files_only=True, **arguments)
+        tokenizer = _tokenizer_class(kind).from_pretrained(str(folder), local_files_only=True, **arguments)
+        return _with_pad_word_in_text(tokenizer) if kind.family == "clip" else tokenizer
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         raise UserError(f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _belongs_to_another(kind: TokenizerKind, folder: Path) -> bool:
+    """Whether the configuration in a folder that holds several tokenizers is that of another kind."""
+    config, others = folder / "tokenizer_config.json", {"clip": "t5", "t5": "clip"}
+    if not config.is_file() or not all((folder / name).is_file() for name in kind.files):
+        return False
+    try:
+        return others[kind.family] in str(json.loads(config.read_text(encoding="utf-8"))["tokenizer_class"]).lower()
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+def _from_files_alone(kind: TokenizerKind, folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+    with tempfile.TemporaryDirectory() as place:
+        for name in kind.files:
+            shutil.copy(folder / name, place)
+        return _from_folder(kind, Path(place), vocabulary)
+
+
+def _with_pad_word_in_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding with the end of text where its pad token is a character that texts have.
+
+    Stable Diffusion 2's and XL's folders name "!". As a special token it would cut every text at "!" and give other ids
+    than the text encoder was trained on.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if len(tokenizer.pad_token or "") != 1:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != tokenizer.pad_token]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.eos_token,
+        model_max_length=tokenizer.model_max_length,
+    )
 
 
 def _sentinels(folder: Path, vocabulary: int) -> int:

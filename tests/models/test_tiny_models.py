@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from library.models.flux.checkpoint import open_transformer
+from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from tools import make_tiny_models
+from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
@@ -31,3 +33,36 @@ def test_the_command_line_prints_the_paths(tmp_path, monkeypatch, capsys):
     assert opened.variant == "schnell" and all(
         key.startswith("model.diffusion_model.") for key in opened.source.checkpoint
     )
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_the_command_line_writes_stable_diffusion(tmp_path, monkeypatch, capsys, family, layout):
+    arguments = ["--family", family, "--layout", layout, "--seed", "3", "--v_prediction"]
+    monkeypatch.setattr(sys, "argv", ["make_tiny_models.py", str(tmp_path / "printed"), *arguments])
+    make_tiny_models.main()
+    path = capsys.readouterr().out.strip()
+    opened = open_stable_diffusion(path)
+    assert opened.variant == family and opened.predicts_v
+    again = make_tiny_stable_diffusion(tmp_path / "again", family, layout, seed=3, v_prediction=True)
+    assert contents(tmp_path / "printed") == contents(again if again.is_dir() else again.parent)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_diffusers_folder_is_a_whole_pipeline_for_diffusers(tmp_path, family):
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    path = make_tiny_stable_diffusion(tmp_path, family, "diffusers")
+    pipeline_class = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    pipeline = pipeline_class.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a cat", negative_prompt="", num_inference_steps=2, width=64, height=64).images[0]
+    colours = image.getextrema()
+    assert image.size == (64, 64) and all(high - low > 20 for low, high in colours)
+    padding = {"sd1": [513], "sd2": [0], "sdxl": [513, 0]}[family]
+    tokenizers = [pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None)]
+    assert [tokenizer.pad_token_id for tokenizer in tokenizers if tokenizer is not None] == padding

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.models.tokenizer_files import CLIP_L, T5_XXL, load_tokenizer
+from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, T5_XXL, load_tokenizer
 from library.safetensors_io import Checkpoint, open_checkpoint, save_file
 from tools.make_tiny_models import write_clip_tokenizer, write_t5_tokenizer
 
@@ -157,3 +157,82 @@ def test_a_damaged_tokenizer_is_named(place, content):
     (place / "models" / "spiece.model").write_bytes(content)
     with pytest.raises(UserError, match="models cannot be read"):
         load_tokenizer(T5_XXL, checkpoint(place), 32128)
+
+
+# Padding: what Stable Diffusion's text encoders were trained to see, whatever a folder says
+
+FOLDERS = {
+    "stable-diffusion-2": ({"pad_token": "<|endoftext|>"}, {"pad_token": "!"}),
+    "stable-diffusion-xl": (
+        {"pad_token": "!", "added_tokens_decoder": {"0": {"content": "!", "special": True, "normalized": False}}},
+        {"pad_token": "!"},
+    ),
+    "laion": ({"pad_token": "<|endoftext|>"}, {"pad_token": "<|endoftext|>"}),
+    "bare": (None, None),
+}
+
+
+def put_clip_as(folder, name: str) -> None:
+    """A tokenizer folder with the contradictory words about padding that real ones have."""
+    write_clip_tokenizer(folder)
+    config, special = FOLDERS[name]
+    (folder / "tokenizer_config.json").unlink()
+    if config is not None:
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **config}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if special is not None:
+        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", **special}
+        (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("kind, pad", [(CLIP_L, 513), (CLIP_H, 0), (CLIP_BIG_G, 0)])
+def test_padding_is_the_text_encoders_and_never_cuts_a_text(place, kind, pad, name):
+    put_clip_as(place / "cache" / kind.folder_name, name)
+    tokenizer = load_tokenizer(kind, checkpoint(place), 514, place / "cache")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (512, 513, pad)
+    vocabulary = tokenizer.get_vocab()
+    text = [vocabulary[entry] for entry in ("h", "i</w>", "!", "!</w>", "a</w>", "!", "?</w>")]
+    assert tokenizer("Hi!! a !?", add_special_tokens=False).input_ids == text
+    assert tokenizer("<|endoftext|> a").input_ids == [512, 513, vocabulary["a</w>"], 513]
+
+
+def test_a_tokenizer_json_that_pads_with_a_word_does_not_cut_texts_either(place):
+    from transformers import CLIPTokenizer
+
+    put_clip_as(place / "slow", "stable-diffusion-xl")
+    folder = place / "cache" / CLIP_BIG_G.folder_name
+    CLIPTokenizer.from_pretrained(place / "slow").save_pretrained(folder)
+    assert not (folder / "merges.txt").exists()
+    tokenizer = load_tokenizer(CLIP_BIG_G, checkpoint(place), 514, place / "cache")
+    assert tokenizer("a!!", add_special_tokens=False).input_ids == [
+        tokenizer.get_vocab()[entry] for entry in ("a</w>", "!", "!</w>")
+    ]
+    assert tokenizer.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    "kind, folder",
+    [(CLIP_H, "stabilityai_stable-diffusion-2"), (CLIP_BIG_G, "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")],
+)
+def test_each_stable_diffusion_tokenizer_has_its_own_cache_folder(place, kind, folder):
+    put_clip(place / "cache" / folder, "x")
+    put_clip(place / "cache" / CLIP_L.folder_name, "y")
+    found = load_tokenizer(kind, checkpoint(place), 514, place / "cache")
+    put_clip(place / "other", "x")
+    assert letter(found) == json.loads((place / "other" / "vocab.json").read_text(encoding="utf-8"))["a</w>"]
+
+
+def test_sdxls_second_tokenizer_is_found_beside_the_model_in_a_folder_of_its_own(place):
+    put_clip(place / "models" / "tokenizer", "x")
+    put_clip(place / "models" / "tokenizer_2", "y")
+    first, second = (load_tokenizer(kind, checkpoint(place), 514) for kind in (CLIP_L, CLIP_BIG_G))
+    assert letter(first) != letter(second)
+
+
+@pytest.mark.parametrize("kind", [CLIP_H, CLIP_BIG_G])
+def test_the_shipped_vocabulary_serves_every_clip_and_nothing_is_fetched(place, kind, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    tokenizer = load_tokenizer(kind, checkpoint(place), 49408, place / "no such folder")
+    assert tokenizer("a photo!").input_ids == [49406, 320, 1125, 256, 49407]
+    assert tokenizer.pad_token_id == 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.memory.fp8 import NumberFormat
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.loading import Origin, TensorSource, load_module
 from library.models.recognition import TRANSFORMER_PREFIXES, refuse_unless
@@ -34,10 +35,14 @@ class TransformerFile:
         """``dev`` where the model is guidance-distilled (dev, Krea, Kontext), else ``schnell``."""
         return "dev" if self.config.guidance_embed else "schnell"
 
-    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> FluxTransformer:
-        """The transformer, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
+    def skeleton(self) -> FluxTransformer:
+        """The module on torch's meta device: its structure without its numbers."""
         with torch.device("meta"):
-            transformer = FluxTransformer(self.config)
+            return FluxTransformer(self.config)
+
+    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> FluxTransformer:
+        """The transformer, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
+        transformer = self.skeleton()
         load_module(transformer, self.source, dtype, device)
         return transformer
 

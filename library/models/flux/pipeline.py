@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.devices import empty_cache
 from library.errors import UserError
+from library.memory.fp8 import NumberFormat
 from library.models.attention import AttentionBackend, require_backend
 from library.models.autoencoder_kl import AutoencoderFile, AutoencoderKL, open_autoencoder
 from library.models.clip import ClipFile, open_clip
@@ -79,6 +80,7 @@ class FluxPipeline:
     """
 
     swappable_blocks = FluxTransformer.swappable_blocks
+    encoders = ENCODERS
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class FluxPipeline:
         dtype: torch.dtype,
         device: torch.device | str,
         *,
-        dtypes: Mapping[Part, torch.dtype | None] | None = None,
+        dtypes: Mapping[Part, NumberFormat | None] | None = None,
         parts: Collection[Part] = PARTS,
         t5xxl_max_token_length: int | None = None,
         apply_t5_attn_mask: bool = False,
@@ -95,7 +97,7 @@ class FluxPipeline:
         require_backend(attention_backend)
         self.dtype = dtype
         self.device = torch.device(device)
-        self.dtypes: dict[Part, torch.dtype | None] = {part: dtype for part in PARTS}
+        self.dtypes: dict[Part, NumberFormat | None] = {part: dtype for part in PARTS}
         self.dtypes.update(dtypes or {})
         self.apply_t5_attn_mask = apply_t5_attn_mask
         self.attention_backend = attention_backend
@@ -131,6 +133,10 @@ class FluxPipeline:
         return self.config.in_channels // 4
 
     # Parts
+
+    def skeleton(self, part: Part) -> nn.Module:
+        """A part's module on torch's meta device: its structure without its numbers."""
+        return self._opened(part).skeleton()
 
     def load_transformer(self) -> FluxTransformer:
         """Load the transformer, or give the loaded one."""

@@ -1,0 +1,36 @@
+"""The house's attention backends inside diffusers' U-Net."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from library.models.attention import AttentionBackend, attention
+
+
+class BackendProcessor:
+    """Attention of a U-Net's transformer blocks through ``library.models.attention``.
+
+    (diffusers' own sliced attention keeps every attention matrix for the backward pass, so training would need more
+    memory with it than without.)
+    """
+
+    def __init__(self, backend: AttentionBackend):
+        self.backend: AttentionBackend = backend
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """[batch, positions, channels] to the same, attending to itself or to ``encoder_hidden_states``."""
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        query, key, value = (tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for tensor in projected)
+        out = attention(query, key, value, backend=self.backend)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def set_attention_backend(unet: Any, backend: AttentionBackend) -> None:
+    """Let all attention of diffusers' ``unet`` run on ``backend``; ``sdpa`` is diffusers' own default."""
+    if backend != "sdpa":
+        unet.set_attn_processor(BackendProcessor(backend))

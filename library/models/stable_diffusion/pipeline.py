@@ -1,0 +1,424 @@
+"""Stable Diffusion 1.x, 2.x and XL as one object: its files, its parts, and everything that is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from library.console import warn
+from library.devices import empty_cache
+from library.errors import UserError
+from library.memory.fp8 import BlocksInFp8, NumberFormat
+from library.models.attention import AttentionBackend, require_backend
+from library.models.clip import ClipFile
+from library.models.stable_diffusion.attention_processor import set_attention_backend
+from library.models.stable_diffusion.checkpoint import UnetFile, VaeFile, Variant, open_stable_diffusion
+from library.models.stable_diffusion.sampling import denoise, draw_noise, make_scheduler, seeded_generator
+from library.models.stable_diffusion.text import (
+    Tokens,
+    chunk_count,
+    encode,
+    encode_penultimate,
+    require_clip_skip,
+    tokenize,
+)
+from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, TokenizerKind, load_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from PIL import Image
+    from transformers import PreTrainedTokenizerBase
+
+    from library.models.clip import ClipTextEncoder
+
+Part = Literal["unet", "autoencoder", "text_encoder", "text_encoder_2"]
+Encoder = Literal["text_encoder", "text_encoder_2"]
+Conditioning = Mapping[str, Tensor]
+TOKENIZERS: dict[Variant, tuple[TokenizerKind, ...]] = {
+    "sd1": (CLIP_L,),
+    "sd2": (CLIP_H,),
+    "sdxl": (CLIP_L, CLIP_BIG_G),
+}
+SMALLEST_SIDE = 64
+
+
+@dataclass(frozen=True)
+class StableDiffusionFiles:
+    """Where the model is: a single file or a Diffusers folder, with a ``vae`` that replaces its own."""
+
+    model: Path | str
+    vae: Path | str | None = None
+    tokenizer_cache_dir: Path | str | None = None
+    disable_mmap: bool = False
+    model_option: str = "--pretrained_model_name_or_path"
+    """The option that names the model in this script, for messages."""
+
+
+@dataclass
+class PictureRequest:
+    """What ``generate`` needs for one picture. Prompts may be given as already encoded conditioning."""
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    """Used when ``scale`` is more than 1; None is an empty one."""
+    width: int = 512
+    """Pixels; rounded down to a multiple of the latent stride, at least 64."""
+    height: int = 512
+    seed: int | None = None
+    sample_steps: int = 30
+    scale: float = 7.5
+    """Classifier-free guidance; 1 or less turns it off."""
+    sampler: str = "ddim"
+    conditioning: Conditioning | None = None
+    """What ``encode_prompts`` gives for one prompt; for XL, ``time_ids`` in it win over the sizes below."""
+    negative_conditioning: Conditioning | None = None
+    original_size: tuple[int, int] | None = None
+    """Height and width that XL is told the picture had before it was scaled; None: the picture's."""
+    crop: tuple[int, int] = (0, 0)
+    """Pixels that XL is told were cut off at the top and at the left."""
+    target_size: tuple[int, int] | None = None
+    """Height and width that XL is told the picture has; None: the picture's."""
+    zero_terminal_snr: bool | None = None
+    """Whether the noise schedule ends in pure noise; None: as the pipeline was told."""
+    clip_sample: bool = False
+    """Keep predicted latents within -1..1, in the samplers that can (ddim, heun)."""
+    steps_offset: int = 0
+    """Moves the timesteps, in the samplers that can."""
+
+
+@dataclass(frozen=True)
+class OpenedFiles:
+    """The opened files of the parts."""
+
+    unet: UnetFile
+    autoencoder: VaeFile
+    text_encoder: ClipFile
+    text_encoder_2: ClipFile | None
+
+
+class StableDiffusionPipeline:
+    """Opens the model by its headers, loads parts when asked, and runs them.
+
+    ``dtype`` is every part's number format unless ``dtypes`` names another for it (None there: as in the file).
+    ``clip_skip`` has no effect for XL. Raises UserError, before anything is loaded, when the files aren't a Stable
+    Diffusion model or an argument doesn't fit them.
+    """
+
+    def __init__(
+        self,
+        files: StableDiffusionFiles,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        dtypes: Mapping[Part, NumberFormat | None] | None = None,
+        v_parameterization: bool = False,
+        zero_terminal_snr: bool = False,
+        clip_skip: int | None = None,
+        max_token_length: int | None = 75,
+        weighted_captions: bool = False,
+        attention_backend: AttentionBackend = "sdpa",
+    ):
+        require_backend(attention_backend)
+        self.chunks = chunk_count(max_token_length)
+        model = open_stable_diffusion(
+            files.model, vae=files.vae, disable_mmap=files.disable_mmap, option=files.model_option
+        )
+        self.model = model
+        """The opened model, with what its files say of its training."""
+        first, *second = model.text_encoders
+        self.files = OpenedFiles(model.unet, model.autoencoder, first, second[0] if second else None)
+        self.encoders: tuple[Encoder, ...] = ("text_encoder", "text_encoder_2") if second else ("text_encoder",)
+        self.parts: tuple[Part, ...] = ("unet", "autoencoder", *self.encoders)
+        if self.variant != "sdxl":
+            require_clip_skip(clip_skip, first.sizes["num_hidden_layers"])
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.dtypes: dict[Part, NumberFormat | None] = {part: dtype for part in self.parts}
+        self.dtypes.update(dtypes or {})
+        self.v_parameterization = v_parameterization
+        self.zero_terminal_snr = zero_terminal_snr
+        self.clip_skip = clip_skip
+        self.weighted_captions = weighted_captions
+        self.attention_backend = attention_backend
+        self.tokenizer_cache_dir = files.tokenizer_cache_dir
+        self.modules: dict[Part, nn.Module] = {}
+        """The loaded parts; a trainer may put a wrapped module in the place of the original."""
+        self.tokenizers: dict[Encoder, PreTrainedTokenizerBase] = {}
+
+    @property
+    def variant(self) -> Variant:
+        """Which of the families the model belongs to."""
+        return self.model.variant
+
+    @property
+    def predicts_v(self) -> bool | None:
+        """Whether the files say that the U-Net predicts v and not the noise; None: they don't say."""
+        return self.model.predicts_v
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent position."""
+        return 2 ** (len(self.files.autoencoder.config["block_out_channels"]) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.files.autoencoder.config["latent_channels"]
+
+    @property
+    def latent_scale(self) -> float:
+        """What the autoencoder's latents are multiplied by for the U-Net."""
+        return self.files.autoencoder.config["scaling_factor"]
+
+    # Parts
+
+    def skeleton(self, part: Part) -> nn.Module:
+        """A part's module on torch's meta device: its structure without its numbers."""
+        return self._opened(part).skeleton()
+
+    def load_transformer(self) -> UNet2DConditionModel:
+        """Load the U-Net, or give the loaded one. (Every pipeline names its denoising network so.)"""
+        if "unet" not in self.modules:
+            set_attention_backend(self._load("unet"), self.attention_backend)
+        return self.modules["unet"]  # type: ignore[return-value]
+
+    def load_autoencoder(self) -> AutoencoderKL:
+        """Load the autoencoder, or give the loaded one."""
+        return self._load("autoencoder")
+
+    def load_text_encoders(self, encoders: Collection[Encoder] | None = None) -> list[ClipTextEncoder]:
+        """Load the named text encoders (all by default) with their tokenizers, or give the loaded ones."""
+        encoders = self.encoders if encoders is None else encoders
+        self.load_tokenizers(encoders)
+        return [self._load(encoder) for encoder in encoders]
+
+    def load_tokenizers(self, encoders: Collection[Encoder] | None = None) -> None:
+        """Find the tokenizers. Raises UserError when there is none or one is too large for its encoder."""
+        for encoder in self.encoders if encoders is None else encoders:
+            if encoder not in self.tokenizers:
+                kind = TOKENIZERS[self.variant][self.encoders.index(encoder)]
+                opened = self._opened(encoder)
+                self.tokenizers[encoder] = load_tokenizer(
+                    kind, opened.source.checkpoint, opened.vocabulary, self.tokenizer_cache_dir
+                )
+
+    def unload(self, part: Part | Literal["text_encoders"]) -> None:
+        """Forget a part and give its memory back; it can be loaded again."""
+        names = self.encoders if part == "text_encoders" else (part,)
+        if any([self.modules.pop(name, None) is not None for name in names]):
+            empty_cache(self.device)
+
+    def move(self, part: Part | Literal["text_encoders"], device: torch.device | str) -> None:
+        """Move a loaded part, e.g. to the CPU while others work on the accelerator."""
+        for name in self.encoders if part == "text_encoders" else (part,):
+            if name in self.modules:
+                self.modules[name].to(device)
+        if torch.device(device) != self.device:
+            empty_cache(self.device)
+
+    def _opened(self, part: Part) -> Any:
+        opened = getattr(self.files, part, None)
+        if opened is None:
+            raise KeyError(f"{self.variant} has no {part}")
+        return opened
+
+    def _load(self, part: Part) -> Any:
+        if part not in self.modules:
+            self.modules[part] = self._opened(part).load(self.dtypes[part], self.device)
+        return self.modules[part]
+
+    def _compute_dtype(self, part: Part) -> torch.dtype:
+        """The number format that a part computes in."""
+        dtype = self.dtypes[part]
+        if isinstance(dtype, BlocksInFp8):
+            return dtype.compute
+        return dtype or self._load(part).dtype
+
+    # Work
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Latents [B, 4, H/8, W/8], float32 and not scaled, of ``pixels`` [B, 3, H, W] in -1..1.
+
+        Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
+        Raises UserError when the autoencoder's numbers overflow.
+        """
+        autoencoder: Any = self.load_autoencoder()
+        dtype = self._compute_dtype("autoencoder")
+        with _without_autocast(autoencoder.device):
+            posterior = autoencoder.encode(pixels.to(autoencoder.device, dtype)).latent_dist
+        latents = posterior.mean.float()
+        if generators is not None:
+            if len(generators) != len(latents):
+                raise ValueError(f"{len(generators)} generators for {len(latents)} images")
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+            latents = latents + torch.exp(0.5 * posterior.logvar.float()) * noise.to(latents.device)
+        if not all_finite(latents):
+            raise UserError(f"The autoencoder gives latents that are not numbers; {_overflow_advice(dtype)}.")
+        return latents
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W], float32 in -1..1, of scaled ``latents`` [B, 4, H/8, W/8].
+
+        Values that are not numbers become black, with a warning.
+        """
+        autoencoder: Any = self.load_autoencoder()
+        dtype = self._compute_dtype("autoencoder")
+        unscaled = latents.float() / self.latent_scale
+        with _without_autocast(autoencoder.device):
+            pixels = autoencoder.decode(unscaled.to(autoencoder.device, dtype)).sample.float()
+        if not all_finite(pixels):
+            if all_finite(latents):
+                warn(f"A picture is black where the autoencoder gives no numbers; {_overflow_advice(dtype)}.")
+            else:
+                warn("A picture is black: the U-Net gave latents that are not numbers.")
+        return pixels.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0).clamp(-1, 1)
+
+    def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[Encoder, Tokens]:
+        """Token chunks of the prompts for each encoder (all by default), on the CPU."""
+        encoders = self.encoders if encoders is None else encoders
+        self.load_tokenizers(encoders)
+        return {
+            encoder: tokenize(self.tokenizers[encoder], prompts, self.chunks, self.weighted_captions)
+            for encoder in encoders
+        }
+
+    def encode_tokens(self, tokens: Mapping[Encoder, Tokens], trained: Collection[Encoder] = ()) -> dict[str, Tensor]:
+        """The conditioning of ``tokens``, from their encoders; gradients flow through the ``trained`` ones."""
+        conditioning: dict[str, Tensor] = {}
+        for encoder, module in zip(tokens, self.load_text_encoders(list(tokens))):
+            with torch.set_grad_enabled(encoder in trained):
+                if self.variant != "sdxl":
+                    conditioning["hidden_state"] = encode(module, tokens[encoder], self.clip_skip)
+                    continue
+                number = self.encoders.index(encoder) + 1
+                end_of_text = self.tokenizers[encoder].eos_token_id
+                states, pooled = encode_penultimate(module, tokens[encoder], end_of_text)
+                conditioning[f"hidden_state{number}"] = states
+                if pooled is not None:
+                    conditioning[f"pool{number}"] = pooled
+        return conditioning
+
+    def encode_prompts(
+        self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None, trained: Collection[Encoder] = ()
+    ) -> dict[str, Tensor]:
+        """Conditioning, batch first, from the named ``encoders`` (all by default), n chunks of 75 tokens long.
+
+        1.x and 2.x: ``hidden_state`` [B, 75 n + 2, 768 or 1024]. XL: ``hidden_state1`` [B, 75 n + 2, 768],
+        ``hidden_state2`` [B, 75 n + 2, 1280] and ``pool2`` [B, 1280].
+        """
+        return self.encode_tokens(self.tokenize(prompts, encoders), trained)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the U-Net predicts (noise, or v) [B, 4, h, w], float32, for noisy scaled ``latents``.
+
+        ``timesteps`` [B] are in 0..999. XL's ``conditioning`` also holds ``time_ids`` [B, 6]: the original height and
+        width, the crop's top and left, the target height and width.
+        """
+        device, dtype = latents.device, self._compute_dtype("unet")
+        added: dict[str, Tensor] | None = None
+        if self.variant == "sdxl":
+            states = torch.cat([conditioning[name].to(device) for name in ("hidden_state1", "hidden_state2")], dim=-1)
+            # In a half format, sizes above 2048 or 256 would be rounded before they become sinusoids.
+            time_ids = conditioning["time_ids"].to(device, torch.float32)
+            added = {"text_embeds": conditioning["pool2"].to(device, dtype), "time_ids": time_ids}
+        else:
+            states = conditioning["hidden_state"].to(device)
+        unet: Any = self.load_transformer()
+        out = unet(
+            latents.to(dtype), timesteps.to(device), encoder_hidden_states=states.to(dtype), added_cond_kwargs=added
+        )
+        return out.sample.float()
+
+    # Pictures
+
+    @torch.no_grad()
+    def generate(self, request: PictureRequest, progress: bool = False) -> Image.Image:
+        """One picture. Raises UserError for an unknown sampler."""
+        return to_picture(self.decode_latents(self.generate_latents(request, progress))[0])
+
+    @torch.no_grad()
+    def generate_latents(self, request: PictureRequest, progress: bool = False) -> Tensor:
+        """The scaled latents [1, 4, h, w], float32, of one picture; ``progress`` shows a progress bar.
+
+        All noise is drawn by one CPU generator with the request's seed, so a picture depends on nothing before it.
+        """
+        rescaled = request.zero_terminal_snr
+        scheduler = make_scheduler(
+            request.sampler,
+            v_prediction=self.v_parameterization,
+            zero_terminal_snr=self.zero_terminal_snr if rescaled is None else rescaled,
+            clip_sample=request.clip_sample,
+            steps_offset=request.steps_offset,
+        )
+        height, width = self.picture_size(request)
+        conditioning = self._request_conditioning(request)
+        batch = len(next(iter(conditioning.values())))
+        generator = seeded_generator(request.seed)
+        noise = draw_noise(
+            self.latent_channels, height // self.latent_stride, width // self.latent_stride, generator
+        ).to(self.device)
+
+        def guided(latents: Tensor, timestep: Tensor) -> Tensor:
+            out = self.predict(latents.expand(batch, -1, -1, -1), timestep.expand(batch), conditioning)
+            return out[:1] + request.scale * (out[1:] - out[:1]) if batch == 2 else out
+
+        return denoise(guided, scheduler, noise, request.sample_steps, generator, progress)
+
+    def picture_size(self, request: PictureRequest) -> tuple[int, int]:
+        """Height and width that a request's picture gets."""
+        stride = self.latent_stride
+        height, width = (max(SMALLEST_SIDE, side // stride * stride) for side in (request.height, request.width))
+        return height, width
+
+    def _request_conditioning(self, request: PictureRequest) -> Conditioning:
+        """The conditioning of a request, [1, ...]; with classifier-free guidance [2, ...], the negative first."""
+        positive = self._with_sizes(request.conditioning or self.encode_prompts([request.prompt]), request)
+        if request.scale <= 1:
+            return positive
+        negative = request.negative_conditioning or self.encode_prompts([request.negative_prompt or ""])
+        negative = self._with_sizes(negative, request)
+        return {name: torch.cat((negative[name].to(value), value)) for name, value in positive.items()}
+
+    def _with_sizes(self, conditioning: Conditioning, request: PictureRequest) -> Conditioning:
+        if self.variant != "sdxl":
+            return conditioning
+        size = self.picture_size(request)
+        sizes = time_ids(request.original_size or size, request.crop, request.target_size or size)
+        return {"time_ids": sizes, **conditioning}
+
+
+def time_ids(original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int]) -> Tensor:
+    """XL's size conditioning [1, 6], float32: each argument is (height, width) or (top, left), in pixels."""
+    return torch.tensor([[*original_size, *crop, *target_size]], dtype=torch.float32)
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """A PIL image of ``pixels`` [3, H, W] in -1..1."""
+    from PIL import Image
+
+    return Image.fromarray((127.5 * (pixels.permute(1, 2, 0) + 1)).round().to(torch.uint8).cpu().numpy())
+
+
+def _without_autocast(device: torch.device) -> torch.autocast:
+    """XL's autoencoder overflows in float16, so one that is kept in float32 must also compute in it."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are numbers; yes, too, for a tensor without values, as a dry run has it."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(values, FakeTensor) or bool(values.isfinite().all())
+
+
+def _overflow_advice(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return "in float16 its numbers overflow: add --no_half_vae"
+    return f"its weights may be damaged (it runs in {str(dtype).removeprefix('torch.')})"

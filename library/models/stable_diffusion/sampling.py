@@ -1,0 +1,149 @@
+"""Stable Diffusion's samplers (diffusers' schedulers by their usual names) and its denoising loop.
+
+The noise schedule is that of training: 1000 steps, betas of 0.00085 to 0.012, linear in their square roots. Importing
+this module loads no torch, so that scripts can check a sampler's name at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    # This algorithm cannot end at a noise level of zero: it divides by it.
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+}
+SYNONYMS = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+SAMPLERS = (*SCHEDULERS, *SYNONYMS)
+"""Names that ``--sample_sampler`` and prompt lines may give."""
+
+PNDM_STEPS = 4
+"""With fewer, there is no room for the Runge-Kutta steps that pndm begins with."""
+SMALLEST_ALPHA = 2**-24
+"""What stands for a signal of zero where a sampler divides by it; diffusers' own number."""
+
+
+def require_sampler(name: str, place: str = "--sample_sampler") -> None:
+    """Raise UserError, beginning with ``place``, when there is no sampler of that ``name``."""
+    if name not in SAMPLERS:
+        raise UserError(
+            f'{place}: "{name}" is not a sampler; known are {", ".join(SAMPLERS)}.{did_you_mean(name, SAMPLERS)}'
+        )
+
+
+def make_scheduler(
+    sampler: str,
+    *,
+    v_prediction: bool = False,
+    zero_terminal_snr: bool = False,
+    clip_sample: bool = False,
+    steps_offset: int = 0,
+) -> Any:
+    """A new diffusers scheduler for one picture. Raises UserError for an unknown ``sampler``.
+
+    ``zero_terminal_snr`` samples along the rescaled schedule of "Common Diffusion Noise Schedules and Sample Steps are
+    Flawed" (arXiv 2305.08891); with ``v_prediction``, from its last step on, which is pure noise. ``clip_sample`` keeps
+    predicted latents within -1..1 and ``steps_offset`` moves timesteps, in the samplers that have that.
+    """
+    require_sampler(sampler)
+    import diffusers
+
+    name, arguments = SCHEDULERS[SYNONYMS.get(sampler, sampler)]
+    scheduler_class = getattr(diffusers, name)
+    known = inspect.signature(scheduler_class.__init__).parameters
+    wanted: dict[str, Any] = {"clip_sample": clip_sample, "steps_offset": steps_offset}
+    if zero_terminal_snr:
+        if v_prediction and "rescale_betas_zero_snr" in known:
+            wanted["rescale_betas_zero_snr"] = True
+        else:
+            wanted["trained_betas"] = zero_terminal_betas()
+        if v_prediction:
+            wanted["timestep_spacing"] = "trailing"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers means to drop "dpmsolver" one day
+        return scheduler_class(
+            **NOISE_SCHEDULE,
+            **arguments,
+            **{key: value for key, value in wanted.items() if key in known},
+            prediction_type="v_prediction" if v_prediction else "epsilon",
+        )
+
+
+def zero_terminal_betas() -> list[float]:
+    """The 1000 rescaled betas, ending at a signal that is tiny instead of none, so that nothing divides by zero."""
+    from diffusers import DDIMScheduler
+
+    rescaled: Any = DDIMScheduler(**NOISE_SCHEDULE, rescale_betas_zero_snr=True)
+    betas = rescaled.betas.double()
+    betas[-1] = 1 - SMALLEST_ALPHA / (1 - betas[:-1]).prod()
+    return betas.tolist()
+
+
+def seeded_generator(seed: int | None) -> torch.Generator:
+    """The generator (CPU) of one picture; ``seed`` None: another picture each time."""
+    import torch
+
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def draw_noise(channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Noise [1, channels, height, width], float32, on the CPU: so that every device sees the same numbers."""
+    import torch
+
+    return torch.randn(1, channels, height, width, generator=generator)
+
+
+def denoise(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    scheduler: Any,
+    noise: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    progress: bool = False,
+) -> Tensor:
+    """Latents [1, ...], float32, from ``noise`` of unit variance in ``steps`` steps of ``scheduler``.
+
+    ``predict(latents, timestep)`` gives what the model predicts, guidance included. Samplers that add noise draw it
+    from ``generator``, the picture's own. ``progress`` shows a progress bar.
+    """
+    from tqdm import tqdm
+
+    if steps < PNDM_STEPS and "skip_prk_steps" in scheduler.config:
+        scheduler.register_to_config(skip_prk_steps=True)
+    scheduler.set_timesteps(steps)
+    latents = noise.float() * float(scheduler.init_noise_sigma)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    arguments = {"generator": generator} if takes_generator else {}
+    for timestep in tqdm(scheduler.timesteps, desc="denoising", disable=not progress):
+        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep).float()
+        latents = scheduler.step(prediction, timestep, latents, **arguments).prev_sample
+    return latents

@@ -1,0 +1,66 @@
+"""The ``modelspec.*`` entries of a model file, version 1.0.1: what programs show a user about it.
+
+https://github.com/Stability-AI/ModelSpec
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+IMPLEMENTATION_VERSION = "lora-training-scripts/0.1.0"
+# (architecture, implementation, resolution) by the beginning of ss_base_model_version; the first that fits counts.
+ARCHITECTURES = {
+    "sdxl": ("stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models", 1024),
+    "sd_v2_v": ("stable-diffusion-v2-768-v", "diffusers", 768),
+    "sd_v2": ("stable-diffusion-v2-512", "diffusers", 512),
+    "sd_v1": ("stable-diffusion-v1", "diffusers", 512),
+}
+
+
+def modelspec_entries(
+    *,
+    architecture: str,
+    implementation: str,
+    title: str,
+    resolution: tuple[int, int],
+    date: datetime.datetime | None = None,
+    **others: str | None,
+) -> dict[str, str]:
+    """The entries of a file made now (or at ``date``, local time); ``resolution`` is (width, height).
+
+    ``others`` are further entries by name (``prediction_type``, ``merged_from``); None leaves one out.
+    """
+    entries: dict[str, str | None] = {
+        "sai_model_spec": "1.0.1",
+        "architecture": architecture,
+        "implementation": implementation,
+        "title": title,
+        "resolution": f"{resolution[0]}x{resolution[1]}",
+        "date": (date or datetime.datetime.now()).replace(microsecond=0, tzinfo=None).isoformat(),
+        "implementation_version": IMPLEMENTATION_VERSION,
+        **others,
+    }
+    return {f"modelspec.{key}": value for key, value in entries.items() if value is not None}
+
+
+def standard_entries(base_model_version: str) -> dict[str, str]:
+    """Architecture, implementation, resolution and prediction type that follow from ``ss_base_model_version``.
+
+    Empty for a version that tells nothing.
+    """
+    for beginning, (architecture, implementation, size) in ARCHITECTURES.items():
+        if base_model_version.startswith(beginning):
+            return {
+                "modelspec.architecture": architecture,
+                "modelspec.implementation": implementation,
+                "modelspec.resolution": f"{size}x{size}",
+                "modelspec.prediction_type": "v" if base_model_version.endswith("_v") else "epsilon",
+            }
+    return {}
+
+
+def merged_from(files: Iterable[tuple[Path, Mapping[str, str]]]) -> str:
+    """The titles of models that became one, each (path, metadata): the file's own title, or its name."""
+    return ", ".join(metadata.get("modelspec.title", path.stem) for path, metadata in files)

@@ -21,8 +21,8 @@ from library.data.buckets import (
 )
 from library.data.config import DatasetSettings, SubsetSettings, resolve_config
 from library.data.dataset import Dataset, DatasetGroup, Item
+from library.data.image_check import check_images
 from library.data.image_info import write_image_info
-from library.data.images import probe_sizes
 from library.data.items import ImageRecord, read_subset, shortened
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.transforms import face_in_name
@@ -43,17 +43,19 @@ def build_dataset_groups(
     validation_split: float = 0.0,
     validation_seed: int | None = None,
     seed: int = 0,
+    read_only: bool = False,
 ) -> tuple[DatasetGroup, DatasetGroup | None]:
     """The training data and, when a split is asked for, the validation data.
 
     The model family gives ``bucket_divisor`` (bucket_reso_steps must be a multiple of it) and ``size_divisor`` (a
-    resolution without buckets must be). ``seed`` makes the split where no validation seed is given. Raises UserError.
+    resolution without buckets must be). ``seed`` makes the split where no validation seed is given. With ``read_only``
+    no metadata_cache.json is written. Raises UserError.
     """
     settings = resolve_config(options, validation_split=validation_split, validation_seed=validation_seed)
     caching = cache is not None and (cache.cache_latents or cache.cache_latents_to_disk)
     settings = [_checked(entry, bucket_divisor, size_divisor, caching) for entry in settings]
     notes: list[str] = []
-    records = _read_all(settings, notes)
+    records = _read_all(settings, notes, caching, read_only)
     train, validation = [], []
     for entry in settings:
         parts = [_split(subset, records[id(subset)], seed) for subset in entry.subsets]
@@ -109,26 +111,47 @@ def _check_subset(subset: SubsetSettings, settings: DatasetSettings, caching: bo
         log.warning("%s: face_crop_aug_range has no effect together with %s.", subset.place, reason)
 
 
-def _read_all(settings: Sequence[DatasetSettings], notes: list[str]) -> dict[int, Records]:
+def _read_all(
+    settings: Sequence[DatasetSettings], notes: list[str], caching: bool, read_only: bool
+) -> dict[int, Records]:
     """The images of every subset (by the identity of its settings), all with their sizes.
 
-    Each file is looked at once, and files that cannot be read are listed all together.
+    Each file is looked at once, but for those that metadata_cache.json knows to be unchanged; files that cannot be read
+    are listed all together.
     """
     subsets = [(subset, entry) for entry in settings for subset in entry.subsets]
     found = {id(subset): read_subset(subset, entry.kind, notes) for subset, entry in subsets}
-    known = {id(subset): {record.path for record in found[id(subset)] if record.size} for subset, _ in subsets}
     records = [record for part in found.values() for record in part]
     conditioning = [record.conditioning for record in records if record.conditioning]
-    unknown = list(dict.fromkeys([*(record.path for record in records if not record.size), *conditioning]))
-    sizes = dict(zip(unknown, probe_sizes(unknown)))
+    check = check_images([record.path for record in records if record.exists and not record.checked], conditioning)
+    notes += check.notes
+    _compare_sizes(records, check.sizes, caching, notes)
     for record in records:
-        record.size = record.size or sizes[record.path]
-    _check_conditioning_shapes(records, sizes)
+        record.size = record.size or check.sizes[record.path]
+    _check_conditioning_shapes(records, check.sizes)
     for subset, _ in subsets:
         part = found[id(subset)]
-        if subset.cache_info and any(record.path not in known[id(subset)] for record in part):
+        if subset.cache_info and not read_only and not all(record.checked for record in part):
             write_image_info(subset, [(record.path, _size(record), record.caption) for record in part])
     return found
+
+
+def _compare_sizes(records: Records, sizes: dict, caching: bool, notes: list[str]) -> None:
+    """Sizes given by metadata must be those of the files, or the images could not be trained.
+
+    With cached latents this is only a note: an entry that is valid is used without looking at its image.
+    """
+    wrong = [
+        f"{record.path}: {sizes[record.path][0]}x{sizes[record.path][1]}, not {record.size[0]}x{record.size[1]}"
+        for record in records
+        if record.size and sizes.get(record.path, record.size) != record.size
+    ]
+    if not wrong:
+        return
+    lines = [f"{len(wrong)} images have another size than the metadata says:", *shortened(wrong)]
+    if not caching:
+        raise UserError("\n".join(lines))
+    notes.append("\n".join(lines))
 
 
 def _size(record: ImageRecord) -> Size:

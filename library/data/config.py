@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.data.captions import CaptionRules
-from library.data.config_file import ConfigTables, DatasetTable, GeneralTable, SubsetTable, read_config_file
+from library.data.config_file import (
+    ConfigTables,
+    DatasetTable,
+    GeneralTable,
+    SubsetTable,
+    check_command_line,
+    read_config_file,
+)
 from library.data.options import DatasetOptions
+from library.data.unused_keys import KEY_OF_OPTION, say_unused_keys
 from library.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -111,11 +119,20 @@ def resolve_config(
     subsets = [subset for entry in settings for subset in entry.subsets]
     if options.masked_loss and not any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets):
         log.warning("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask.")
+    say_unused_keys(settings, options, tables, fallback.asked)
     return settings
 
 
-def _command_line_values(options: DatasetOptions, split: float, seed: int | None) -> dict[str, Any]:
+class CommandLineValues(dict[str, Any]):
     """The command line as the last table of the look-up, under the names of the configuration file."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+        """The keys that were looked up here because no table has them."""
+
+
+def _command_line_values(options: DatasetOptions, split: float, seed: int | None) -> CommandLineValues:
     values = {key: getattr(options, key) for key in DatasetTable.model_fields if hasattr(options, key)}
     values["batch_size"] = options.train_batch_size
     values["num_repeats"] = options.dataset_repeats
@@ -124,16 +141,8 @@ def _command_line_values(options: DatasetOptions, split: float, seed: int | None
     values["caption_extension"] = options.caption_extention or options.caption_extension
     values["validation_split"] = split
     values["validation_seed"] = seed
-    if options.train_batch_size < 1:
-        raise UserError(f"--train_batch_size must be at least 1, not {options.train_batch_size}.")
-    if not 0 <= split <= 1:
-        raise UserError(f"--validation_split must be between 0 and 1, not {split}.")
-    if options.caption_separator == "":
-        raise UserError("--caption_separator must not be empty.")
-    for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"--{name} must be between 0 and 1, not {getattr(options, name)}.")
-    return values
+    check_command_line(values, {key: option for option, key in KEY_OF_OPTION.items()})
+    return CommandLineValues({**values, "prior_loss_weight": options.prior_loss_weight})
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -194,7 +203,12 @@ def _subsets_of_folder(folder: str | None, option: str, *, is_reg: bool) -> list
 
 
 def _dataset(
-    general: GeneralTable, table: DatasetTable, index: int, file: str, fallback: dict[str, Any], options: DatasetOptions
+    general: GeneralTable,
+    table: DatasetTable,
+    index: int,
+    file: str,
+    fallback: CommandLineValues,
+    options: DatasetOptions,
 ) -> DatasetSettings:
     place = f"{file}: [[datasets]] number {index + 1}" if options.dataset_config else file
     kind = _kind(table, place, options)
@@ -202,7 +216,7 @@ def _dataset(
     def value(key: str) -> Any:
         return _look_up(key, fallback, table, general)
 
-    resolution = value("resolution")
+    resolution, prior_loss_weight = value("resolution"), value("prior_loss_weight")
     if resolution is None:
         raise UserError(f"{place}: the resolution is missing; set it there, in [general] or with --resolution.")
     settings = DatasetSettings(
@@ -218,16 +232,17 @@ def _dataset(
         bucket_no_upscale=value("bucket_no_upscale"),
         network_multiplier=1.0 if value("network_multiplier") is None else float(value("network_multiplier")),
         resize_interpolation=value("resize_interpolation"),
-        prior_loss_weight=options.prior_loss_weight if kind == "dreambooth" else 1.0,
+        prior_loss_weight=prior_loss_weight if kind == "dreambooth" else 1.0,
     )
     return settings
 
 
-def _look_up(key: str, fallback: dict[str, Any], *tables: Any) -> Any:
+def _look_up(key: str, fallback: CommandLineValues, *tables: Any) -> Any:
     for table in tables:
         found = getattr(table, key, None)
         if found is not None:
             return found
+    fallback.asked.add(key)
     return fallback.get(key)
 
 
@@ -262,7 +277,7 @@ def _subsets(
     table: DatasetTable,
     place: str,
     kind: Kind,
-    fallback: dict[str, Any],
+    fallback: CommandLineValues,
     options: DatasetOptions,
 ) -> tuple[SubsetSettings, ...]:
     """The subsets to use; repeated ones and those with no repeats are left out with a warning."""
@@ -286,7 +301,12 @@ def _subsets(
 
 
 def _subset(
-    general: GeneralTable, dataset: DatasetTable, table: SubsetTable, place: str, kind: Kind, fallback: dict[str, Any]
+    general: GeneralTable,
+    dataset: DatasetTable,
+    table: SubsetTable,
+    place: str,
+    kind: Kind,
+    fallback: CommandLineValues,
 ) -> SubsetSettings:
     for key in KEYS_WITHOUT_EFFECT[kind]:
         if getattr(table, key) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,6 +148,19 @@ def read_config_file(path: Path) -> ConfigTables:
         raise UserError("\n".join(sentences)) from None
 
 
+def check_command_line(values: Mapping[str, Any], options: Mapping[str, str]) -> None:
+    """Hold the values of the command line to the same limits as the keys of [[datasets]].
+
+    ``values`` are by key, ``options`` maps a key to its option where the names differ. Raises UserError.
+    """
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    try:
+        DatasetTable.model_validate(given)
+    except ValidationError as error:
+        sentences = [f"--{options.get(str(d['loc'][0]), d['loc'][0])} {_demand(d)}." for d in error.errors()]
+        raise UserError("\n".join(sentences)) from None
+
+
 def _parse(path: Path) -> dict[str, Any]:
     extension = path.suffix.lower()
     if extension not in (".toml", ".json"):
@@ -276,8 +289,8 @@ def _demand(detail: Any) -> str:
         "list_type": "a list of tables",
         "dict_type": "a table",
         "model_type": "a table",
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "less_than_equal": f"at most {context.get('le')}",
+        "greater_than_equal": f"at least {context.get('ge', 0):g}",
+        "less_than_equal": f"at most {context.get('le', 0):g}",
     }.get(kind)
     given = json.dumps(detail["input"], default=str)
     return f"must be {wanted}, not {given}" if wanted else f"{detail['msg']}, not {given}"

@@ -5,20 +5,35 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+from library.console import say
 from library.data.batch import Batch
+from library.data.contact_sheet import to_image, write_contact_sheet
 from library.data.dataset import DatasetGroup
+from library.errors import UserError
 
 KEY_HELP = "keys in the window: any for the next image, s for the next batch, e for the next epoch, Esc to end"
 
 
 def show_dataset(
-    group: DatasetGroup, *, seed: int, max_train_steps: int, print_line: Callable[[str], None] = print
+    group: DatasetGroup,
+    *,
+    seed: int,
+    max_train_steps: int,
+    page: Path | None = None,
+    print_line: Callable[[str], None] = print,
 ) -> None:
-    """Print every batch of epoch after epoch, and show its images in a window until Esc.
+    """Write the contact sheet ``page``, print every batch of epoch after epoch, and show its images until Esc.
 
-    Where no window can be opened, one epoch is printed.
+    Where no window can be opened, one epoch is printed. Raises UserError when the page cannot be written.
     """
+    if page is not None:
+        try:
+            count = write_contact_sheet(group, page, seed=seed, max_train_steps=max_train_steps)
+        except OSError as error:
+            raise UserError(f"{page}: cannot be written ({error.strerror}).") from None
+        say(f"wrote {page}: {count} images as they are trained")
     windows = True
     epoch = 0
     while windows or epoch == 0:
@@ -64,7 +79,7 @@ def _show(batch: Batch) -> str | None:
     import numpy
 
     for image in batch.images:
-        pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().clip(0, 255).astype(numpy.uint8)
+        pixels = numpy.asarray(to_image(image.numpy()))
         try:
             cv2.imshow("dataset", pixels[:, :, ::-1])
             key = cv2.waitKey() & 0xFF

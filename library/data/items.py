@@ -39,6 +39,8 @@ class ImageRecord:
     conditioning: Path | None = None
     exists: bool = True
     """False when only a cache file of the image is left."""
+    checked: bool = False
+    """Whether an earlier start has looked at this very file (metadata_cache.json)."""
 
 
 def read_subset(subset: SubsetSettings, kind: Kind, notes: list[str]) -> list[ImageRecord]:
@@ -73,7 +75,9 @@ def _records_from_folder(subset: SubsetSettings, notes: list[str]) -> list[Image
     captions = _captions(paths, caption_files, known, subset)
     _note_missing_captions(paths, caption_files, names, subset, notes)
     return [
-        ImageRecord(path, caption, caption, known[path.name].size if path.name in known else None)
+        ImageRecord(path, caption, caption, known[path.name].size, checked=True)
+        if path.name in known
+        else ImageRecord(path, caption, caption)
         for path, caption in zip(paths, captions)
     ]
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class LatentCache:
         check_latents_cacheable(group)
         self.format = format
         self.identity = identity
+        self.to_disk = to_disk
         self.rank, self.world_size = rank, world_size
         self._dataset_of = {id(item): dataset for dataset in group.datasets for item in dataset.used_items}
         wanted = [
@@ -111,6 +113,20 @@ class LatentCache:
     def missing(self) -> int:
         """Entries that this process must make; when 0 the encoder is not needed."""
         return sum(entry.state != "valid" for entry in self.entries)
+
+    @property
+    def states(self) -> Counter[str]:
+        """This process's entries by state."""
+        return Counter(str(entry.state) for entry in self.entries)
+
+    @property
+    def missing_bytes(self) -> int | None:
+        """About the size of the latents that this process must make; None when their channels are not known ahead."""
+        if self.format.channels is None:
+            return None
+        todo = [entry for entry in self.entries if entry.state != "valid"]
+        pixels = sum(_area(entry.item) * (1 + _flips(entry)) for entry in todo)
+        return pixels * self.format.channels * 4 // self.format.stride**2
 
     def fill(self, encode: EncodeImages, *, batch_size: int = 1, seed: int = 0, workers: int = 8) -> CacheReport:
         """Encode what is missing.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from library.data.dataset import Dataset, DatasetGroup
 
 
@@ -34,3 +36,34 @@ def _dataset_lines(dataset: Dataset, number: int) -> list[str]:
         counts = ", ".join(f"{size[0]}x{size[1]}: {len(samples)}" for size, samples in buckets.items())
         lines.append(f"  {len(buckets)} bucket{'s' if len(buckets) != 1 else ''}: {counts}")
     return lines
+
+
+def group_facts(group: DatasetGroup, title: str, world_size: int = 1) -> dict[str, Any]:
+    """What ``summarize`` says, as JSON-able data for pages. Sizes are [width, height]."""
+    return {
+        "title": title,
+        "images": len(group.items),
+        "samples": group.sample_count,
+        "batches": group.batches_per_epoch(world_size),
+        "notes": list(group.notes),
+        "datasets": [
+            {
+                "resolution": list(dataset.settings.resolution),
+                "batch_size": dataset.settings.batch_size,
+                "subsets": [
+                    {
+                        "name": subset.metadata_file or subset.image_dir,
+                        "images": count,
+                        "repeats": subset.num_repeats,
+                        "regularisation": subset.is_reg,
+                    }
+                    for subset in dataset.settings.subsets
+                    if (count := len(dataset.subset_items(subset)))
+                ],
+                "buckets": [
+                    {"size": list(size), "samples": len(samples)} for size, samples in dataset.bucket_samples().items()
+                ],
+            }
+            for dataset in group.datasets
+        ],
+    }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +87,7 @@ class TextCache:
     ) -> None:
         self.format = format
         self.identity = identity
+        self.to_disk = to_disk
         self.rank, self.world_size = rank, world_size
         wanted: list[tuple[Any, Item, Path | None, tuple[Any, ...]]] = []
         for item in group.items:
@@ -102,6 +105,21 @@ class TextCache:
     def missing(self) -> int:
         """Entries that this process must make; when 0 the encoders are not needed."""
         return sum(entry.state != "valid" for entry in self.entries)
+
+    @property
+    def states(self) -> Counter[str]:
+        """This process's entries by state."""
+        return Counter(str(entry.state) for entry in self.entries)
+
+    @property
+    def missing_bytes(self) -> int | None:
+        """About the size of the outputs that this process must make; None when their shapes are not known ahead."""
+        values = 0
+        for shape in self.format.arrays.values():
+            if shape is None or None in shape:
+                return None
+            values += math.prod(side for side in shape if side is not None)
+        return 4 * values * self.missing
 
     def fill(self, encode: EncodePrompts, *, batch_size: int = 1) -> CacheReport:
         """Encode what is missing, each caption once.

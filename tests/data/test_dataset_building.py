@@ -369,10 +369,10 @@ def test_the_summary_tells_images_buckets_repeats_and_batches(tmp_path, build, b
 def test_one_folder_in_two_datasets_is_looked_at_once(tmp_path, build, folder_of, monkeypatch):
     folder = folder_of(tmp_path / "a", [(64, 64)] * 3)
     probed = []
-    import library.data.images as images
+    import library.data.image_check as image_check
 
-    original = images._probe
-    monkeypatch.setattr(images, "_probe", lambda path: (probed.append(path), original(path))[1])
+    original = image_check.look_at
+    monkeypatch.setattr(image_check, "look_at", lambda path: (probed.append(path), original(path))[1])
     dataset = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
     group, _ = build(folder, toml=dataset * 2)
     assert len(group.datasets) == 2 and len(probed) == 3
@@ -490,13 +490,15 @@ class TestImageInfoCache:
     @pytest.fixture
     def load(self, build, buckets, folder, monkeypatch):
         """Build the group; gives (size, caption) by name and the names of the files that were opened."""
-        import library.data.images as images
+        import library.data.image_check as image_check
 
-        original = images._probe
+        original = image_check.look_at
 
         def make(**general):
             opened = []
-            monkeypatch.setattr(images, "_probe", lambda path: (opened.append(path.name), original(path))[1])
+            monkeypatch.setattr(
+                image_check, "look_at", lambda path: (opened.append(path.name), original(path))[1]
+            )
             group, validation = build(folder, general=buckets | {"cache_info": True} | general)
             items = group.items + (validation.items if validation else [])
             return {item.path.name: (item.size, item.caption) for item in items}, sorted(opened)

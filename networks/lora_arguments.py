@@ -55,6 +55,16 @@ def probability(name: str, value: Any) -> float:
     return result
 
 
+def unavailable(reason: str) -> Parser:
+    """A parser for a common argument that has no meaning here; ``reason``, a whole sentence, says why."""
+
+    def parse(name: str, value: Any) -> None:
+        if str(value).strip().lower() != "false":
+            raise UserError(f"--network_args: {name} cannot be used here. {reason}")
+
+    return parse
+
+
 def text(name: str, value: Any) -> str:
     """The text as it is."""
     return str(value)
@@ -134,6 +144,10 @@ COMMON_ARGUMENTS: Mapping[str, Parser] = {
     "split_qkv": flag,
     "verbose": flag,
 }
+
+
+# What these say also holds for a network whose modules and ranks are those of a file.
+LEARNING_ARGUMENTS = frozenset(COMMON_ARGUMENTS) - {"conv_dim", "conv_alpha", "network_reg_dims"}
 
 
 def parse_arguments(given: Mapping[str, Any], family_arguments: Mapping[str, Parser], module: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.console import say, warn
 from library.errors import UserError
-from networks.lora_arguments import last_match, parse_arguments
+from networks.lora_arguments import LEARNING_ARGUMENTS, last_match, parse_arguments
 from networks.lora_core import LoRANetwork
 from networks.lora_file import LoRAWeights, read_file, state_dict_of
 from networks.lora_formats import read_modules
@@ -31,13 +31,17 @@ def build_network(
     text_encoder: TextEncoders,
     unet: nn.Module,
     neuron_dropout: float | None = None,
+    *,
+    network_class: type[LoRANetwork] = LoRANetwork,
+    module_class: Callable[..., LoRAModule] = LoRAModule,
     **given: Any,
 ) -> LoRANetwork:
     """A new network: rank ``network_dim`` (None: 4), alpha ``network_alpha`` (None: 1, 0: the rank).
 
     ``text_encoder``: one model or a list in the family's order, None for one that isn't there. ``given``: network_args.
-    Weights are drawn from torch's global generator: text encoders first, each model in its own order. Raises UserError
-    for a wrong argument, and when no module would be trained.
+    The two classes are those of a kind of LoRA that differs from the plain one. Weights are drawn from torch's global
+    generator: text encoders first, each model in its own order. Raises UserError for a wrong argument, and when no
+    module would be trained.
     """
     arguments = parse_arguments(given, family.arguments, family.module)
     rank = DEFAULT_RANK if network_dim is None else int(network_dim)
@@ -46,6 +50,7 @@ def build_network(
         raise UserError(f"--network_dim must be at least 1, not {rank}.")
     if alpha < 0:
         raise UserError(f"--network_alpha must be 0 or more, not {alpha:g}.")
+    family.check(arguments, unet)
     ranks = _ranks(family, arguments, rank, _encoders(text_encoder), unet)
     if not ranks:
         raise UserError("--network_args leave no module to train; every rank is 0 or every block is left out.")
@@ -59,7 +64,7 @@ def build_network(
 
     regularisation = _regularisation(arguments, neuron_dropout)
     modules = [
-        LoRAModule(
+        module_class(
             target,
             module_rank,
             alpha_of(target),
@@ -69,7 +74,7 @@ def build_network(
         )
         for target, module_rank in ranks
     ]
-    return _network(family, arguments, modules, multiplier)
+    return _network(network_class(family, arguments, *_by_model(modules)), multiplier)
 
 
 def build_network_from_weights(
@@ -81,14 +86,20 @@ def build_network_from_weights(
     weights_sd: Mapping[str, Tensor] | None = None,
     for_inference: bool = False,
     neuron_dropout: float | None = None,
+    *,
+    network_class: type[LoRANetwork] = LoRANetwork,
+    module_class: Callable[..., LoRAModule] = LoRAModule,
     **given: Any,
 ) -> tuple[LoRANetwork, dict[str, Tensor]]:
     """The network that a file (or its tensors ``weights_sd``) holds, with its weights, ranks and alphas.
 
     Every key form that ``lora_formats`` knows is read. Returns the network and the tensors under this suite's own keys.
-    With ``for_inference`` nothing is trainable. Raises UserError when nothing in the file fits the models.
+    Arguments that choose modules or ranks have no effect, which is said. With ``for_inference`` nothing is trainable.
+    Raises UserError when nothing in the file fits the models.
     """
     arguments = parse_arguments(given, family.arguments, family.module)
+    family.check(arguments, unet)
+    _warn_of_arguments_without_effect(family, arguments)
     source = "the given weights" if file is None else str(file)
     if weights_sd is None:
         if file is None:
@@ -100,7 +111,7 @@ def build_network_from_weights(
         if not found:
             raise UserError(f"none of the {len(weights_sd)} tensors belongs to a LoRA module of this model.")
         modules = [
-            _module_of(target, found[target.name], multiplier, family, arguments, neuron_dropout)
+            _module_of(module_class, target, found[target.name], multiplier, family, arguments, neuron_dropout)
             for target in targets
             if target.name in found
         ]
@@ -108,13 +119,14 @@ def build_network_from_weights(
         raise UserError(f"{source}: {error}") from None
     if unexpected:
         warn(f"{source}: {len(unexpected)} tensors fit no module here and are left out, such as {unexpected[0]}")
-    network = _network(family, arguments, modules, multiplier)
+    network = _network(network_class(family, arguments, *_by_model(modules)), multiplier)
     if for_inference:
         network.requires_grad_(False).eval()
     return network, state_dict_of(found)
 
 
 def _module_of(
+    module_class: Callable[..., LoRAModule],
     target: Target,
     weights: LoRAWeights,
     multiplier: float,
@@ -127,9 +139,8 @@ def _module_of(
     rank = len(weights.down)
     if rank % parts:
         raise UserError(f"{target.name} has rank {rank}, which split_qkv cannot divide into {parts} parts.")
-    module = LoRAModule(
-        target, rank // parts, None, multiplier, _regularisation(arguments, neuron_dropout), split, initialise=False
-    )
+    regularisation = _regularisation(arguments, neuron_dropout)
+    module = module_class(target, rank // parts, None, multiplier, regularisation, split, initialise=False)
     module.set_file_weights(weights)
     return module
 
@@ -148,7 +159,7 @@ def _ranks(
     For each, the last of these that speaks: --network_dim (conv_dim), the family's own rule, the last matching pattern
     of network_reg_dims. None of them brings back a block that the block selection leaves out.
     """
-    with_conv = bool(arguments["conv_dim"])
+    with_conv = family.with_conv(arguments)
     patterns = arguments["network_reg_dims"]
 
     def rank_of(target: Target, default: int) -> int:
@@ -175,7 +186,9 @@ def _ranks(
     for path, layers in find_layers(unet, family.transformer, extra).items():
         chosen += [(target, rank_of(target, extra[path])) for target in layers if extra[path]]
     _warn_of_idle_patterns(arguments, [target.name for target, _ in chosen])
-    return [(target, rank) for target, rank in chosen if rank]
+    chosen = [(target, rank) for target, rank in chosen if rank]
+    _warn_of_idle_conv_arguments(arguments, [target for target, _ in chosen])
+    return chosen
 
 
 def _all_targets(family: Family, encoders: Sequence[nn.Module | None], unet: nn.Module) -> list[Target]:
@@ -208,13 +221,30 @@ def _warn_of_idle_patterns(arguments: Arguments, names: Sequence[str]) -> None:
                 warn(f'--network_args: the pattern "{pattern.pattern}" of {argument} matches no trained module')
 
 
-def _network(family: Family, arguments: Arguments, modules: Sequence[LoRAModule], multiplier: float) -> LoRANetwork:
+def _warn_of_idle_conv_arguments(arguments: Arguments, targets: Sequence[Target]) -> None:
+    given = [name for name, value in arguments.items() if name.startswith("conv_") and value is not None]
+    if given and not any(target.is_wide_conv for target in targets):
+        warn(f"--network_args: no wide convolution is trained, so {', '.join(given)} have no effect")
+
+
+def _warn_of_arguments_without_effect(family: Family, arguments: Arguments) -> None:
+    acting = LEARNING_ARGUMENTS | family.learning_arguments
+    idle = [name for name, value in arguments.items() if name not in acting and value not in (None, False)]
+    if idle:
+        warn(f"--network_args: modules and ranks are those of the file; {', '.join(idle)} have no effect")
+
+
+def _by_model(modules: Sequence[LoRAModule]) -> tuple[list[LoRAModule], list[LoRAModule]]:
     text = [module for module in modules if module.target.table.is_text_encoder]
-    unet = [module for module in modules if not module.target.table.is_text_encoder]
-    network = LoRANetwork(family, arguments, text, unet)
+    return text, [module for module in modules if not module.target.table.is_text_encoder]
+
+
+def _network(network: LoRANetwork, multiplier: float) -> LoRANetwork:
     network.set_multiplier(multiplier)
-    ranks = sorted({module.lora_dim for module in modules})
+    ranks = sorted({module.lora_dim for module in network.loras})
     span = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     size = sum(parameter.numel() for parameter in network.parameters())
-    say(f"LoRA with {len(unet)} transformer and {len(text)} text encoder modules, {span}, {size:,} parameters")
+    text, unet = len(network.text_encoder_loras), len(network.unet_loras)
+    model = network.family.model_name
+    say(f"LoRA with {unet} {model} and {text} text encoder modules, {span}, {size:,} parameters")
     return network

@@ -19,13 +19,13 @@ from networks.lora_file import LoRAWeights
 from networks.lora_targets import Family, Target
 
 _ROLES = {
-    "down": r"\.lora_down\.weight|\.lora_A(?:\.default)?\.weight|(?:[._]lora|\.lora_linear_layer)?\.down\.weight",
-    "up": r"\.lora_up\.weight|\.lora_B(?:\.default)?\.weight|(?:[._]lora|\.lora_linear_layer)?\.up\.weight",
+    "down": r"(?:\.lora_down|\.lora_A(?:\.default)?|(?:[._]lora|\.lora_linear_layer)?\.down)(?:\.weight)?",
+    "up": r"(?:\.lora_up|\.lora_B(?:\.default)?|(?:[._]lora|\.lora_linear_layer)?\.up)(?:\.weight)?",
     "alpha": r"\.alpha",
 }
-_KEY = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in _ROLES.items()) + r")$")
+KEY = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in _ROLES.items()) + r")$")
 _OTHER_METHODS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr"}
-_OTHER_METHODS |= {"lokr_w1_a": "LoKr", "oft_blocks": "OFT", "oft_diag": "OFT"}
+_OTHER_METHODS |= {"lokr_w1_a": "LoKr", "oft_blocks": "OFT", "oft_diag": "OFT", "lora_mid": "Tucker-decomposed LoCon"}
 
 
 def read_modules(
@@ -40,10 +40,10 @@ def read_modules(
     by_name: dict[str, Target] = {}
     unexpected = []
     for key in tensors:
-        match = _KEY.match(key)
-        found = known.get(_plain(match["module"])) if match else None
+        match = KEY.match(key)
+        found = known.get(without_wrapper(match["module"])) if match else None
         if match is None or found is None:
-            _refuse_other_methods(key)
+            refuse_other_methods(key)
             unexpected.append(key)
             continue
         target, part = found
@@ -65,13 +65,15 @@ def _names(target: Target, family: Family) -> Iterable[tuple[str, int | None]]:
     yield from family.aliases(target)
 
 
-def _plain(module: str) -> str:
+def without_wrapper(module: str) -> str:
+    """A module's name without what PEFT and data parallelism put before it."""
     for wrapper in ("base_model.model.", "module."):
         module = module.removeprefix(wrapper)
     return module
 
 
-def _refuse_other_methods(key: str) -> None:
+def refuse_other_methods(key: str) -> None:
+    """Raises UserError when ``key`` belongs to a method that is not LoRA."""
     method = next((method for part, method in _OTHER_METHODS.items() if part in key.split(".")), None)
     if method:
         raise UserError(f'the file holds {method} weights ("{key}"), which are not LoRA and cannot be read here.')

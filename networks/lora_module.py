@@ -1,15 +1,12 @@
 """One LoRA module: a low-rank product added to a frozen Linear or Conv2d.
 
-The module takes the place of the layer's ``forward``, so the layer and its weights stay in the model, and in the
-model's state dict, as they are.
-
 LoRA: https://arxiv.org/abs/2106.09685.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory.fp8 import Fp8Linear, write_weight
 from library.randomness import generator
+from networks.adapter_module import AdapterModule, as_float32
 from networks.lora_file import LoRAWeights
 from networks.lora_targets import Target
 from networks.low_rank import (
@@ -47,11 +46,6 @@ class BareConv2d(nn.Conv2d):
         pass
 
 
-def as_float32(number: float) -> float:
-    """What is left of a number in a file, so that a run continues from a state with the very same strength."""
-    return torch.tensor(number, dtype=torch.float32).item()
-
-
 @dataclass(frozen=True)
 class Regularisation:
     """What happens in training only."""
@@ -71,7 +65,7 @@ class Regularisation:
         return self.ggpo_sigma is not None and self.ggpo_beta is not None
 
 
-class LoRAModule(nn.Module):
+class LoRAModule(AdapterModule):
     """y = layer(x) + multiplier * (alpha / rank) * up(down(x)) for one Linear or Conv2d.
 
     ``split_rows``: the rows of the layer's parts (q, k, v, ...), each of which gets a down and an up of its own rank
@@ -89,19 +83,11 @@ class LoRAModule(nn.Module):
         initialise: bool = True,
     ) -> None:
         """``alpha`` None or 0 means ``rank``. Weights are float32 on the CPU, drawn from torch's global generator."""
-        super().__init__()
-        self.target = target
-        self.lora_name = target.name
+        super().__init__(target, multiplier)
         self.lora_dim = rank
         self.alpha = as_float32(alpha or rank)
-        self.multiplier: float | Tensor = multiplier
         self.regularisation = regularisation or Regularisation()
         self.split_rows = list(split_rows) if split_rows else None
-        # In __dict__, so that the layer does not become a part of this module.
-        self.__dict__["org_module"] = target.module
-        self.org_forward: Callable[[Tensor], Tensor] = target.module.forward
-        self.applied = False
-        self.enabled = True
         self.lora_down, self.lora_up = self._make_weights()
         if initialise:
             self._initialise()
@@ -111,22 +97,25 @@ class LoRAModule(nn.Module):
         if self.regularisation.has_ggpo and isinstance(self.org_module, nn.Linear):
             self._estimate_weight_norm()
 
-    org_module: nn.Linear | nn.Conv2d
-
     # ---- weights ----
+
+    def _pair(self, rank: int) -> tuple[nn.Module, nn.Module]:
+        """A down and an up for the layer."""
+        layer = self.org_module
+        if isinstance(layer, nn.Linear):
+            return BareLinear(layer.in_features, rank, False), BareLinear(rank, layer.out_features, False)
+        if layer.groups != 1:
+            raise ValueError(f"{self.lora_name}: grouped convolutions are not supported")
+        geometry: dict[str, Any] = {
+            name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        }
+        down = BareConv2d(layer.in_channels, rank, bias=False, **geometry)
+        return down, BareConv2d(rank, layer.out_channels, 1, bias=False)
 
     def _make_weights(self) -> tuple[nn.Module, nn.Module]:
         layer, rank = self.org_module, self.lora_dim
-        if isinstance(layer, nn.Conv2d):
-            if layer.groups != 1:
-                raise ValueError(f"{self.lora_name}: grouped convolutions are not supported")
-            geometry: dict[str, Any] = {
-                name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-            }
-            down = BareConv2d(layer.in_channels, rank, bias=False, **geometry)
-            return down, BareConv2d(rank, layer.out_channels, 1, bias=False)
-        if self.split_rows is None:
-            return BareLinear(layer.in_features, rank, False), BareLinear(rank, layer.out_features, False)
+        if self.split_rows is None or isinstance(layer, nn.Conv2d):
+            return self._pair(rank)
         if sum(self.split_rows) != layer.out_features:
             raise ValueError(f"{self.lora_name}: parts {self.split_rows} don't add up to {layer.out_features} rows")
         downs = [BareLinear(layer.in_features, rank, False) for _ in self.split_rows]
@@ -162,9 +151,10 @@ class LoRAModule(nn.Module):
 
     def file_weights(self) -> LoRAWeights:
         """The module as files hold it: parts joined, and alpha raised with the rank so that the strength stays."""
-        down = next(self.lora_down.parameters()) if self.split_rows is None else self.down_matrix
-        up = next(self.lora_up.parameters()) if self.split_rows is None else self.up_matrix
-        return LoRAWeights(down.detach(), up.detach(), self.alpha * self.parts)
+        down, up = self.down_matrix.detach(), self.up_matrix.detach()
+        if isinstance(self.org_module, nn.Conv2d):
+            down, up = down.reshape(-1, *self.org_module.weight.shape[1:]), up[..., None, None]
+        return LoRAWeights(down, up, self.alpha * self.parts)
 
     def set_file_weights(self, weights: LoRAWeights) -> None:
         """Take over what ``file_weights`` gives. Raises UserError when the shapes are others."""
@@ -180,14 +170,15 @@ class LoRAModule(nn.Module):
                     f" {list(own.shape)}; it was made for another model."
                 )
         with torch.no_grad():
-            for part, own in zip(weights.down.chunk(self.parts), self.lora_down.parameters()):
+            downs, ups = list(self.lora_down.parameters()), list(self.lora_up.parameters())
+            for part, own in zip(weights.down.chunk(len(downs)), downs):
                 own.copy_(part.reshape(own.shape))
-            for part, own in zip(self._up_blocks(weights.up), self.lora_up.parameters()):
+            for part, own in zip(self._up_blocks(weights.up), ups):
                 own.copy_(part.reshape(own.shape))
         self.alpha = as_float32(weights.alpha / self.parts)
 
-    def _up_blocks(self, up: Tensor) -> list[Tensor]:
-        """The diagonal blocks of a joined up. Raises UserError when it isn't block-diagonal."""
+    def _up_blocks(self, up: Tensor) -> Sequence[Tensor]:
+        """The parts of a joined up: its diagonal blocks. Raises UserError when it isn't block-diagonal."""
         if self.split_rows is None:
             return [up]
         rows = up.split(self.split_rows)
@@ -196,12 +187,10 @@ class LoRAModule(nn.Module):
             raise UserError(f"{self.lora_name}: the file was trained without split_qkv and cannot be split.")
         return blocks
 
-    # alpha is a plain number in memory (a cast of the network must not round it) but a tensor in state dicts. With
-    # GGPO the norms are there too, so that a run goes on from a state as if it had not stopped.
+    # With GGPO the norms are in state dicts too, so that a run goes on from a state as if it had not stopped.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "alpha"] = torch.tensor(self.alpha, dtype=torch.float32)
         if self.weight_norm is not None:
             nothing_yet = torch.zeros(self.org_module.weight.shape[0])
             for name in NORMS:
@@ -212,61 +201,31 @@ class LoRAModule(nn.Module):
         self, state_dict: Any, prefix: str, metadata: Any, strict: Any, missing: Any, unexpected: Any, errors: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if prefix + "alpha" in state_dict:
-            self.alpha = float(state_dict[prefix + "alpha"])
-        else:
-            missing.append(prefix + "alpha")
         for name in NORMS:
             value = state_dict.get(prefix + name)
             if value is not None:
                 setattr(self, name, value.detach().clone() if value.any() else None)
-        own = {prefix + name for name in ("alpha", *NORMS)}
+        own = {prefix + name for name in NORMS}
         unexpected[:] = [key for key in unexpected if key not in own]
 
-    # ---- entering and leaving the model ----
-
-    def apply_to(self) -> None:
-        """Enter the model: take the place of the layer's forward."""
-        if not self.applied:
-            self.org_forward = self.org_module.forward
-            self.org_module.forward = self.forward  # type: ignore[method-assign, assignment]
-            self.applied = True
-
-    def remove(self) -> None:
-        """Leave the model, also from under another network that was applied later."""
-        if not self.applied:
-            return
-        above: LoRAModule | None = None
-        owner: Any = getattr(self.org_module.forward, "__self__", None)
-        while isinstance(owner, LoRAModule) and owner is not self:
-            above, owner = owner, getattr(owner.org_forward, "__self__", None)
-        if owner is not self:
-            raise RuntimeError(f"{self.lora_name}: the layer's forward was replaced after this network was applied")
-        was_its_own = getattr(self.org_forward, "__self__", None) is self.org_module
-        if above is not None:
-            above.org_forward = self.org_forward
-        elif was_its_own:
-            del self.org_module.forward  # the class's own forward shows again
-        else:
-            self.org_module.forward = self.org_forward  # type: ignore[method-assign]
-        self.applied = False
+    # ---- in the model ----
 
     @torch.no_grad()
     def merge(self, device: torch.device | str | None = None) -> None:
         """Add the product to the layer's weight: computed in float32 on ``device``, kept in the weight's own dtype."""
-        weight = self.org_module.weight
+        weight = self.org_module.weight  # of an 8-bit layer this is a copy, so the result is written back below
         device = weight.device if device is None else device
         down, up = (matrix.to(device, torch.float32) for matrix in (self.down_matrix, self.up_matrix))
         strength = self.scale * float(self.multiplier)
         merged = weight.to(device, torch.float32).flatten(1).addmm(up, down, alpha=strength)
-        weight.copy_(merged.reshape(weight.shape))
+        write_weight(self.org_module, merged.reshape(weight.shape))
 
     # ---- forward ----
 
     def forward(self, x: Tensor) -> Tensor:
-        multiplier = self.multiplier
-        if not self.enabled or (not isinstance(multiplier, Tensor) and multiplier == 0):
+        if self.is_idle:
             return self.org_forward(x)
+        multiplier = self.multiplier
         training, settings = self.training, self.regularisation
         if training and settings.module_dropout > 0 and torch.rand(()).item() < settings.module_dropout:
             return self.org_forward(x)
@@ -288,20 +247,23 @@ class LoRAModule(nn.Module):
     def _is_plain_frozen_linear(self) -> bool:
         """Whether the layer does what nn.Linear does, so that its product and ours can be one operation."""
         layer = self.org_module
+        is_fp8 = isinstance(layer, Fp8Linear)
         return (
-            type(layer).forward is nn.Linear.forward
-            and getattr(self.org_forward, "__func__", None) is nn.Linear.forward
-            and not layer.weight.requires_grad
+            type(layer).forward in (nn.Linear.forward, Fp8Linear.forward)
+            and getattr(self.org_forward, "__func__", None) is type(layer).forward
+            and (is_fp8 or not layer.weight.requires_grad)
             and (layer.bias is None or not layer.bias.requires_grad)
         )
 
     def _forward_conv(self, x: Tensor, scale: float) -> Tensor:
-        y = self.org_forward(x)
-        hidden = self.lora_down(x)
+        y, layer = self.org_forward(x), self.org_module
+        assert isinstance(layer, nn.Conv2d)
+        down = self.down_matrix.reshape(-1, *layer.weight.shape[1:])
+        hidden = layer._conv_forward(x, down, None)  # with the layer's own stride, padding and dilation
         mask = self._mask((x.shape[0], *hidden.shape[2:]), x.device)
         if mask is not None:
             hidden = hidden * mask.movedim(-1, 1).to(hidden.dtype)
-        return torch.add(y, self.lora_up(hidden).to(y.dtype), alpha=scale)
+        return torch.add(y, F.conv2d(hidden, self.up_matrix[..., None, None]).to(y.dtype), alpha=scale)
 
     def _mask(self, rows: Sequence[int], device: torch.device) -> Tensor | None:
         """Factors [*rows, parts * rank] of the values between down and up: dropouts and multipliers of single items.
@@ -316,10 +278,9 @@ class LoRAModule(nn.Module):
         if self.training and settings.rank_dropout > 0:
             kept = (torch.rand(rows[0], ranks, device=device) > settings.rank_dropout).float().view(per_item)
             mask = kept if mask is None else mask * kept
-        if isinstance(self.multiplier, Tensor):
-            if self.multiplier.numel() not in (1, rows[0]):
-                raise ValueError(f"{self.multiplier.numel()} multipliers were set, but the batch has {rows[0]} items")
-            factors = self.multiplier.to(device, torch.float32).expand(rows[0]).view(*per_item[:-1], 1)
+        multipliers = self.multipliers_of(rows[0], device)
+        if multipliers is not None:
+            factors = multipliers.view(*per_item[:-1], 1)
             mask = factors if mask is None else mask * factors
         return None if mask is None else mask.expand(*rows, ranks)
 
@@ -342,11 +303,12 @@ class LoRAModule(nn.Module):
     @torch.no_grad()
     def update_grad_norms(self) -> None:
         """Row norms [out] of the gradient of the merged weight; left as they are when there is no gradient."""
-        grads = [parameter.grad for parameter in self.parameters()]
-        if self.weight_norm is None or any(grad is None for grad in grads):
+        parameters = list(self.parameters())
+        if self.weight_norm is None or all(parameter.grad is None for parameter in parameters):
             return
-        grad_downs = [grad.flatten(1) for grad in grads[: self.parts] if grad is not None]
-        grad_ups = [grad.flatten(1) for grad in grads[self.parts :] if grad is not None]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # None: not trained
+        grad_downs = [grad.flatten(1) for grad in grads[: self.parts]]
+        grad_ups = [grad.flatten(1) for grad in grads[self.parts :]]
         norms = gradient_row_norms(self.down_matrix, self.up_matrix, torch.cat(grad_downs), torch.block_diag(*grad_ups))
         self.grad_norms = (self.scale * norms).float()
 

@@ -47,7 +47,7 @@ class TargetTable:
     classes: tuple[str, ...]
     """Class names; every Linear and Conv2d inside modules of these classes is a target."""
     conv_classes: tuple[str, ...] = ()
-    """As ``classes``, but only when ``conv_dim`` is given."""
+    """As ``classes``, but only when wide convolutions are asked for (``Family.with_conv``)."""
     file_path: Callable[[str], str] = same_path
     """Module path -> the path that names the module in files."""
     is_text_encoder: bool = False
@@ -78,6 +78,11 @@ def default_group(target: Target, arguments: Arguments) -> tuple[str, float]:
     return target.table.group, 1.0
 
 
+def conv_dim_is_given(arguments: Arguments) -> bool:
+    """Whether ``conv_dim`` asks for wide convolutions."""
+    return bool(arguments["conv_dim"])
+
+
 def no_split(target: Target) -> list[int] | None:
     """The layer stays whole."""
     return None
@@ -94,6 +99,12 @@ class Family:
     """In the order of the text encoders."""
     arguments: Mapping[str, Callable[[str, Any], Any]]
     """network_args beyond the common ones: name -> parser (see lora_arguments)."""
+    learning_arguments: frozenset[str] = frozenset()
+    """Those of ``arguments`` that also act on a network from a file: they concern learning, not which modules exist."""
+    check: Callable[[Arguments, nn.Module], None] = field(default=lambda arguments, transformer: None)
+    """Raises UserError where ``arguments`` don't fit the model."""
+    with_conv: Callable[[Arguments], bool] = conv_dim_is_given
+    """Whether the table's ``conv_classes`` are targets too."""
     rank: Callable[[Target, Arguments], int | None] = field(default=lambda target, arguments: None)
     """Rank that the family's own arguments give a transformer module; None: no opinion, 0: no LoRA."""
     alpha: Callable[[Target, Arguments], float | None] = field(default=lambda target, arguments: None)
@@ -111,6 +122,8 @@ class Family:
     """Label of a module's parameter group and the factor on its learning rate."""
     aliases: Callable[[Target], Iterable[tuple[str, int | None]]] = field(default=lambda target: ())
     """Names that other programs give a module or, with its number, one of its parts (see lora_formats)."""
+    model_name: str = "transformer"
+    """What messages call the model that isn't a text encoder."""
 
 
 def find_targets(model: nn.Module, table: TargetTable, with_conv: bool = False) -> list[Target]:

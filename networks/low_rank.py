@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from library.memory.fp8 import ScaledWeight, stored_weight
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of ``x`` runs: autocast's where it is on (it leaves float64 alone)."""
@@ -31,7 +33,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
     Composed of single operations, the addition costs several passes over tensors of the output's size and one over the
     input's gradient. Here both are accumulated inside the matrix product that computes them (BLAS beta = 1), ``x`` is
     cast once for both products, and frozen weights that are stored in another dtype are cast again in the backward
-    pass instead of being kept.
+    pass instead of being kept. ``x`` is kept only where ``down`` is trained.
     """
 
     @staticmethod
@@ -41,7 +43,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         mask: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | ScaledWeight,
         bias: Tensor | None,
         scale: float,
         dtype: torch.dtype,
@@ -53,10 +55,10 @@ class _LinearPlusLowRank(torch.autograd.Function):
         if mask is not None:
             hidden = hidden * mask
         y.addmm_(hidden, up_cast.t(), alpha=scale)
-        ctx.save_for_backward(rows, down_cast, up_cast, hidden, mask)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, down_cast, up_cast, hidden, mask)
         # Kept as an object: block swapping may have moved its storage, and moves it back before the backward pass.
         ctx.weight = weight
-        ctx.scale, ctx.dtypes = scale, (x.dtype, down.dtype, up.dtype)
+        ctx.scale, ctx.dtype, ctx.dtypes = scale, dtype, (x.dtype, down.dtype, up.dtype)
         return y
 
     @staticmethod
@@ -64,7 +66,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, down, up, hidden, mask = ctx.saved_tensors
         x_dtype, down_dtype, up_dtype = ctx.dtypes
-        grad = grad.to(rows.dtype)
+        grad = grad.to(ctx.dtype)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             grad_hidden = scaled_product(grad, up, ctx.scale)
@@ -93,7 +95,7 @@ def linear_plus_low_rank(
         mask = mask.to(dtype).reshape(-1, mask.shape[-1])
     # Views stay outside: the result of a custom operation must not be one, or nobody could work on it in place.
     rows = x.reshape(-1, x.shape[-1])
-    y = _LinearPlusLowRank.apply(rows, down, up, mask, linear.weight, linear.bias, scale, dtype)
+    y = _LinearPlusLowRank.apply(rows, down, up, mask, stored_weight(linear), linear.bias, scale, dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -1,0 +1,186 @@
+"""LoRA files read without a model: modules under the names that the file gives them, one at a time.
+
+What a file holds is known from its header, so that a mistake is found before anything is computed. Key forms are those
+of ``lora_formats``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from library.errors import UserError
+from library.safetensors_io import open_checkpoint
+from networks.lora_arithmetic import layer_shape
+from networks.lora_file import LoRAWeights
+from networks.lora_formats import KEY, refuse_other_methods
+
+PEFT_METADATA = "lora_adapter_metadata"
+SD = "Stable Diffusion 1.x or 2.x"
+SDXL = "Stable Diffusion XL"
+# What a module's name tells about the model that the file was made for; the first that fits any name is taken.
+FAMILY_BY_NAME = {
+    "HunyuanImage-2.1": r"lora_unet_(double|single)_blocks_\d+_(\w+_fc\d|\w*mod\w*_linear)$",
+    "FLUX.1": r"lora_unet_(double|single)_blocks_",
+    "Lumina Image 2.0": r"lora_unet_(layers|context_refiner|noise_refiner|cap_embedder)_",
+    SDXL: r"lora_unet_((input|output)_blocks|middle_block)_|lora_unet_\w+_attentions_\d+_transformer_blocks_[1-9]",
+    SD: r"lora_unet_((down|up)_blocks|mid_block)_",
+}
+# For files without a transformer or U-Net: the beginning of ss_base_model_version, then the names of the text encoders.
+FAMILY_BY_METADATA = {
+    "hunyuan": "HunyuanImage-2.1",
+    "flux": "FLUX.1",
+    "lumina": "Lumina Image 2.0",
+    "sdxl": SDXL,
+    "sd_v": SD,
+}
+FAMILY_BY_ENCODER = {SDXL: r"lora_te[12]_text_model_", SD: r"lora_te_text_model_"}
+
+
+@dataclass(frozen=True)
+class ModuleKeys:
+    """The keys of one module's tensors."""
+
+    down: str
+    up: str
+    alpha: str | None
+
+
+class NamedLoRA:
+    """A LoRA file, opened by its header.
+
+    ``modules`` are the keys by module name, ``others`` the keys that belong to no module. Raises UserError naming
+    ``option`` for a file that cannot be read, is no LoRA, or whose matrices do not fit together.
+    """
+
+    def __init__(self, path: Path | str, option: str = "--models"):
+        self.path = Path(path)
+        self.checkpoint = open_checkpoint(path, option=option)
+        self.label = self.checkpoint.label
+        self.metadata = self.checkpoint.metadata
+        self.modules, self.others = self._group()
+        if not self.modules:
+            raise UserError(f"{self.label} holds no LoRA modules; a LoRA file is needed here.")
+        for name in self.modules:
+            self._check(name)
+
+    def _group(self) -> tuple[dict[str, ModuleKeys], list[str]]:
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        others = []
+        for key in self.checkpoint:
+            match = KEY.match(key)
+            if match is not None:
+                found[match["module"]][str(match.lastgroup)] = key
+                continue
+            try:
+                refuse_other_methods(key)
+            except UserError as error:
+                raise UserError(f"{self.label}: {error}") from None
+            others.append(key)
+        modules = {}
+        for name, keys in found.items():
+            if "down" in keys and "up" in keys:
+                modules[name] = ModuleKeys(keys["down"], keys["up"], keys.get("alpha"))
+            else:
+                others.extend(keys.values())
+        return modules, others
+
+    def _check(self, name: str) -> None:
+        down, up = self.shapes(name)
+        fits = len(down) == len(up) and len(down) in (2, 4) and down[0] == up[1] and down[0] > 0
+        if not fits or any(size != 1 for size in up[2:]):
+            raise UserError(
+                f"{self.label}: the matrices of {name}, {list(up)} and {list(down)}, do not fit together; the file is"
+                " damaged or holds something other than LoRA."
+            )
+
+    def shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of down and up."""
+        keys = self.modules[name]
+        return self.checkpoint.shape(keys.down), self.checkpoint.shape(keys.up)
+
+    def layer_shape(self, name: str) -> tuple[int, ...]:
+        """The shape [out, in] or [out, in, kh, kw] of the layer's weight."""
+        return layer_shape(*self.shapes(name))
+
+    def rank(self, name: str) -> int:
+        return self.shapes(name)[0][0]
+
+    def alpha(self, name: str) -> float:
+        """The module's own; else what PEFT's settings in the metadata say; else the rank."""
+        key = self.modules[name].alpha
+        if key is not None:
+            return float(self.checkpoint.load(key))
+        return self._peft_alpha(name) or float(self.rank(name))
+
+    def _peft_alpha(self, name: str) -> float | None:
+        """The alpha that diffusers and PEFT keep in the metadata, as kohya's alpha: what counts is alpha / rank."""
+        try:
+            settings = dict(json.loads(self.metadata.get(PEFT_METADATA, "{}")))
+        except (ValueError, TypeError):
+            return None
+        model, _, path = name.partition(".")
+        prefix = f"{model}." if f"{model}.lora_alpha" in settings else ""
+        alpha = settings.get(f"{prefix}lora_alpha")
+        for pattern, own in (settings.get(f"{prefix}alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?{pattern}", path):
+                alpha = own
+        if alpha is None:
+            return None
+        return float(alpha) * (math.sqrt(self.rank(name)) if settings.get(f"{prefix}use_rslora") else 1.0)
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> LoRAWeights:
+        """The module's matrices in the file's number format. Raises UserError when they hold infinity or NaN."""
+        keys = self.modules[name]
+        down, up = (self.checkpoint.load(key, device=device) for key in (keys.down, keys.up))
+        weights = LoRAWeights(down, up, self.alpha(name))
+        if not all(bool(torch.isfinite(part.float()).all()) for part in (down, up, torch.tensor(weights.alpha))):
+            raise UserError(f"{self.label}: {name} holds numbers that are not finite; the file is damaged.")
+        return weights
+
+    @property
+    def family(self) -> str | None:
+        """The model family that the names (or the metadata) tell; None where they do not."""
+        version = self.metadata.get("ss_base_model_version", "")
+        told = (family for beginning, family in FAMILY_BY_METADATA.items() if version.startswith(beginning))
+        return self._family_by(FAMILY_BY_NAME) or next(told, None) or self._family_by(FAMILY_BY_ENCODER)
+
+    def _family_by(self, patterns: Mapping[str, str]) -> str | None:
+        for family, pattern in patterns.items():
+            if any(re.match(pattern, name) for name in self.modules):
+                return family
+        return None
+
+    def require_family(self, wanted: Sequence[str], advice: str = "") -> None:
+        """Raises UserError unless the file is for one of these families; ``advice`` says what else to do."""
+        if self.family not in wanted:
+            what = f"is for {self.family}" if self.family else "is for another kind of model"
+            raise UserError(
+                f"{self.label} {what} (it has a module {next(iter(self.modules))}); a LoRA for {' or '.join(wanted)}"
+                f" is needed here.{' ' + advice if advice else ''}"
+            )
+
+    def refuse_other_tensors(self) -> None:
+        """Raises UserError that lists tensors which belong to no LoRA module."""
+        if self.others:
+            raise UserError(
+                f"{self.label} holds {len(self.others)} tensors that belong to no LoRA module, so they cannot be"
+                f" merged: {', '.join(self.others)}."
+            )
+
+
+def kernel_is_wide(shape: Sequence[int]) -> bool:
+    """Whether a layer's shape is that of a convolution that sees neighbours."""
+    return any(size != 1 for size in shape[2:])
+
+
+def without_1x1(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A layer's shape without a kernel of 1x1, since such a convolution and a Linear layer take the same LoRA."""
+    return shape if kernel_is_wide(shape) else shape[:2]

@@ -1,0 +1,113 @@
+"""Stable Diffusion's models for the tests of its networks: the published sizes without numbers, and tiny ones with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# As the published config.json files have them; what isn't named here is diffusers' default.
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+ENCODERS = {"sd1": [(12, 768)], "sd2": [(23, 1024)], "sdxl": [(12, 768), (32, 1280)]}  # layers, width
+
+
+def real_unet(variant: str, **changes: Any) -> nn.Module:
+    """diffusers' U-Net of a published model on torch's meta device."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(**{**UNETS[variant], **changes})
+
+
+def real_encoders(variant: str) -> list[nn.Module]:
+    """The text encoders of a published model on torch's meta device."""
+    from transformers import CLIPTextConfig
+
+    from library.models.clip import ClipTextEncoder
+
+    encoders: list[nn.Module] = []
+    for layers, width in ENCODERS[variant]:
+        config = CLIPTextConfig(
+            num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64
+        )
+        with torch.device("meta"):
+            encoders.append(ClipTextEncoder(config, width if width == 1280 else None))
+    return encoders
+
+
+@dataclass
+class Tiny:
+    """A tiny model with the real one's blocks, frozen, and inputs for it."""
+
+    variant: str
+    unet: nn.Module
+    encoders: list[nn.Module]
+    inputs: dict[str, Any]
+    tokens: Tensor
+
+    def predict(self) -> Tensor:
+        """What the U-Net makes of the inputs."""
+        return self.unet(**self.inputs).sample
+
+    def encode(self) -> list[Tensor]:
+        """The last hidden state of each text encoder."""
+        return [encoder.text_model(input_ids=self.tokens).last_hidden_state for encoder in self.encoders]
+
+
+@cache
+def tiny_skeleton(variant: str) -> nn.Module:
+    """The U-Net of ``tiny_model`` on torch's meta device."""
+    from tools.make_tiny_stable_diffusion import SHAPES, build_modules
+
+    with torch.device("meta"):
+        return build_modules(SHAPES[variant], vocabulary=64)["unet"]  # type: ignore[index]
+
+
+def tiny_model(variant: str, dtype: torch.dtype = torch.float32) -> Tiny:
+    """Random weights, the same each time."""
+    from tools.make_tiny_models import fill_randomly
+    from tools.make_tiny_stable_diffusion import SHAPES, build_modules
+
+    modules = build_modules(SHAPES[variant], vocabulary=64)  # type: ignore[index]
+    for part, module in modules.items():
+        fill_randomly(module, 0, part)
+        module.to(dtype).requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(1)
+    config = modules["unet"].config
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    inputs: dict[str, Any] = {
+        "sample": normal(2, 4, 8, 8),
+        "timestep": torch.tensor([100, 700]),
+        "encoder_hidden_states": normal(2, 7, config.cross_attention_dim),
+    }
+    if variant == "sdxl":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": normal(2, pooled), "time_ids": normal(2, 6).abs() * 100}
+    tokens = torch.randint(0, 60, (2, 9), generator=generator)
+    encoders = [modules[name] for name in ("text_encoder", "text_encoder_2") if name in modules]
+    return Tiny(variant, modules["unet"], encoders, inputs, tokens)

@@ -7,24 +7,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import run_script, say, set_up_console, warn
 from library.data.options import TextCacheOptions
-from library.devices import parse_dtype
 from library.errors import UserError
-from library.options import changed_options, parse_options
+from library.options import parse_options
 from library.prompt_options import PromptOptions
 from library.training.flow_matching import (
     FlowMatchingOptions,
     add_noise,
     apply_prediction_type,
-    draw_input_perturbation,
-    draw_noise,
     guidance_vector,
     noise_to_signal,
-    objective_notices,
+    objective_notice,
     sample_sigmas,
     sigma_weights,
     training_target,
+    unused_flow_options,
 )
 from library.training.network_contract import parse_network_args
+from library.training.noise import draw_input_perturbation, draw_noise
 from library.training.step_inputs import ItemDraws, NoisyInput
 from library.training.training_options import TrainingOptions
 from train_network import NetworkTrainer
@@ -33,15 +32,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from library.data.batch import Batch
     from library.data.cache import LatentFormat, TextFormat
-    from library.models.flux.pipeline import Encoder, FluxPipeline
+    from library.models.flux.pipeline import Encoder, FluxPipeline, Part
 
 NO_EFFECT = (
     "v2 v_parameterization vae clip_skip max_token_length weighted_captions mem_eff_attn sample_sampler noise_offset "
     "noise_offset_random_strength adaptive_noise_scale multires_noise_iterations multires_noise_discount "
     "zero_terminal_snr min_snr_gamma scale_v_pred_loss_like_noise_pred v_pred_like_loss debiased_estimation_loss "
-    "ddp_gradient_as_bucket_view ddp_static_graph lowram highvram"
+    "ddp_gradient_as_bucket_view ddp_static_graph"
 ).split()
 
 
@@ -86,6 +84,8 @@ class FluxNetworkTrainer(NetworkTrainer):
     bucket_divisor = 32
     size_divisor = 16
     options: FluxTrainingOptions
+    opened_parts: tuple[Part, ...] = ()
+    """The parts whose files are needed; all of them unless something else is said here (by the caching tools)."""
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
@@ -96,12 +96,11 @@ class FluxNetworkTrainer(NetworkTrainer):
             raise UserError("--model_type chroma is not available yet; this script trains FLUX.1 dev and schnell.")
         if flux.controlnet_model_name_or_path:
             raise UserError("--controlnet_model_name_or_path is not available yet; leave it out.")
-        cache = options.text_cache
-        self.cache_text = cache.cache_text_encoder_outputs or cache.cache_text_encoder_outputs_to_disk
-        self.trained_encoders: tuple[Encoder, ...] = ()
+        trained: tuple[Encoder, ...] = ()
         if not options.network.network_train_unet_only:
             train_t5 = parse_network_args(options.network).get("train_t5xxl", "").lower() == "true"
-            self.trained_encoders = ("clip_l", "t5xxl") if train_t5 else ("clip_l",)
+            trained = ("clip_l", "t5xxl") if train_t5 else ("clip_l",)
+        self.take_text_options(options.text_cache, trained)
         if self.cache_text and "t5xxl" in self.trained_encoders:
             raise UserError("train_t5xxl=True encodes captions at every step; leave out --cache_text_encoder_outputs.")
         if flux.blocks_to_swap and options.precision.cpu_offload_checkpointing:
@@ -119,33 +118,25 @@ class FluxNetworkTrainer(NetworkTrainer):
             say(f"no effect in sample prompts for FLUX.1: {', '.join(given)}")
 
     def say_what_has_no_effect(self) -> None:
-        """One line for each given option that changes nothing for FLUX.1."""
-        given = [f"--{name}" for name in changed_options(self.options) if name in NO_EFFECT]
-        if given:
-            say(f"no effect for FLUX.1: {', '.join(given)}")
-        if self.options.flux.split_mode:
+        """One line for each reason why given options change nothing for FLUX.1."""
+        flux = self.options.flux
+        self.note_without_effect(NO_EFFECT)
+        if flux.split_mode:
             warn("--split_mode is deprecated; use --blocks_to_swap.")
-        if self.options.flux.blocks_to_swap or self.options.flux.split_mode:
+        if flux.blocks_to_swap or flux.split_mode:
             say("--blocks_to_swap has no effect yet: all blocks stay on the device")
-        if self.options.precision.fp8_base or self.options.precision.fp8_base_unet:
-            say("--fp8_base has no effect yet: the base model stays in the format of --mixed_precision")
-        for line in objective_notices(self.options.flow):
-            say(line)
+            self.no_effect += [name for name in ("blocks_to_swap", "split_mode") if getattr(flux, name)]
+        if not self.options.noise.ip_noise_gamma:
+            self.note_without_effect(["ip_noise_gamma_random_strength"], "without --ip_noise_gamma")
+        for reason, names in unused_flow_options(self.options.flow):
+            self.note_without_effect(names, reason)
+        say(objective_notice(self.options.flow))
 
     # ---- models and caches ------------------------------------------------------------------------------------------
 
-    def build_datasets(self) -> None:
-        """As for every family; captions that change from step to step cannot be encoded ahead."""
-        super().build_datasets()
-        if self.cache_text:
-            from library.data.cache import check_text_cacheable
-
-            for group in filter(None, (self.train_group, self.validation_group)):
-                check_text_cacheable(group)
-
     def make_pipeline(self) -> FluxPipeline:
         """Open the four checkpoint files by their headers and find the tokenizers."""
-        from library.models.flux.pipeline import FluxFiles, FluxPipeline
+        from library.models.flux.pipeline import ENCODERS, FluxFiles, FluxPipeline
 
         options, flux = self.options, self.options.flux
         files = FluxFiles(
@@ -160,11 +151,18 @@ class FluxNetworkTrainer(NetworkTrainer):
             files,
             dtype=self.weight_dtype,
             device=self.accelerator.device,
-            dtypes={"autoencoder": parse_dtype("fp32")} if options.model.no_half_vae else None,
+            dtypes=self.number_formats("transformer", ENCODERS),
             t5xxl_max_token_length=flux.t5xxl_max_token_length,
             apply_t5_attn_mask=flux.apply_t5_attn_mask,
             attention_backend="xformers" if options.model.xformers else "sdpa",
+            **({"parts": self.opened_parts} if self.opened_parts else {}),
         )
+
+    def open_pipeline(self) -> None:
+        """As for every family; what a model without embedded guidance does not use is named."""
+        super().open_pipeline()
+        if self.pipeline.variant == "schnell":
+            self.note_without_effect(["guidance_scale"], "for FLUX.1 schnell")
 
     def latent_format(self) -> LatentFormat:
         """``<stem>_WWWWxHHHH_flux.npz`` with one set of arrays for each latent size."""
@@ -191,59 +189,7 @@ class FluxNetworkTrainer(NetworkTrainer):
             flags={"apply_t5_attn_mask": self.options.flux.apply_t5_attn_mask},
         )
 
-    def cache_text_outputs(self) -> None:
-        """Encode captions and sample prompts ahead, if asked for; encoders that are not trained are let go."""
-        self.prompt_conditioning: dict[str, dict[str, Tensor]] = {}
-        if not self.cache_text:
-            return
-        from library.data.cache import TextCache
-
-        options = self.options.text_cache
-        for group in filter(None, (self.train_group, self.validation_group)):
-            cache = TextCache(
-                group,
-                self.text_format(),
-                to_disk=options.cache_text_encoder_outputs_to_disk,
-                skip_check=self.options.cache.skip_cache_check,
-                identity=self.part_identity("clip_l", "t5xxl"),
-                rank=self.accelerator.process_index,
-                world_size=self.accelerator.num_processes,
-            )
-            batch_size = options.text_encoder_batch_size or group.datasets[0].settings.batch_size
-            if cache.missing:
-                cache.fill(self.encode_frozen, batch_size=batch_size)
-        self.accelerator.wait_for_everyone()
-        for prompt in self.samples.prompts:
-            for text in {prompt.prompt, prompt.negative_prompt or ""}:
-                self.prompt_conditioning[text] = self.encode_frozen([text])
-        for encoder in {"clip_l", "t5xxl"} - set(self.trained_encoders):
-            self.pipeline.unload(encoder)
-
-    def encode_frozen(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The conditioning of prompts from both encoders, without gradients."""
-        with self.accelerator.autocast():
-            return self.pipeline.encode_prompts(prompts)
-
-    def text_encoders_to_train(self) -> list[Any]:
-        """CLIP-L and T5 as the network takes them; None for one that stays as it is."""
-        modules = dict(zip(self.trained_encoders, self.pipeline.load_text_encoders(self.trained_encoders)))
-        if self.options.precision.gradient_checkpointing:
-            for module in modules.values():
-                module.enable_gradient_checkpointing()
-                module.train()
-        return [modules.get("clip_l"), modules.get("t5xxl")]
-
     # ---- the training step ------------------------------------------------------------------------------------------
-
-    def conditioning(self, batch: Batch) -> dict[str, Tensor]:
-        """From the cache, with what a trained encoder gives for the caption in its place."""
-        device = self.accelerator.device
-        fixed = {name: tensor.to(device, non_blocking=True) for name, tensor in (batch.text or {}).items()}
-        encoders: tuple[Encoder, ...] = self.trained_encoders if fixed else ("clip_l", "t5xxl")
-        if not encoders:
-            return fixed
-        with self.accelerator.autocast():
-            return fixed | self.pipeline.encode_prompts(batch.captions, encoders, trained=self.trained_encoders)
 
     def noisy_input(self, latents: Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
         """Flow matching: a point between image and noise, and the velocity there."""
@@ -294,12 +240,6 @@ class FluxNetworkTrainer(NetworkTrainer):
             negative_conditioning=None if negative is None else self.sample_conditioning(negative),
         )
         return self.pipeline.generate(request)
-
-    def sample_conditioning(self, text: str) -> dict[str, Tensor]:
-        """As in training: cached outputs, with those of trained encoders made anew."""
-        fixed = self.prompt_conditioning.get(text, {})
-        encoders: tuple[Encoder, ...] = self.trained_encoders if fixed else ("clip_l", "t5xxl")
-        return {**fixed, **self.pipeline.encode_prompts([text], encoders)} if encoders else fixed
 
     def family_metadata(self) -> dict[str, Any]:
         """How flow matching was set up."""

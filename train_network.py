@@ -1,73 +1,79 @@
-"""Train a network such as a LoRA inside a frozen base model.
+"""Train a network such as a LoRA inside a frozen Stable Diffusion 1.x or 2.x model.
 
 ``NetworkTrainer`` is the loop that every model family shares. A family's script subclasses it and gives its options,
-its pipeline, how a noisy input and its target are made, how its model is called, and what its metadata says.
+its pipeline, how a noisy input and its target are made, how its model is called, and what its metadata says. Stable
+Diffusion's own such subclass stands below it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from library.console import messages_above_progress, run_script, say, warn
+from library.console import messages_above_progress, run_script, say, set_up_console, warn
 from library.data.debug import show_dataset
 from library.data.loader import BatchLoader
-from library.devices import parse_dtype
+from library.data.options import TextCacheOptions
 from library.errors import UserError
+from library.modelspec import standard_entries
 from library.options import parse_options
+from library.prompt_options import PromptOptions
 from library.randomness import seed_global_torch
 from library.training import validation
 from library.training.distribution import average_gradients, mean_over_processes
-from library.training.flow_matching import per_item
 from library.training.interruption import Interruption
-from library.training.losses import (
-    apply_mask,
-    batch_loss,
-    elementwise_loss,
-    huber_threshold,
-    item_losses,
-    loss_mask,
-)
-from library.training.lr_schedulers import scheduler_state, step_scheduler
-from library.training.network_saving import save_network
-from library.training.optimizers import set_eval_mode, set_train_mode
-from library.training.state import Position, save_state
+from library.training.losses import batch_loss
+from library.training.lr_schedulers import step_scheduler
+from library.training.noise_options import NEEDS, check_stable_diffusion_noise_options
+from library.training.run_description import end_facts
+from library.training.run_outputs import RunOutputs
+from library.training.run_report import end_lines
+from library.training.run_timing import timed
+from library.training.state import Position
 from library.training.step_inputs import ItemDraws, NoisyInput
 from library.training.tracking import learning_rate_scalars, norm_scalars
 from library.training.training_options import TrainingOptions
-from library.training.training_run import TrainingRun
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from library.data.batch import Batch
+    from library.data.cache import LatentFormat, TextFormat
+    from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 
 
-class NetworkTrainer(TrainingRun):
+class NetworkTrainer(RunOutputs):
     """Trains a network inside a frozen base model. ``train()`` is the whole run; families override the hooks."""
 
     def train(self) -> None:
         """Run the training from checks to the final file. Raises UserError for mistakes, before models load."""
         self.check_options()
         self.prepare_output()
+        self.check_network()
         self.start_processes()
         self.build_datasets()
         if self.options.dataset.debug_dataset:
-            return show_dataset(self.train_group, seed=self.seed, max_train_steps=self.options.length.max_train_steps)
+            return self.show_dataset()
         self.open_pipeline()
-        self.cache_latents()
-        self.cache_text_outputs()
-        self.load_models()
-        self.build_network()
-        self.build_optimizer()
-        self.resume()
+        if self.options.preflight.dry_run:
+            return self.show_plan()
+        self.prepare_uploads()
+        with self.clock.part("caching"):
+            self.cache_latents()
+            self.cache_text_outputs()
+        with self.clock.part("loading"):
+            self.load_models()
+            self.build_network()
+            self.build_optimizer()
+            self.resume()
         self.start_tracking()
-        with Interruption() as interruption, self.batch_loader() as self.loader:
-            self.look_before_training()
-            self.run_epochs(interruption)
-        self.finish()
+        with self.report:
+            with Interruption() as interruption, self.batch_loader() as self.loader:
+                self.look_before_training()
+                self.run_epochs(interruption)
+            self.finish()
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -83,7 +89,7 @@ class NetworkTrainer(TrainingRun):
             desc="steps",
             ascii=True,
         )
-        with self.progress, messages_above_progress():
+        with self.progress, messages_above_progress(), self.clock.part("training"):
             while self.position.step < self.plan.max_steps and not self.interrupted:
                 self.train_epoch(interruption)
 
@@ -117,7 +123,7 @@ class NetworkTrainer(TrainingRun):
         accelerator, accumulation = self.accelerator, self.plan.accumulation
         plans = self.train_group.plan(epoch + 1, self.seed, accelerator.process_index, accelerator.num_processes)
         start = self.position.step - first // accumulation
-        return self.loader.batches(
+        batches = self.loader.batches(
             plans,
             epoch=epoch + 1,
             seed=self.seed,
@@ -125,60 +131,20 @@ class NetworkTrainer(TrainingRun):
             step_of=lambda index: start + index // accumulation,
             start=first,
         )
+        return self.clock.each("waiting for data", batches)
 
     def train_batch(self, epoch: int, index: int, batch: Batch) -> float:
         """Forward and backward of one micro-batch; returns its loss, the mean over all processes."""
+        seed_global_torch(self.seed, "modules", epoch, index, self.accelerator.process_index)
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start(self.text_encoders, self.transformer)
         self.network.set_multiplier(float(batch.network_multipliers[0]))
-        seed_global_torch(self.seed, "modules", epoch, index, self.accelerator.process_index)
         draws = ItemDraws(self.seed, epoch, batch.item_ids)
         losses = self.item_losses(batch, draws)
         loss = batch_loss(losses, batch.loss_weights, batch.group_size, self.accelerator.num_processes)
         self.accelerator.backward(loss / self.plan.batches_in_step(index))
+        self.images_trained += batch.group_size
         return mean_over_processes(loss.item(), self.accelerator)
-
-    def item_losses(self, batch: Batch, draws: ItemDraws, timestep: int | None = None) -> Tensor:
-        """The loss of each item, [batch] float32; ``timestep`` (0..1000) fixes the noise level."""
-        options = self.options
-        noisy = self.noisy_input(self.clean_latents(batch, draws), draws, timestep)
-        conditioning = self.conditioning(batch)
-        with self.accelerator.autocast():
-            prediction = self.predict(noisy, conditioning)
-        target = self.preserve_base_output(batch, noisy, conditioning)
-        threshold = huber_threshold(options.loss, noisy.sigmas, noisy.noise_to_signal)
-        loss = elementwise_loss(options.loss, prediction.float(), target, threshold)
-        loss = loss * per_item(noisy.weights, loss)
-        mask = loss_mask(options.dataset.masked_loss, batch.conditioning_images, batch.alpha_masks)
-        return item_losses(loss if mask is None else apply_mask(loss, mask.to(loss.device)))
-
-    def clean_latents(self, batch: Batch, draws: ItemDraws) -> Tensor:
-        """The batch's latents on the device, float32, from the cache or from the autoencoder."""
-        import torch
-
-        if batch.latents is not None:
-            return batch.latents.to(self.accelerator.device, torch.float32, non_blocking=True)
-        assert batch.images is not None
-        latents = self.encode_images(batch.images, draws.generators("latents"))
-        if not torch.isfinite(latents).all():
-            warn("The autoencoder gave NaN latents, which were replaced by 0; try --no_half_vae.")
-            latents = latents.nan_to_num(0.0, 0.0, 0.0)
-        return latents
-
-    def preserve_base_output(self, batch: Batch, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
-        """The target, replaced by the base model's own prediction for items marked ``diff_output_preservation``."""
-        import torch
-
-        marked = [i for i, a in enumerate(batch.custom_attributes) if a.get("diff_output_preservation")]
-        if not marked:
-            return noisy.target
-        self.network.set_multiplier(0.0)
-        with torch.no_grad(), self.accelerator.autocast():
-            prediction = self.predict(noisy, conditioning).float()
-        self.network.set_multiplier(float(batch.network_multipliers[0]))
-        target = noisy.target.clone()
-        target[marked] = prediction[marked]
-        return target
 
     def update(self) -> None:
         """One optimizer step with the gradients of all micro-batches and processes."""
@@ -204,14 +170,18 @@ class NetworkTrainer(TrainingRun):
     def log_batch(self, index: int, loss: float) -> None:
         """Note a micro-batch's loss and log it with the learning rates and norms."""
         self.record.add(index, loss)
-        average = self.record.average
+        average, ends_step = self.record.average, self.plan.ends_step(index)
+        self.report.add_loss(self.position.step, loss, ends_step, self.learning_rates)
         self.progress.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
         if self.tracker.active:
-            scalars = {"loss/current": loss, "loss/average": average}
-            unet_only = self.options.network.network_train_unet_only
-            scalars |= learning_rate_scalars(self.optimizer, self.scheduler, self.group_names, unet_only)
+            scalars = {"loss/current": loss, "loss/average": average, **self.learning_rates()}
             scalars |= norm_scalars(self.network, self.norms)
             self.tracker.log(scalars, self.position.step, epoch=self.position.epoch + 1)
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of every parameter group, by the name it is logged under."""
+        unet_only = self.options.network.network_train_unet_only
+        return learning_rate_scalars(self.optimizer, self.scheduler, self.group_names, unet_only)
 
     def after_step(self, interruption: Interruption) -> None:
         """What is due after an optimizer step: samples, files, validation, and a wish to end."""
@@ -234,7 +204,11 @@ class NetworkTrainer(TrainingRun):
                 self.save_state(self.output.step_state(step))
             self.output.remove_old_step(step)
         if self.interrupted:
-            say(f"ended at step {step}: {interruption.reason}")
+            self.ended_by = interruption.reason or "asked by another process"
+            say(f"ended at step {step}: {self.ended_by}")
+            self.report.end("interrupted", interruption.reason or "")
+        else:
+            self.report.write()
 
     def after_epoch(self, epoch: int) -> None:
         """What is due at the end of an epoch (or of the run inside one): validation, files, samples."""
@@ -242,6 +216,7 @@ class NetworkTrainer(TrainingRun):
         if self.position.batch >= self.plan.batches_per_epoch:
             self.position = Position(number, 0, self.position.step)
         average = {"loss/epoch_average": self.record.average}
+        self.report.add_epoch_average(self.position.step, self.record.average)
         self.tracker.log(average, number, epoch=number, global_step=self.position.step)
         due_validation = self.validation_group is not None and validation.due_after_epoch(
             self.options.validation, number
@@ -261,21 +236,9 @@ class NetworkTrainer(TrainingRun):
             if self.options.saving.save_state:
                 self.save_state(self.output.epoch_state(number))
             self.output.remove_old_epoch(number)
+        self.report.write()
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """The network and its optimizer as they are saved and shown; training mode comes back afterwards."""
-        import torch
-
-        self.network.eval()
-        set_eval_mode(self.optimizer)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            set_train_mode(self.optimizer)
-            self.network.train()
-
+    @timed("validation")
     def validate(self, kind: str, x: int) -> None:
         """Log the mean loss over the validation items at fixed noise levels; ``kind`` is step or epoch."""
         accelerator, noise, seed = self.accelerator, self.options.noise, self.validation_seed
@@ -294,9 +257,29 @@ class NetworkTrainer(TrainingRun):
         if self.record.losses:
             values[f"{name}_divergence"] = average - self.record.average
         self.tracker.log(values, x, epoch=self.position.epoch + 1, global_step=self.position.step)
+        self.report.add_validation(kind, self.position.step, average)
+        self.last_losses[f"validation ({kind})"] = average
         say(f"{kind} {x}: validation loss {average:.5f}")
 
-    # ---- samples and files ------------------------------------------------------------------------------------------
+    # ---- looking at plan and data -----------------------------------------------------------------------------------
+
+    def show_plan(self) -> None:
+        """``--dry_run``: what would be trained, in which time and memory, and which files would be written."""
+        from library.training.dry_run import plan_of
+        from library.training.plan_report import plan_lines
+
+        plan = plan_of(self)
+        if self.accelerator.is_main_process:
+            say("\n".join(plan_lines(plan)))
+
+    def show_dataset(self) -> None:
+        """``--debug_dataset``: the contact sheet ``{output_name}.dataset.html``, lines, windows where there are any."""
+        if self.accelerator.is_main_process:
+            page = self.output.folder / f"{self.options.saving.output_name or 'dataset'}.dataset.html"
+            steps = self.options.length.max_train_steps
+            show_dataset(self.train_group, seed=self.seed, max_train_steps=steps, page=page)
+
+    # ---- before and after the loop ----------------------------------------------------------------------------------
 
     def look_before_training(self) -> None:
         """The samples of ``--sample_at_first``, and the validation loss that step validations are compared with."""
@@ -309,72 +292,240 @@ class NetworkTrainer(TrainingRun):
             if self.validation_group is not None and self.options.validation.validate_every_n_steps:
                 self.validate("step", 0)
 
-    def draw_samples(self, step: int, epoch: int | None) -> None:
-        """Draw the sample prompts, dealt to the processes, with the network at full strength."""
-        self.network.set_multiplier(1.0)
-        with self.accelerator.autocast():
-            self.samples.draw(
-                self.sample_image,
-                step,
-                epoch,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-                self.tracker.log_image,
-            )
-        if self.latents_are_cached:
-            self.pipeline.unload("autoencoder")
-        self.accelerator.wait_for_everyone()
-
-    def save_model(self, path: Path, epoch: int, wait: bool = False) -> None:
-        """Write the network's file with its metadata (main process)."""
-        if self.accelerator.is_main_process:
-            precision = self.options.saving.save_precision
-            dtype = None if precision is None else parse_dtype(precision)
-            save_network(self.network, path, dtype, self.file_metadata(epoch))
-            say(f"saved {path}")
-            self.uploads.upload(path, wait)
-
-    def save_state(self, folder: Path) -> None:
-        """Write a resumable state (main process)."""
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            try:
-                save_state(
-                    folder,
-                    self.network.state_dict(),
-                    self.optimizer.state_dict(),
-                    self.position,
-                    self.identity(),
-                    {
-                        "lr_scheduler": scheduler_state(self.scheduler),
-                        "losses": self.record.state(),
-                        "scaler": None if scaler is None else scaler.state_dict(),
-                        "session": {"id": self.session_id, "started_at": self.started_at},
-                    },
-                )
-            except TypeError as error:  # a third party's optimizer; its training must not end for that
-                warn(f"{folder} cannot be saved: {error}.")
-                return
-            say(f"saved {folder}")
-            self.uploads.upload(folder)
-
     def finish(self) -> None:
-        """Write the final file and state, close the trackers, wait for uploads."""
+        """Write the final file and state, close the trackers, wait for uploads, and say where time and memory went."""
         if not self.interrupted:
             saving = self.options.saving
             with self.evaluating():
                 self.save_model(self.output.final_file(), self.plan.epochs, wait=True)
             if saving.save_state or saving.save_state_on_train_end:
                 self.save_state(self.output.final_state())
+            self.report.end("finished")
         self.tracker.finish()
         self.uploads.finish()
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            say("\n".join(end_lines(end_facts(self))))
+
+
+NO_EFFECT = ("ddp_gradient_as_bucket_view", "ddp_static_graph")
+
+
+@dataclass
+class StableDiffusionTrainingOptions(TrainingOptions):
+    """All options of this script."""
+
+    text_cache: TextCacheOptions = field(default_factory=TextCacheOptions)
+
+
+class StableDiffusionNetworkTrainer(NetworkTrainer):
+    """Stable Diffusion 1.x and 2.x: noise or v prediction on scaled latents, one CLIP text encoder."""
+
+    options_class = StableDiffusionTrainingOptions
+    family = "Stable Diffusion"
+    bucket_divisor = 64
+    options: StableDiffusionTrainingOptions
+    encoders: tuple[str, ...] = ("text_encoder",)
+    sample_side = 512
+    """Pixels of a sample picture's sides where the prompt says nothing."""
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+
+    def check_family_options(self) -> None:
+        """Forbidden combinations, and options without effect."""
+        from library.models.stable_diffusion.sampling import require_sampler
+
+        options, noise = self.options, self.options.stable_diffusion_noise
+        is_v = options.stable_diffusion.v_parameterization
+        check_stable_diffusion_noise_options(noise, is_v)
+        if noise.zero_terminal_snr and not is_v:
+            warn("--zero_terminal_snr is meant for v-prediction: noise cannot be predicted from pure noise.")
+        require_sampler(options.samples.sample_sampler)
+        unet_only = options.network.network_train_unet_only
+        self.take_text_options(options.text_cache, () if unet_only else self.encoders)
+        if self.cache_text and self.trained_encoders:
+            raise UserError(
+                "--cache_text_encoder_outputs needs --network_train_unet_only: a text encoder that is trained encodes "
+                "its captions anew at every step."
+            )
+        self.note_without_effect(NO_EFFECT)
+        for name, needed in NEEDS.items():
+            group = options.noise if hasattr(options.noise, needed) else noise
+            if not getattr(group, needed):
+                self.note_without_effect([name], f"without --{needed}")
+        if options.model.mem_eff_attn:
+            self.note_without_effect(["xformers", "sdpa"], "beside --mem_eff_attn")
+
+    def prepare_output(self) -> None:
+        """As for every family; the samplers of prompts are checked, prompt options of other families are named."""
+        from library.models.stable_diffusion.sampling import require_sampler
+
+        super().prepare_output()
+        prompts = self.samples.prompts
+        for number, prompt in enumerate(prompts, 1):
+            if prompt.sample_sampler is not None:
+                require_sampler(prompt.sample_sampler, f"{self.options.samples.sample_prompts}, prompt {number}")
+        unused = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+        given = [name for name in unused if any(getattr(prompt, name) is not None for prompt in prompts)]
+        if given:
+            say(f"no effect in sample prompts for {self.family}: {', '.join(given)}")
+
+    # ---- models and caches ------------------------------------------------------------------------------------------
+
+    def make_pipeline(self) -> StableDiffusionPipeline:
+        """Open the checkpoint by its headers and find the tokenizers. Raises UserError when it is another model."""
+        from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
+        from library.training.ddpm import Diffusion, noise_schedule
+
+        options, model = self.options, self.options.model
+        sd, noise = options.stable_diffusion, options.stable_diffusion_noise
+        files = StableDiffusionFiles(
+            model=model.pretrained_model_name_or_path or "",
+            vae=sd.vae,
+            tokenizer_cache_dir=model.tokenizer_cache_dir,
+            disable_mmap=model.disable_mmap_load_safetensors,
+        )
+        pipeline = StableDiffusionPipeline(
+            files,
+            dtype=self.weight_dtype,
+            device=self.accelerator.device,
+            dtypes=self.number_formats("unet", self.encoders),
+            v_parameterization=sd.v_parameterization,
+            zero_terminal_snr=noise.zero_terminal_snr,
+            clip_skip=sd.clip_skip,
+            max_token_length=sd.max_token_length,
+            weighted_captions=sd.weighted_captions,
+            attention_backend="split" if model.mem_eff_attn else "xformers" if model.xformers else "sdpa",
+        )
+        self.check_model(pipeline)
+        pipeline.load_tokenizers()
+        schedule = noise_schedule(noise.zero_terminal_snr)
+        self.diffusion = Diffusion(options.noise, noise, sd.v_parameterization, schedule)
+        return pipeline
+
+    def check_model(self, pipeline: StableDiffusionPipeline) -> None:
+        """Raises UserError when the file is not the model that the options say; warns about what it says of itself."""
+        options = self.options.stable_diffusion
+        path = self.options.model.pretrained_model_name_or_path
+        self.require_variant(pipeline)
+        self.prediction_type = "v" if options.v_parameterization else "epsilon"
+        if pipeline.predicts_v is not None and pipeline.predicts_v != options.v_parameterization:
+            kind, other = ("v", "noise") if pipeline.predicts_v else ("noise", "v")
+            advice = "add" if pipeline.predicts_v else "leave out"
+            warn(f"{path} predicts {kind}, but will be trained to predict {other}; {advice} --v_parameterization.")
+
+    def require_variant(self, pipeline: StableDiffusionPipeline) -> None:
+        """Raises UserError unless the file is of this script's kind."""
+        path = self.options.model.pretrained_model_name_or_path
+        if pipeline.variant == "sdxl":
+            raise UserError(f"{path} is a Stable Diffusion XL model; train it with sdxl_train_network.py.")
+        if pipeline.variant == "sd1" and self.options.stable_diffusion.v2:
+            raise UserError(f"--v2: {path} is a Stable Diffusion 1.x model; leave --v2 out.")
+        if pipeline.variant == "sd2" and not self.options.stable_diffusion.v2:
+            say(f"{path} is a Stable Diffusion 2.x model: --v2 is taken as given")
+        is_v = self.options.stable_diffusion.v_parameterization
+        self.default_resolution = 768 if pipeline.variant == "sd2" and is_v else 512
+
+    def latent_format(self) -> LatentFormat:
+        """``<stem>_WWWWxHHHH_sd.npz``; an old ``<stem>.npz`` comes first."""
+        return self.unscaled_latents("_sd.npz")
+
+    def unscaled_latents(self, suffix: str) -> LatentFormat:
+        """The files of Stable Diffusion: one set of arrays each, not yet multiplied by the latent scale."""
+        from library.data.cache import LatentFormat
+
+        channels, stride = self.pipeline.latent_channels, self.pipeline.latent_stride
+        return LatentFormat(suffix=suffix, channels=channels, stride=stride, sized_keys=False, plain_name=True)
+
+    def text_format(self) -> TextFormat:
+        """``<stem>_sd_te.npz``."""
+        width = self.pipeline.files.text_encoder.hidden_size
+        return self.text_outputs("_sd_te.npz", {"hidden_state": (self.text_length(), width)})
+
+    def text_length(self) -> int:
+        """Positions in the outputs of a text encoder."""
+        return 75 * self.pipeline.chunks + 2
+
+    def text_outputs(self, suffix: str, arrays: dict[str, tuple[int | None, ...]]) -> TextFormat:
+        """Files whose arrays are marked when their tokens are weighted; unmarked ones of other programs are not."""
+        from library.data.cache import TextFormat
+
+        weighted = self.options.stable_diffusion.weighted_captions
+        return TextFormat(suffix=suffix, arrays=arrays, flags={"weighted_captions": True} if weighted else {})
+
+    def text_identity(self) -> str:
+        """Encoders and the options that change their outputs (the length of captions shows in the shapes)."""
+        options = self.options.stable_diffusion
+        skip = None if self.pipeline.variant == "sdxl" else options.clip_skip
+        return f"{super().text_identity()} clip_skip={skip} weighted_captions={options.weighted_captions}"
+
+    def network_text_encoders(self, encoders: Collection[str]) -> Any:
+        """One text encoder is not given as a list: its modules are then named ``lora_te``, without a number."""
+        return next(iter(self.pipeline.load_text_encoders(encoders)), None)
+
+    def checkpoint_transformer(self) -> None:
+        """diffusers' own checkpointing, with what it keeps in main memory if asked for."""
+        if self.options.precision.cpu_offload_checkpointing:
+            from library.memory.checkpointing import checkpoint_in_main_memory
+
+            self.transformer.enable_gradient_checkpointing(checkpoint_in_main_memory)
+        else:
+            self.transformer.enable_gradient_checkpointing()
+
+    # ---- the training step ------------------------------------------------------------------------------------------
+
+    def noisy_input(self, latents: Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
+        """Noise at a timestep of the DDPM schedule; the target is the noise, or v with ``--v_parameterization``."""
+        return self.diffusion.noisy_input(latents * self.pipeline.latent_scale, draws, timestep)
+
+    def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
+        """What the U-Net takes for the target."""
+        from library.training.ddpm import timesteps_of
+
+        return self.pipeline.predict(noisy.latents, timesteps_of(noisy), conditioning)
+
+    # ---- samples and metadata ---------------------------------------------------------------------------------------
+
+    def sample_image(self, index: int, prompt: PromptOptions) -> Image:
+        """A sample image; sides are rounded down to multiples of 8, at least 64."""
+        from library.models.stable_diffusion.pipeline import PictureRequest
+
+        scale = 7.5 if prompt.scale is None else prompt.scale
+        negative = prompt.negative_prompt or ""
+        request = PictureRequest(
+            prompt=prompt.prompt,
+            negative_prompt=negative,
+            width=prompt.width or self.sample_side,
+            height=prompt.height or self.sample_side,
+            seed=prompt.seed,
+            sample_steps=prompt.sample_steps or 30,
+            scale=scale,
+            sampler=prompt.sample_sampler or self.options.samples.sample_sampler,
+            conditioning=self.sample_conditioning(prompt.prompt),
+            negative_conditioning=self.sample_conditioning(negative) if scale > 1 else None,
+        )
+        return self.pipeline.generate(request)
+
+    def model_version(self) -> str:
+        """``ss_base_model_version``."""
+        version = "sd_v2" if self.pipeline.variant == "sd2" else "sd_v1"
+        return f"{version}_v" if self.options.stable_diffusion.v_parameterization else version
+
+    def family_metadata(self) -> dict[str, Any]:
+        """The base model's version."""
+        return {"ss_base_model_version": self.model_version(), "ss_v2": self.pipeline.variant == "sd2"}
+
+    def architecture(self) -> tuple[str, str]:
+        """``stable-diffusion-v1``, ``stable-diffusion-v2-512`` and the like."""
+        entries = standard_entries(self.model_version())
+        return entries["modelspec.architecture"], entries["modelspec.implementation"]
 
 
 def main() -> None:
-    """Stable Diffusion is the family that this script will train; the options are those that all families share."""
-    parse_options(TrainingOptions, __doc__ or "")
-    raise UserError("train_network.py trains no model yet; use flux_train_network.py for FLUX.1.")
+    """Read the options and train."""
+    options = parse_options(StableDiffusionTrainingOptions, __doc__ or "")
+    set_up_console(options.console)
+    StableDiffusionNetworkTrainer(options).train()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from library.errors import UserError
@@ -23,6 +25,14 @@ def warn(message: str) -> None:
     LOGGER.warning(message)
 
 
+_waiting: list[str] = []
+
+
+def say_when_set_up(message: str) -> None:
+    """As ``say``, for what is known before the options that set up the console are read."""
+    _waiting.append(message)
+
+
 def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
     """Send the suite's messages to stderr or to ``--console_log_file``; other processes only report warnings.
 
@@ -30,7 +40,9 @@ def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
     """
     if options.console_log_file:
         try:
-            handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
+            if main_process and os.environ.get("RANK", "0") == "0":
+                open(options.console_log_file, "w").close()  # others append, so that no process cuts off another
+            handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="a", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"--console_log_file: cannot write {options.console_log_file} ({error.strerror})."
@@ -44,6 +56,8 @@ def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
     LOGGER.propagate = False
     level = getattr(logging, options.console_log_level or "INFO")
     LOGGER.setLevel(level if main_process else max(level, logging.WARNING))
+    while _waiting:
+        say(_waiting.pop(0))
 
 
 def make_console_safe() -> None:
@@ -54,8 +68,21 @@ def make_console_safe() -> None:
             reconfigure(errors="backslashreplace")
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """While it is active, the suite says nothing but errors."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
+
+
 def messages_above_progress() -> AbstractContextManager[None]:
-    """While a progress bar stands on the console, messages go above it."""
+    """While a progress bar stands on the console, messages go above it; those for a file stay there."""
+    if any(isinstance(handler, logging.FileHandler) for handler in LOGGER.handlers):
+        return contextlib.nullcontext()
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     return logging_redirect_tqdm(loggers=[LOGGER])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -83,12 +84,16 @@ def _process_runs(process_id: int) -> bool:
     return True
 
 
-def require_writable_folder(folder: Path, option: str) -> None:
+def require_writable_folder(folder: Path, option: str, read_only: bool = False) -> None:
     """Make ``folder`` and prove that a file can be written there.
 
-    Raises UserError naming ``option`` when that is not possible.
+    With ``read_only`` nothing is made: the permissions of the folder, or of the nearest one above it that exists, are
+    trusted. Raises UserError naming ``option`` when writing is not possible.
     """
     try:
+        if read_only:
+            _require_permission(folder)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         probe = temporary_path(folder / "probe")
         probe.touch()
@@ -97,3 +102,17 @@ def require_writable_folder(folder: Path, option: str) -> None:
         raise UserError(
             f"{option}: cannot write in {folder} ({error.strerror}); choose a folder you can write to."
         ) from None
+
+
+def nearest_folder(folder: Path) -> Path:
+    """``folder`` if it exists, else the nearest above it that does."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _require_permission(folder: Path) -> None:
+    """Raises OSError when ``folder`` could not be made or written in."""
+    existing = nearest_folder(folder)
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

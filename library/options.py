@@ -44,6 +44,13 @@ FOREIGN_KEYS = frozenset(
     save_n_epoch_type in_json learning_rate_te learning_rate_te1 learning_rate_te2 no_token_padding
     no_token_frequency disable_mmap_load_safetensors clip_g sd3_fused_mlp t5xxl_device t5xxl_dtype save_t5xxl
     save_clip use_pinned_memory
+    lowvram mem_eff_save single_blocks_to_swap double_blocks_to_swap blockwise_fused_optimizers loraplus_lr_ratio
+    loraplus_text_encoder_lr_ratio loraplus_unet_lr_ratio clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate
+    pos_emb_random_crop_rate train_blocks sample_dir block_lr fused_optimizer_groups dynamo_mode
+    dynamo_use_fullgraph dynamo_use_dynamic
+    model_type clip_l t5xxl ae controlnet_model_name_or_path t5xxl_max_token_length apply_t5_attn_mask
+    blocks_to_swap split_mode timestep_sampling sigmoid_scale model_prediction_type discrete_flow_shift
+    guidance_scale weighting_scheme logit_mean logit_std mode_scale text_encoder_batch_size flux skip_existing
     """.split()
 )
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
@@ -86,6 +93,9 @@ StepsOrRatio = Annotated[
     ),
 ]
 """Steps (a whole number) or a share of all steps (below 1, or ``"10%"``)."""
+
+OneWaySwitch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""A switch without a ``--no_`` twin, for where that is an option of its own."""
 
 
 @dataclass
@@ -286,9 +296,7 @@ def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
 
     Raises UserError for an unknown key (with the nearest known one) or a value that the option's type refuses.
     """
-    flat: dict[str, Any] = {}
-    for key, value in read_toml(path).items():
-        flat.update(value if isinstance(value, dict) else {key: value})
+    flat = _flattened(path)
     values: dict[str, Any] = {}
     without_effect: list[str] = []
     for key, value in flat.items():
@@ -299,10 +307,24 @@ def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
         elif value not in ("", []):
             values[key] = _checked(value, known[key], path)
     if without_effect:
-        from library.console import say
+        from library.console import say_when_set_up
 
-        say(f"{path}: no effect in this script: {', '.join(without_effect)}")
+        say_when_set_up(f"{path}: no effect in this script: {', '.join(without_effect)}")
     return values
+
+
+def configured_value(arguments: Sequence[str], name: str) -> Any:
+    """One key of the ``--config_file`` that a command line names, as it stands there; None where it doesn't."""
+    path = _config_file_argument(arguments)
+    return None if path is None or not path.is_file() else _flattened(path).get(name)
+
+
+def _flattened(path: Path) -> dict[str, Any]:
+    """A TOML file's keys, with those of its sections among them."""
+    flat: dict[str, Any] = {}
+    for key, value in read_toml(path).items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    return flat
 
 
 def _checked(value: Any, option: Option, path: Path | None = None) -> Any:

@@ -44,6 +44,30 @@ def tiny_flux(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory) -> Path:
+    """The single file of a random tiny Stable Diffusion 1 under the real file's key names, with its tokenizer."""
+    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+
+    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny_sd1"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory) -> Path:
+    """The same of Stable Diffusion 2."""
+    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+
+    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny_sd2"), "sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory) -> Path:
+    """The same of Stable Diffusion XL, with two tokenizers."""
+    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+
+    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny_sdxl"), "sdxl")
+
+
+@pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory) -> Path:
     """Twelve small pictures of several shapes with captions."""
     from PIL import Image, ImageDraw
@@ -71,6 +95,32 @@ def flux_command(tiny_flux):
         *("--timestep_sampling", "flux_shift", "--model_prediction_type", "raw", "--guidance_scale", "1.0"),
         *("--t5xxl_max_token_length", "16", "--seed", "7"),
     ]
+
+
+def _small_lora(model: Path) -> list[object]:
+    """Options of a Stable Diffusion script that name a model and a small quick LoRA."""
+    return [
+        *("--pretrained_model_name_or_path", model, "--network_module", "networks.lora", "--network_dim", "4"),
+        *("--learning_rate", "1e-3", "--seed", "7"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def sd1_command(tiny_sd1):
+    """For train_network.py."""
+    return _small_lora(tiny_sd1)
+
+
+@pytest.fixture(scope="session")
+def sd2_command(tiny_sd2):
+    """For train_network.py, with a model of 2.x that predicts v."""
+    return [*_small_lora(tiny_sd2), "--v2", "--v_parameterization"]
+
+
+@pytest.fixture(scope="session")
+def sdxl_command(tiny_sdxl):
+    """For sdxl_train_network.py."""
+    return _small_lora(tiny_sdxl)
 
 
 @pytest.fixture

@@ -53,8 +53,11 @@ class OutputFolder:
     (``resolve_epoch_ratio``).
     """
 
-    def __init__(self, options: SavingOptions) -> None:
-        """Raises UserError when there is no output folder or nothing can be written in it."""
+    def __init__(self, options: SavingOptions, read_only: bool = False) -> None:
+        """Raises UserError when there is no output folder or nothing can be written in it.
+
+        With ``read_only`` the folder is neither made nor tidied.
+        """
         if not options.output_dir:
             raise UserError("--output_dir is missing; name the folder for the trained files.")
         for name in ("save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"):
@@ -64,8 +67,9 @@ class OutputFolder:
         self.folder = Path(options.output_dir)
         self.options = options
         self.every_n_epochs = options.save_every_n_epochs
-        require_writable_folder(self.folder, "--output_dir")
-        remove_stale_temporaries(self.folder)
+        require_writable_folder(self.folder, "--output_dir", read_only)
+        if not read_only:
+            remove_stale_temporaries(self.folder)
 
     def resolve_epoch_ratio(self, epochs: int) -> None:
         """``--save_n_epoch_ratio N``: every floor(epochs / N) epochs, at least every epoch."""
@@ -111,25 +115,37 @@ class OutputFolder:
         every = self.options.save_every_n_steps
         return bool(every) and step % every == 0  # type: ignore[operator]
 
-    def remove_old_epoch(self, epoch: int) -> None:
-        """After ``epoch`` was saved: remove the file and the state that are due to go."""
+    def old_after_epoch(self, epoch: int) -> list[Path]:
+        """The file and the state that are due to go once ``epoch`` was saved."""
         every = self.every_n_epochs or 0
         keep = self.options.save_last_n_epochs
         keep_states = self.options.save_last_n_epochs_state or keep
-        if keep and epoch - every * keep >= 0:
-            _remove(self.epoch_file(epoch - every * keep))
-        if keep_states and epoch - every * keep_states >= 0:
-            _remove(self.epoch_state(epoch - every * keep_states))
+        old = [self.epoch_file(epoch - every * keep)] if keep and epoch >= every * keep else []
+        if keep_states and epoch >= every * keep_states:
+            old.append(self.epoch_state(epoch - every * keep_states))
+        return old
 
-    def remove_old_step(self, step: int) -> None:
-        """After ``step`` was saved: remove the file and the state that are due to go."""
+    def old_after_step(self, step: int) -> list[Path]:
+        """The file and the state that are due to go once ``step`` was saved."""
         every = self.options.save_every_n_steps or 1
         keep = self.options.save_last_n_steps
         keep_states = self.options.save_last_n_steps_state or keep
-        if keep and (old := _step_to_remove(step, keep, every)) > 0:
-            _remove(self.step_file(old))
-        if keep_states and (old := _step_to_remove(step, keep_states, every)) > 0:
-            _remove(self.step_state(old))
+        old = []
+        if keep and (number := _step_to_remove(step, keep, every)) > 0:
+            old.append(self.step_file(number))
+        if keep_states and (number := _step_to_remove(step, keep_states, every)) > 0:
+            old.append(self.step_state(number))
+        return old
+
+    def remove_old_epoch(self, epoch: int) -> None:
+        """After ``epoch`` was saved: remove the file and the state that are due to go."""
+        for path in self.old_after_epoch(epoch):
+            _remove(path)
+
+    def remove_old_step(self, step: int) -> None:
+        """After ``step`` was saved: remove the file and the state that are due to go."""
+        for path in self.old_after_step(step):
+            _remove(path)
 
 
 def _step_to_remove(step: int, keep: int, every: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -31,6 +32,19 @@ def make_accelerator(precision: PrecisionOptions, distribution: DistributionOpti
     # Several processes without accelerators talk through gloo, which accelerate only sets up when told so.
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     return Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers, cpu=several_on_cpu)
+
+
+@contextlib.contextmanager
+def in_turn(accelerator: Any) -> Iterator[None]:
+    """Let the processes run the block one after another; every process must come here.
+
+    After an error in one of them the others wait for it in vain, until the launcher ends them.
+    """
+    for _ in range(accelerator.process_index):
+        accelerator.wait_for_everyone()
+    yield
+    for _ in range(accelerator.process_index, accelerator.num_processes):
+        accelerator.wait_for_everyone()
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from library.training.noise import draw_uniform, per_item
 from library.training.noise_options import NoiseOptions, timestep_bounds
 
 if TYPE_CHECKING:
@@ -47,27 +48,29 @@ class FlowMatchingOptions:
     """Embedded guidance given to the model in training; 1.0 is recommended for FLUX.1 dev, 0.0 for Chroma."""
 
 
-def objective_notices(options: FlowMatchingOptions) -> list[str]:
-    """Lines to say once at the start: what is trained, and options that have no effect in this combination."""
-    lines = [
-        {
-            "raw": "Training the flow velocity (--model_prediction_type raw).",
-            "additive": "Training velocity plus input (--model_prediction_type additive): the same objective as raw.",
-            "sigma_scaled": "Training the estimate of the clean latents (--model_prediction_type sigma_scaled); "
-            "raw is recommended.",
-        }[options.model_prediction_type]
-    ]
-    sampling = options.timestep_sampling
-    default = type(options)()
-    if sampling != "shift" and options.discrete_flow_shift != default.discrete_flow_shift:
-        lines.append(f"--discrete_flow_shift has no effect with --timestep_sampling {sampling}.")
-    if sampling in ("sigma", "uniform") and options.sigmoid_scale != default.sigmoid_scale:
-        lines.append(f"--sigmoid_scale has no effect with --timestep_sampling {sampling}.")
-    if sampling != "sigma" and options.weighting_scheme in ("logit_normal", "mode"):
-        lines.append(
-            f"--weighting_scheme {options.weighting_scheme} has no effect with --timestep_sampling {sampling}."
-        )
-    return lines
+def objective_notice(options: FlowMatchingOptions) -> str:
+    """A line to say once at the start: what is trained."""
+    return {
+        "raw": "Training the flow velocity (--model_prediction_type raw).",
+        "additive": "Training velocity plus input (--model_prediction_type additive): the same objective as raw.",
+        "sigma_scaled": "Training the estimate of the clean latents (--model_prediction_type sigma_scaled); "
+        "raw is recommended.",
+    }[options.model_prediction_type]
+
+
+def unused_flow_options(options: FlowMatchingOptions) -> list[tuple[str, list[str]]]:
+    """Reasons and names (without --) of options that would change nothing in this combination."""
+    sampling, scheme = options.timestep_sampling, options.weighting_scheme
+    unused = [] if sampling == "shift" else ["discrete_flow_shift"]
+    if sampling in ("sigma", "uniform"):
+        unused.append("sigmoid_scale")
+    if sampling != "sigma" and scheme in ("logit_normal", "mode"):
+        unused.append("weighting_scheme")
+    others = [] if scheme == "logit_normal" else ["logit_mean", "logit_std"]
+    others += [] if scheme == "mode" else ["mode_scale"]
+    if sampling != "sigma":
+        unused += ["logit_mean", "logit_std", "mode_scale"]
+    return [(f"with --timestep_sampling {sampling}", unused), (f"with --weighting_scheme {scheme}", others)]
 
 
 # --- noise levels -----------------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def sample_sigmas(
     if sampling == "sigma":
         sigmas = sigma_table(table_shift).double()[_table_indices(options, generators)]
     elif sampling == "uniform":
-        sigmas = _uniform(generators)
+        sigmas = draw_uniform(generators)
     else:
         sigmas = (options.sigmoid_scale * _normal(generators)).sigmoid()
         if sampling == "shift":
@@ -123,16 +126,10 @@ def _table_indices(options: FlowMatchingOptions, generators: Sequence[torch.Gene
     if options.weighting_scheme == "logit_normal":
         u = (options.logit_mean + options.logit_std * _normal(generators)).sigmoid()
     else:
-        u = _uniform(generators)
+        u = draw_uniform(generators)
         if options.weighting_scheme == "mode":
             u = 1 - u - options.mode_scale * ((math.pi * u / 2).cos() ** 2 - 1 + u)
     return (u * TABLE_STEPS).floor().long().clamp(0, TABLE_STEPS - 1)
-
-
-def _uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
-    import torch
-
-    return torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
 
 
 def _normal(generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -142,33 +139,6 @@ def _normal(generators: Sequence[torch.Generator]) -> torch.Tensor:
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
-
-
-def draw_noise(item_shape: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Standard normal noise, [batch, *item_shape] float32 on the CPU, one generator per item."""
-    import torch
-
-    return torch.stack([torch.randn(tuple(item_shape), generator=generator) for generator in generators])
-
-
-def draw_input_perturbation(
-    options: NoiseOptions, item_shape: Sequence[int], generators: Sequence[torch.Generator]
-) -> torch.Tensor | None:
-    """The extra noise of ``--ip_noise_gamma`` (Ning et al. 2023), [batch, *item_shape] float32, or None without it.
-
-    With ``--ip_noise_gamma_random_strength`` each item has its own strength between 0 and gamma.
-    """
-    if not options.ip_noise_gamma:
-        return None
-    perturbation = options.ip_noise_gamma * draw_noise(item_shape, generators)
-    if options.ip_noise_gamma_random_strength:
-        perturbation = perturbation * per_item(_uniform(generators).float(), perturbation)
-    return perturbation
-
-
-def per_item(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """View [batch] values as [batch, 1, 1, ...] so that they scale whole items of ``like``."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def add_noise(

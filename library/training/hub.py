@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
+from typing import Any
 
 from library.console import say, warn
 from library.errors import UserError
 from library.training.run_options import HubOptions
+
+KINDS = ("model", "dataset", "space")
+
+
+def check_hub_options(options: HubOptions, resume: str | None) -> None:
+    """Check what can be known without the hub: names and kinds. Raises UserError."""
+    repository, kind = options.huggingface_repo_id, options.huggingface_repo_type
+    if repository and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--huggingface_repo_id must be owner/name, not {repository}.")
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"--huggingface_repo_type must be one of {', '.join(KINDS)}, not {kind}.")
+    if repository and options.huggingface_repo_visibility not in (None, "public", "private"):
+        warn(f"--huggingface_repo_visibility {options.huggingface_repo_visibility}: a new repository is made private.")
+    if options.resume_from_huggingface:
+        if not resume:
+            raise UserError("--resume_from_huggingface needs --resume: the state's name on the hub.")
+        _parts_of_state(resume)
 
 
 class Uploads:
@@ -16,6 +35,7 @@ class Uploads:
     def __init__(self, options: HubOptions) -> None:
         self.options = options
         self._threads: list[threading.Thread] = []
+        self._turn = threading.Lock()  # the hub refuses a commit while another one is under way
 
     def prepare(self) -> None:
         """Make the repository if it does not exist. Raises UserError when the hub refuses."""
@@ -23,17 +43,18 @@ class Uploads:
         if not options.huggingface_repo_id:
             return
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
+        kind = options.huggingface_repo_type
         try:
             HfApi(token=options.huggingface_token).create_repo(
                 options.huggingface_repo_id,
-                repo_type=options.huggingface_repo_type,
+                repo_type=kind,
                 private=options.huggingface_repo_visibility != "public",
                 exist_ok=True,
+                space_sdk="static" if kind == "space" else None,
             )
-        except (HfHubHTTPError, OSError) as error:
-            raise UserError(f"--huggingface_repo_id {options.huggingface_repo_id}: {error}") from None
+        except Exception as error:  # the hub library raises many kinds; each is the user's to mend
+            raise UserError(f"--huggingface_repo_id {options.huggingface_repo_id}: {_in_one_line(error)}") from None
 
     def upload(self, path: Path, wait: bool = False) -> None:
         """Upload a file, or a state folder where ``--save_state_to_huggingface`` asks for it."""
@@ -51,21 +72,18 @@ class Uploads:
 
         options = self.options
         assert options.huggingface_repo_id
-        target = "/".join(filter(None, [options.huggingface_path_in_repo, path.name]))
+        target = "/".join(filter(None, [(options.huggingface_path_in_repo or "").strip("/"), path.name]))
         api = HfApi(token=options.huggingface_token)
-        kind = options.huggingface_repo_type
+        place: dict[str, Any] = {"repo_id": options.huggingface_repo_id, "repo_type": options.huggingface_repo_type}
         try:
-            if path.is_dir():
-                api.upload_folder(
-                    repo_id=options.huggingface_repo_id, folder_path=path, path_in_repo=target, repo_type=kind
-                )
-            else:
-                api.upload_file(
-                    path_or_fileobj=path, path_in_repo=target, repo_id=options.huggingface_repo_id, repo_type=kind
-                )
+            with self._turn:
+                if path.is_dir():
+                    api.upload_folder(folder_path=path, path_in_repo=target, **place)
+                else:
+                    api.upload_file(path_or_fileobj=path, path_in_repo=target, **place)
             say(f"uploaded {path.name} to {options.huggingface_repo_id}")
         except Exception as error:  # an upload that fails must not end a training run
-            warn(f"{path.name} could not be uploaded: {error}")
+            warn(f"{path.name} could not be uploaded: {_in_one_line(error)}")
 
     def finish(self) -> None:
         """Wait for every upload that is under way."""
@@ -77,19 +95,33 @@ def fetch_state(options: HubOptions, resume: str) -> Path:
     """Fetch the state ``owner/name/path[:revision[:type]]`` and return its folder. Raises UserError when that fails."""
     from huggingface_hub import snapshot_download
 
-    address, *rest = resume.split(":")
-    parts = address.split("/")
-    if len(parts) < 3:
-        raise UserError(f"--resume {resume}: a state on the hub is named owner/name/path[:revision[:type]].")
+    repository, path, revision, kind = _parts_of_state(resume)
     say(f"fetching {resume} from Hugging Face")
     try:
-        folder = snapshot_download(
-            "/".join(parts[:2]),
-            revision=rest[0] if rest else None,
-            repo_type=rest[1] if len(rest) > 1 else None,
-            allow_patterns="/".join(parts[2:]) + "/*",
+        snapshot = snapshot_download(
+            repository,
+            revision=revision,
+            repo_type=kind,
+            allow_patterns=f"{path}/*",
             token=options.huggingface_token,
         )
     except Exception as error:  # the hub library raises many kinds; each is the user's to mend
-        raise UserError(f"--resume {resume}: {error}") from None
-    return Path(folder, *parts[2:])
+        raise UserError(f"--resume {resume}: {_in_one_line(error)}") from None
+    folder = Path(snapshot, *path.split("/"))
+    if not folder.is_dir():
+        raise UserError(f"--resume {resume}: there is no folder {path} in {repository}.")
+    return folder
+
+
+def _parts_of_state(resume: str) -> tuple[str, str, str | None, str | None]:
+    """Repository, path in it, revision and kind. Raises UserError."""
+    match = re.fullmatch(r"([^/:]+/[^/:]+)/([^:]+?)/?(?::([^:]*))?(?::(\w+))?", resume)
+    if match is None or match[4] not in (None, *KINDS):
+        raise UserError(f"--resume {resume}: a state on the hub is named owner/name/path[:revision[:type]].")
+    return match[1], match[2], match[3] or None, match[4]
+
+
+def _in_one_line(error: Exception) -> str:
+    """An error's text without line breaks, and without the advice to read about HTTP."""
+    text = re.sub(r"For more information check: \S+", "", str(error)) or type(error).__name__
+    return " ".join(text.split())

@@ -194,6 +194,15 @@ _FORMULAS: dict[str, Callable[..., float]] = {
 }
 _FROM_TRANSFORMERS = ("reduce_lr_on_plateau", "cosine_warmup_with_min_lr", "greedy")
 _KNOWN = (*_FORMULAS, "adafactor", *_FROM_TRANSFORMERS)
+_USED_BY = {
+    "lr_warmup_steps": frozenset(_KNOWN) - {"piecewise_constant", "reduce_lr_on_plateau", "greedy"},
+    "lr_decay_steps": frozenset({"warmup_stable_decay"}),
+    "lr_scheduler_num_cycles": frozenset({"cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"}),
+    "lr_scheduler_power": frozenset({"polynomial"}),
+    "lr_scheduler_timescale": frozenset({"inverse_sqrt"}),
+    "lr_scheduler_min_lr_ratio": frozenset({"cosine_with_min_lr", "warmup_stable_decay"}),
+}
+"""Which schedules an option is for; those without a warm-up refuse it themselves."""
 
 
 # --- creation ---------------------------------------------------------------------------------------------------------
@@ -249,6 +258,14 @@ def check_lr_scheduler_options(options: LRSchedulerOptions) -> None:
         )
     if name in _FORMULAS:
         _parameters(name, options, arguments, num_training_steps=1, lr_init=1.0)
+
+
+def unused_schedule_options(options: LRSchedulerOptions) -> list[tuple[str, list[str]]]:
+    """Reasons and names of options that the chosen schedule does not look at."""
+    if options.lr_scheduler_type:
+        return [("beside --lr_scheduler_type", ["lr_scheduler", *_USED_BY])]
+    name = options.lr_scheduler.partition(":")[0]
+    return [(f"with --lr_scheduler {name}", [option for option, users in _USED_BY.items() if name not in users])]
 
 
 def create_lr_scheduler(

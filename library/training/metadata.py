@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from library.console import warn
+from library.modelspec import modelspec_entries
 from library.training.optimizers import CreatedOptimizer
 
-IMPLEMENTATION_VERSION = "lora-training-scripts/0.1.0"
 MINIMAL_KEYS = (
     "ss_v2",
     "ss_base_model_version",
@@ -175,30 +175,29 @@ def modelspec_metadata(
     """
     date = date or datetime.datetime.now()
     title = options.metadata_title or output_name or f"LoRA@{date.timestamp()}"
-    entries = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora",
-        "implementation": implementation,
-        "title": title,
-        "resolution": f"{resolution[0]}x{resolution[1]}",
-        "date": date.replace(microsecond=0, tzinfo=None).isoformat(),
-        "implementation_version": IMPLEMENTATION_VERSION,
-    }
+    others: dict[str, str] = {}
     if prediction_type is not None:
-        entries["prediction_type"] = prediction_type
+        others["prediction_type"] = prediction_type
     low, high = timestep_range
     if low is not None or high is not None:
-        entries["timestep_range"] = f"{0 if low is None else low},{1000 if high is None else high}"
+        others["timestep_range"] = f"{0 if low is None else low},{1000 if high is None else high}"
     if clip_skip is not None:
-        entries["encoder_layer"] = str(clip_skip)
+        others["encoder_layer"] = str(clip_skip)
     for name in _DESCRIPTIVE:
         value = getattr(options, f"metadata_{name}")
         if value is not None:
-            entries[name] = value
+            others[name] = value
     thumbnail = _data_url(options.metadata_thumbnail) if options.metadata_thumbnail else None
     if thumbnail is not None:
-        entries["thumbnail"] = thumbnail
-    return {f"modelspec.{key}": value for key, value in entries.items()}
+        others["thumbnail"] = thumbnail
+    return modelspec_entries(
+        architecture=f"{architecture}/lora",
+        implementation=implementation,
+        title=title,
+        resolution=resolution,
+        date=date,
+        **others,
+    )
 
 
 def modelspec_resolution(resolution: str | None, default: int = 1024) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """The trained network: its options, how its module is found, and the calls that every network module answers.
 
 A network module (``networks.lora_flux``, a third party's ``lycoris.kohya``) offers ``create_network`` and
-``create_network_from_weights``; what they return is used only through the functions here. The contract is that of
-kohya-ss/sd-scripts, so that published modules plug in.
+``create_network_from_weights``; what they return answers ``REQUIRED_METHODS``. The contract is that of
+kohya-ss/sd-scripts, so that published modules plug in. An error inside a third party's function keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.console import say
 from library.errors import UserError
+from library.training.lycoris_networks import LycorisModule, quiet_imports
+
+REQUIRED_METHODS = (
+    *("apply_to", "set_multiplier", "prepare_grad_etc", "on_epoch_start", "load_weights", "save_weights"),
+    *("state_dict", "load_state_dict", "parameters", "train", "eval", "to"),
+)
+"""What training calls of every network, beside one of ``OPTIMIZER_METHODS``."""
+OPTIMIZER_METHODS = ("prepare_optimizer_params_with_multiple_te_lrs", "prepare_optimizer_params")
 
 
 @dataclass
@@ -109,52 +118,167 @@ def import_network_module(options: NetworkOptions) -> Any:
     name = options.network_module or ""
     if str(Path(__file__).parents[2]) not in sys.path:
         sys.path.insert(0, str(Path(__file__).parents[2]))
+    if name.partition(".")[0] == "lycoris":
+        quiet_imports()
     try:
-        module = importlib.import_module(name)
+        module: Any = importlib.import_module(name)
     except ImportError as error:
         raise UserError(f'--network_module: "{name}" cannot be imported: {error}.') from None
     if not hasattr(module, "create_network"):
         raise UserError(f'--network_module: "{name}" has no create_network; it is not a network module.')
+    needing = "--dim_from_weights" if options.dim_from_weights else "--base_weights" if options.base_weights else ""
+    if needing and not hasattr(module, "create_network_from_weights"):
+        raise UserError(f'--network_module: "{name}" has no create_network_from_weights, which {needing} needs.')
+    if name == "lycoris.kohya":
+        module = LycorisModule(module)
     if hasattr(module, "check_network_args"):
         module.check_network_args(parse_network_args(options))
     return module
 
 
+def without_gaps(text_encoders: Any) -> Any:
+    """A list of text encoders with an empty module for each None, because third parties walk through all of them."""
+    from torch import nn
+
+    if not isinstance(text_encoders, list):
+        return text_encoders
+    return [nn.Module() if encoder is None else encoder for encoder in text_encoders]
+
+
 def create_network(module: Any, options: NetworkOptions, vae: Any, text_encoders: Any, unet: Any) -> Any:
-    """Build the network as the options ask. Raises UserError when the module builds none."""
+    """Build the network as the options ask.
+
+    ``text_encoders``: one model or a list, as the family has it. Raises UserError when the module builds none, or one
+    that lacks what this run needs.
+    """
     arguments: dict[str, Any] = parse_network_args(options)
     if "dropout" not in arguments:
         arguments["dropout"] = options.network_dropout
+    text_encoders = without_gaps(text_encoders)
     if options.dim_from_weights:
         network, _ = module.create_network_from_weights(
             1, options.network_weights, vae, text_encoders, unet, **arguments
         )
-        return network
-    network = module.create_network(
-        1.0,
-        options.network_dim,
-        options.network_alpha,
-        vae,
-        text_encoders,
-        unet,
-        neuron_dropout=options.network_dropout,
-        **arguments,
-    )
+    else:
+        network = module.create_network(
+            1.0,
+            options.network_dim,
+            options.network_alpha,
+            vae,
+            text_encoders,
+            unet,
+            neuron_dropout=options.network_dropout,
+            **arguments,
+        )
     if network is None:
         raise UserError(f"--network_module: {options.network_module} built no network with these settings.")
+    _require_methods(network, options)
     return network
+
+
+def _require_methods(network: Any, options: NetworkOptions) -> None:
+    """Raises UserError that names what a third party's network lacks."""
+    missing = [name for name in REQUIRED_METHODS if not hasattr(network, name)]
+    if not any(hasattr(network, name) for name in OPTIMIZER_METHODS):
+        missing.append(OPTIMIZER_METHODS[1])
+    if missing:
+        raise UserError(
+            f"--network_module: the network of {options.network_module} lacks {', '.join(missing)}, which training "
+            "calls; it was written for another trainer."
+        )
+    if options.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
+        raise UserError(f"--scale_weight_norms does not work with {options.network_module}; leave it out.")
 
 
 def merge_base_weights(module: Any, options: NetworkOptions, vae: Any, text_encoders: Any, unet: Any) -> None:
     """Merge ``--base_weights`` into the base model, each with its multiplier."""
     multipliers = list(options.base_weights_multiplier or [])
+    text_encoders = without_gaps(text_encoders)
     for index, path in enumerate(options.base_weights or []):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
         network, weights = module.create_network_from_weights(
             multiplier, path, vae, text_encoders, unet, for_inference=True
         )
+        if isinstance(module, LycorisModule):
+            module.merge(network, multiplier)
+            continue
         parameter = next(unet.parameters())
         network.merge_to(text_encoders, unet, weights, parameter.dtype, parameter.device)
+
+
+def load_first_weights(network: Any, path: str) -> str:
+    """Let the network take over the file of ``--network_weights``; returns what fitted, in words.
+
+    Networks load a file leniently. Raises UserError where that would lose it in silence: nothing of it fits, other
+    ranks, or another alpha: LyCORIS saves the file's, but keeps the strength that it was made with.
+    """
+    own = {name: tensor.clone() for name, tensor in network.state_dict().items() if name.endswith(".alpha")}
+    try:
+        info = network.load_weights(path)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"--network_weights: {path} holds tensors of other sizes than this network; give the --network_dim and "
+            "--network_args that it was trained with, or --dim_from_weights."
+        ) from error
+    missing, unexpected = _incompatible_keys(info)
+    if missing is None or unexpected is None:
+        return str(info)
+    state = network.state_dict()
+    weights = {name for name in state if not name.endswith(".alpha")}
+    if weights and weights <= set(missing):
+        raise UserError(
+            f"--network_weights: nothing in {path} fits this network; it was made for another model or another way."
+        )
+    changed = [name for name, alpha in own.items() if not _same_number(alpha, state[name])]
+    if changed and type(network).__module__.startswith("lycoris."):
+        raise UserError(
+            f"--network_weights: {path} was trained with other alphas than this network has, such as "
+            f"{state[changed[0]].item():g} in place of {own[changed[0]].item():g}; give the --network_alpha and "
+            "--network_args that it was trained with, or --dim_from_weights."
+        )
+    parts = [
+        f"{len(keys)} {meaning}, such as {keys[0]}"
+        for keys, meaning in (
+            (missing, "tensors of the network are not in the file"),
+            (unexpected, "tensors of the file fit nowhere"),
+        )
+        if keys
+    ]
+    return "; ".join(parts) or "all tensors fit"
+
+
+def _incompatible_keys(info: Any) -> tuple[list[str] | None, list[str] | None]:
+    """Missing and unexpected keys from what ``load_weights`` returns; None when it doesn't say."""
+    if isinstance(info, dict):
+        return list(info.get("missing keys", [])), list(info.get("unexpected keys", []))
+    return getattr(info, "missing_keys", None), getattr(info, "unexpected_keys", None)
+
+
+def _same_number(one: Any, two: Any) -> bool:
+    return abs(one.item() - two.item()) <= 1e-2 * abs(one.item())  # a file may hold it as bfloat16
+
+
+def training_state(network: Any) -> dict[str, Any]:
+    """The tensors from which ``restore_training_state`` continues exactly.
+
+    A third party's ``state_dict`` may hold what its files hold (products of two parameters, for example); parameters
+    and buffers are stored as they are, in its place or beside it.
+    """
+    return {**network.state_dict(), **dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def restore_training_state(network: Any, tensors: dict[str, Any]) -> None:
+    """Take over what ``training_state`` gave. Raises KeyError or RuntimeError when it is of another network."""
+    import torch
+
+    raw = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    beside = raw.keys() - network.state_dict().keys()
+    network.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in beside})
+    with torch.no_grad():
+        for name, place in raw.items():
+            place.copy_(tensors[name])
 
 
 def optimizer_groups(
@@ -170,7 +294,12 @@ def optimizer_groups(
         result = network.prepare_optimizer_params_with_multiple_te_lrs(rates, unet_lr, learning_rate)
     else:
         first = rates[0] if rates else None
+        if rates and len(set(rates)) > 1:
+            say(f"this network has one learning rate for all text encoders: {first:g}")
         method = network.prepare_optimizer_params
         count = len(inspect.signature(method).parameters)
         result = method(first, unet_lr, learning_rate) if count >= 3 else method(first, unet_lr)
-    return result if isinstance(result, tuple) else (result, None)
+    groups, names = result if isinstance(result, tuple) else (result, None)
+    if isinstance(groups, list) and not groups:
+        raise UserError("every learning rate of the network is 0 or unset, so there is nothing to train.")
+    return groups, names

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from library.files import replace_when_complete, temporary_path
+from library.safetensors_io import content_hashes, load_tensors, read_header, save_file
 
 
 def save_network(network: Any, path: Path, dtype: Any, metadata: dict[str, str]) -> None:
@@ -17,7 +18,18 @@ def save_network(network: Any, path: Path, dtype: Any, metadata: dict[str, str])
     aside = temporary_path(path)
     aside = aside.with_name(aside.name + path.suffix)
     try:
-        network.save_weights(os.fspath(aside), dtype, metadata)
+        network.save_weights(os.fspath(aside), dtype, dict(metadata))
+        if path.suffix == ".safetensors":
+            _complete_hashes(aside)
         replace_when_complete(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _complete_hashes(path: Path) -> None:
+    """Give a third party's file the two hashes of its content by which front ends know a file."""
+    if "sshs_legacy_hash" in read_header(path).metadata:
+        return
+    tensors, metadata = load_tensors(path)
+    metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = content_hashes(tensors, metadata)
+    save_file(tensors, path, metadata)

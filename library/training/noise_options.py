@@ -47,6 +47,15 @@ class StableDiffusionNoiseOptions:
     """Weight the loss by the debiased estimation of the signal-to-noise ratio."""
 
 
+NEEDS = {
+    "ip_noise_gamma_random_strength": "ip_noise_gamma",
+    "noise_offset_random_strength": "noise_offset",
+    "adaptive_noise_scale": "noise_offset",
+    "multires_noise_discount": "multires_noise_iterations",
+}
+"""Options that have no effect unless another one is given and not 0."""
+
+
 def timestep_bounds(options: NoiseOptions) -> tuple[float, float]:
     """``--min_timestep`` and ``--max_timestep`` as sigmas (lo, hi) in 0..1.
 
@@ -69,8 +78,12 @@ def check_noise_options(options: NoiseOptions) -> None:
 
 
 def check_stable_diffusion_noise_options(options: StableDiffusionNoiseOptions, v_parameterization: bool) -> None:
-    """Raise UserError for combinations that contradict each other."""
-    if options.adaptive_noise_scale is not None and options.noise_offset is None:
+    """Raise UserError for values that make no sense and for combinations that contradict each other."""
+    for name in ("multires_noise_iterations", "min_snr_gamma", "v_pred_like_loss"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name} {value} must not be negative.")
+    if options.adaptive_noise_scale and options.noise_offset is None:
         raise UserError("--adaptive_noise_scale changes --noise_offset; give --noise_offset too.")
     if options.scale_v_pred_loss_like_noise_pred and not v_parameterization:
         raise UserError("--scale_v_pred_loss_like_noise_pred needs --v_parameterization.")

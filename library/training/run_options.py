@@ -27,9 +27,17 @@ class ModelOptions:
     no_half_vae: bool = False
     """Keep the autoencoder in float32."""
     lowram: bool = False
-    """Load straight to the device, one process after another."""
+    """With several processes: load models in one process after another, to need less main memory at a time."""
     highvram: bool = False
-    """Keep everything on the device; never empty the CUDA cache."""
+    """Keep every part that was loaded on the device, also between caching, training and samples."""
+
+
+@dataclass
+class PreflightOptions:
+    """Checks before training"""
+
+    dry_run: bool = False
+    """Check everything, print the plan of the run, and end: no model is loaded and nothing is written."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +71,18 @@ class Samples:
         moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
         return f"{self.prefix}{moment}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+
+    def pictures(self, step: int, epoch: int | None) -> dict[int, Path]:
+        """The newest picture file of each prompt's index that was drawn at this moment, by any process."""
+        moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+        name = re.compile(re.escape(f"{self.prefix}{moment}_") + r"(\d{2,})_(\d{14})(_-?\d+)?\.png")
+        found: dict[int, tuple[str, Path]] = {}
+        for path in self.folder.iterdir():
+            match = name.fullmatch(path.name)
+            if match and int(match[1]) < len(self.prompts):
+                index, drawn = int(match[1]), (match[2], path)
+                found[index] = max(found.get(index, drawn), drawn)
+        return {index: path for index, (_, path) in found.items()}
 
     def draw(
         self,

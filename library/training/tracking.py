@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,11 +52,14 @@ PATH_OPTIONS = frozenset(
 )
 
 
-def check_logging_options(options: LoggingOptions) -> None:
-    """Check the options, the packages and the tracker configuration before anything is loaded. Raises UserError."""
+def check_logging_options(options: LoggingOptions, read_only: bool = False) -> None:
+    """Check the options, the packages and the tracker configuration before anything is loaded. Raises UserError.
+
+    With ``read_only`` the folder is not made.
+    """
     import importlib.util
 
-    targets = _targets(options)
+    targets = logging_targets(options)
     if "tensorboard" in targets and not options.logging_dir:
         raise UserError(f"--log_with {options.log_with} needs --logging_dir: the folder for TensorBoard's files.")
     for target in targets:
@@ -65,12 +69,23 @@ def check_logging_options(options: LoggingOptions) -> None:
                 f'Logging to {target} needs the package {target}, which is not installed: run "pip install {target}".'
             )
     if options.logging_dir and targets:
-        require_writable_folder(Path(options.logging_dir), "--logging_dir")
+        require_writable_folder(Path(options.logging_dir), "--logging_dir", read_only)
     if options.log_tracker_config:
         _wandb_arguments(options)
+    if "wandb" in targets:
+        _warn_of_secrets(sys.argv)
 
 
-def _targets(options: LoggingOptions) -> list[str]:
+def _warn_of_secrets(arguments: Sequence[str]) -> None:
+    """W&B keeps the command line of a run; what stands in a configuration file it does not see."""
+    shown = sorted(name for name in SECRETS if any(a.partition("=")[0] == f"--{name}" for a in arguments))
+    if shown:
+        names = " and ".join(f"--{name}" for name in shown)
+        warn(f"W&B stores the command line of a run, with the value of {names}; give it in --config_file instead.")
+
+
+def logging_targets(options: LoggingOptions) -> list[str]:
+    """Where training curves go: tensorboard, wandb, both or nowhere."""
     if options.log_with is None:
         return ["tensorboard"] if options.logging_dir else []
     return ["tensorboard", "wandb"] if options.log_with == "all" else [options.log_with]
@@ -97,7 +112,7 @@ class Tracker:
     def __init__(self, options: LoggingOptions, run_options: Mapping[str, Any], is_main: bool = True) -> None:
         self._tensorboard: _EventFile | None = None
         self._wandb: Any = None
-        targets = _targets(options) if is_main else []
+        targets = logging_targets(options) if is_main else []
         self.active = bool(targets)
         if not targets:
             return

@@ -14,11 +14,13 @@ from library.training.metadata import MetadataOptions
 from library.training.network_contract import NetworkOptions
 from library.training.noise_options import NoiseOptions, StableDiffusionNoiseOptions
 from library.training.optimizers import OptimizerOptions
+from library.training.report_page import ReportOptions
 from library.training.run_options import (
     DistributionOptions,
     LengthOptions,
     ModelOptions,
     PrecisionOptions,
+    PreflightOptions,
     StableDiffusionModelOptions,
 )
 from library.training.sample_images import SampleOptions
@@ -33,6 +35,7 @@ class TrainingOptions:
 
     config: ConfigOptions = field(default_factory=ConfigOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
+    preflight: PreflightOptions = field(default_factory=PreflightOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     stable_diffusion: StableDiffusionModelOptions = field(default_factory=StableDiffusionModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
@@ -50,6 +53,7 @@ class TrainingOptions:
     stable_diffusion_noise: StableDiffusionNoiseOptions = field(default_factory=StableDiffusionNoiseOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
+    report: ReportOptions = field(default_factory=ReportOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
     hub: HubOptions = field(default_factory=HubOptions)

@@ -11,22 +11,25 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.console import say, set_up_console, warn
 from library.data.build import build_dataset_groups
 from library.data.metadata import dataset_metadata
 from library.data.summary import summarize
-from library.devices import parse_dtype
+from library.devices import parse_dtype, place
 from library.errors import UserError
 from library.models.fingerprint import fingerprint
-from library.options import declared_options, option_value
+from library.options import changed_options, declared_options, option_value
 from library.prompt_options import PromptOptions
 from library.randomness import seed_global_torch
 from library.training.checkpoints import OutputFolder
-from library.training.distribution import make_accelerator
-from library.training.hub import Uploads, fetch_state
+from library.training.distribution import in_turn, make_accelerator
+from library.training.hub import Uploads, check_hub_options, fetch_state
 from library.training.loss_record import LossRecord
 from library.training.losses import check_loss_options
 from library.training.lr_schedulers import check_lr_scheduler_options, create_lr_scheduler, load_scheduler_state
@@ -42,33 +45,42 @@ from library.training.network_contract import (
     check_network_options,
     create_network,
     import_network_module,
+    load_first_weights,
     merge_base_weights,
     optimizer_groups,
     parse_network_args,
+    restore_training_state,
+    training_state,
 )
 from library.training.noise_options import check_noise_options
 from library.training.optimizers import FusedBackward, check_optimizer_options, create_optimizer
+from library.training.report_page import open_report
+from library.training.run_description import start_facts
 from library.training.run_options import check_precision
 from library.training.run_plan import check_lengths, plan_run, start_position
+from library.training.run_report import start_lines
+from library.training.run_timing import RunClock
 from library.training.sample_images import Samples
 from library.training.state import Position, RunIdentity, SavedState
 from library.training.step_inputs import ItemDraws, NoisyInput
 from library.training.tracking import PATH_OPTIONS, Tracker, check_logging_options
 from library.training.training_options import TrainingOptions
+from library.training.unused_options import unused_options
 from library.training.validation import check_validation_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from library.data.batch import Batch
+    from library.data.cache import CacheReport, LatentCache
 
 
 COMPILERS = {"tensort": "tensorrt"}
 """Names that old command lines misspell."""
 
 SAME_RESULT_GROUPS = frozenset(
-    "config console model saving resume length distribution samples validation logging metadata hub cache "
-    "text_cache".split()
+    "config console preflight model saving resume length distribution samples validation report logging metadata hub "
+    "cache text_cache".split()
 )
 """Option groups that don't shape the result of training, or whose part in it is compared by what it leads to."""
 SAME_RESULT_OPTIONS = PATH_OPTIONS | {"max_data_loader_n_workers", "persistent_data_loader_workers", "debug_dataset"}
@@ -82,13 +94,31 @@ class TrainingRun(ABC):
     bucket_divisor: ClassVar[int] = 64
     size_divisor: ClassVar[int] = 8
 
+    trained_encoders: tuple[str, ...] = ()
+    """The text encoders that the network is put into, by the pipeline's names."""
+
     def __init__(self, options: Any) -> None:
         self.options = options
         self.position = Position()
         self.record = LossRecord()
         self.interrupted = False
         self.session_id = secrets.randbits(32)
-        self.started_at = time.time()
+        self.started_at = self.process_started_at = time.time()
+        self.cache_reports: list[CacheReport] = []
+        self.no_effect: list[str] = []
+        """Names of the given options that change nothing in this run."""
+        self.ended_by: str | None = None
+        """What ended the run before its last step."""
+        self.first_step = 0
+        """Steps that were done before this process began to train."""
+        self.clock = RunClock()
+        self.images_trained = 0
+        """By all processes of this run, repeats counted."""
+        self.last_losses: dict[str, float] = {}
+        """The last validation losses by name."""
+        self.written: list[Path] = []
+        """Files and folders that this run has written, without sample images."""
+        self.sample_files: list[Path] = []
 
     # ---- what a family gives ----------------------------------------------------------------------------------------
 
@@ -103,12 +133,21 @@ class TrainingRun(ABC):
     def latent_format(self) -> Any:
         """How this family's latents are cached (``library.data.cache.LatentFormat``)."""
 
+    @abstractmethod
     def cache_text_outputs(self) -> None:
         """Encode every caption and sample prompt ahead, if asked for, and let the text encoders go."""
 
-    def text_encoders_to_train(self) -> list[Any]:
-        """The text encoders as ``create_network`` takes them; None for one that is not trained."""
-        return []
+    @abstractmethod
+    def text_encoders_to_train(self) -> Any:
+        """The trained text encoders as ``create_network`` takes them."""
+
+    @abstractmethod
+    def text_encoders_to_merge(self) -> Any:
+        """The text encoders that ``--base_weights`` are merged into, as ``create_network_from_weights`` takes them."""
+
+    def network_base(self) -> Any:
+        """The transformer or U-Net as network modules take it: with the module names that their files have."""
+        return self.transformer
 
     @abstractmethod
     def conditioning(self, batch: Batch) -> dict[str, Tensor]:
@@ -134,6 +173,13 @@ class TrainingRun(ABC):
     def architecture(self) -> tuple[str, str]:
         """``modelspec.architecture`` without ``/lora``, and ``modelspec.implementation``."""
 
+    prediction_type: str | None = None
+    """``modelspec.prediction_type``."""
+    default_resolution: int = 1024
+    """Side of the square that a file is said to be made for when ``--resolution`` is not given."""
+    sample_side: int = 512
+    """Side of a sample picture whose prompt says nothing, in pixels."""
+
     # ---- before anything heavy --------------------------------------------------------------------------------------
 
     def check_options(self) -> None:
@@ -149,24 +195,41 @@ class TrainingRun(ABC):
         check_loss_options(options.loss)
         check_noise_options(options.noise)
         check_validation_options(options.validation)
-        check_logging_options(options.logging)
+        check_logging_options(options.logging, read_only=options.preflight.dry_run)
+        check_hub_options(options.hub, options.resume.resume)
         if options.distribution.deepspeed:
             raise UserError("--deepspeed is not available in these scripts; leave it out.")
         if not options.model.pretrained_model_name_or_path:
             raise UserError("--pretrained_model_name_or_path is missing; name the base model's file.")
+        if options.preflight.dry_run and options.dataset.debug_dataset:
+            raise UserError("--dry_run writes nothing and --debug_dataset writes a page: leave out one of them.")
         self.check_family_options()
+        for reason, names in unused_options(options):
+            self.note_without_effect(names, reason)
+
+    def note_without_effect(self, names: Iterable[str], reason: str = "") -> None:
+        """Of the options ``names``, say and remember those that were given: they change nothing (for this family)."""
+        given = changed_options(self.options)
+        idle = [name for name in names if name in given and name not in self.no_effect]
+        self.no_effect += idle
+        if idle:
+            say(f"no effect {reason or f'for {self.family}'}: {', '.join(f'--{name}' for name in idle)}")
 
     def prepare_output(self) -> None:
         """Output folder, prompt files and the state to resume are opened; nothing is written yet but the folder."""
         options = self.options
-        self.output = OutputFolder(options.saving)
+        self.output = OutputFolder(options.saving, read_only=options.preflight.dry_run)
         self.samples = Samples(options.samples, options.saving.output_dir, options.saving.output_name)
         self.uploads = Uploads(options.hub)
         self.saved: SavedState | None = None
-        if options.resume.resume:
-            from_hub = options.hub.resume_from_huggingface
+        from_hub = options.hub.resume_from_huggingface
+        if options.resume.resume and not (from_hub and options.preflight.dry_run):
             folder = fetch_state(options.hub, options.resume.resume) if from_hub else Path(options.resume.resume)
             self.saved = SavedState(folder)
+
+    def check_network(self) -> None:
+        """Import the network's module, which checks its own arguments. Raises UserError."""
+        self.network_module = import_network_module(self.options.network)
 
     def start_processes(self) -> None:
         """Start accelerate, find device and dtypes, and agree on the seed."""
@@ -175,6 +238,8 @@ class TrainingRun(ABC):
             set_up_console(self.options.console, main_process=False)
         if self.options.optimizer.fused_backward_pass and self.accelerator.num_processes > 1:
             raise UserError("--fused_backward_pass works with one process only.")
+        if self.accelerator.num_processes == 1:
+            self.note_without_effect(["ddp_timeout", "lowram"], "with one process")
         precision = self.options.precision.mixed_precision
         self.weight_dtype = parse_dtype("fp32" if precision == "no" else precision)
         self.seed = self.choose_seed()
@@ -203,29 +268,49 @@ class TrainingRun(ABC):
             validation_split=options.validation.validation_split,
             validation_seed=self.validation_seed,
             seed=self.seed,
+            read_only=options.preflight.dry_run,
         )
         processes = self.accelerator.num_processes
         say(summarize(self.train_group, "Training data", processes))
         if self.validation_group is not None:
             say(summarize(self.validation_group, "Validation data", processes))
+        else:
+            names = ["validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"]
+            self.note_without_effect(names, "without validation images")
+        self.plan_steps()
+
+    def plan_steps(self) -> None:
+        """The arithmetic of the run, and the position where it starts. Raises UserError."""
+        batches = self.train_group.batches_per_epoch(self.accelerator.num_processes)
+        self.plan = plan_run(self.options.length, batches)
+        self.output.resolve_epoch_ratio(self.plan.epochs)
+        self.position = self.first_position()
 
     def open_pipeline(self) -> None:
         """Open the checkpoint files by their headers, so that a wrong one is named before anything is loaded."""
-        self.network_module = import_network_module(self.options.network)
         self.pipeline = self.make_pipeline()
+
+    def prepare_uploads(self) -> None:
+        """Make the repository that files are uploaded to. Raises UserError when the hub refuses."""
+        if self.accelerator.is_main_process:
+            self.uploads.prepare()
 
     # ---- models, network, optimizer ---------------------------------------------------------------------------------
 
-    def cache_latents(self) -> None:
-        """Encode every image ahead, if asked for; the autoencoder is loaded only when an entry is missing."""
-        options = self.options.cache
-        self.latents_are_cached = options.cache_latents or options.cache_latents_to_disk
+    @property
+    def latents_are_cached(self) -> bool:
+        """Whether every image is encoded before training begins."""
+        return self.options.cache.cache_latents or self.options.cache.cache_latents_to_disk
+
+    def open_latent_caches(self) -> list[LatentCache]:
+        """The latent caches of training and validation data, looked through but not yet filled; none if not wanted."""
         if not self.latents_are_cached:
-            return
+            return []
         from library.data.cache import LatentCache
 
-        for group in filter(None, (self.train_group, self.validation_group)):
-            cache = LatentCache(
+        options = self.options.cache
+        return [
+            LatentCache(
                 group,
                 self.latent_format(),
                 to_disk=options.cache_latents_to_disk,
@@ -234,16 +319,52 @@ class TrainingRun(ABC):
                 rank=self.accelerator.process_index,
                 world_size=self.accelerator.num_processes,
             )
-            if cache.missing:
-                cache.fill(self.encode_images, batch_size=options.vae_batch_size, seed=self.seed)
+            for group in filter(None, (self.train_group, self.validation_group))
+        ]
+
+    def cache_latents(self) -> None:
+        """Encode every image ahead, if asked for; the autoencoder is loaded only when an entry is missing."""
+        if not self.latents_are_cached:
+            return
+        caches = self.open_latent_caches()
+        with self.load_in_turn():
+            if any(cache.missing for cache in caches):
+                self.pipeline.load_autoencoder()
+        size = self.options.cache.vae_batch_size
+        self.cache_reports += [cache.fill(self.encode_images, batch_size=size, seed=self.seed) for cache in caches]
         self.accelerator.wait_for_everyone()
-        self.pipeline.unload("autoencoder")
+        self.let_go("autoencoder")
+
+    def load_in_turn(self) -> AbstractContextManager[None]:
+        """Around the loading of a part: with ``--lowram`` the processes load one after another."""
+        return in_turn(self.accelerator) if self.options.model.lowram else nullcontext()
+
+    def let_go(self, part: str) -> None:
+        """Give a part's memory back until it is needed again; with ``--highvram`` it stays."""
+        if not self.options.model.highvram:
+            self.pipeline.unload(part)
+
+    def number_formats(self, image_model: str, encoders: Iterable[str]) -> dict[str, Any]:
+        """Formats of parts that are not kept in the computation's own; ``image_model`` is the part that is trained."""
+        from library.memory.fp8 import BlocksInFp8
+
+        precision = self.options.precision
+        formats: dict[str, Any] = {"autoencoder": parse_dtype("fp32")} if self.options.model.no_half_vae else {}
+        if precision.fp8_base or precision.fp8_base_unet:
+            formats[image_model] = BlocksInFp8(self.weight_dtype)
+        if precision.fp8_base and not precision.fp8_base_unet:
+            formats |= {encoder: BlocksInFp8(self.weight_dtype) for encoder in encoders}
+        return formats
 
     def part_identity(self, *parts: str) -> str:
-        """Text that changes with the files and number formats of these parts of the pipeline."""
-        return fingerprint(
+        """Text that changes with the files of these parts of the pipeline, and with weights being kept in 8 bits."""
+        from library.memory.fp8 import BlocksInFp8
+
+        files = fingerprint(
             file for part in parts for file in getattr(self.pipeline.files, part).source.checkpoint.files
         )
+        in_fp8 = [part for part in parts if isinstance(self.pipeline.dtypes[part], BlocksInFp8)]
+        return " ".join([files, *(f"{part} in 8 bits" for part in in_fp8)])
 
     def encode_images(self, pixels: Tensor, generators: list[Any]) -> Tensor:
         """Latents of pixels [batch, 3, height, width] in -1..1."""
@@ -252,40 +373,55 @@ class TrainingRun(ABC):
     def load_models(self) -> None:
         """Load the frozen transformer; other parts come when they are first used."""
         precision = self.options.precision
-        self.transformer = self.pipeline.load_transformer()
+        with self.load_in_turn():
+            self.transformer = self.pipeline.load_transformer()
         self.transformer.requires_grad_(False)
         self.transformer.eval()
         if precision.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing(cpu_offload=precision.cpu_offload_checkpointing)
-        if precision.torch_compile and precision.dynamo_backend != "no":
+            self.checkpoint_transformer()
+        if precision.torch_compile and precision.dynamo_backend != "no" and not self.options.preflight.dry_run:
             self.transformer.compile(backend=COMPILERS.get(precision.dynamo_backend, precision.dynamo_backend))
 
+    def checkpoint_transformer(self) -> None:
+        """Turn on ``--gradient_checkpointing`` in the transformer."""
+        offload = self.options.precision.cpu_offload_checkpointing
+        self.transformer.enable_gradient_checkpointing(cpu_offload=offload)
+
     def build_network(self) -> None:
+        """Create the network in the base model and put it on the device."""
+        self.make_network()
+        self.place_network()
+
+    def make_network(self) -> None:
         """Create the network, put it into the base model, and load its first weights."""
         options = self.options.network
         module = self.network_module
+        vae, base = None, self.network_base()
+        if options.base_weights:
+            merge_base_weights(module, options, vae, self.text_encoders_to_merge(), base)
         text_encoders = self.text_encoders_to_train()
-        vae = None
-        merge_base_weights(module, options, vae, text_encoders, self.transformer)
         seed_global_torch(self.seed, "network")
-        self.network = create_network(module, options, vae, text_encoders, self.transformer)
+        self.network = create_network(module, options, vae, text_encoders, base)
         if hasattr(self.network, "prepare_network"):
-            self.network.prepare_network(self.options)
-        train_text = any(encoder is not None for encoder in text_encoders)
+            values = {name: option_value(self.options, o) for name, o in declared_options(type(self.options)).items()}
+            self.network.prepare_network(SimpleNamespace(**values))
         train_transformer = not options.network_train_text_encoder_only
-        self.network.apply_to(text_encoders, self.transformer, train_text, train_transformer)
+        self.network.apply_to(text_encoders, base, bool(self.trained_encoders), train_transformer)
         if options.network_weights:
-            say(f"loaded {options.network_weights}: {self.network.load_weights(options.network_weights)}")
-        if self.options.precision.gradient_checkpointing:
+            say(f"loaded {options.network_weights}: {load_first_weights(self.network, options.network_weights)}")
+        if self.options.precision.gradient_checkpointing and hasattr(self.network, "enable_gradient_checkpointing"):
             self.network.enable_gradient_checkpointing()
-        precision = self.options.precision
-        dtype = self.weight_dtype if precision.full_fp16 or precision.full_bf16 else parse_dtype("fp32")
-        self.network.to(self.accelerator.device, dtype=dtype)
-        self.network.prepare_grad_etc(text_encoders, self.transformer)
         self.text_encoders = text_encoders
 
+    def place_network(self) -> None:
+        """Give the network the number format that it is trained in, on the device, and let its weights be trained."""
+        precision = self.options.precision
+        dtype = self.weight_dtype if precision.full_fp16 or precision.full_bf16 else parse_dtype("fp32")
+        place(self.network, self.accelerator.device, dtype)
+        self.network.prepare_grad_etc(self.text_encoders, self.network_base())
+
     def build_optimizer(self) -> None:
-        """Optimizer, schedule and the arithmetic of the run."""
+        """Optimizer and schedule."""
         options = self.options
         rates = options.optimizer
         groups, self.group_names = optimizer_groups(
@@ -296,16 +432,13 @@ class TrainingRun(ABC):
         self.fused = FusedBackward(self.optimizer, rates.max_grad_norm) if rates.fused_backward_pass else None
         if self.fused and getattr(self.network, "weight_norms", lambda: None)() is not None:
             raise UserError("ggpo_sigma and ggpo_beta need all gradients at once; leave out --fused_backward_pass.")
-        batches = self.train_group.batches_per_epoch(self.accelerator.num_processes)
-        self.plan = plan_run(options.length, batches)
-        self.output.resolve_epoch_ratio(self.plan.epochs)
         self.scheduler = create_lr_scheduler(options.lr_scheduler, self.created, self.plan.max_steps)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def identity(self) -> RunIdentity:
         """What a saved state must share with this run, and what must be equal for exactness."""
         options = self.options
-        shapes = {name: list(tensor.shape) for name, tensor in self.network.state_dict().items()}
+        shapes = {name: list(tensor.shape) for name, tensor in training_state(self.network).items()}
         fixed = {
             "model family": self.family,
             "network module": options.network.network_module,
@@ -325,18 +458,29 @@ class TrainingRun(ABC):
                 exact[f"--{name}"] = option_value(options, option)
         return RunIdentity(fixed, exact)
 
+    def first_position(self, same_data: bool = True) -> Position:
+        """Where training starts. Raises UserError when nothing is left to train."""
+        saved = self.saved.position if self.saved is not None else None
+        return start_position(self.plan, self.options.resume, saved, same_data)
+
+    def check_saved_state(self) -> None:
+        """Compare the state of ``--resume`` with this run. Raises UserError when it belongs to another one."""
+        if self.saved is None:
+            return
+        changed = self.saved.check_belongs_to(self.identity())
+        if changed:
+            warn(
+                f"--resume: {', '.join(changed)} changed since the state was saved: the run goes on, but not to the "
+                "same result. Learning rates stay those of the state."
+            )
+        same_data = not {"data", "seed", "gradient_accumulation_steps", "processes"} & set(changed)
+        self.position = self.first_position(same_data)
+
     def resume(self) -> None:
         """Take over the state of ``--resume`` and find the position where training starts."""
-        same_data = True
+        self.check_saved_state()
         if self.saved is not None:
-            changed = self.saved.check_belongs_to(self.identity())
-            if changed:
-                warn(
-                    f"--resume: {', '.join(changed)} changed since the state was saved: the run goes on, but not to "
-                    "the same result. Learning rates stay those of the state."
-                )
-            same_data = not {"data", "seed", "gradient_accumulation_steps", "processes"} & set(changed)
-            self.network.load_state_dict(self.saved.network_state())
+            restore_training_state(self.network, self.saved.network_state())
             self.optimizer.load_state_dict(self.saved.optimizer_state())
             rest = self.saved.rest
             load_scheduler_state(self.scheduler, rest["lr_scheduler"])
@@ -344,9 +488,6 @@ class TrainingRun(ABC):
             self.session_id, self.started_at = rest["session"]["id"], rest["session"]["started_at"]
             if self.accelerator.scaler is not None and rest["scaler"]:
                 self.accelerator.scaler.load_state_dict(rest["scaler"])
-        saved = self.saved.position if self.saved is not None else None
-        self.position = start_position(self.plan, self.options.resume, saved, same_data)
-        if self.saved is not None:
             say(f"going on from {self.saved.folder}: step {self.position.step}, epoch {self.position.epoch + 1}")
 
     def start_tracking(self) -> None:
@@ -354,8 +495,6 @@ class TrainingRun(ABC):
         options = self.options
         values = {name: option_value(options, option) for name, option in declared_options(type(options)).items()}
         self.tracker = Tracker(options.logging, values, is_main=self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
-            self.uploads.prepare()
         self.hashes = BackgroundHashes(
             sd_model=options.model.pretrained_model_name_or_path, vae=options.stable_diffusion.vae
         )
@@ -365,15 +504,9 @@ class TrainingRun(ABC):
             dataset_metadata(self.train_group, options.dataset, world_size=self.accelerator.num_processes),
             self.family_metadata(),
         )
-        trained = sum(parameter.numel() for parameter in self.parameters)
-        per_step = self.plan.accumulation * self.accelerator.num_processes
-        say(f"device {self.accelerator.device}, computing in {self.weight_dtype}, seed {self.seed}")
-        say(f"training {trained:,} parameters with {self.created.description}")
-        batches = "1 batch" if per_step == 1 else f"{per_step} batches"
-        say(
-            f"{self.plan.max_steps} steps: {self.plan.epochs} epochs of {self.plan.steps_per_epoch} steps, "
-            f"{batches} per step"
-        )
+        self.first_step = self.position.step
+        say("\n".join(start_lines(start_facts(self))))
+        self.report = open_report(self)
 
     def run_facts(self) -> RunFacts:
         """What the metadata says about the run beyond its options."""
@@ -402,7 +535,8 @@ class TrainingRun(ABC):
             architecture=architecture,
             implementation=implementation,
             output_name=options.saving.output_name,
-            resolution=modelspec_resolution(options.dataset.resolution),
+            resolution=modelspec_resolution(options.dataset.resolution, self.default_resolution),
+            prediction_type=self.prediction_type,
             timestep_range=(options.noise.min_timestep, options.noise.max_timestep),
             clip_skip=options.stable_diffusion.clip_skip,
         )

@@ -33,13 +33,25 @@ def scalars(folder):
     return {key: values[-2:] for key, values in found.items()}
 
 
+NOISE = "--noise_offset 0.1 --noise_offset_random_strength --multires_noise_iterations 4 --ip_noise_gamma 0.1"
+
+
+@pytest.fixture(params=["flux", "sd1"])
+def script(request):
+    return "flux_train_network.py" if request.param == "flux" else "train_network.py"
+
+
 @pytest.fixture
-def arguments(flux_command, dataset_toml, tmp_path):
+def arguments(request, script, dataset_toml, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --w 64 --h 64 --d 1 --s 3\na cat --w 64 --h 64 --s 2\n", encoding="utf-8")
+    is_flux = script == "flux_train_network.py"
+    sizes = {} if is_flux else {"resolution": 64, "bucket_reso_steps": 64}
+    captions = {"shuffle_caption": True, "caption_tag_dropout_rate": 0.2}
     return [
-        *flux_command,
-        *("--dataset_config", dataset_toml(flip_aug=True, shuffle_caption=True, caption_tag_dropout_rate=0.2)),
+        *request.getfixturevalue("flux_command" if is_flux else "sd1_command"),
+        *([] if is_flux else NOISE.split()),
+        *("--dataset_config", dataset_toml(flip_aug=True, **captions, **sizes)),
         *("--max_train_steps", "40", "--gradient_accumulation_steps", "2", "--network_dropout", "0.1"),
         *("--network_args", "rank_dropout=0.1", "module_dropout=0.1", "--optimizer_type", "AdamW"),
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", "5", "--max_data_loader_n_workers", "2"),
@@ -49,15 +61,15 @@ def arguments(flux_command, dataset_toml, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(arguments, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(script, arguments, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    result = launch("flux_train_network.py", *arguments, "--output_dir", whole, "--logging_dir", whole / "log")
+    result = launch(script, *arguments, "--output_dir", whole, "--logging_dir", whole / "log")
     assert result.returncode == 0, result.stderr[-3000:]
 
     state = broken / "lora-step00000017-state"
     process = subprocess.Popen(
         command(
-            "flux_train_network.py",
+            script,
             *arguments,
             "--output_dir",
             broken,
@@ -78,7 +90,7 @@ def test_killed_and_resumed_equals_uninterrupted(arguments, tmp_path):
     assert not (broken / "lora.safetensors").exists()
 
     result = launch(
-        "flux_train_network.py",
+        script,
         *(*arguments, "--output_dir", broken, "--logging_dir", broken / "log", "--resume", state),
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -16,19 +16,18 @@ from library.training.flow_matching import (
     FlowMatchingOptions,
     add_noise,
     apply_prediction_type,
-    draw_input_perturbation,
-    draw_noise,
     flux_shift,
     guidance_vector,
     noise_to_signal,
-    objective_notices,
-    per_item,
+    objective_notice,
     sample_sigmas,
     shift_sigmas,
     sigma_table,
     sigma_weights,
     training_target,
+    unused_flow_options,
 )
+from library.training.noise import draw_input_perturbation, draw_noise, per_item
 from library.training.noise_options import NoiseOptions, check_noise_options
 
 SAMPLINGS = ["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
@@ -281,17 +280,37 @@ def test_guidance_is_a_float32_value_per_item():
     assert vector.tolist() == [1, 1, 1]
 
 
-def test_notices_name_the_objective_and_options_without_effect():
-    def text(**options):
-        return "\n".join(objective_notices(FlowMatchingOptions(**options)))
+def test_the_objective_is_named():
+    assert "raw is recommended" in objective_notice(FlowMatchingOptions())
+    assert "recommended" not in objective_notice(FlowMatchingOptions(model_prediction_type="raw"))
 
-    assert "raw is recommended" in text()
-    assert "recommended" not in text(model_prediction_type="raw")
-    assert "discrete_flow_shift has no effect" in text(discrete_flow_shift=1.0)
-    assert "discrete_flow_shift" not in text(discrete_flow_shift=1.0, timestep_sampling="shift")
-    assert "weighting_scheme mode has no effect" in text(weighting_scheme="mode", timestep_sampling="uniform")
-    assert "weighting_scheme" not in text(weighting_scheme="cosmap", timestep_sampling="uniform")
-    assert "sigmoid_scale has no effect" in text(sigmoid_scale=2.0)
+
+@pytest.mark.parametrize(
+    ("sampling", "scheme", "used"),
+    [
+        ("sigma", "uniform", {"weighting_scheme"}),
+        ("sigma", "logit_normal", {"weighting_scheme", "logit_mean", "logit_std"}),
+        ("sigma", "mode", {"weighting_scheme", "mode_scale"}),
+        ("uniform", "cosmap", {"weighting_scheme"}),
+        ("uniform", "mode", set()),
+        ("sigmoid", "logit_normal", {"sigmoid_scale"}),
+        ("shift", "sigma_sqrt", {"weighting_scheme", "sigmoid_scale", "discrete_flow_shift"}),
+        ("flux_shift", "mode", {"sigmoid_scale"}),
+    ],
+)
+def test_unused_options_are_those_that_change_neither_noise_levels_nor_weights(sampling, scheme, used):
+    def numbers(**change):
+        options = FlowMatchingOptions(**{"timestep_sampling": sampling, "weighting_scheme": scheme, **change})
+        sigmas = sample_sigmas(options, generators(16), 64)
+        return torch.cat([sigmas, sigma_weights(options, sigmas)])
+
+    options = FlowMatchingOptions(timestep_sampling=sampling, weighting_scheme=scheme)
+    unused = {name for _, names in unused_flow_options(options) for name in names}
+    changes = {"sigmoid_scale": 2.0, "discrete_flow_shift": 1.0, "logit_mean": 1.0, "logit_std": 3.0, "mode_scale": 0.5}
+    moved = {name for name, value in changes.items() if not torch.equal(numbers(**{name: value}), numbers())}
+    if scheme == "uniform" or not torch.equal(numbers(weighting_scheme="uniform"), numbers()):
+        moved.add("weighting_scheme")
+    assert moved == used == {*changes, "weighting_scheme"} - unused
 
 
 def test_defaults_are_those_of_the_flux_script():

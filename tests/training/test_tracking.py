@@ -14,6 +14,7 @@ import torch
 
 from library.console import LOGGER
 from library.errors import UserError
+from library.options import parse_options
 from library.training.lr_schedulers import LRSchedulerOptions, create_lr_scheduler
 from library.training.optimizers import OptimizerOptions, create_optimizer
 from library.training.tracking import (
@@ -24,6 +25,7 @@ from library.training.tracking import (
     loggable_options,
     norm_scalars,
 )
+from library.training.training_options import TrainingOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,6 +151,28 @@ def test_wandb_gets_scalars_with_step_and_epoch_and_pictures(tmp_path, monkeypat
     assert dict(run.config) == {"learning_rate": 1e-4}
     tracker.finish()
     assert list((tmp_path / "logs").glob("*/wandb/offline-run-*"))
+
+
+def test_wandb_takes_names_and_key_from_the_options(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it remembers the mode of an earlier test
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    given = ["--log_with", "wandb", "--logging_dir", str(tmp_path), "--wandb_run_name", "mine"]
+    options = parse_options(TrainingOptions, "test", [*given, "--log_tracker_name", "cats", "--wandb_api_key", "short"])
+    with pytest.raises(UserError, match="--log_with wandb: API key must have"):
+        Tracker(options.logging, {})
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = Tracker(options.logging, {})
+    assert (wandb.run.name, wandb.run.project) == ("mine", "cats")
+    tracker.finish()
+
+
+def test_secrets_that_wandb_would_store_are_named(monkeypatch, caplog):
+    pytest.importorskip("wandb")
+    monkeypatch.setattr(sys, "argv", ["train_network.py", "--huggingface_token", "x", "--wandb_api_key=y"])
+    check_logging_options(LoggingOptions(log_with="wandb"))
+    assert "with the value of --huggingface_token and --wandb_api_key; give it in --config_file" in caplog.text
 
 
 def test_wandb_without_a_key_is_a_mistake_in_one_sentence(tmp_path):

@@ -1,0 +1,93 @@
+"""What a run leaves behind on its way: sample pictures, LoRA files, resumable states."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from library.console import say, warn
+from library.devices import parse_dtype
+from library.training.lr_schedulers import scheduler_state
+from library.training.network_contract import training_state
+from library.training.network_saving import save_network
+from library.training.optimizers import set_eval_mode, set_train_mode
+from library.training.run_timing import timed
+from library.training.state import save_state
+from library.training.training_step import TrainingStep
+
+
+class RunOutputs(TrainingStep):
+    """A run that can show and save what it has trained so far."""
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The network and its optimizer as they are saved and shown; training mode comes back afterwards."""
+        import torch
+
+        self.network.eval()
+        set_eval_mode(self.optimizer)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            set_train_mode(self.optimizer)
+            self.network.train()
+
+    @timed("sample images")
+    def draw_samples(self, step: int, epoch: int | None) -> None:
+        """Draw the sample prompts, dealt to the processes, with the network at full strength."""
+        self.network.set_multiplier(1.0)
+        with self.accelerator.autocast():
+            self.samples.draw(
+                self.sample_image,
+                step,
+                epoch,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                self.tracker.log_image,
+            )
+        if self.latents_are_cached:
+            self.let_go("autoencoder")
+        self.accelerator.wait_for_everyone()
+        self.report.add_samples(step, epoch, self.samples)
+        self.sample_files += self.samples.pictures(step, epoch).values()
+
+    @timed("saving")
+    def save_model(self, path: Path, epoch: int, wait: bool = False) -> None:
+        """Write the network's file with its metadata (main process)."""
+        if self.accelerator.is_main_process:
+            precision = self.options.saving.save_precision
+            dtype = None if precision is None else parse_dtype(precision)
+            save_network(self.network, path, dtype, self.file_metadata(epoch))
+            say(f"saved {path}")
+            self.report.add_file(path, self.position.step)
+            self.written.append(path)
+            self.uploads.upload(path, wait)
+
+    @timed("saving")
+    def save_state(self, folder: Path) -> None:
+        """Write a resumable state (main process)."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            try:
+                save_state(
+                    folder,
+                    training_state(self.network),
+                    self.optimizer.state_dict(),
+                    self.position,
+                    self.identity(),
+                    {
+                        "lr_scheduler": scheduler_state(self.scheduler),
+                        "losses": self.record.state(),
+                        "scaler": None if scaler is None else scaler.state_dict(),
+                        "session": {"id": self.session_id, "started_at": self.started_at},
+                    },
+                )
+            except TypeError as error:  # a third party's optimizer; its training must not end for that
+                warn(f"{folder} cannot be saved: {error}.")
+                return
+            say(f"saved {folder}")
+            self.report.add_file(folder, self.position.step)
+            self.written.append(folder)
+            self.uploads.upload(folder)

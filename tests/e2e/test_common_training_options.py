@@ -1,0 +1,314 @@
+"""Options that every script shares do what they say, in short runs of the Stable Diffusion trainer in this process."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from library.errors import UserError
+from tests.e2e.test_stable_diffusion_training_options import trainer_for
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Four pictures of one size, so that an epoch has four steps."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20 + number).convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"circle {number}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def make(sd1_command, dataset_toml, pictures, tmp_path):
+    """A trainer of the U-Net with these options."""
+
+    def trainer(*arguments: object, output: str = "out", **dataset: object):
+        toml = dataset_toml(pictures, **{"resolution": 64, "bucket_reso_steps": 64, "batch_size": 1, **dataset})
+        given = ["--output_dir", tmp_path / output, "--no_report", "--network_train_unet_only"]
+        return trainer_for({"sd1": sd1_command}, "sd1", (*given, "--dataset_config", toml, *arguments))
+
+    yield trainer
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def train(make):
+    """Train; returns the trainer when it is done."""
+
+    def run(*arguments: object, **settings: object):
+        trainer = make(*arguments, **settings)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The names in an output folder, without those below it."""
+    return lambda output="out": {path.name for path in (tmp_path / output).iterdir()}
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every curve in a run's folder of TensorBoard files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(p.step, p.value) for p in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# ---- files and states ----------------------------------------------------------------------------------------------
+
+
+def test_the_last_epochs_stay(train, files):
+    arguments = ["--max_train_epochs", "5", "--save_every_n_epochs", "1", "--save_last_n_epochs", "2", "--save_state"]
+    train(*arguments, "--save_last_n_epochs_state", "1", "--output_name", "cat", num_repeats=1, batch_size=4)
+    assert files() == {
+        *("cat.safetensors", "cat-000003.safetensors", "cat-000004.safetensors"),
+        *("cat-state", "cat-000004-state"),
+    }
+
+
+def test_the_last_steps_stay(train, files):
+    arguments = ["--max_train_steps", "8", "--save_every_n_steps", "2", "--save_last_n_steps", "4", "--save_state"]
+    train(*arguments, "--save_last_n_steps_state", "2")
+    steps = {name for name in files() if name.startswith("at-")}
+    assert steps == {
+        *("at-step00000004.safetensors", "at-step00000006.safetensors", "at-step00000008.safetensors"),
+        *("at-step00000006-state", "at-step00000008-state"),
+    }
+
+
+def test_a_number_of_files_is_spread_over_the_epochs(train, files):
+    arguments = ["--max_train_epochs", "5", "--save_n_epoch_ratio", "2", "--save_state_on_train_end"]
+    train(*arguments, "--save_model_as", "ckpt", batch_size=4)
+    assert files() == {"epoch-000002.ckpt", "epoch-000004.ckpt", "last.ckpt", "last-state"}
+
+
+def test_numbers_are_stored_in_the_format_asked_for(train, tmp_path):
+    for precision, dtype in (("float", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        train("--max_train_steps", "1", "--save_precision", precision)
+        assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "last.safetensors").values()} == {dtype}
+
+
+def test_what_is_said_about_the_model_stands_in_its_file(train, tmp_path, pictures):
+    texts = {
+        "title": "Cats",
+        "author": "Me",
+        "description": "All my cats",
+        "license": "CC0",
+        "tags": "cat,drawing",
+        "usage_hint": "weight 0.8",
+        "merged_from": "a, b",
+        "trigger_phrase": "mycat",
+        "preprocessor": "none",
+        "is_negative_embedding": "false",
+    }
+    arguments = [part for name, text in texts.items() for part in (f"--metadata_{name}", text)]
+    train(*arguments, "--metadata_thumbnail", pictures / "0.png", "--training_comment", "hello", "--max_train_steps", 1)
+    found = metadata(tmp_path / "out" / "last.safetensors")
+    assert {name: found[f"modelspec.{name}"] for name in texts} == texts
+    assert found["ss_training_comment"] == "hello"
+    kind, _, content = found["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(content) == (pictures / "0.png").read_bytes()
+
+
+# ---- where a run starts and ends -----------------------------------------------------------------------------------
+
+
+def test_an_initial_epoch_counts_the_earlier_ones_as_done(train, files, tmp_path):
+    trainer = train("--max_train_epochs", "3", "--initial_epoch", "3", "--save_every_n_epochs", "1")
+    assert trainer.position.step == 12 and list(trainer.record.losses) == [0, 1, 2, 3]
+    assert metadata(tmp_path / "out" / "last.safetensors")["ss_steps"] == "12" and files() == {"last.safetensors"}
+
+
+def test_batches_are_averaged_and_the_seed_decides_everything(train, tmp_path):
+    assert train("--max_train_epochs", "1", "--gradient_accumulation_steps", "3", output="a").position.step == 2
+    for output, seed in (("b", "7"), ("c", "7"), ("d", "8")):
+        train("--max_train_steps", "2", "--seed", seed, output=output)
+    one, same, other = (load_file(tmp_path / name / "last.safetensors") for name in "bcd")
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not any(torch.equal(one[key], other[key]) for key in one if key.endswith("lora_down.weight"))
+    assert metadata(tmp_path / "d" / "last.safetensors")["ss_seed"] == "8"
+
+
+# ---- samples, validation, curves -----------------------------------------------------------------------------------
+
+
+def test_samples_are_drawn_at_the_ends_of_epochs(train, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
+    arguments = ["--sample_prompts", prompts, "--sample_every_n_epochs", "2", "--sample_every_n_steps", "1"]
+    train(*arguments, "--max_train_epochs", "4", batch_size=4)
+    names = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
+    assert [re.sub(r"_\d{14}_", "_*_", name) for name in names] == ["e000002_00_*_1.png", "e000004_00_*_1.png"]
+
+
+def test_validation_happens_when_asked_and_on_as_many_batches(train, tmp_path):
+    arguments = ["--validation_split", "0.5", "--validation_seed", "3", "--max_train_epochs", "3"]
+    arguments += ["--validate_every_n_epochs", "2", "--validate_every_n_steps", "4", "--learning_rate", "1e-9"]
+    arguments += ["--logging_dir", tmp_path / "logs", "--log_prefix", "cat-"]
+    train(*arguments, "--log_tracker_name", "mine", "--log_config", "--log_with", "tensorboard")
+    (run,) = (tmp_path / "logs").iterdir()
+    assert re.fullmatch(r"cat-\d{14}", run.name)
+    curves = scalars(run / "mine")
+    assert [step for step, _ in curves["loss/validation/epoch_average"]] == [2]
+    assert [step for step, _ in curves["loss/validation/step_average"]] == [0, 4]
+    text = next((run / "mine").iterdir()).read_bytes()
+    assert b"|validate_every_n_epochs|2|" in text and str(tmp_path).encode() not in text
+    # The seed chooses the pictures and their noise; fewer batches give another average.
+    values = [values[0][1] for values in (curves["loss/validation/epoch_average"],)]
+    for change in (["--validation_seed", "4"], ["--max_validation_steps", "1"]):
+        train(
+            *arguments,
+            "--max_train_epochs",
+            "2",
+            "--validate_every_n_steps",
+            "9",
+            *change,
+            "--logging_dir",
+            tmp_path / change[0],
+        )
+        (run,) = (tmp_path / change[0]).iterdir()
+        values.append(scalars(run / "network_train")["loss/validation/epoch_average"][0][1])
+    assert len(set(values)) == 3
+
+
+def test_options_that_wait_for_others_are_named_when_data_and_processes_are_known(train, caplog):
+    arguments = "--validation_seed 3 --validate_every_n_steps 1 --validate_every_n_epochs 1 --max_validation_steps 2"
+    with caplog.at_level("INFO"):
+        train(*arguments.split(), "--ddp_timeout", "5", "--lowram", "--max_train_steps", "1")
+    names = arguments.split()[::2]
+    assert f"no effect without validation images: {', '.join(names)}" in caplog.text
+    assert "no effect with one process: --ddp_timeout, --lowram" in caplog.text
+
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "description"),
+    [
+        ("--use_lion_optimizer", "lion_pytorch.lion_pytorch.Lion"),
+        ("--use_8bit_adam", "bitsandbytes.optim.adamw.AdamW8bit"),
+        ("--optimizer_type AdamW --optimizer_args weight_decay=0.5", "torch.optim.adamw.AdamW(weight_decay=0.5)"),
+    ],
+)
+def test_the_optimizer_is_the_one_asked_for(train, tmp_path, arguments, description):
+    if "8bit" in arguments:
+        pytest.importorskip("bitsandbytes")
+    train(*arguments.split(), "--max_train_steps", "1")
+    assert metadata(tmp_path / "out" / "last.safetensors")["ss_optimizer"] == description
+
+
+def test_gradients_are_cut_to_the_norm_asked_for(train, tmp_path):
+    """After one step of plain descent the weights that were zero have moved by rate times gradient."""
+
+    def moved(*arguments: str) -> float:
+        train("--optimizer_type", "SGD", "--learning_rate", "2", "--max_train_steps", "1", *arguments)
+        tensors = load_file(tmp_path / "out" / "last.safetensors")
+        return sum(t.double().square().sum().item() for k, t in tensors.items() if "lora_up" in k) ** 0.5
+
+    free = moved("--max_grad_norm", "0")
+    assert moved("--max_grad_norm", str(free)) == pytest.approx(free, rel=1e-4)  # half of this is the gradient's norm
+    assert moved("--max_grad_norm", str(free / 20)) == pytest.approx(free / 10, rel=1e-4)
+    assert moved("--max_grad_norm", "0", "--unet_lr", "1") == pytest.approx(free / 2, rel=1e-4)
+
+
+# ---- models, caches, precision -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(make):
+    """A trainer up to its filled caches."""
+
+    def run(*arguments: object, **settings: object):
+        trainer = make(*arguments, **settings)
+        trainer.check_options()
+        trainer.prepare_output()
+        trainer.start_processes()
+        trainer.build_datasets()
+        trainer.open_pipeline()
+        trainer.cache_latents()
+        trainer.cache_text_outputs()
+        return trainer
+
+    return run
+
+
+def test_the_autoencoder_stays_in_float32_and_parts_stay_loaded_if_asked_for(opened):
+    for arguments, dtype in (("", torch.bfloat16), ("--no_half_vae", torch.float32)):
+        trainer = opened("--mixed_precision", "bf16", "--cache_latents", "--highvram", *arguments.split())
+        autoencoder = trainer.pipeline.modules["autoencoder"]
+        assert {parameter.dtype for parameter in autoencoder.parameters()} == {dtype}
+    assert "autoencoder" not in opened("--cache_latents").pipeline.modules
+
+
+def test_caches_are_trusted_if_asked_for(opened, pictures):
+    arguments = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--vae_batch_size", "3"]
+    opened(*arguments)
+    written = {path: path.read_bytes() for path in pictures.glob("*.npz")}
+    assert len(written) == 8
+    for number in range(4):  # pictures and captions change after they were cached
+        Image.new("RGB", (64, 64), (number, 9, 9)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"dog {number}", encoding="utf-8")
+    opened(*arguments, "--skip_cache_check")
+    assert {path: path.read_bytes() for path in pictures.glob("*.npz")} == written
+    opened(*arguments)
+    assert not any(path.read_bytes() == data for path, data in written.items())
+
+
+def test_as_many_captions_and_images_are_encoded_together_as_asked_for(opened, pictures, monkeypatch):
+    from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
+
+    counts: dict[str, list[int]] = {"encode_prompts": [], "encode_images": []}
+    for name, found in counts.items():
+        method = getattr(StableDiffusionPipeline, name)
+
+        def counted(self, batch, *rest, method=method, found=found, **more):
+            found.append(len(batch))
+            return method(self, batch, *rest, **more)
+
+        monkeypatch.setattr(StableDiffusionPipeline, name, counted)
+    arguments = ["--cache_latents", "--vae_batch_size", "3", "--cache_text_encoder_outputs"]
+    opened(*arguments, "--text_encoder_batch_size", "2")
+    assert counts == {"encode_prompts": [2, 2], "encode_images": [3, 1]}
+
+
+@pytest.mark.skipif(
+    __import__("importlib.util").util.find_spec("xformers") is not None, reason="xformers is installed here"
+)
+def test_attention_of_a_missing_package_is_refused(opened):
+    with pytest.raises(UserError, match='"xformers" needs the package xformers, which is not installed'):
+        opened("--xformers")
+
+
+def test_attention_in_slices_gives_the_same_numbers(opened):
+    inputs = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for arguments in ([], ["--sdpa"], ["--mem_eff_attn"]):
+        trainer = opened(*arguments)
+        trainer.load_models()
+        conditioning = trainer.encode_frozen(["a cat"])
+        with torch.no_grad():
+            outputs.append(trainer.pipeline.predict(inputs, torch.tensor([500]), conditioning).numpy())
+        outputs.append(trainer.pipeline.attention_backend)
+    assert outputs[1::2] == ["sdpa", "sdpa", "split"]
+    numpy.testing.assert_allclose(outputs[0], outputs[4], atol=1e-4)

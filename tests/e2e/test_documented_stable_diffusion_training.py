@@ -1,0 +1,146 @@
+"""The commands of the guides train: with tiny weights and few small pictures where a user has real ones.
+
+Everything else is as the documentation shows it: commands, options, TOML and prompt files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from library.console import LOGGER
+from tests.docs.pages import Block, blocks, commands, launched
+from tests.running import ROOT, launch
+
+GUIDES = ("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en", "caching")
+SHOWN = [(block, words) for block in blocks("bash") if block.page.stem in GUIDES for words in commands(block)]
+LAUNCHES = [pytest.param(block, words, id=str(block)) for block, words in SHOWN if launched(words) is not None]
+IN_ONE_PROCESS = [shown for shown in LAUNCHES if "--multi_gpu" not in shown.values[1]]
+FRAGMENTS = [pytest.param(block, words, id=str(block)) for block, words in SHOWN if words[0].startswith("--")]
+
+SMALL = {
+    "max_train_epochs": "2",
+    "max_train_steps": "2",
+    "lr_warmup_steps": "1",
+    "validate_every_n_steps": "1",
+    "resolution": "64",
+}
+"""What the tests give in place of a documented value, so that a run takes seconds."""
+SMALL_TOML = {
+    "resolution": "64\nmin_bucket_reso = 64",
+    "num_repeats": "1",
+    "max_train_epochs": "2",
+    "lr_warmup_steps": "1",
+}
+SMALL_PROMPT = {r"--([wh]) \d+": r"--\1 64", r"--s \d+": "--s 2"}
+
+
+@pytest.fixture
+def models(tiny_sd1, tiny_sd2, tiny_sdxl, tiny_flux):
+    """The options that name the models of a script, by what a command says of them."""
+
+    def named(script: str, words: list[str]) -> list[str]:
+        if script == "flux" or script.startswith("flux_"):
+            names = ("pretrained_model_name_or_path", "clip_l", "t5xxl", "ae")
+            files = (tiny_flux.transformer, tiny_flux.clip_l, tiny_flux.t5xxl, tiny_flux.autoencoder)
+            return [f"--{name}={file}" for name, file in zip(names, files)]
+        model = tiny_sdxl if script.startswith("sdxl") else tiny_sd2 if "--v2" in words else tiny_sd1
+        return [f"--pretrained_model_name_or_path={model}"]
+
+    return named
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder that holds what the documentation's commands name, apart from models."""
+    from PIL import Image
+
+    shown = [block for block in blocks("toml", "text") if block.page.stem in GUIDES]
+    folders = set(re.findall(r'(?:image_dir|conditioning_data_dir) = "(.+?)"', "".join(block.text for block in shown)))
+    for name in {*folders, "pictures/10_sks girl", "regularisation/1_girl"}:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for number, size in enumerate([(64, 64), (96, 64), (64, 96), (80, 80), (64, 64)]):
+            picture = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20 + number)
+            picture.convert("RGB").save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text(f"a photo of sks girl, number {number}", encoding="utf-8")
+    for block in shown:
+        if block.name:
+            (tmp_path / block.name).write_text(smaller(block), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def smaller(block: Block) -> str:
+    """A documented file with small numbers."""
+    text = block.text
+    if block.language == "toml":
+        for name, value in SMALL_TOML.items():
+            text = re.sub(rf"^( *){name} = .+$", rf"\1{name} = {value}", text, flags=re.MULTILINE)
+    else:
+        for pattern, value in SMALL_PROMPT.items():
+            text = re.sub(pattern, value, text)
+    return text
+
+
+def small_options(words: list[str]) -> list[str]:
+    """Options for the end of a command line: those that it gives, with small numbers."""
+    given = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    wanted = [f"--{name}={SMALL[name]}" for name in given if name in SMALL]
+    return [*wanted, "--min_bucket_reso=64"] if "resolution" in given else wanted
+
+
+@pytest.fixture
+def run(models, capfd):
+    """Run a script of the project in this process, as ``python script ...`` does; returns what it said."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    handlers, level, propagates = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+
+    def in_this_process(script: str, words: list[str]) -> str:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        given = [script, *words, *models(Path(script).stem, words), *small_options(words)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", given)
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+        return capfd.readouterr().err
+
+    yield in_this_process
+    AcceleratorState._reset_state()
+    LOGGER.handlers[:], LOGGER.propagate = handlers, propagates
+    LOGGER.setLevel(level)
+
+
+def require_trained_lora(folder: Path, name: str) -> None:
+    """A file whose numbers are finite and have moved from where they began."""
+    tensors = load_file(folder / f"{name}.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    ups = [tensor for key, tensor in tensors.items() if "lora_up" in key or "lokr_w2" in key or "hada_w1_b" in key]
+    assert ups and any(tensor.any() for tensor in ups)
+
+
+def require_nothing_to_complain(said: str) -> None:
+    lines = [line for line in said.splitlines() if " WARNING " in line or "no effect" in line]
+    assert lines == []
+
+
+@pytest.mark.parametrize(("block", "words"), IN_ONE_PROCESS)
+def test_command(block, words, place, run):
+    script, *arguments = words[launched(words) :]
+    said = run(script, arguments)
+    require_nothing_to_complain(said)
+    if script.startswith("tools/"):
+        assert list(place.rglob("*.npz"))
+    elif "--dry_run" in arguments:
+        assert "All checks passed" in said and "unknown" not in said and not (place / "output").exists()
+    elif "--debug_dataset" in arguments:
+        assert list((place / "output").glob("*.dataset.html"))
+    else:
+        (name,) = {path.stem for path in (place / "output").glob("*.safetensors") if not re.search(r"-\d|-step", path.stem)}
+        require_trained_lora(place / "output", name)

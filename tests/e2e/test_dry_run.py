@@ -1,0 +1,279 @@
+"""``--dry_run`` tells the truth: what its plan says is what the training does afterwards, and it leaves no trace."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
+from library.errors import UserError
+from library.options import parse_options
+from library.safetensors_io import SafetensorsCheckpoint
+from library.training.dry_run import plan_of
+from library.training.plan_report import Plan, plan_lines
+from library.training.planned_files import kept
+from library.training.run_description import part_facts, size_on_disk
+from library.training.training_run import TrainingRun
+from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
+from tests.running import launch
+from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
+
+FLUX = (FluxNetworkTrainer, FluxTrainingOptions)
+SD = (StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions)
+SDXL = (SdxlNetworkTrainer, SdxlTrainingOptions)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, dataset_toml):
+    """A trainer over the pictures of ``tmp_path / "pictures"`` that has not begun."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def make(family: tuple[type, type], *arguments: object, dataset: dict[str, object] | None = None) -> Any:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        given = [*arguments, "--output_dir", tmp_path / "out", "--max_data_loader_n_workers", "0"]
+        given += ["--dataset_config", dataset_toml(tmp_path / "pictures", **(dataset or {}))]
+        return family[0](parse_options(family[1], "test", [str(value) for value in given]))
+
+    yield make
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def pictures(tmp_path, picture_folder) -> Path:
+    """A folder of pictures of the test's own, where caches may be written."""
+    return Path(shutil.copytree(picture_folder, tmp_path / "pictures"))
+
+
+@pytest.fixture
+def plan_only(make_trainer, monkeypatch, tmp_path):
+    """The plan of a dry run, which must read no weights and change no file."""
+
+    def run(family: tuple[type, type], *arguments: object, **dataset: object) -> Plan:
+        trainer = make_trainer(family, *arguments, "--dry_run", dataset=dataset)
+        plans: list[Plan] = []
+        trainer.show_plan = lambda: plans.append(plan_of(trainer))
+        before = snapshot(tmp_path)
+        stored = SafetensorsCheckpoint._stored
+
+        def only_networks(self: SafetensorsCheckpoint, key: str) -> Any:
+            assert key.startswith("lora_"), f"the weights {key} of {self.label} were read"
+            return stored(self, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SafetensorsCheckpoint, "_stored", only_networks)
+            trainer.train()
+        assert snapshot(tmp_path) == before
+        return plans[0]
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def groups_of(trainer: TrainingRun) -> list[tuple[str, int, int]]:
+    """Name, tensors and parameters of each parameter group."""
+    groups = zip(trainer.group_names, trainer.optimizer.param_groups)
+    return [(name, len(group["params"]), sum(p.numel() for p in group["params"])) for name, group in groups]
+
+
+def planned_groups(plan: Plan) -> list[tuple[str, int, int]]:
+    assert plan.start is not None
+    return [(group.name, group.tensors, group.parameters) for group in plan.start.groups]
+
+
+def state_bytes(trainer: TrainingRun) -> int:
+    states = trainer.optimizer.state.values()
+    tensors = [value for state in states for value in state.values() if getattr(value, "ndim", 0)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_command, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1\na dog --w 64 --h 64 --s 1\n", encoding="utf-8")
+    arguments = [*flux_command, "--max_train_epochs", "3", "--gradient_accumulation_steps", "2"]
+    arguments += ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--validation_split", "0.2"]
+    arguments += ["--save_every_n_steps", "2", "--save_last_n_steps", "2", "--save_every_n_epochs", "1", "--save_state"]
+    arguments += ["--sample_prompts", prompts, "--sample_every_n_epochs", "2", "--sample_at_first"]
+    arguments += ["--lr_scheduler", "cosine", "--lr_warmup_steps", "3", "--text_encoder_lr", "5e-4"]
+    arguments += ["--network_args", "loraplus_lr_ratio=4"]
+    plan = plan_only(FLUX, *arguments)
+
+    class Recording(FluxNetworkTrainer):
+        rates: list[list[float]] = []
+        drawn = 0
+
+        def update(self) -> None:
+            self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+            super().update()
+
+        def sample_image(self, *given: Any) -> Any:
+            Recording.drawn += 1
+            return super().sample_image(*given)
+
+    trainer = make_trainer((Recording, FluxTrainingOptions), *arguments)
+    trainer.train()
+
+    assert plan.start is not None
+    assert (plan.start.steps, plan.start.epochs) == (trainer.position.step, trainer.plan.epochs)
+    assert trainer.images_trained == plan.start.epochs * plan.start.images_per_epoch
+    assert planned_groups(plan) == groups_of(trainer)
+    assert plan.start.modules == {"transformer": 26, "text encoder": 12}
+    for name, index in zip(plan.rates, range(4)):
+        assert [rate for _, rate in plan.rates[name]] == pytest.approx(
+            [trainer.rates[step - 1][index] for step, _ in plan.rates[name]]
+        )
+    out = tmp_path / "out"
+    assert {path.name for path in out.glob("*.safetensors")} == {
+        path.name for path in kept(plan.files.networks, plan.files.removed)
+    }
+    assert {path.name for path in out.glob("*-state")} == {
+        path.name for path in kept(plan.files.states, plan.files.removed)
+    }
+    assert plan.files.removed and plan.sample_prompts * plan.files.sample_moments == Recording.drawn
+    assert plan.network_bytes == pytest.approx(size_on_disk(out / "last.safetensors"), rel=0.05)
+    assert plan.state_bytes == pytest.approx(size_on_disk(out / "last-state"), rel=0.15)
+    training = next(phase for phase in plan.phases if phase.name.startswith("training"))
+    assert training.optimizer == state_bytes(trainer)
+    assert training.network == sum(p.numel() * 4 for p in trainer.network.parameters())
+    made = [report.made for report in trainer.cache_reports]
+    assert [sum(cache.states.values()) for cache in plan.caches] == made
+    assert all(cache.states.get("valid", 0) == 0 for cache in plan.caches)
+    npz = sum(path.stat().st_size for path in (tmp_path / "pictures").glob("*_flux.npz"))
+    assert sum(cache.bytes or 0 for cache in plan.caches[:2]) == pytest.approx(npz, rel=0.4)
+
+    again = plan_only(FLUX, *arguments)
+    assert [cache.states for cache in again.caches] == [{"valid": count} for count in made]
+    assert not any(phase.name.startswith("caching") for phase in again.phases)
+
+
+@pytest.mark.parametrize(
+    ("family", "command", "arguments", "modules"),
+    [
+        (SD, "sd1_command", "--network_args conv_dim=4", {"unet": 278, "text encoder": 18}),
+        (SDXL, "sdxl_command", "--cache_text_encoder_outputs --network_train_unet_only", None),
+        (FLUX, "flux_command", "--network_args train_t5xxl=True split_qkv=True --mixed_precision bf16", None),
+        pytest.param(
+            *(SD, "sd2_command", "--network_train_unet_only --cache_latents", {"unet": 192, "text encoder": 0}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(SDXL, "sdxl_command", "--gradient_checkpointing --mixed_precision bf16 --full_bf16", None),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_every_family_has_a_plan_with_all_its_figures(
+    plan_only, make_trainer, request, family, command, arguments, modules
+):
+    arguments = [*request.getfixturevalue(command), *arguments.split(), "--max_train_steps", "5"]
+    plan = plan_only(family, *arguments, bucket_reso_steps=64)
+    assert plan.start is not None and plan.problem == ""
+    assert modules is None or plan.start.modules == modules
+    assert [phase.reason for phase in plan.phases if phase.activations is None] == []
+    assert len([phase for phase in plan.phases if "training" in phase.name]) == 2
+
+    trainer = make_trainer(family, *arguments, dataset={"bucket_reso_steps": 64})
+    for step in ("check_options", "prepare_output", "check_network", "start_processes", "build_datasets"):
+        getattr(trainer, step)()
+    for step in ("open_pipeline", "load_models", "build_network", "build_optimizer"):
+        getattr(trainer, step)()
+    trainer.pipeline.load_text_encoders(trainer.pipeline.encoders)
+    trainer.pipeline.load_autoencoder()
+    assert planned_groups(plan) == groups_of(trainer)
+    loaded = trainer.pipeline.modules
+    assert sorted(plan.start.parts, key=lambda part: part.name) == sorted(
+        (part_facts(name, module) for name, module in loaded.items()), key=lambda part: part.name
+    )
+    assert all(line.isascii() for line in plan_lines(plan) if str(trainer.output.folder) not in line)
+
+
+def test_a_plan_for_a_resumed_run_counts_what_is_left(plan_only, make_trainer, flux_command, tmp_path):
+    arguments = [*flux_command, "--network_train_unet_only", "--lr_scheduler", "linear", "--max_train_steps", "10"]
+    make_trainer(FLUX, *arguments, "--save_state", "--save_every_n_steps", "4").train()
+    state = tmp_path / "out" / "at-step00000008-state"
+    plan = plan_only(FLUX, *arguments, "--resume", state, "--save_every_n_steps", "1")
+    assert plan.start is not None and plan.start.start_step == 8
+    assert [path.name for path in plan.files.networks] == [
+        *("at-step00000009.safetensors", "at-step00000010.safetensors", "last.safetensors")
+    ]
+    assert plan.rates["unet"] == [(9, pytest.approx(2e-4)), (10, pytest.approx(1e-4))]
+    with pytest.raises(UserError, match="belongs to another run"):
+        plan_only(FLUX, *arguments, "--resume", state, "--network_dim", "8")
+    with pytest.raises(UserError, match="nothing is left to train"):
+        plan_only(FLUX, *arguments, "--resume", state, "--max_train_steps", "8")
+
+
+def test_weights_of_a_file_are_checked_against_the_model(plan_only, make_trainer, flux_command, tmp_path):
+    make_trainer(FLUX, *flux_command, "--max_train_steps", "1", "--network_dim", "2").train()
+    first = tmp_path / "first.safetensors"
+    shutil.move(tmp_path / "out" / "last.safetensors", first)
+    shutil.rmtree(tmp_path / "out")
+
+    def planned(*arguments: object) -> Plan:
+        return plan_only(FLUX, *flux_command, "--max_train_steps", "1", "--network_weights", first, *arguments)
+
+    with pytest.raises(UserError, match=r"first\.safetensors.*rank 2"):
+        planned()
+    plan = planned("--dim_from_weights", "--base_weights", first)
+    assert plan.problem == "" and plan.start is not None
+    assert sum(group.parameters for group in plan.start.groups) * 2 == sum(
+        group.parameters for group in plan_only(FLUX, *flux_command, "--max_train_steps", "1").start.groups
+    )
+
+
+def test_a_network_that_looks_at_numbers_is_unknown_but_no_error(plan_only, flux_command, tmp_path, monkeypatch):
+    (tmp_path / "curious_network.py").write_text(
+        "def create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **arguments):\n"
+        "    return float(next(unet.parameters()).sum())\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plan = plan_only(FLUX, *flux_command, "--network_module", "curious_network", "--max_train_steps", "4")
+    text = "\n".join(plan_lines(plan))
+    assert plan.start is None and "network: unknown (DataDependentOutputException" in text
+    assert "steps 4, epochs 1" in text and "last.safetensors" in text
+
+
+def test_what_is_wrong_is_said_and_nothing_is_made(plan_only, flux_command, tmp_path, pictures):
+    arguments = [*flux_command, "--max_train_steps", "4"]
+    with pytest.raises(UserError, match="--dry_run writes nothing and --debug_dataset writes a page"):
+        plan_only(FLUX, *arguments, "--debug_dataset")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--logging_dir: cannot write"):
+        plan_only(FLUX, *arguments, "--logging_dir", tmp_path / "file" / "logs")
+    plan = plan_only(FLUX, *arguments, "--logging_dir", tmp_path / "a" / "logs", cache_info=True)
+    assert len(plan.other_files) == 2  # curves and metadata_cache.json are announced, and neither is there
+    (pictures / "zero.png").touch()
+    with pytest.raises(UserError, match="1 of 13 images cannot be read"):
+        plan_only(FLUX, *arguments)
+
+
+def test_options_without_effect_are_in_the_plan(plan_only, flux_command):
+    plan = plan_only(FLUX, *flux_command, "--max_train_steps", "4", "--clip_skip", "2")
+    assert "clip_skip" in plan.no_effect
+    assert "No effect in this run: --clip_skip" in plan_lines(plan)
+
+
+def test_odd_pictures_are_counted(plan_only, flux_command, pictures, caplog):
+    caplog.set_level("INFO")
+    Image.new("CMYK", (128, 128)).save(pictures / "cmyk.jpg")
+    plan_only(FLUX, *flux_command, "--max_train_steps", "4")
+    assert "1 image with CMYK: converted to RGB without a colour profile (cmyk.jpg)" in caplog.text
+
+
+def test_a_dry_run_from_a_configuration_file_ends_well(flux_command, dataset_toml, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("[any]\ndry_run = true\nmax_train_steps = 12\n", encoding="utf-8")
+    arguments = [*flux_command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path / "out"]
+    result = launch("flux_train_network.py", *arguments, "--config_file", config)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for words in ("12 steps: 2 epochs of 7 steps", "26 transformer and 12 text encoder modules", "All checks passed"):
+        assert words in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,81 @@
+"""What is said goes where the console options send it, and looks as they ask."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from library.console import LOGGER, messages_above_progress, say, set_up_console, warn
+from library.errors import UserError
+from library.options import ConsoleOptions, parse_options
+from library.training.training_options import TrainingOptions
+
+
+@pytest.fixture
+def talk(capsys):
+    """Say a few things under these options; returns what stands on the console."""
+    before, level = list(LOGGER.handlers), LOGGER.level
+
+    def run(*arguments: object, main_process: bool = True) -> list[str]:
+        options = parse_options(TrainingOptions, "test", [str(argument) for argument in arguments])
+        set_up_console(options.console, main_process)
+        LOGGER.debug("details")
+        say("a step")
+        with messages_above_progress():
+            warn("be careful \u2713")
+        LOGGER.error("gone wrong")
+        printed = capsys.readouterr()
+        return (printed.out + printed.err).splitlines()
+
+    yield run
+    LOGGER.handlers[:] = before
+    LOGGER.setLevel(level)
+
+
+ALL = ["details", "a step", "be careful \u2713", "gone wrong"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", ALL[1:]),
+        ("--console_log_level DEBUG", ALL),
+        ("--console_log_level WARNING", ALL[2:]),
+        ("--console_log_level CRITICAL", []),
+    ],
+)
+def test_the_level_decides_what_is_shown(talk, arguments, expected):
+    assert talk(*arguments.split(), "--console_log_simple") == expected
+
+
+def test_messages_carry_time_and_level_unless_they_shall_be_simple(talk):
+    step, careful, wrong = talk()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d INFO    a step", step)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING be careful \u2713", careful) and wrong.endswith("ERROR   gone wrong")
+
+
+def test_a_log_file_takes_the_place_of_the_console(talk, tmp_path):
+    path = tmp_path / "run.log"
+    path.write_text("of an earlier run\n", encoding="utf-8")
+    assert talk("--console_log_file", path, "--console_log_simple") == []
+    assert path.read_text(encoding="utf-8").splitlines() == ALL[1:]
+
+
+def test_several_processes_share_a_log_file(talk, tmp_path, monkeypatch):
+    path = tmp_path / "run.log"
+    arguments = ("--console_log_file", path, "--console_log_simple")
+    talk(*arguments)
+    monkeypatch.setenv("RANK", "1")
+    talk(*arguments)
+    talk(*arguments, main_process=False)
+    assert path.read_text(encoding="utf-8").splitlines() == [*ALL[1:], *ALL[1:], *ALL[2:]]
+
+
+def test_other_processes_only_say_what_is_wrong(talk):
+    assert talk("--console_log_simple", "--console_log_level", "DEBUG", main_process=False) == ALL[2:]
+
+
+def test_a_log_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match="--console_log_file: cannot write"):
+        set_up_console(ConsoleOptions(console_log_file=str(tmp_path / "none" / "run.log")))

@@ -1,0 +1,147 @@
+"""Uploads and states from the hub, against a server on this machine that speaks as the Hugging Face Hub does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from library.errors import UserError
+from library.training.hub import check_hub_options
+from library.training.run_options import HubOptions
+from tests.hub_server import HubServer
+from tests.running import ROOT, launch
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that programs started from here take for the real one."""
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from library.errors import UserError
+from library.training.hub import HubOptions, Uploads, fetch_state
+for call, path, options in json.loads(sys.argv[1]):
+    options = HubOptions(**{f"huggingface_{name}": value for name, value in options.items()})
+    try:
+        if call == "fetch":
+            print(fetch_state(options, path).name)
+        else:
+            uploads = Uploads(options)
+            uploads.prepare()
+            uploads.upload(Path(path))
+            uploads.finish()
+            print("done")
+    except UserError as error:
+        print(error)
+"""
+
+
+def with_hub(*calls: tuple[str, object, dict[str, str]]) -> list[str]:
+    """What each call answers in a program that was started after the hub (its address is read at import)."""
+    given = json.dumps([(call, str(path), {"token": "hf_secret", **options}) for call, path, options in calls])
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return result.stdout.splitlines()
+
+
+def test_repositories_are_private_unless_they_shall_be_public(hub, tmp_path):
+    file = tmp_path / "cat.safetensors"
+    file.write_bytes(b"abc")
+    answers = with_hub(
+        ("upload", file, {"repo_id": "me/hidden"}),
+        ("upload", file, {"repo_id": "me/shown", "repo_visibility": "public", "path_in_repo": "/a/b/"}),
+        ("upload", file, {"repo_id": "me/pictures", "repo_visibility": "private", "repo_type": "dataset"}),
+        ("upload", file, {"repo_id": "me/room", "repo_type": "space"}),
+        ("upload", file, {"repo_id": "me/hidden", "repo_visibility": "public", "path_in_repo": "again"}),
+    )
+    assert answers == ["done"] * 5
+    assert hub.visibility == {
+        **{"me/hidden": "private", "me/shown": "public"},
+        **{"datasets/me/pictures": "private", "spaces/me/room": "private"},
+    }
+    assert hub.repositories == {
+        "me/hidden": {"cat.safetensors": b"abc", "again/cat.safetensors": b"abc"},
+        "me/shown": {"a/b/cat.safetensors": b"abc"},
+        "datasets/me/pictures": {"cat.safetensors": b"abc"},
+        "spaces/me/room": {"cat.safetensors": b"abc"},
+    }
+
+
+def test_what_the_hub_refuses_is_one_sentence(hub, monkeypatch):
+    hub.repositories["me/lora"] = {"a/cat-state/train_state.json": b"{}", "other.txt": b""}
+    wrong_token, no_state, no_repository, state = with_hub(
+        ("upload", "x", {"repo_id": "me/lora", "token": "hf_wrong"}),
+        ("fetch", "me/lora/a/dog-state", {}),
+        ("fetch", "me/nothing/a/cat-state", {}),
+        ("fetch", "me/lora/a/cat-state:main:model", {}),
+    )
+    assert wrong_token.startswith("--huggingface_repo_id me/lora: ") and "Invalid credentials" in wrong_token
+    assert no_state == "--resume me/lora/a/dog-state: there is no folder a/dog-state in me/lora."
+    assert no_repository.startswith("--resume me/nothing/a/cat-state: ") and "Repository Not Found" in no_repository
+    assert state == "cat-state"
+    assert hub.refused[0] == "/api/repos/create"
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (nobody,) = with_hub(("upload", "x", {"repo_id": "me/lora"}))
+    assert nobody.startswith("--huggingface_repo_id me/lora: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "resume", "sentence"),
+    [
+        ({"huggingface_repo_id": "lora"}, None, "--huggingface_repo_id must be owner/name, not lora"),
+        ({"huggingface_repo_id": "a/b/c"}, None, "--huggingface_repo_id must be owner/name"),
+        ({"huggingface_repo_type": "modle"}, None, "--huggingface_repo_type must be one of model, dataset, space"),
+        ({"resume_from_huggingface": True}, None, "--resume_from_huggingface needs --resume"),
+        ({"resume_from_huggingface": True}, "me/lora", "is named owner/name/path"),
+        ({"resume_from_huggingface": True}, "me/lora/state:main:modle", "is named owner/name/path"),
+    ],
+)
+def test_mistakes_are_named_without_the_hub(options, resume, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_hub_options(HubOptions(**options), resume)
+
+
+def test_a_misspelt_visibility_keeps_a_repository_private(caplog):
+    check_hub_options(HubOptions(huggingface_repo_id="a/b", huggingface_repo_visibility="pubilc"), None)
+    assert "--huggingface_repo_visibility pubilc: a new repository is made private" in caplog.text
+
+
+def test_a_run_uploads_in_the_background_and_another_goes_on_from_there(hub, sd1_command, dataset_toml, tmp_path):
+    common = [*sd1_command, "--dataset_config", dataset_toml(resolution=64, bucket_reso_steps=64)]
+    common += ["--network_train_unet_only", "--max_train_steps", "4", "--huggingface_token", hub.token, "--no_report"]
+    arguments = ["--output_dir", tmp_path / "a", "--save_every_n_steps", "2", "--save_state", "--async_upload"]
+    arguments += ["--huggingface_repo_id", "me/lora", "--huggingface_path_in_repo", "loras"]
+    # The hub takes nothing before the run is at its end, and one file never.
+    hub.hold = (tmp_path / "a" / "at-step00000004-state").is_dir
+    hub.unwanted = "at-step00000004.safetensors"
+    first = launch("train_network.py", *common, *arguments, "--save_state_to_huggingface", accelerate=False)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "at-step00000004.safetensors could not be uploaded" in first.stderr and "Traceback" not in first.stderr
+    written = {p.relative_to(tmp_path / "a").as_posix(): p for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    expected = {f"loras/{name}": path.read_bytes() for name, path in written.items() if name != hub.unwanted}
+    assert hub.repositories["me/lora"] == expected and "loras/last-state/train_state.json" in expected
+    assert hub.visibility["me/lora"] == "private" and hub.most_at_once == 1
+    hub.hold = lambda: True
+    arguments = ["--output_dir", tmp_path / "b", "--resume", "me/lora/loras/at-step00000002-state"]
+    second = launch("train_network.py", *common, *arguments, "--resume_from_huggingface", accelerate=False)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "step 2, epoch 1" in second.stderr
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"last.safetensors"}
+    one, two = (load_file(Path(tmp_path, name, "last.safetensors")) for name in "ab")
+    assert all((two[key] == tensor).all() for key, tensor in one.items())

@@ -152,21 +152,9 @@ class _Watch(threading.Thread):
 
 def peak_memory() -> int:
     """The most memory in bytes that this process has held at once (pages of mapped files in memory included)."""
-    try:
-        # Not ru_maxrss: on Linux a new process starts with that of the one which started it.
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    import psutil
+    from library.training.run_timing import peak_process_memory
 
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return info.peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+    return peak_process_memory()
 
 
 def present_memory() -> int:

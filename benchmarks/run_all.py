@@ -32,6 +32,7 @@ RUNS = {
     "loop_overhead": [["loop_overhead.py"]],
     "load_memory": [["load_memory.py"], ["load_memory.py", "--layout", "diffusers"]],
     "lora_overhead": [["lora_overhead.py", "--repeats", "15"]],
+    "dry_run": [["dry_run.py"]],
 }
 
 

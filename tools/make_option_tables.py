@@ -36,9 +36,30 @@ class Page:
     options_class: str
     family: str
     """Model family, in the words of the note on options without effect."""
+    part: str = ""
+    """On a page about several scripts, the name in the markers of this one; it gets one table for all its groups."""
+
+    @property
+    def begin(self) -> str:
+        """What its tables stand after."""
+        return BEGIN.replace("tables:", f"tables of {self.part}:") if self.part else BEGIN
 
 
-PAGES = (Page("docs/options_flux_train_network.md", "flux_train_network", "FluxTrainingOptions", "FLUX.1"),)
+def _tool(script: str, options_class: str) -> Page:
+    return Page("docs/lora_tools.md", f"networks.{script}", options_class, "", f"{script}.py")
+
+
+PAGES = (
+    Page("docs/options_train_network.md", "train_network", "StableDiffusionTrainingOptions", "Stable Diffusion"),
+    Page("docs/options_sdxl_train_network.md", "sdxl_train_network", "SdxlTrainingOptions", "Stable Diffusion XL"),
+    Page("docs/options_flux_train_network.md", "flux_train_network", "FluxTrainingOptions", "FLUX.1"),
+    _tool("merge_lora", "MergeLoraOptions"),
+    _tool("sdxl_merge_lora", "SdxlMergeOptions"),
+    _tool("svd_merge_lora", "SvdMergeOptions"),
+    _tool("resize_lora", "ResizeLoraOptions"),
+    _tool("extract_lora_from_models", "ExtractLoraOptions"),
+)
+HEAD = "| option | value | default | meaning |\n|---|---|---|---|"
 
 
 def option_tables(page: Page) -> str:
@@ -46,12 +67,12 @@ def option_tables(page: Page) -> str:
     script = importlib.import_module(page.script)
     without_effect = set(getattr(script, "NO_EFFECT", ()))
     options = declared_options(getattr(script, page.options_class)).values()
+    if page.part:
+        return "\n".join([HEAD, *(_row(option, "") for option in options)])
     tables = []
     for title, group in groupby(options, key=lambda option: option.title):
         rows = [_row(option, page.family if option.name in without_effect else "") for option in group]
-        tables.append(
-            "\n".join([f"## {title}", "", "| option | value | default | meaning |", "|---|---|---|---|", *rows])
-        )
+        tables.append("\n".join([f"## {title}", "", HEAD, *rows]))
     return "\n\n".join(tables)
 
 
@@ -70,25 +91,23 @@ def describe_default(value: Any) -> str:
     return f"`{value}`"
 
 
-def updated(text: str, tables: str, path: str) -> str:
+def updated(text: str, tables: str, path: str, begin: str = BEGIN) -> str:
     """``text`` with ``tables`` between its markers. Raises UserError when the markers are not there."""
-    before, begin, rest = text.partition(BEGIN)
+    before, found, rest = text.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f'{path}: the markers "{BEGIN}" and "{END}" must stand in it, in this order.')
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+    if not found or not end:
+        raise UserError(f'{path}: the markers "{begin}" and "{END}" must stand in it, in this order.')
+    return f"{before}{begin}\n\n{tables}\n\n{END}{after}"
 
 
 def stale_pages(root: Path) -> dict[Path, str]:
     """Each page below ``root`` that differs from the declared options, with the text that it should have."""
-    stale = {}
+    texts = {root / page.path: (root / page.path).read_text(encoding="utf-8") for page in PAGES}
+    wanted = dict(texts)
     for page in PAGES:
         path = root / page.path
-        text = path.read_text(encoding="utf-8")
-        wanted = updated(text, option_tables(page), page.path)
-        if text != wanted:
-            stale[path] = wanted
-    return stale
+        wanted[path] = updated(wanted[path], option_tables(page), page.path, page.begin)
+    return {path: text for path, text in wanted.items() if text != texts[path]}
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:

@@ -302,6 +302,7 @@ def report_lines(
         f"- LoRA: {folders.lora} ({folders.lora.stat().st_size / 1e6:.2f} MB)",
         f"- pictures before and after: {folders.root / 'before_after.png'}",
         f"- loss curve: {folders.root / 'loss.png'}",
+        f"- the whole run as a page: {folders.trained / f'{NAME}.report.html'}",
         f"- TensorBoard: tensorboard --logdir {folders.logs}",
         "",
         "| | before | after |",

@@ -1,14 +1,24 @@
-"""The documentation's pages and the blocks in them."""
+"""The documentation's pages, the blocks in them, and the training script that each page is about."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from flux_train_network import FluxNetworkTrainer
+from sdxl_train_network import SdxlNetworkTrainer
 from tests.running import ROOT
+from train_network import StableDiffusionNetworkTrainer
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+TRAINERS = {
+    "train_network.py": StableDiffusionNetworkTrainer,
+    "sdxl_train_network.py": SdxlNetworkTrainer,
+    "flux_train_network.py": FluxNetworkTrainer,
+}
+"""Training script -> the trainer in it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,12 @@ class Block:
         match = re.match(r"# (\S+\.\w+)$", self.text.split("\n")[0])
         return match[1] if match else None
 
+    @property
+    def script(self) -> str:
+        """The training script that the page is about: that of its name, else ``train_network.py``."""
+        named = [name for name in TRAINERS if name.removesuffix(".py") in self.page.stem]
+        return max(named, key=len, default="train_network.py")
+
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}"
 
@@ -39,3 +55,16 @@ def blocks(*languages: str) -> list[Block]:
             if match[1] in languages:
                 found.append(Block(page, match[1], text.count("\n", 0, match.start()) + 1, match[2]))
     return found
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each command of a block; lines that end in a backslash are one."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=False) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def launched(words: list[str]) -> int | None:
+    """Where in a command the program stands that ``accelerate launch`` starts; None for other commands."""
+    if words[:2] != ["accelerate", "launch"]:
+        return None
+    return next(index for index, word in enumerate(words) if word.endswith(".py"))

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
-import shlex
+import sys
 
 import pytest
 
-from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
+from library.errors import UserError
 from library.options import declared_options, parse_options
 from library.prompt_options import LINE_OPTIONS
-from library.training.network_contract import parse_network_args
-from tests.docs.pages import PAGES, blocks
+from library.training.network_contract import import_network_module
+from tests.docs.pages import PAGES, TRAINERS, blocks, commands, launched
 from tests.running import ROOT
-
-SCRIPT = "flux_train_network.py"
-
-
-def commands(block) -> list[list[str]]:
-    """The words of each command of a block; lines that end in a backslash are one."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, posix=True) for line in lines if line.strip() and not line.startswith("#")]
-
+from tools import cache_run
+from tools.make_option_tables import PAGES as OPTION_PAGES
 
 SHOWN = [pytest.param(block, words, id=str(block)) for block in blocks("bash") for words in commands(block)]
-LAUNCHES = [shown for shown in SHOWN if SCRIPT in shown.values[1]]
+LAUNCHES = [shown for shown in SHOWN if launched(shown.values[1]) is not None]
 FRAGMENTS = [shown for shown in SHOWN if shown.values[1][0].startswith("--")]
-PROGRAMS = [shown for shown in SHOWN if shown.values[1][0] == "python"]
+INSTALLS = [shown for shown in SHOWN if shown.values[1][:2] == ["pip", "install"]]
+
+
+def program(words: list[str]) -> list[str]:
+    """The words of a command from its program on."""
+    return words[launched(words) or words.index("python") + 1 :]
+
+
+RUNS = [shown for shown in SHOWN if shown in LAUNCHES or shown.values[1][0] == "python"]
+TRAININGS = [shown for shown in LAUNCHES if program(shown.values[1])[0] in TRAINERS]
+TOOLS = [shown for shown in RUNS if shown not in TRAININGS]
 
 
 @pytest.fixture
@@ -39,46 +44,98 @@ def named_files(tmp_path, monkeypatch):
 
 
 def test_every_block_is_understood():
-    assert len(LAUNCHES) > 5 and len(FRAGMENTS) > 5 and len(PROGRAMS) >= 2
-    assert len(LAUNCHES) + len(FRAGMENTS) + len(PROGRAMS) == len(SHOWN)
+    assert len(TRAININGS) > 15 and len(FRAGMENTS) > 15 and len(TOOLS) > 10
+    assert {program(shown.values[1])[0] for shown in TRAININGS} == set(TRAINERS)
+    assert len(RUNS) + len(FRAGMENTS) + len(INSTALLS) == len(SHOWN)
 
 
-@pytest.mark.parametrize(("block", "words"), LAUNCHES)
+@pytest.mark.parametrize(("block", "words"), TRAININGS)
 def test_training_commands(block, words, named_files):
-    options = parse_options(FluxTrainingOptions, "", words[words.index(SCRIPT) + 1 :])
-    if options.network.network_module and options.model.pretrained_model_name_or_path:
-        FluxNetworkTrainer(options).check_options()
+    script, *arguments = program(words)
+    options = parse_options(TRAINERS[script].options_class, "", arguments)
+    trainer = TRAINERS[script](options)
+    trainer.check_options()
+    trainer.check_network()
+    assert trainer.no_effect == []
 
 
 @pytest.mark.parametrize(("block", "words"), LAUNCHES)
 def test_accelerate_knows_its_own_options(block, words):
     from accelerate.commands.launch import launch_command_parser
 
-    assert words[:2] == ["accelerate", "launch"]
-    known = launch_command_parser().parse_args(words[2 : words.index(SCRIPT) + 1])
-    assert known.training_script == SCRIPT
+    script = launched(words)
+    known = launch_command_parser().parse_args(words[2 : script + 1])
+    assert known.training_script == words[script]
 
 
 @pytest.mark.parametrize(("block", "words"), FRAGMENTS)
 def test_options_on_their_own(block, words):
-    options = parse_options(FluxTrainingOptions, "", words)
-    if options.network.network_args:
-        from networks.lora_arguments import parse_arguments
-        from networks.lora_flux import FLUX
-
-        given = parse_network_args(options.network)
-        parsed = parse_arguments(given, FLUX.arguments, FLUX.module)
-        assert all(parsed[name] is not None for name in given)
+    """They are the page's script's, and network_args are those of a network for it."""
+    options = parse_options(TRAINERS[block.script].options_class, "", words)
+    if options.network.network_module is None:
+        options.network.network_module = "networks.lora_flux" if "flux" in block.script else "networks.lora"
+    import_network_module(options.network)
 
 
-@pytest.mark.parametrize(("block", "words"), PROGRAMS)
-def test_programs_exist(block, words):
-    assert (ROOT / words[1]).is_file()
+class Understood(Exception):
+    """A program has read its command line and would begin to work."""
+
+
+@pytest.fixture
+def only_the_command_line(monkeypatch):
+    """Programs end when they have read their options."""
+    read_known = argparse.ArgumentParser.parse_known_args
+
+    def read_with_argparse(self, *arguments, **keywords):
+        _, rest = read_known(self, *arguments, **keywords)
+        for_pytest = sys.argv[0].endswith("run_tests.py")
+        assert not rest or for_pytest, f"unknown: {rest}"
+        raise Understood
+
+    def read_with_our_own(options_class, *arguments):
+        parse_options(options_class, *arguments)
+        raise Understood
+
+    def read(path: str, arguments: list[str]) -> None:
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", read_with_argparse)
+        for reader in (module, cache_run):
+            if hasattr(reader, "parse_options"):
+                monkeypatch.setattr(reader, "parse_options", read_with_our_own)
+        with pytest.raises(Understood):
+            module.main()
+
+    return read
+
+
+@pytest.mark.parametrize(("block", "words"), TOOLS)
+def test_other_programs_take_what_they_are_given(block, words, only_the_command_line):
+    path, *arguments = program(words)
+    assert (ROOT / path).is_file()
+    only_the_command_line(path, arguments)
+
+
+@pytest.mark.parametrize(
+    "command", ["networks/merge_lora.py --modles a b", "tools/show_metadata.py --modle a", "tools/cache_latents.py --x"]
+)
+def test_a_wrong_option_of_a_program_would_be_seen(command, only_the_command_line):
+    path, *arguments = command.split()
+    with pytest.raises((UserError, AssertionError), match="nknown"):
+        only_the_command_line(path, arguments)
+
+
+def test_every_tool_with_an_option_table_is_shown_in_use():
+    tools = {f"{page.script.replace('.', '/')}.py" for page in OPTION_PAGES if page.part}
+    assert tools <= {program(shown.values[1])[0] for shown in TOOLS}
 
 
 def test_every_option_named_in_the_text_exists():
-    """``--name`` in running text is an option of the script, of a prompt line, of accelerate or of a tool."""
-    known = {*declared_options(FluxTrainingOptions), *LINE_OPTIONS, "help", "num_processes"}
+    """``--name`` in running text is an option of a script, of a prompt line, of accelerate or of a tool."""
+    classes = [getattr(importlib.import_module(page.script), page.options_class) for page in OPTION_PAGES]
+    classes.append(cache_run.FluxCachingOptions)
+    known = {name for options_class in classes for name in declared_options(options_class)} | set(LINE_OPTIONS)
+    known |= {"help", "num_processes", "multi_gpu", "show_all_keys"}
     known |= {"name"}  # stands for any option
     wrong = set()
     for page in PAGES:

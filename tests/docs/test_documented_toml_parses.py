@@ -8,14 +8,13 @@ import logging
 import pytest
 import tomli
 
-from flux_train_network import FluxTrainingOptions
 from library.data.captions import CaptionRules
 from library.data.config import SubsetSettings, resolve_config
 from library.data.items import read_subset
 from library.data.options import DatasetOptions
 from library.options import declared_options, read_config_file
 from library.prompt_options import read_prompt_file
-from tests.docs.pages import blocks
+from tests.docs.pages import TRAINERS, blocks
 
 
 def kind_of(table: dict) -> str:
@@ -38,7 +37,7 @@ def test_toml(block, tmp_path):
     elif kind == "prompts":
         assert all(prompt.prompt for prompt in read_prompt_file(path))
     else:
-        known = declared_options(FluxTrainingOptions)
+        known = declared_options(TRAINERS[block.script].options_class)
         given = {key for table in tomli.loads(block.text).values() for key in table}
         assert set(read_config_file(path, known)) == given  # none of them without effect
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 
 import pytest
 
-from flux_train_network import NO_EFFECT, FluxTrainingOptions
 from library.errors import UserError
 from library.options import declared_options
 from tests.running import ROOT
 from tools import make_option_tables
 from tools.make_option_tables import BEGIN, END, PAGES, Page, option_tables, updated
 
+SCRIPTS = [page for page in PAGES if not page.part]
 HEAVY = ("torch", "transformers", "diffusers", "cv2", "bitsandbytes", "accelerate")
 
 
@@ -22,25 +23,30 @@ def test_the_pages_are_current():
     assert list(make_option_tables.stale_pages(ROOT)) == []
 
 
-def test_every_option_stands_in_its_page_once():
-    text = (ROOT / "docs" / "options_flux_train_network.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `--(\w+)` ", text, flags=re.MULTILINE) == list(declared_options(FluxTrainingOptions))
+def options_of(page: Page) -> dict:
+    return declared_options(getattr(importlib.import_module(page.script), page.options_class))
 
 
-def test_every_option_says_what_it_means():
-    assert [name for name, option in declared_options(FluxTrainingOptions).items() if not option.help] == []
+@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.script)
+def test_every_option_stands_in_its_page_once_and_says_what_it_means(page):
+    text = (ROOT / page.path).read_text(encoding="utf-8")
+    assert re.findall(r"^\| `--(\w+)` ", text, flags=re.MULTILINE) == list(options_of(page))
+    assert [name for name, option in options_of(page).items() if not option.help] == []
 
 
-def test_options_without_effect_are_marked():
-    lines = option_tables(PAGES[0]).splitlines()
-    marked = {line.split("`")[1].removeprefix("--") for line in lines if "No effect for FLUX.1" in line}
-    assert marked == set(NO_EFFECT)
+@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.script)
+def test_options_without_effect_are_marked(page):
+    lines = option_tables(page).splitlines()
+    marked = {line.split("`")[1].removeprefix("--") for line in lines if f"No effect for {page.family}." in line}
+    assert marked == set(importlib.import_module(page.script).NO_EFFECT)
 
 
 def test_check_fails_on_a_changed_page_and_writing_mends_it(tmp_path, capsys):
     path = tmp_path / PAGES[0].path
     path.parent.mkdir()
-    path.write_text(f"# Title\n\n{BEGIN}\n{END}\nrest\n", encoding="utf-8")
+    for page in PAGES:
+        with open(tmp_path / page.path, "a", encoding="utf-8") as file:
+            file.write(f"# Title\n\n{page.begin}\n{END}\nrest\n")
     assert make_option_tables.main(["--check"], tmp_path) == 1
     assert "is not current; run python tools/make_option_tables.py" in capsys.readouterr().err
     assert make_option_tables.main([], tmp_path) == 0

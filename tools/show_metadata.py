@@ -1,0 +1,35 @@
+"""Print the metadata of a safetensors file as JSON, sorted by key."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+
+from library.console import run_script
+from library.errors import UserError
+from library.safetensors_io import read_header
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the metadata; the tensors are not read."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", help="safetensors file")
+    parser.add_argument("--model", help="the same, as kohya-ss/sd-scripts names it")
+    options = parser.parse_args(arguments)
+    if bool(options.file) == bool(options.model):
+        raise UserError("name one safetensors file, as in: show_metadata.py my_lora.safetensors")
+    path = options.file or options.model
+    metadata = read_header(path).metadata
+    if not metadata:
+        raise UserError(f"{path} has no metadata.")
+    print(json.dumps(metadata, indent=4, sort_keys=True))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -112,7 +112,9 @@ def parse_device(name: str | None, option: str = "--device") -> torch.device:
     if name is None:
         return torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.ones((), device=name).device
+        float(torch.ones((), device=device))  # "meta" and the like hold no numbers
+        return device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f'{option}: "{name}" is not a device of this machine; "cpu" always is.') from None
 

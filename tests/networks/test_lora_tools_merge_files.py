@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from tests.networks.lora_tool_files import (
     SDXL_LAYERS,
     assert_same,
     deltas,
+    independent_hashes,
     metadata,
     ranks,
     run,
@@ -149,14 +148,6 @@ def test_metadata_and_hashes(tmp_path):
     assert {key: found.get(key) for key in wanted} == wanted
     assert "ss_learning_rate" not in found and "ss_vae_name" not in found
     assert (found["sshs_model_hash"], found["sshs_legacy_hash"]) == independent_hashes(path)
-
-
-def independent_hashes(path):
-    """As other programs compute them, from the file's bytes; the second is of nothing in a file below 1 MiB."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    assert len(data) < 1 << 20
-    return hashlib.sha256(data[8 + length :]).hexdigest(), hashlib.sha256(b"").hexdigest()[:8]
 
 
 def test_different_ranks_and_alphas_are_called_dynamic(two, tmp_path):

@@ -16,6 +16,7 @@ from tests.networks.lora_tool_files import (
     SD_LAYERS,
     assert_same,
     deltas,
+    independent_hashes,
     metadata,
     ranks,
     run,
@@ -121,8 +122,6 @@ def test_metadata_of_a_resized_file(tmp_path):
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "1.0")
     assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "0.5", "dropout": None}
     assert found["ss_learning_rate"] == "1e-4" and "modelspec.hash_sha256" not in found
-    from tests.networks.test_lora_tools_merge_files import independent_hashes
-
     hashes = independent_hashes(tmp_path / "b.safetensors")
     assert (found["sshs_model_hash"], found["sshs_legacy_hash"]) == hashes
 

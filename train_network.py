@@ -413,6 +413,8 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
             kind, other = ("v", "noise") if pipeline.predicts_v else ("noise", "v")
             advice = "add" if pipeline.predicts_v else "leave out"
             warn(f"{path} predicts {kind}, but will be trained to predict {other}; {advice} --v_parameterization.")
+        if pipeline.model.zero_terminal_snr and not self.options.stable_diffusion_noise.zero_terminal_snr:
+            warn(f"{path} was trained with a noise schedule that ends in pure noise; add --zero_terminal_snr.")
 
     def require_variant(self, pipeline: StableDiffusionPipeline) -> None:
         """Raises UserError unless the file is of this script's kind."""

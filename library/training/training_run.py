@@ -344,12 +344,12 @@ class TrainingRun(ABC):
         if not self.options.model.highvram:
             self.pipeline.unload(part)
 
-    def number_formats(self, image_model: str, encoders: Iterable[str]) -> dict[str, Any]:
+    def number_formats(self, image_model: str, encoders: Iterable[str]) -> dict[Any, Any]:
         """Formats of parts that are not kept in the computation's own; ``image_model`` is the part that is trained."""
         from library.memory.fp8 import BlocksInFp8
 
         precision = self.options.precision
-        formats: dict[str, Any] = {"autoencoder": parse_dtype("fp32")} if self.options.model.no_half_vae else {}
+        formats: dict[Any, Any] = {"autoencoder": parse_dtype("fp32")} if self.options.model.no_half_vae else {}
         if precision.fp8_base or precision.fp8_base_unet:
             formats[image_model] = BlocksInFp8(self.weight_dtype)
         if precision.fp8_base and not precision.fp8_base_unet:

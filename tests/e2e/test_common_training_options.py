@@ -78,53 +78,52 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_the_last_epochs_stay(train, files):
-    arguments = ["--max_train_epochs", "5", "--save_every_n_epochs", "1", "--save_last_n_epochs", "2", "--save_state"]
-    train(*arguments, "--save_last_n_epochs_state", "1", "--output_name", "cat", num_repeats=1, batch_size=4)
+    arguments = ["--max_train_epochs", "4", "--save_every_n_epochs", "1", "--save_last_n_epochs", "2", "--save_state"]
+    train(*arguments, "--save_last_n_epochs_state", "1", "--output_name", "cat", batch_size=4)
     assert files() == {
-        *("cat.safetensors", "cat-000003.safetensors", "cat-000004.safetensors"),
-        *("cat-state", "cat-000004-state"),
+        *("cat.safetensors", "cat-000002.safetensors", "cat-000003.safetensors"),
+        *("cat-state", "cat-000003-state"),
     }
 
 
 def test_the_last_steps_stay(train, files):
-    arguments = ["--max_train_steps", "8", "--save_every_n_steps", "2", "--save_last_n_steps", "4", "--save_state"]
-    train(*arguments, "--save_last_n_steps_state", "2")
-    steps = {name for name in files() if name.startswith("at-")}
-    assert steps == {
-        *("at-step00000004.safetensors", "at-step00000006.safetensors", "at-step00000008.safetensors"),
-        *("at-step00000006-state", "at-step00000008-state"),
+    arguments = ["--max_train_steps", "4", "--save_every_n_steps", "1", "--save_last_n_steps", "2", "--save_state"]
+    train(*arguments, "--save_last_n_steps_state", "1")
+    assert {name for name in files() if name.startswith("at-")} == {
+        *("at-step00000002.safetensors", "at-step00000003.safetensors", "at-step00000004.safetensors"),
+        *("at-step00000003-state", "at-step00000004-state"),
     }
 
 
 def test_a_number_of_files_is_spread_over_the_epochs(train, files):
-    arguments = ["--max_train_epochs", "5", "--save_n_epoch_ratio", "2", "--save_state_on_train_end"]
+    arguments = ["--max_train_epochs", "4", "--save_n_epoch_ratio", "2", "--save_state_on_train_end"]
     train(*arguments, "--save_model_as", "ckpt", batch_size=4)
-    assert files() == {"epoch-000002.ckpt", "epoch-000004.ckpt", "last.ckpt", "last-state"}
+    assert files() == {"epoch-000002.ckpt", "last.ckpt", "last-state"}
 
 
 def test_numbers_are_stored_in_the_format_asked_for(train, tmp_path):
-    for precision, dtype in (("float", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+    for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         train("--max_train_steps", "1", "--save_precision", precision)
         assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "last.safetensors").values()} == {dtype}
 
 
 def test_what_is_said_about_the_model_stands_in_its_file(train, tmp_path, pictures):
     texts = {
-        "title": "Cats",
-        "author": "Me",
-        "description": "All my cats",
-        "license": "CC0",
-        "tags": "cat,drawing",
-        "usage_hint": "weight 0.8",
-        "merged_from": "a, b",
-        "trigger_phrase": "mycat",
-        "preprocessor": "none",
-        "is_negative_embedding": "false",
+        "--metadata_title": "Cats",
+        "--metadata_author": "Me",
+        "--metadata_description": "All my cats",
+        "--metadata_license": "CC0",
+        "--metadata_tags": "cat,drawing",
+        "--metadata_usage_hint": "weight 0.8",
+        "--metadata_merged_from": "a, b",
+        "--metadata_trigger_phrase": "mycat",
+        "--metadata_preprocessor": "none",
+        "--metadata_is_negative_embedding": "false",
     }
-    arguments = [part for name, text in texts.items() for part in (f"--metadata_{name}", text)]
+    arguments = [part for pair in texts.items() for part in pair]
     train(*arguments, "--metadata_thumbnail", pictures / "0.png", "--training_comment", "hello", "--max_train_steps", 1)
     found = metadata(tmp_path / "out" / "last.safetensors")
-    assert {name: found[f"modelspec.{name}"] for name in texts} == texts
+    assert {name: found[name.replace("--metadata_", "modelspec.")] for name in texts} == texts
     assert found["ss_training_comment"] == "hello"
     kind, _, content = found["modelspec.thumbnail"].partition(",")
     assert kind == "data:image/png;base64" and base64.b64decode(content) == (pictures / "0.png").read_bytes()
@@ -142,7 +141,7 @@ def test_an_initial_epoch_counts_the_earlier_ones_as_done(train, files, tmp_path
 def test_batches_are_averaged_and_the_seed_decides_everything(train, tmp_path):
     assert train("--max_train_epochs", "1", "--gradient_accumulation_steps", "3", output="a").position.step == 2
     for output, seed in (("b", "7"), ("c", "7"), ("d", "8")):
-        train("--max_train_steps", "2", "--seed", seed, output=output)
+        train("--max_train_steps", "1", "--seed", seed, output=output)
     one, same, other = (load_file(tmp_path / name / "last.safetensors") for name in "bcd")
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert not any(torch.equal(one[key], other[key]) for key in one if key.endswith("lora_down.weight"))
@@ -156,16 +155,16 @@ def test_samples_are_drawn_at_the_ends_of_epochs(train, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
     arguments = ["--sample_prompts", prompts, "--sample_every_n_epochs", "2", "--sample_every_n_steps", "1"]
-    train(*arguments, "--max_train_epochs", "4", batch_size=4)
+    train(*arguments, "--max_train_epochs", "3", batch_size=4)
     names = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
-    assert [re.sub(r"_\d{14}_", "_*_", name) for name in names] == ["e000002_00_*_1.png", "e000004_00_*_1.png"]
+    assert [re.sub(r"_\d{14}_", "_*_", name) for name in names] == ["e000002_00_*_1.png"]
 
 
 def test_validation_happens_when_asked_and_on_as_many_batches(train, tmp_path):
-    arguments = ["--validation_split", "0.5", "--validation_seed", "3", "--max_train_epochs", "3"]
-    arguments += ["--validate_every_n_epochs", "2", "--validate_every_n_steps", "4", "--learning_rate", "1e-9"]
-    arguments += ["--logging_dir", tmp_path / "logs", "--log_prefix", "cat-"]
-    train(*arguments, "--log_tracker_name", "mine", "--log_config", "--log_with", "tensorboard")
+    arguments = ["--validation_split", "0.5", "--learning_rate", "1e-9", "--log_with", "tensorboard", "--logging_dir"]
+    first = [*arguments, tmp_path / "logs", "--log_prefix", "cat-", "--log_tracker_name", "mine", "--log_config"]
+    first += ["--validation_seed", "3", "--max_train_epochs", "3", "--validate_every_n_epochs", "2"]
+    train(*first, "--validate_every_n_steps", "4")
     (run,) = (tmp_path / "logs").iterdir()
     assert re.fullmatch(r"cat-\d{14}", run.name)
     curves = scalars(run / "mine")
@@ -174,21 +173,12 @@ def test_validation_happens_when_asked_and_on_as_many_batches(train, tmp_path):
     text = next((run / "mine").iterdir()).read_bytes()
     assert b"|validate_every_n_epochs|2|" in text and str(tmp_path).encode() not in text
     # The seed chooses the pictures and their noise; fewer batches give another average.
-    values = [values[0][1] for values in (curves["loss/validation/epoch_average"],)]
-    for change in (["--validation_seed", "4"], ["--max_validation_steps", "1"]):
-        train(
-            *arguments,
-            "--max_train_epochs",
-            "2",
-            "--validate_every_n_steps",
-            "9",
-            *change,
-            "--logging_dir",
-            tmp_path / change[0],
-        )
-        (run,) = (tmp_path / change[0]).iterdir()
-        values.append(scalars(run / "network_train")["loss/validation/epoch_average"][0][1])
-    assert len(set(values)) == 3
+    values = {curves["loss/validation/epoch_average"][0][1]}
+    for change in (["--validation_seed", "4"], ["--validation_seed", "3", "--max_validation_steps", "1"]):
+        train(*arguments, tmp_path / str(len(values)), "--max_train_epochs", "1", *change)
+        (run,) = (tmp_path / str(len(values))).iterdir()
+        values.add(scalars(run / "network_train")["loss/validation/epoch_average"][0][1])
+    assert len(values) == 3
 
 
 def test_options_that_wait_for_others_are_named_when_data_and_processes_are_known(train, caplog):
@@ -227,7 +217,6 @@ def test_gradients_are_cut_to_the_norm_asked_for(train, tmp_path):
         return sum(t.double().square().sum().item() for k, t in tensors.items() if "lora_up" in k) ** 0.5
 
     free = moved("--max_grad_norm", "0")
-    assert moved("--max_grad_norm", str(free)) == pytest.approx(free, rel=1e-4)  # half of this is the gradient's norm
     assert moved("--max_grad_norm", str(free / 20)) == pytest.approx(free / 10, rel=1e-4)
     assert moved("--max_grad_norm", "0", "--unet_lr", "1") == pytest.approx(free / 2, rel=1e-4)
 

@@ -432,6 +432,12 @@ def test_what_a_file_says_of_itself_is_heard(commands, tmp_path, caplog):
     assert "predicts v, but will be trained to predict noise; add --v_parameterization" in caplog.text
     assert "2.x model: --v2 is taken as given" in caplog.text
 
+    model = make_tiny_stable_diffusion(tmp_path / "xl", "sdxl", v_prediction=True)
+    arguments = ("--output_dir", tmp_path, "--pretrained_model_name_or_path", model, "--v_parameterization")
+    caplog.clear()
+    opened(trainer_for(commands, "sdxl", arguments))
+    assert "ends in pure noise; add --zero_terminal_snr" in caplog.text and "add --v_param" not in caplog.text
+
 
 def test_options_without_effect_are_named(commands, tmp_path, caplog):
     caplog.set_level("INFO", logger="library")

@@ -27,6 +27,12 @@ ALGORITHMS = {
     "loha": ("algo=loha", "conv_dim=1"),
     "dora": ("algo=lora", "dora_wd=True", "conv_dim=1"),
 }
+QUICK = (("sd1", "lokr"), ("sdxl", "dora"))
+EVERY_PAIR = [
+    pytest.param(family, algorithm, marks=[] if (family, algorithm) in QUICK or family == "flux" else pytest.mark.slow)
+    for family in FAMILIES
+    for algorithm in ALGORITHMS
+]
 PREFIXES = {
     "sd1": ("lora_te_text_model_encoder_layers_0_", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_"),
     "sdxl": (
@@ -99,8 +105,7 @@ def close(one: torch.Tensor, two: torch.Tensor) -> bool:
     return torch.allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "algorithm"), EVERY_PAIR)
 def test_it_trains_saves_and_loads_again(train, tmp_path, capsys, family, algorithm):
     first = train(family, "--network_args", *ALGORITHMS[algorithm], output="first")
     file = tmp_path / "first" / "last.safetensors"
@@ -122,7 +127,9 @@ def test_it_trains_saves_and_loads_again(train, tmp_path, capsys, family, algori
     assert "LyCORIS" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", ["lokr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loha", "dora"))]
+)
 def test_a_file_is_continued_and_merged_at_the_strength_that_was_asked_for(train, tmp_path, algorithm):
     arguments = ("--network_args", *ALGORITHMS[algorithm])
     first = train("sd1", *arguments, output="first")

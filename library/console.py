@@ -38,9 +38,10 @@ def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
 
     Raises UserError when the log file cannot be written.
     """
+    main_process = main_process and os.environ.get("RANK", "0") == "0"  # a launcher's name for it
     if options.console_log_file:
         try:
-            if main_process and os.environ.get("RANK", "0") == "0":
+            if main_process:
                 open(options.console_log_file, "w").close()  # others append, so that no process cuts off another
             handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="a", encoding="utf-8")
         except OSError as error:

@@ -176,7 +176,7 @@ def parse_options(options_class: type[Options], description: str, arguments: Seq
         _refuse_unknown_options(arguments, known)
     defaults = options_class()
     config_path = _config_file_argument(arguments)
-    if config_path is not None and "--output_config" not in arguments:
+    if config_path is not None and "output_config" not in map(_named_option, arguments):
         for name, value in read_config_file(config_path, known).items():
             setattr(getattr(defaults, known[name].group), name, value)
     options = _parse_command_line(options_class, defaults, description, arguments)
@@ -200,24 +200,26 @@ def changed_options(options: Any) -> dict[str, Any]:
 def _refuse_unknown_options(arguments: Sequence[str], known: dict[str, Option]) -> None:
     switches = [name for name, option in known.items() if option.type is bool]
     names = set(known) | {f"no_{name}" for name in switches}
-    for argument in arguments:
-        if not argument.startswith("--"):
-            continue
-        name = argument[2:].partition("=")[0].replace("-", "_")
+    for name in filter(None, map(_named_option, arguments)):
         if name not in names:
             match = nearest(name, known)
             raise UserError(f"Unknown option --{name}." + (f" Did you mean --{match}?" if match else ""))
 
 
+def _named_option(argument: str) -> str | None:
+    """The option that an argument names; both ways of joining words are allowed on the command line."""
+    return argument[2:].partition("=")[0].replace("-", "_") if argument.startswith("--") else None
+
+
 def _config_file_argument(arguments: Sequence[str]) -> Path | None:
+    """The file of the last ``--config_file``."""
+    path = None
     for index, argument in enumerate(arguments):
-        if argument == "--config_file":
-            if index + 1 == len(arguments):
+        if _named_option(argument) == "config_file":
+            if "=" not in argument and index + 1 == len(arguments):
                 raise UserError("--config_file needs the path of a TOML file.")
-            return _with_toml_suffix(arguments[index + 1])
-        if argument.startswith("--config_file="):
-            return _with_toml_suffix(argument.partition("=")[2])
-    return None
+            path = argument.partition("=")[2] if "=" in argument else arguments[index + 1]
+    return None if path is None else _with_toml_suffix(path)
 
 
 def _with_toml_suffix(path: str) -> Path:

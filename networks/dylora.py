@@ -9,7 +9,7 @@ https://arxiv.org/abs/2210.07558
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,10 @@ from networks.lora_targets import Family
 MODULE = "networks.dylora"
 NO_GGPO = unavailable("LoRA-GGPO needs the gradient of all ranks, and DyLoRA has that of a few.")
 ARGUMENTS = {**lora.SD.arguments, "unit": whole_number, "ggpo_sigma": NO_GGPO, "ggpo_beta": NO_GGPO}
+
+
+def _parameters(tensors: Iterable[Tensor]) -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(tensor.clone()) for tensor in tensors])
 
 
 class DyLoRAModule(LoRAModule):
@@ -54,8 +58,14 @@ class DyLoRAModule(LoRAModule):
             raise UserError(
                 f"--network_args: unit={self.unit} does not divide the rank {self.lora_dim} of {self.lora_name}."
             )
-        pairs = [self._pair(self.unit) for _ in range(self.units)]
-        return nn.ModuleList(down for down, _ in pairs), nn.ModuleList(up for _, up in pairs)
+        down, up = super()._make_weights()
+        nn.init.kaiming_uniform_(down.get_parameter("weight"), a=math.sqrt(5))  # as a whole, so that it is LoRA's
+        downs = down.get_parameter("weight").detach().chunk(self.units)
+        ups = up.get_parameter("weight").detach().flatten(1).chunk(self.units, dim=1)
+        return _parameters(downs), _parameters(torch.zeros_like(up) for up in ups)
+
+    def _initialise(self) -> None:
+        """Done while the weights were made."""
 
     @property
     def down_matrix(self) -> Tensor:

@@ -99,23 +99,18 @@ class LoRAModule(AdapterModule):
 
     # ---- weights ----
 
-    def _pair(self, rank: int) -> tuple[nn.Module, nn.Module]:
-        """A down and an up for the layer."""
-        layer = self.org_module
-        if isinstance(layer, nn.Linear):
-            return BareLinear(layer.in_features, rank, False), BareLinear(rank, layer.out_features, False)
-        if layer.groups != 1:
-            raise ValueError(f"{self.lora_name}: grouped convolutions are not supported")
-        geometry: dict[str, Any] = {
-            name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-        }
-        down = BareConv2d(layer.in_channels, rank, bias=False, **geometry)
-        return down, BareConv2d(rank, layer.out_channels, 1, bias=False)
-
     def _make_weights(self) -> tuple[nn.Module, nn.Module]:
         layer, rank = self.org_module, self.lora_dim
-        if self.split_rows is None or isinstance(layer, nn.Conv2d):
-            return self._pair(rank)
+        if isinstance(layer, nn.Conv2d):
+            if layer.groups != 1:
+                raise ValueError(f"{self.lora_name}: grouped convolutions are not supported")
+            geometry: dict[str, Any] = {
+                name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            }
+            down = BareConv2d(layer.in_channels, rank, bias=False, **geometry)
+            return down, BareConv2d(rank, layer.out_channels, 1, bias=False)
+        if self.split_rows is None:
+            return BareLinear(layer.in_features, rank, False), BareLinear(rank, layer.out_features, False)
         if sum(self.split_rows) != layer.out_features:
             raise ValueError(f"{self.lora_name}: parts {self.split_rows} don't add up to {layer.out_features} rows")
         downs = [BareLinear(layer.in_features, rank, False) for _ in self.split_rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def command(script: str, *arguments: object, accelerate: bool = True, processes:
         return [sys.executable, script, *given]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
     if processes > 1:
-        launcher += ["--multi_gpu", "--num_processes", str(processes)]
+        launcher += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(free_port())]
     return [*launcher, script, *given]
 
 
@@ -42,3 +43,10 @@ def toml_value(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml_value(part)}" for key, part in value.items()) + "}"
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, so that tests can run side by side."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Run the tests: makes ``.venv`` and installs what is needed, then runs every test with one thread each.
+"""Run the tests: makes ``.venv`` and installs what is needed, then runs every test, one process for each processor.
 
 Arguments after the options go to pytest: ``python tools/run_tests.py -k flux``, ``-m "not slow"`` for a quick run.
 """
@@ -27,9 +27,9 @@ def main() -> int:
         return 0
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
-    code = subprocess.run(
-        [str(environment_python()), "-m", "pytest", "-q", "--durations=10", *for_pytest], cwd=ROOT, env=environment
-    ).returncode
+    workers = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    command = [str(environment_python()), "-m", "pytest", "-q", "--durations=10", *workers, *for_pytest]
+    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     print(f"tests took {time.perf_counter() - start:.0f} s", flush=True)
     return code
 

@@ -81,11 +81,11 @@ def _build(run: TrainingStep, simulation: Simulation) -> str:
         run.pipeline.load_autoencoder()
         run.pipeline.load_text_encoders(run.pipeline.encoders)
     try:
-        run.make_network()  # it may read files of its own, so it is made with numbers
+        run.make_network()  # outside, because it may read files of its own
         with simulation.running():
             forget_numbers(run.network)
             run.place_network()
-            run.build_optimizer()
+        run.build_optimizer()  # outside, because it may make look-up tables
     except UserError:
         raise
     except Exception as error:  # a network of others may look at numbers of the base model

@@ -50,6 +50,7 @@ class LycorisModule:
         self.module = module
         self.network_class = module.LycorisNetworkKohya
         self.untouched = {name: getattr(self.network_class, name) for name in PRESET_KEYS}
+        self.merge_scale_twice = {kind for kind in (module.LohaModule, module.LokrModule) if _merges_scale_twice(kind)}
         self._route_messages()
 
     def _route_messages(self) -> None:
@@ -239,11 +240,9 @@ class LycorisModule:
         """
         import torch
 
-        kinds = {type(lora) for lora in network.loras if type(lora).__name__ in ("LohaModule", "LokrModule")}
-        twice = {kind for kind in kinds if _merges_scale_twice(kind)}
         with torch.no_grad():
             for lora in network.loras:
-                if type(lora) in twice:
+                if type(lora) in self.merge_scale_twice:
                     lora.scale = lora.scale**0.5
                 if not getattr(lora, "not_supported", False):
                     _merge_module(lora, multiplier)

@@ -8,6 +8,7 @@ allocator wastes. To be called inside a ``Simulation``, after the network and th
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from library.data.batch import Batch
 from library.training.optimizers import create_optimizer, optimizer_name
 from library.training.plan_report import MemoryPhase
 from library.training.run_description import image_model
-from library.training.simulation import PeakMemory, module_bytes
+from library.training.simulation import DataDependentOutputException, PeakMemory, module_bytes
 from library.training.step_inputs import ItemDraws
 
 if TYPE_CHECKING:
@@ -91,23 +92,28 @@ def _first_line(error: Exception) -> str:
 
 
 def training_peak(run: TrainingStep, size: Largest) -> int:
-    """Activations and gradients of one batch, from its latents on."""
+    """Activations and gradients of one batch, from its images or cached latents on."""
+    before = 0 if run.latents_are_cached else encoding_peak(run, size)
+    if run.fused is not None:
+        run.fused.remove()  # its steps would look at numbers; so all gradients count as if they were kept
+    try:
+        return max(before, _step_peak(run, size))
+    except DataDependentOutputException:  # dropout of whole modules looks at a random number
+        return max(before, _step_peak(run, size, with_dropout=False))
+
+
+def _step_peak(run: TrainingStep, size: Largest, with_dropout: bool = True) -> int:
+    """From latents to gradients."""
     batch = empty_batch(run, size)
-    peak = 0
-    if not run.latents_are_cached:
-        peak = encoding_peak(run, size)
-    run.network.train()
+    run.network.train(with_dropout)
     run.network.set_multiplier(1.0)
-    for parameter in run.parameters:
-        parameter.grad = None
     try:
         with PeakMemory([*run.pipeline.modules.values(), run.network]) as memory:
-            loss = run.item_losses(batch, ItemDraws(run.seed, 0, batch.item_ids)).mean()
-            loss.backward()
+            run.item_losses(batch, ItemDraws(run.seed, 0, batch.item_ids)).mean().backward()
     finally:
         for parameter in run.parameters:
             parameter.grad = None
-    return max(peak, memory.peak)
+    return memory.peak
 
 
 def encoding_peak(run: TrainingStep, size: Largest) -> int:
@@ -211,7 +217,8 @@ def optimizer_state_bytes(options: Any, parameters: Iterable[torch.nn.Parameter]
     """
     shapes = Counter(tuple(parameter.shape) for parameter in parameters)
     try:
-        with silence():
+        with silence(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             sizes = _state_sizes(options, list(shapes))
         return round(sum(size * count for size, count in zip(sizes, shapes.values()))), ""
     except Exception:  # kernels that only CUDA has, for one

@@ -92,11 +92,15 @@ def check_network_options(options: NetworkOptions) -> None:
 
 def find_network_module(name: str) -> None:
     """Raises UserError when no module of that name can be found; nothing is imported but its packages."""
+    if name.partition(".")[0] == "lycoris":
+        quiet_imports()  # its package is imported to find the module in it
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         found = None
     if found is None:
+        if name.partition(".")[0] == "lycoris":
+            raise UserError(f"--network_module: {name} is not installed; install it with: pip install lycoris-lora")
         raise UserError(f'--network_module: there is no module "{name}"; this suite has {", ".join(own_modules())}.')
 
 

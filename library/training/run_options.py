@@ -151,6 +151,24 @@ def check_precision(options: PrecisionOptions) -> None:
         raise UserError("--fp8_base needs --mixed_precision fp16 or bf16.")
 
 
+COMPILERS = {"tensort": "tensorrt"}
+"""Names that old command lines misspell."""
+
+
+def check_compiler(options: PrecisionOptions) -> None:
+    """Raises UserError when torch knows no compiler of the name ``--dynamo_backend`` on this machine."""
+    if not options.torch_compile or options.dynamo_backend == "no":
+        return
+    import torch
+
+    known = torch.compiler.list_backends(exclude_tags=())
+    if COMPILERS.get(options.dynamo_backend, options.dynamo_backend) not in known:
+        usual = ", ".join(name for name in ("inductor", "cudagraphs", "aot_eager", "eager") if name in known)
+        raise UserError(
+            f"--dynamo_backend {options.dynamo_backend} is not there on this machine; torch itself has {usual}."
+        )
+
+
 @dataclass
 class HubOptions:
     """Upload to Hugging Face"""

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+__all__ = ["DataDependentOutputException", "PeakMemory", "Simulation", "forget_numbers", "module_bytes"]
 
 
 class Simulation:
     """A pipeline whose parts are loaded without reading their files, as tensors that take no memory.
 
-    What asks for a tensor's numbers (``item()``, ``if tensor:``) raises an exception.
+    What asks for a tensor's numbers (``item()``, ``if tensor:``) raises DataDependentOutputException.
     """
 
     def __init__(self, pipeline: Any) -> None:

@@ -56,7 +56,7 @@ from library.training.noise_options import check_noise_options
 from library.training.optimizers import FusedBackward, check_optimizer_options, create_optimizer
 from library.training.report_page import open_report
 from library.training.run_description import start_facts
-from library.training.run_options import check_precision
+from library.training.run_options import COMPILERS, check_compiler, check_precision
 from library.training.run_plan import check_lengths, plan_run, start_position
 from library.training.run_report import start_lines
 from library.training.run_timing import RunClock
@@ -74,9 +74,6 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
     from library.data.cache import CacheReport, LatentCache
 
-
-COMPILERS = {"tensort": "tensorrt"}
-"""Names that old command lines misspell."""
 
 SAME_RESULT_GROUPS = frozenset(
     "config console preflight model saving resume length distribution samples validation report logging metadata hub "
@@ -186,6 +183,7 @@ class TrainingRun(ABC):
         """Everything that is known from the options alone. Raises UserError."""
         options = self.options
         check_precision(options.precision)
+        check_compiler(options.precision)
         check_lengths(options.length)
         check_network_options(options.network)
         check_optimizer_options(

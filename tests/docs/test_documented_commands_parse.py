@@ -44,7 +44,7 @@ def named_files(tmp_path, monkeypatch):
 
 
 def test_every_block_is_understood():
-    assert len(TRAININGS) > 15 and len(FRAGMENTS) > 15 and len(TOOLS) > 10
+    assert len(TRAININGS) > 12 and len(FRAGMENTS) > 20 and len(TOOLS) > 15
     assert {program(shown.values[1])[0] for shown in TRAININGS} == set(TRAINERS)
     assert len(RUNS) + len(FRAGMENTS) + len(INSTALLS) == len(SHOWN)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy
@@ -14,6 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
+from library.options import parse_options
+from library.training.lr_schedulers import create_lr_scheduler
+from library.training.training_options import TrainingOptions
 from tests.e2e.test_stable_diffusion_training_options import trainer_for
 
 
@@ -151,13 +156,16 @@ def test_batches_are_averaged_and_the_seed_decides_everything(train, tmp_path):
 # ---- samples, validation, curves -----------------------------------------------------------------------------------
 
 
-def test_samples_are_drawn_at_the_ends_of_epochs(train, tmp_path):
+def test_samples_are_drawn_at_the_ends_of_epochs_by_the_sampler_asked_for(train, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
+    prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
     arguments = ["--sample_prompts", prompts, "--sample_every_n_epochs", "2", "--sample_every_n_steps", "1"]
-    train(*arguments, "--max_train_epochs", "3", batch_size=4)
+    train(*arguments, "--sample_at_first", "--max_train_epochs", "3", batch_size=4)
     names = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
-    assert [re.sub(r"_\d{14}_", "_*_", name) for name in names] == ["e000002_00_*_1.png"]
+    assert [re.sub(r"_\d{14}_", "_*_", name) for name in names] == ["e000000_00_*_1.png", "e000002_00_*_1.png"]
+    train(*arguments[:2], "--sample_at_first", "--sample_sampler", "euler_a", "--max_train_steps", "1", output="other")
+    (other,) = (tmp_path / "other" / "sample").iterdir()
+    assert other.read_bytes() != (tmp_path / "out" / "sample" / names[0]).read_bytes()
 
 
 def test_validation_happens_when_asked_and_on_as_many_batches(train, tmp_path):
@@ -221,6 +229,59 @@ def test_gradients_are_cut_to_the_norm_asked_for(train, tmp_path):
     assert moved("--max_grad_norm", "0", "--unet_lr", "1") == pytest.approx(free / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "option"),
+    [
+        ("constant", "--lr_scheduler linear"),
+        ("linear", "--lr_warmup_steps 4"),
+        ("linear", "--lr_warmup_steps 25%"),
+        ("warmup_stable_decay", "--lr_decay_steps 5"),
+        ("cosine_with_restarts", "--lr_scheduler_num_cycles 3"),
+        ("polynomial", "--lr_scheduler_power 2"),
+        ("inverse_sqrt", "--lr_scheduler_timescale 3"),
+        ("cosine_with_min_lr --lr_scheduler_min_lr_ratio 0.1", "--lr_scheduler_min_lr_ratio 0.5"),
+        ("constant", "--lr_scheduler_type StepLR --lr_scheduler_args step_size=3"),
+        ("warmup_stable_decay --lr_decay_steps 5", "--lr_scheduler_args decay_type='linear'"),
+    ],
+)
+def test_the_schedule_follows_its_options(schedule, option):
+    def rates(arguments: str) -> list[float]:
+        options = parse_options(TrainingOptions, "test", ["--learning_rate", "0.1", *arguments.split()])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.optimizer.learning_rate)
+        scheduler = create_lr_scheduler(options.lr_scheduler, optimizer, 12)
+        found = []
+        for _ in range(12):
+            found += scheduler.get_last_lr()
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    plain = f"--lr_scheduler {schedule}"
+    assert numpy.isfinite(rates(f"{plain} {option}")).all() and rates(f"{plain} {option}") != rates(plain)
+
+
+# ---- the network ---------------------------------------------------------------------------------------------------
+
+
+def test_the_network_has_the_rank_scale_and_parts_asked_for(train, tmp_path):
+    def tensors(*arguments: str, output: str = "out") -> dict[str, torch.Tensor]:
+        train("--max_train_steps", "1", "--optimizer_type", "SGD", *arguments, output=output)
+        return load_file(tmp_path / output / "last.safetensors")
+
+    plain = tensors("--network_dim", "3", "--network_alpha", "1.5")
+    key = next(key for key in plain if key.endswith("lora_down.weight"))
+    assert plain[key].shape[0] == 3 and plain[key.replace("lora_down.weight", "alpha")] == 1.5
+    # Something is dropped, and a limit holds for every module.
+    dropped = tensors("--network_dim", "3", "--network_alpha", "1.5", "--network_dropout", "0.5")
+    assert any(not torch.equal(dropped[key], plain[key]) for key in plain)
+    assert len(tensors("--network_args", "conv_dim=2")) > len(plain)
+    limited = tensors("--learning_rate", "100", "--max_grad_norm", "0", "--scale_weight_norms", "0.01")
+    names = [key.removesuffix(".alpha") for key in limited if key.endswith(".alpha")]
+    for name in names:
+        up, down = (limited[f"{name}.lora_{part}.weight"].flatten(1) for part in ("up", "down"))
+        assert (up @ down).norm() * limited[f"{name}.alpha"] / len(down) <= 0.0101
+
+
 # ---- models, caches, precision -------------------------------------------------------------------------------------
 
 
@@ -232,6 +293,7 @@ def opened(make):
         trainer = make(*arguments, **settings)
         trainer.check_options()
         trainer.prepare_output()
+        trainer.check_network()
         trainer.start_processes()
         trainer.build_datasets()
         trainer.open_pipeline()
@@ -301,3 +363,78 @@ def test_attention_in_slices_gives_the_same_numbers(opened):
         outputs.append(trainer.pipeline.attention_backend)
     assert outputs[1::2] == ["sdpa", "sdpa", "split"]
     numpy.testing.assert_allclose(outputs[0], outputs[4], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unet", "text_encoder"),
+    [
+        ("--mixed_precision bf16", torch.bfloat16, torch.bfloat16),
+        ("--mixed_precision bf16 --fp8_base", torch.float8_e4m3fn, torch.float8_e4m3fn),
+        ("--mixed_precision bf16 --fp8_base_unet", torch.float8_e4m3fn, torch.bfloat16),
+    ],
+)
+def test_models_are_kept_in_the_format_asked_for(opened, arguments, unet, text_encoder):
+    trainer = opened(*arguments.split())
+    trainer.load_models()
+    (encoder,) = trainer.pipeline.load_text_encoders()
+    queries = trainer.transformer.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert stored(queries) == unet and stored(encoder.text_model.encoder.layers[0].mlp.fc1) == text_encoder
+
+
+def stored(layer: torch.nn.Module) -> torch.dtype:
+    """The number format of a Linear layer's weight in memory."""
+    return layer.codes.dtype if hasattr(layer, "codes") else layer.weight.dtype
+
+
+@pytest.mark.parametrize("arguments", ["", "--mixed_precision bf16", "--mixed_precision bf16 --full_bf16"])
+def test_the_network_is_trained_in_float32_unless_half_precision_is_asked_for(opened, arguments):
+    trainer = opened(*arguments.split())
+    trainer.load_models()
+    trainer.build_network()
+    expected = torch.bfloat16 if "full" in arguments else torch.float32
+    assert {parameter.dtype for parameter in trainer.network.parameters()} == {expected}
+
+
+def test_the_unet_is_checkpointed_and_compiled_when_asked_for(opened):
+    from library.memory.checkpointing import checkpoint_in_main_memory
+
+    def unet(*arguments: str):
+        trainer = opened(*arguments)
+        trainer.load_models()
+        return trainer.transformer
+
+    plain, checkpointed = unet(), unet("--gradient_checkpointing")
+    assert not plain.is_gradient_checkpointing and checkpointed.is_gradient_checkpointing
+    offloaded = unet("--gradient_checkpointing", "--cpu_offload_checkpointing").mid_block
+    assert offloaded._gradient_checkpointing_func is checkpoint_in_main_memory
+    assert plain._compiled_call_impl is None
+    assert unet("--torch_compile", "--dynamo_backend", "eager")._compiled_call_impl is not None
+    with pytest.raises(UserError, match="--dynamo_backend ofi is not there on this machine; torch itself has inductor"):
+        unet("--torch_compile", "--dynamo_backend", "ofi")
+
+
+def test_files_are_read_without_memory_maps_if_asked_for(opened, monkeypatch):
+    def refuse(*arguments, **more):
+        raise OSError
+
+    monkeypatch.setattr(numpy, "memmap", refuse)
+    opened("--disable_mmap_load_safetensors").load_models()
+    with pytest.raises(UserError, match="cannot be read"):
+        opened().load_models()
+
+
+def test_a_tokenizer_of_ones_own_is_used(opened, tiny_sd1, tmp_path):
+    folder = tmp_path / "tokenizers" / "openai_clip-vit-large-patch14"
+    shutil.copytree(tiny_sd1.parent / "tokenizer", folder)
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary["a</w>"], vocabulary["b</w>"] = vocabulary["b</w>"], vocabulary["a</w>"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    usual, own = opened(), opened("--tokenizer_cache_dir", tmp_path / "tokenizers")
+    for text, other in (("a", "b"), ("b", "a")):
+        one, two = (trainer.encode_frozen([words])["hidden_state"] for trainer, words in ((usual, text), (own, other)))
+        assert torch.equal(one, two)
+    with pytest.raises(UserError, match="--tokenizer_cache_dir"):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        opened("--tokenizer_cache_dir", tmp_path / "tokenizers")

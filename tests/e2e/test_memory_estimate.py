@@ -77,8 +77,10 @@ def measured_peak(work: Any) -> int:
         ("flux_command", "--cache_latents"),
         ("flux_command", "--cache_latents --gradient_checkpointing --network_train_unet_only"),
         ("flux_command", "--cache_latents --mixed_precision bf16 --cache_text_encoder_outputs"),
-        ("sd1_command", "--cache_latents"),
-        ("sd1_command", "--cache_latents --gradient_checkpointing --mixed_precision bf16"),
+        pytest.param("sd1_command", "--cache_latents", marks=pytest.mark.slow),
+        pytest.param(
+            "sd1_command", "--cache_latents --gradient_checkpointing --mixed_precision bf16", marks=pytest.mark.slow
+        ),
         pytest.param("sdxl_command", "--cache_latents --network_train_unet_only", marks=pytest.mark.slow),
     ],
 )
@@ -107,7 +109,7 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
     assert expected == pytest.approx(measured_peak(step), rel=0.1)
 
 
-@pytest.mark.parametrize("command", ["flux_command", "sd1_command"])
+@pytest.mark.parametrize("command", ["flux_command", pytest.param("sd1_command", marks=pytest.mark.slow)])
 def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 128 --h 64\n", encoding="utf-8")
@@ -134,7 +136,7 @@ def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
 
 
 def test_nothing_is_allocated_by_a_simulation(make_trainer):
-    trainer = make_trainer("flux_command", "")
+    trainer = make_trainer("flux_command", "--network_train_unet_only --cache_text_encoder_outputs")
 
     def simulate() -> None:
         trainer.pipeline.modules.clear()
@@ -186,6 +188,14 @@ def test_the_state_of_optimizers(optimizer_type, arguments):
     optimizer.step()
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     assert note == "" and expected == sum(t.numel() * t.element_size() for t in tensors if t.numel() > 1)
+
+
+def test_the_state_of_an_8_bit_optimizer():
+    """Two bytes per value, and two scales (float32) for each 256 of them; small parameters stay in float32."""
+    pytest.importorskip("bitsandbytes")
+    parameters = [torch.nn.Parameter(torch.rand(shape)) for shape in ((64, 128), (64, 128), (4, 128))]
+    expected, note = optimizer_state_bytes(OptimizerOptions(optimizer_type="AdamW8bit"), parameters)
+    assert (expected, note) == (2 * (2 * 8192 + 2 * 4 * 32) + 2 * 4 * 512, "")
 
 
 def test_very_large_parameters_are_measured_at_a_part(monkeypatch):

@@ -44,11 +44,16 @@ def test_the_reports_of_a_run(train, prompts, tmp_path, caplog):
     caplog.set_level("INFO")
     begin = time.time()
     arguments = ["--sample_prompts", prompts, "--sample_every_n_steps", "2", "--validation_split", "0.2"]
-    trainer = train(*arguments, "--save_state", "--save_every_n_steps", "2", "--cache_latents", "--lowram", batch_size=3)
+    trainer = train(
+        *arguments, "--save_state", "--save_every_n_steps", "2", "--cache_latents", "--lowram", batch_size=3
+    )
     wall = time.time() - begin
 
     start = start_facts(trainer)
-    assert "computing in float32, attention sdpa" in caplog.text and f"4 steps: 1 epoch of {trainer.plan.steps_per_epoch} steps" in caplog.text
+    assert (
+        "computing in float32, attention sdpa" in caplog.text
+        and f"4 steps: 1 epoch of {trainer.plan.steps_per_epoch} steps" in caplog.text
+    )
     assert sum(group.parameters for group in start.groups) == sum(p.numel() for p in trainer.parameters)
     assert "autoencoder" in start.absent and {part.name for part in start.parts} >= {"transformer", "clip_l"}
     assert start.effective_batches == [3]

@@ -261,3 +261,10 @@ def test_dora_at_multiplier_zero_is_the_base_model(train):
     assert not close(losses(trainer), untouched)
     trainer.pipeline.unload("transformer")  # it is loaded anew, without the network
     assert torch.equal(losses(trainer), untouched)
+
+
+def test_a_dry_run_plans_it_and_writes_nothing(train, tmp_path):
+    train("flux", "--network_args", "algo=lokr", steps=1, output="first")
+    file = tmp_path / "first" / "last.safetensors"
+    train("flux", "--network_args", "algo=loha", "--base_weights", file, "--dry_run", output="planned")
+    assert not (tmp_path / "planned").exists()

@@ -9,9 +9,11 @@ from typing import Literal
 
 import pytest
 
+from library.console import set_up_console
 from library.errors import UserError
 from library.options import (
     ConfigOptions,
+    ConsoleOptions,
     StepsOrRatio,
     declared_options,
     parse_options,
@@ -99,10 +101,11 @@ def test_empty_strings_and_lists_mean_unset(tmp_path):
     assert with_file(tmp_path, 'rank = ""\nsettings = []\nresolution = ""\n').example == ExampleOptions()
 
 
-def test_keys_of_front_ends_are_named_and_have_no_effect(tmp_path, caplog):
-    with caplog.at_level("INFO"):
-        assert with_file(tmp_path, 'epoch = 3\nnoise_offset_type = "Original"\nrank = 2\n').example.rank == 2
-    assert "epoch, noise_offset_type" in caplog.text
+def test_keys_of_front_ends_are_named_and_have_no_effect(tmp_path, capsys):
+    assert with_file(tmp_path, 'epoch = 3\nnoise_offset_type = "Original"\nrank = 2\n').example.rank == 2
+    assert capsys.readouterr().err == ""  # what options say about the console is only known now
+    set_up_console(ConsoleOptions())
+    assert "epoch, noise_offset_type" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -167,6 +170,17 @@ def test_output_config_writes_what_differs_and_reads_back(tmp_path):
 def test_toml_suffix_may_be_left_out(tmp_path):
     (tmp_path / "c.toml").write_text("rank = 5", encoding="utf-8")
     assert parse("--config_file", str(tmp_path / "c")).example.rank == 5
+
+
+def test_words_may_be_joined_by_hyphens_and_the_last_file_counts(tmp_path):
+    for number in (5, 6):
+        (tmp_path / f"{number}.toml").write_text(f"rank = {number}", encoding="utf-8")
+    first, second = str(tmp_path / "5.toml"), str(tmp_path / "6.toml")
+    assert parse("--config-file", first).example.rank == 5
+    assert parse(f"--config-file={first}", "--config_file", second).example.rank == 6
+    with pytest.raises(SystemExit):
+        parse("--config-file", str(tmp_path / "new.toml"), "--output-config", "--rank", "7")
+    assert (tmp_path / "new.toml").read_text(encoding="utf-8").strip() == "rank = 7"
 
 
 @pytest.mark.parametrize(("text", "value"), [("100", 100), ("0.1", 0.1), ("10%", 0.1), ("0", 0), ("5e-2", 0.05)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -86,7 +87,12 @@ def tiny_skeleton(variant: str) -> nn.Module:
 
 
 def tiny_model(variant: str, dtype: torch.dtype = torch.float32) -> Tiny:
-    """Random weights, the same each time."""
+    """Random weights, the same each time; the caller may change them."""
+    return copy.deepcopy(_made(variant, dtype))
+
+
+@cache
+def _made(variant: str, dtype: torch.dtype) -> Tiny:
     from tools.make_tiny_models import fill_randomly
     from tools.make_tiny_stable_diffusion import SHAPES, build_modules
 

@@ -26,8 +26,11 @@ def test_module_functions(module):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    ("module", "variant"),
+    [(lora, "sd1"), (lora, "sdxl"), (lora_fa, "sd2"), (dylora, "sd1"), (oft, "sdxl")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_the_trainers_own_calls_work(module, variant, tmp_path):
     tiny = tiny_model(variant)
     encoders = tiny.encoders[0] if variant == "sd1" else tiny.encoders

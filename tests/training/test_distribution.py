@@ -6,8 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
+import pytest
+
+from library.options import parse_options
 from tests.running import ROOT
+from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
 PROGRAM = """
 import torch
@@ -28,3 +33,40 @@ def test_processes_wait_for_each_other_as_long_as_asked():
     environment = os.environ | {name: str(value) for name, value in launched.items()} | {"ACCELERATE_USE_CPU": "true"}
     result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == "0:07:00", result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("arguments", "at_once"), [([], 3), (["--lowram"], 1)])
+def test_processes_load_one_after_another_if_asked_for(arguments, at_once):
+    """Threads in place of processes, with a barrier as accelerate has one."""
+    barrier, together = threading.Barrier(3), threading.Barrier(3)
+    options = parse_options(StableDiffusionTrainingOptions, "test", arguments)
+    loading: list[int] = []
+    most: list[int] = []
+
+    class Process:
+        num_processes = 3
+
+        def __init__(self, index: int) -> None:
+            self.process_index = index
+
+        def wait_for_everyone(self) -> None:
+            barrier.wait(timeout=20)
+
+    def load(index: int) -> None:
+        trainer = StableDiffusionNetworkTrainer(options)
+        trainer.accelerator = Process(index)
+        with trainer.load_in_turn():
+            loading.append(index)
+            if at_once == 3:
+                together.wait(timeout=20)
+            most.append(len(loading))
+            if at_once == 3:
+                together.wait(timeout=20)
+            loading.remove(index)
+
+    threads = [threading.Thread(target=load, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert most == [at_once] * 3

@@ -36,7 +36,7 @@ from pathlib import Path
 from library.errors import UserError
 from library.training.hub import HubOptions, Uploads, fetch_state
 for call, path, options in json.loads(sys.argv[1]):
-    options = HubOptions(**{f"huggingface_{name}": value for name, value in options.items()})
+    options = HubOptions(**options)
     try:
         if call == "fetch":
             print(fetch_state(options, path).name)
@@ -53,7 +53,9 @@ for call, path, options in json.loads(sys.argv[1]):
 
 def with_hub(*calls: tuple[str, object, dict[str, str]]) -> list[str]:
     """What each call answers in a program that was started after the hub (its address is read at import)."""
-    given = json.dumps([(call, str(path), {"token": "hf_secret", **options}) for call, path, options in calls])
+    given = json.dumps(
+        [(call, str(path), {"huggingface_token": "hf_secret", **options}) for call, path, options in calls]
+    )
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, given], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -64,11 +66,35 @@ def test_repositories_are_private_unless_they_shall_be_public(hub, tmp_path):
     file = tmp_path / "cat.safetensors"
     file.write_bytes(b"abc")
     answers = with_hub(
-        ("upload", file, {"repo_id": "me/hidden"}),
-        ("upload", file, {"repo_id": "me/shown", "repo_visibility": "public", "path_in_repo": "/a/b/"}),
-        ("upload", file, {"repo_id": "me/pictures", "repo_visibility": "private", "repo_type": "dataset"}),
-        ("upload", file, {"repo_id": "me/room", "repo_type": "space"}),
-        ("upload", file, {"repo_id": "me/hidden", "repo_visibility": "public", "path_in_repo": "again"}),
+        ("upload", file, {"huggingface_repo_id": "me/hidden"}),
+        (
+            "upload",
+            file,
+            {
+                "huggingface_repo_id": "me/shown",
+                "huggingface_repo_visibility": "public",
+                "huggingface_path_in_repo": "/a/b/",
+            },
+        ),
+        (
+            "upload",
+            file,
+            {
+                "huggingface_repo_id": "me/pictures",
+                "huggingface_repo_visibility": "private",
+                "huggingface_repo_type": "dataset",
+            },
+        ),
+        ("upload", file, {"huggingface_repo_id": "me/room", "huggingface_repo_type": "space"}),
+        (
+            "upload",
+            file,
+            {
+                "huggingface_repo_id": "me/hidden",
+                "huggingface_repo_visibility": "public",
+                "huggingface_path_in_repo": "again",
+            },
+        ),
     )
     assert answers == ["done"] * 5
     assert hub.visibility == {
@@ -86,7 +112,7 @@ def test_repositories_are_private_unless_they_shall_be_public(hub, tmp_path):
 def test_what_the_hub_refuses_is_one_sentence(hub, monkeypatch):
     hub.repositories["me/lora"] = {"a/cat-state/train_state.json": b"{}", "other.txt": b""}
     wrong_token, no_state, no_repository, state = with_hub(
-        ("upload", "x", {"repo_id": "me/lora", "token": "hf_wrong"}),
+        ("upload", "x", {"huggingface_repo_id": "me/lora", "huggingface_token": "hf_wrong"}),
         ("fetch", "me/lora/a/dog-state", {}),
         ("fetch", "me/nothing/a/cat-state", {}),
         ("fetch", "me/lora/a/cat-state:main:model", {}),
@@ -97,7 +123,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub, monkeypatch):
     assert state == "cat-state"
     assert hub.refused[0] == "/api/repos/create"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    (nobody,) = with_hub(("upload", "x", {"repo_id": "me/lora"}))
+    (nobody,) = with_hub(("upload", "x", {"huggingface_repo_id": "me/lora"}))
     assert nobody.startswith("--huggingface_repo_id me/lora: ")
 
 

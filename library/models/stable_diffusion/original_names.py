@@ -1,8 +1,8 @@
 """The layers of a diffusers U-Net in the module tree of the original (LDM) code.
 
-LoRA files for SDXL name modules by their paths in the original code, and so do the tables by which network modules find
-their targets: classes called Transformer2DModel, ResnetBlock2D, Downsample2D and Upsample2D. What is changed through the
-tree (a layer's forward, a weight) is changed in the diffusers model, since the layers are the same objects.
+LoRA files for SDXL name modules by their paths in the original code, and network modules find their targets by classes
+that are called Transformer2DModel, ResnetBlock2D, Downsample2D and Upsample2D. What is changed through the tree (a
+layer's forward, a weight) is changed in the diffusers model, since the layers are the same objects.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def under_original_names(unet: Any) -> OriginalUNet:
     """A module tree that holds the very layers of ``unet``, diffusers' UNet2DConditionModel, under LDM paths.
 
     ``input_blocks.4.1.transformer_blocks.0.attn1.to_q``, ``input_blocks.3.0.op``, ``output_blocks.2.2.conv``,
-    ``middle_block.0.in_layers.2``, ``time_embed.0``, ``label_emb.0.0``, ``out.2``; below a Transformer2DModel both trees
-    have the same names. The tree is for finding layers: it cannot be called, and is no part of the U-Net's state.
+    ``middle_block.0.in_layers.2``, ``time_embed.0``, ``label_emb.0.0``, ``out.2``; below a Transformer2DModel both
+    trees have the same names. The tree is for finding layers: it cannot be called, and is no part of the U-Net's state.
     """
     return OriginalUNet(unet)
 

@@ -44,7 +44,8 @@ def plan_of(run: TrainingStep) -> Plan:
     problem = _build(run, simulation)
     start = None if problem else start_facts(run)
     rates, rate_note = ({}, "unknown") if problem else learning_rates(run)
-    network_bytes, state_bytes, phases, notes = None, None, [], _in_memory(caches)
+    network_bytes, state_bytes, phases = None, None, []
+    notes = [*_in_memory(caches), _free_memory(run.accelerator.device)]
     if not problem:
         optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, run.parameters)
         network_bytes, state_bytes = _file_sizes(run, optimizer_bytes)
@@ -68,6 +69,7 @@ def plan_of(run: TrainingStep) -> Plan:
         free_bytes=shutil.disk_usage(nearest_folder(run.output.folder)).free,
         phases=phases,
         device=str(run.accelerator.device),
+        processes=run.accelerator.num_processes,
         memory_notes=notes,
         no_effect=run.no_effect,
         seconds=time.time() - run.process_started_at,
@@ -147,6 +149,19 @@ def _in_memory(caches: list[CachePlan]) -> list[str]:
     """What is kept in main memory for the whole run."""
     held = [f"{plan.name} {size_text(plan.bytes)}" for plan in caches if plan.in_memory and plan.bytes]
     return [f"main memory besides: {', '.join(held)}"] if held else []
+
+
+def _free_memory(device: Any) -> str:
+    """What the device has, and how much of that is free now."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return f"{device} has {size_text(total)}, of which {size_text(free)} are free now"
 
 
 def _file_sizes(run: TrainingStep, optimizer_bytes: int) -> tuple[int, int]:

@@ -232,7 +232,9 @@ def _state_sizes(options: Any, shapes: Sequence[tuple[int, ...]]) -> list[float]
     import torch
 
     rows = [max(1, min(shape[0], LARGEST_MEASURED // math.prod(shape[1:]))) if shape else 1 for shape in shapes]
-    parameters = [torch.nn.Parameter(torch.full((count, *shape[1:]), 1e-3)) for count, shape in zip(rows, shapes)]
+    # Each shape twice, so that look-up tables which parameters share are told from what is a parameter's own.
+    sizes = [(count, *shape[1:]) for count, shape in zip(rows, shapes) for _ in range(2)]
+    parameters = [torch.nn.Parameter(torch.full(size, 1e-3)) for size in sizes]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer = create_optimizer(options, parameters).optimizer
@@ -241,7 +243,7 @@ def _state_sizes(options: Any, shapes: Sequence[tuple[int, ...]]) -> list[float]
     times = Counter(id(value) for state in states for value in state)
     return [
         sum(_bytes(value) for value in state if times[id(value)] == 1) * (shape[0] if shape else 1) / count
-        for state, shape, count in zip(states, shapes, rows)
+        for state, shape, count in zip(states[::2], shapes, rows)
     ]
 
 

@@ -76,6 +76,7 @@ class Plan:
     """On the disk of the output folder."""
     phases: Sequence[MemoryPhase]
     device: str
+    processes: int
     memory_notes: Sequence[str]
     no_effect: Sequence[str]
     seconds: float
@@ -174,9 +175,10 @@ def _memory_lines(plan: Plan) -> list[str]:
         for phase in plan.phases
     ]
     reasons = [f"{phase.name}: unknown because of {phase.reason}" for phase in plan.phases if phase.activations is None]
-    place = f"of tensors on {plan.device}, at the peak of each phase, for the largest batch; an estimate: libraries, "
+    each = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
     return [
-        f"{place}driver and fragmentation come on top",
+        f"an estimate: tensors{each} on {plan.device} at the peak of each phase, with the largest batch;",
+        "libraries, the driver, fragmentation and what kernels need inside them come on top",
         *(table([head, *rows]) if rows else [f"unknown ({plan.problem})"]),
         *reasons,
         *plan.memory_notes,

@@ -59,6 +59,7 @@ class NetworkTrainer(RunOutputs):
         self.open_pipeline()
         if self.options.preflight.dry_run:
             return self.show_plan()
+        self.check_network_files()
         self.prepare_uploads()
         with self.clock.part("caching"):
             self.cache_latents()
@@ -271,6 +272,12 @@ class NetworkTrainer(RunOutputs):
         plan = plan_of(self)
         if self.accelerator.is_main_process:
             say("\n".join(plan_lines(plan)))
+
+    def check_network_files(self) -> None:
+        """See that the LoRA files which training begins with fit the model. Raises UserError."""
+        from library.training.dry_run import try_network_files
+
+        try_network_files(self)
 
     def show_dataset(self) -> None:
         """``--debug_dataset``: the contact sheet ``{output_name}.dataset.html``, lines, windows where there are any."""

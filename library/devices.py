@@ -58,7 +58,7 @@ def default_device() -> torch.device:
 
 
 def place(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """``module.to(device, dtype)``, also for the tensors of ``library.training.simulation``, which torch cannot move."""
+    """``module.to(device, dtype)``, also for tensors of ``library.training.simulation``, which torch cannot move."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 

@@ -58,6 +58,7 @@ PAGES = (
     _tool("svd_merge_lora", "SvdMergeOptions"),
     _tool("resize_lora", "ResizeLoraOptions"),
     _tool("extract_lora_from_models", "ExtractLoraOptions"),
+    _tool("extract_lora_from_dylora", "ExtractFromDyloraOptions"),
 )
 HEAD = "| option | value | default | meaning |\n|---|---|---|---|"
 

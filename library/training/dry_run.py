@@ -9,9 +9,10 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from library.console import LOGGER, silence
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.files import nearest_folder
@@ -39,9 +40,12 @@ def plan_of(run: TrainingStep) -> Plan:
     """The plan. Raises UserError for mistakes that show when the network and the optimizer are built."""
     latents, texts = run.open_latent_caches(), run.open_text_caches()
     caches = [*_cache_plans("latent cache", latents), *_cache_plans("text encoder cache", texts)]
-    run.pipeline.load_tokenizers()  # their files are real
+    missing = [any(cache.missing for cache in group) for group in (latents, texts)]
+    encodes_text = not run.cache_text or missing[1] or bool(run.samples.prompts)
+    encoders = run.pipeline.encoders if encodes_text else run.trained_encoders
+    run.pipeline.load_tokenizers(encoders)  # their files are real
     simulation = Simulation(run.pipeline)
-    problem = _build(run, simulation)
+    problem = _build(run, simulation, encoders)
     start = None if problem else start_facts(run)
     rates, rate_note = ({}, "unknown") if problem else learning_rates(run)
     network_bytes, state_bytes, phases = None, None, []
@@ -51,7 +55,7 @@ def plan_of(run: TrainingStep) -> Plan:
         network_bytes, state_bytes = _file_sizes(run, optimizer_bytes)
         notes += [note] if note else []
         with simulation.running():
-            phases = memory_phases(run, optimizer_bytes, *(any(c.missing for c in group) for group in (latents, texts)))
+            phases = memory_phases(run, optimizer_bytes, *missing)
     length = run.plan
     return Plan(
         start=start,
@@ -76,12 +80,12 @@ def plan_of(run: TrainingStep) -> Plan:
     )
 
 
-def _build(run: TrainingStep, simulation: Simulation) -> str:
+def _build(run: TrainingStep, simulation: Simulation, encoders: Collection[str]) -> str:
     """Build the network, the optimizer and the schedule; returns what kept them from being built, if anything did."""
     with simulation.running():
         run.load_models()
         run.pipeline.load_autoencoder()
-        run.pipeline.load_text_encoders(run.pipeline.encoders)
+        run.pipeline.load_text_encoders(encoders)
     try:
         run.make_network()  # outside, because it may read files of its own
         with simulation.running():
@@ -94,6 +98,31 @@ def _build(run: TrainingStep, simulation: Simulation) -> str:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     run.check_saved_state()
     return ""
+
+
+def try_network_files(run: TrainingStep) -> None:
+    """Let the network take the files of ``--network_weights`` and ``--base_weights`` before any model is loaded.
+
+    Raises UserError when they don't fit. What can only be seen with numbers shows when the network is really built.
+    """
+    network = run.options.network
+    if not network.network_weights and not network.base_weights:
+        return
+    encoders = run.pipeline.encoders if network.base_weights and not run.cache_text else run.trained_encoders
+    run.pipeline.load_tokenizers(encoders)
+    simulation = Simulation(run.pipeline)
+    try:
+        with silence():
+            with simulation.running():
+                run.load_models()
+                run.pipeline.load_text_encoders(encoders)
+            run.make_network()
+    except UserError:
+        raise
+    except Exception as error:  # as in _build
+        LOGGER.debug("the files of the network were not tried: %s", error)
+    finally:
+        run.pipeline.modules.clear()
 
 
 def learning_rates(run: TrainingStep) -> tuple[dict[str, list[tuple[int, float]]], str]:

@@ -47,11 +47,11 @@ def memory_phases(run: TrainingStep, optimizer_bytes: int, latents: bool, texts:
     ``latents`` and ``texts``: whether anything has to be cached.
     """
     weights = {part: module_bytes(module) for part, module in run.pipeline.modules.items()}
-    encoders, stay = set(run.pipeline.encoders), run.options.model.highvram
+    encoders, stay = weights.keys() & set(run.pipeline.encoders), run.options.model.highvram
     network = module_bytes(run.network)
     largest = largest_batch(run.train_group)
     needed = {image_model(run.pipeline)}
-    if stay or not run.latents_are_cached:
+    if not run.latents_are_cached or (stay and latents):
         needed.add("autoencoder")
     needed |= encoders if stay or not run.cache_text else set(run.trained_encoders)
     phases = []

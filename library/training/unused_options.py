@@ -74,7 +74,7 @@ def _saving(options: Any) -> Iterator[Rule]:
     uploads += [] if hub.resume_from_huggingface else ["huggingface_token"]
     yield not hub.huggingface_repo_id, "without --huggingface_repo_id", uploads
     no_states = not (saving.save_state or saving.save_state_on_train_end)
-    yield no_states, "without --save_state", ["save_state_to_huggingface"]
+    yield no_states, "without --save_state or --save_state_on_train_end", ["save_state_to_huggingface"]
 
 
 def _network(options: Any) -> Iterator[Rule]:

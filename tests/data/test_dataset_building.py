@@ -496,9 +496,7 @@ class TestImageInfoCache:
 
         def make(**general):
             opened = []
-            monkeypatch.setattr(
-                image_check, "look_at", lambda path: (opened.append(path.name), original(path))[1]
-            )
+            monkeypatch.setattr(image_check, "look_at", lambda path: (opened.append(path.name), original(path))[1])
             group, validation = build(folder, general=buckets | {"cache_info": True} | general)
             items = group.items + (validation.items if validation else [])
             return {item.path.name: (item.size, item.caption) for item in items}, sorted(opened)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 from PIL import Image
 
@@ -11,8 +13,18 @@ from library.data.config_file import DatasetTable
 from library.data.options import DatasetOptions
 from library.data.unused_keys import KEY_OF_OPTION
 from library.errors import UserError
-from library.options import parse_options
-from library.training.training_options import TrainingOptions
+from library.options import ConfigOptions, parse_options
+from library.training.validation import ValidationOptions
+
+
+@dataclass
+class DataOptions:
+    """The groups of the scripts that are about data."""
+
+    config: ConfigOptions = field(default_factory=ConfigOptions)
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+
 
 SAME = {
     # option, as written on the command line: as written in [[datasets]]
@@ -56,7 +68,7 @@ SAME = {
 def resolve(tmp_path):
     """The datasets of a command line beside a configuration with these lines in [[datasets]]."""
 
-    def run(arguments: str = "", lines: str = "", subset: str = "", script=TrainingOptions):
+    def run(arguments: str = "", lines: str = "", subset: str = "", script=DataOptions):
         file = tmp_path / "set.toml"
         size = "" if "resolution" in arguments + lines else "resolution = 64\n"
         text = f"[[datasets]]\n{size}{lines}\n[[datasets.subsets]]\nimage_dir = 'x'\n{subset}"
@@ -195,7 +207,7 @@ def test_folders_named_on_the_command_line_say_their_repeats_themselves(tmp_path
         Image.new("RGB", (64, 64)).save(tmp_path / name / "0.png")
     arguments = ["--train_data_dir", str(tmp_path / "train"), "--reg_data_dir", str(tmp_path / "reg")]
     arguments += ["--resolution", "64", "--dataset_repeats", "7", "--prior_loss_weight", "0.5", "--alpha_mask"]
-    options = parse_options(TrainingOptions, "test", arguments)
+    options = parse_options(DataOptions, "test", arguments)
     with caplog.at_level("INFO"):
         group, _ = build_dataset_groups(options.dataset, bucket_divisor=32)
     assert said(caplog) == {"beside the names of the folders": "--dataset_repeats"}
@@ -208,7 +220,7 @@ def test_a_metadata_file_takes_repeats_and_no_regularisation_folder(tmp_path, ca
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "meta.json").write_text('{"a.png": {"caption": "x"}}', encoding="utf-8")
     arguments = ["--train_data_dir", str(tmp_path), "--in_json", str(tmp_path / "meta.json"), "--resolution", "64"]
-    options = parse_options(TrainingOptions, "test", [*arguments, "--dataset_repeats", "3", "--reg_data_dir", "r"])
+    options = parse_options(DataOptions, "test", [*arguments, "--dataset_repeats", "3", "--reg_data_dir", "r"])
     with caplog.at_level("INFO"):
         group, _ = build_dataset_groups(options.dataset, bucket_divisor=32)
     assert group.sample_count == 3 and said(caplog) == {"beside --in_json": "--reg_data_dir"}

@@ -171,7 +171,7 @@ def test_samples_are_drawn_at_the_ends_of_epochs_by_the_sampler_asked_for(train,
 def test_validation_happens_when_asked_and_on_as_many_batches(train, tmp_path):
     arguments = ["--validation_split", "0.5", "--learning_rate", "1e-9", "--log_with", "tensorboard", "--logging_dir"]
     first = [*arguments, tmp_path / "logs", "--log_prefix", "cat-", "--log_tracker_name", "mine", "--log_config"]
-    first += ["--validation_seed", "3", "--max_train_epochs", "3", "--validate_every_n_epochs", "2"]
+    first += ["--validation_seed", "3", "--max_train_epochs", "2", "--validate_every_n_epochs", "2"]
     train(*first, "--validate_every_n_steps", "4")
     (run,) = (tmp_path / "logs").iterdir()
     assert re.fullmatch(r"cat-\d{14}", run.name)

@@ -43,7 +43,8 @@ SMALL_TOML = {
     "max_train_epochs": "2",
     "lr_warmup_steps": "1",
 }
-SMALL_PROMPT = {r"--([wh]) \d+": r"--\1 64", r"--s \d+": "--s 2"}
+SMALL_PROMPT = {r"--([wh]) \d+": r"--\1 64", r"--d (\d+)": r"--d \1 --s 2"}
+"""The first of repeated options counts."""
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
+from library.models.flux.pipeline import FluxPipeline
 from library.options import parse_options
 from library.safetensors_io import SafetensorsCheckpoint
 from library.training.dry_run import plan_of
@@ -153,6 +155,18 @@ def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_comman
     assert not any(phase.name.startswith("caching") for phase in again.phases)
 
 
+def test_text_encoders_are_not_asked_for_where_all_captions_are_cached(
+    plan_only, make_trainer, flux_command, monkeypatch
+):
+    arguments = [*flux_command, "--max_train_steps", "1", "--network_train_unet_only"]
+    arguments.append("--cache_text_encoder_outputs_to_disk")
+    make_trainer(FLUX, *arguments).train()
+    monkeypatch.setattr(FluxPipeline, "_tokenizer", lambda self, encoder: pytest.fail("a tokenizer was looked for"))
+    plan = plan_only(FLUX, *arguments)
+    assert plan.start is not None and list(plan.start.absent) == ["clip_l", "t5xxl"]
+    assert [phase.name for phase in plan.phases if phase.activations is None] == []
+
+
 @pytest.mark.parametrize(
     ("family", "command", "arguments", "modules"),
     [
@@ -229,6 +243,27 @@ def test_weights_of_a_file_are_checked_against_the_model(plan_only, make_trainer
     assert sum(group.parameters for group in plan.start.groups) * 2 == sum(
         group.parameters for group in plan_only(FLUX, *flux_command, "--max_train_steps", "1").start.groups
     )
+
+
+def test_a_run_tries_weights_before_it_loads_the_model(make_trainer, flux_command, tmp_path, monkeypatch):
+    make_trainer(FLUX, *flux_command, "--max_train_steps", "1", "--network_dim", "2").train()
+    first = tmp_path / "first.safetensors"
+    shutil.move(tmp_path / "out" / "last.safetensors", first)
+    arguments = [*flux_command, "--max_train_steps", "1", "--cache_latents", "--network_weights", first]
+    stored = SafetensorsCheckpoint._stored
+
+    def only_networks(self: SafetensorsCheckpoint, key: str) -> Any:
+        assert key.startswith("lora_"), f"{key} was read before the network's file was tried"
+        return stored(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsCheckpoint, "_stored", only_networks)
+        with pytest.raises(UserError, match=r"first\.safetensors.*rank 2"):
+            make_trainer(FLUX, *arguments).train()
+    trainer = make_trainer(FLUX, *arguments, "--base_weights", first, "--network_dim", "2")
+    trainer.train()
+    assert trainer.position.step == 1
+    assert all(type(p.data) is torch.Tensor for p in trainer.network.parameters())
 
 
 def test_a_network_that_looks_at_numbers_is_unknown_but_no_error(plan_only, flux_command, tmp_path, monkeypatch):

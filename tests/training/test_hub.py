@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.training.hub import check_hub_options
 from library.training.run_options import HubOptions
 from tests.hub_server import HubServer
-from tests.running import ROOT, launch
+from tests.running import ROOT
 
 
 @pytest.fixture
@@ -148,26 +148,39 @@ def test_a_misspelt_visibility_keeps_a_repository_private(caplog):
     assert "--huggingface_repo_visibility pubilc: a new repository is made private" in caplog.text
 
 
+TRAINING = """
+import json, sys
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from library.console import set_up_console
+from library.options import parse_options
+from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
+for arguments in json.loads(sys.argv[1]):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    options = parse_options(StableDiffusionTrainingOptions, "test", arguments)
+    set_up_console(options.console)
+    StableDiffusionNetworkTrainer(options).train()
+"""
+
+
 def test_a_run_uploads_in_the_background_and_another_goes_on_from_there(hub, sd1_command, dataset_toml, tmp_path):
     common = [*sd1_command, "--dataset_config", dataset_toml(resolution=64, bucket_reso_steps=64)]
     common += ["--network_train_unet_only", "--max_train_steps", "4", "--huggingface_token", hub.token, "--no_report"]
-    arguments = ["--output_dir", tmp_path / "a", "--save_every_n_steps", "2", "--save_state", "--async_upload"]
-    arguments += ["--huggingface_repo_id", "me/lora", "--huggingface_path_in_repo", "loras"]
-    # The hub takes nothing before the run is at its end, and one file never.
+    first = [*common, "--output_dir", tmp_path / "a", "--save_every_n_steps", "2", "--save_state", "--async_upload"]
+    first += ["--huggingface_repo_id", "me/lora", "--huggingface_path_in_repo", "loras", "--save_state_to_huggingface"]
+    second = [*common, "--output_dir", tmp_path / "b", "--resume", "me/lora/loras/at-step00000002-state"]
+    # The hub takes nothing before the first run is at its end, and one file never.
     hub.hold = (tmp_path / "a" / "at-step00000004-state").is_dir
     hub.unwanted = "at-step00000004.safetensors"
-    first = launch("train_network.py", *common, *arguments, "--save_state_to_huggingface", accelerate=False)
-    assert first.returncode == 0, first.stderr[-2000:]
-    assert "at-step00000004.safetensors could not be uploaded" in first.stderr and "Traceback" not in first.stderr
+    given = json.dumps([[str(value) for value in run] for run in (first, [*second, "--resume_from_huggingface"])])
+    result = subprocess.run([sys.executable, "-c", TRAINING, given], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "at-step00000004.safetensors could not be uploaded" in result.stderr and "Traceback" not in result.stderr
     written = {p.relative_to(tmp_path / "a").as_posix(): p for p in (tmp_path / "a").rglob("*") if p.is_file()}
     expected = {f"loras/{name}": path.read_bytes() for name, path in written.items() if name != hub.unwanted}
     assert hub.repositories["me/lora"] == expected and "loras/last-state/train_state.json" in expected
     assert hub.visibility["me/lora"] == "private" and hub.most_at_once == 1
-    hub.hold = lambda: True
-    arguments = ["--output_dir", tmp_path / "b", "--resume", "me/lora/loras/at-step00000002-state"]
-    second = launch("train_network.py", *common, *arguments, "--resume_from_huggingface", accelerate=False)
-    assert second.returncode == 0, second.stderr[-2000:]
-    assert "step 2, epoch 1" in second.stderr
+    assert "step 2, epoch 1" in result.stderr
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"last.safetensors"}
     one, two = (load_file(Path(tmp_path, name, "last.safetensors")) for name in "ab")
     assert all((two[key] == tensor).all() for key, tensor in one.items())

@@ -1,4 +1,4 @@
-"""Activation checkpointing whose kept activations lie in main memory."""
+"""Activation checkpointing: with what is kept in main memory, and in models of transformers."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def checkpoint_in_main_memory(module: Callable[..., Any], *inputs: Any) -> Any:
     on_accelerator = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
     with torch.autograd.graph.save_on_cpu(pin_memory=on_accelerator):
         return checkpoint(module, *inputs, use_reentrant=False)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Switch on checkpointing in a model of transformers, which has renamed the method."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory.checkpointing import checkpoint_layers
 from library.memory.fp8 import NumberFormat
 from library.models.loading import Origin, TensorSource, load_module
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
@@ -56,7 +57,7 @@ class ClipTextEncoder(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Active while the module is in train mode, which changes nothing else: there is no dropout."""
-        self.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(self.text_model)
 
     def forward(self, tokens: Tensor, end_of_text: int) -> Tensor:
         """Pooled text [batch, hidden] of ``tokens`` [batch, length]: the final state at the first ``end_of_text``.

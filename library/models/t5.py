@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory.checkpointing import checkpoint_layers
 from library.memory.fp8 import BlocksInFp8, NumberFormat
 from library.models.loading import Origin, TensorSource, load_module
 from library.models.recognition import T5_PREFIXES, refuse_unless
@@ -45,7 +46,7 @@ class T5TextEncoder(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Active while the module is in train mode, which changes nothing else: there is no dropout."""
-        self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(self.encoder)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The last hidden state [batch, length, width] of ``tokens`` [batch, length].

@@ -156,16 +156,16 @@ def _structure(file: IO[bytes], head: bytes, length: int) -> Look | None:
 
 
 def _decoded(path: Path, look: Look | None) -> Look:
-    """What Pillow says after decoding every pixel. Raises what it raises, or UserError for a file that was cut."""
+    """What Pillow says after decoding every pixel. Raises UserError for a file that cannot be decoded or was cut."""
     try:
         with open_image(path) as image:
             if look is not None or not _boxes_fill_file(path):
                 image.load()
             return Look(image.size, _traits_of(image) | (Trait.CUT if look else Trait.NONE), True)
-    except (UserError, OSError, SyntaxError, ValueError):
-        if look is None:
-            raise
-        raise UserError("the file ends too early: it is truncated") from None
+    except Exception as error:  # for damaged bytes each decoder raises what it likes
+        if look is not None:
+            raise UserError("the file ends too early: it is truncated") from None
+        raise error if isinstance(error, UserError) else UserError(reason(error)) from None
 
 
 def _too_large(size: Size) -> str | None:

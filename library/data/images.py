@@ -70,7 +70,7 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: there is no such image.") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image in a known format.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # for damaged bytes each decoder raises what it likes
         raise UserError(f"{path}: cannot read the image ({reason(error)}).") from None
 
 
@@ -79,8 +79,6 @@ def read_image(path: Path, *, alpha: bool = False) -> tuple[Image.Image, Image.I
 
     Transparent pixels keep the colour they have in the file. Raises UserError naming the file.
     """
-    from PIL import Image
-
     with open_image(path) as opened:
         image = opened
         try:
@@ -89,7 +87,7 @@ def read_image(path: Path, *, alpha: bool = False) -> tuple[Image.Image, Image.I
             if not alpha and not (image.mode == "P" and "transparency" in image.info):  # Pillow warns of such palettes
                 return image.convert("RGB"), None
             rgba = image.convert("RGBA")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # as in open_image
             raise UserError(f"{path}: cannot read the image ({reason(error)}).") from None
     return rgba.convert("RGB"), rgba.getchannel("A") if alpha else None
 

@@ -125,6 +125,17 @@ def test_damaged_headers_never_crash_the_check(tmp_path_factory, name, data):
     assert isinstance(look_at(path), Look | str)
 
 
+def test_whatever_a_decoder_raises_is_a_reason(tmp_path):
+    """Pillow's AVIF decoder raises RuntimeError."""
+    content = bytearray(SOUND["RGB.avif"])
+    damaged = 0
+    for position in range(min(len(content), 400)):
+        path = tmp_path / "damaged.avif"
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0x93]) + content[position + 1 :])
+        damaged += isinstance(look_at(path), str)
+    assert damaged > 20
+
+
 def test_data_after_the_end_is_no_damage(tmp_path):
     """Phones append videos and further pictures."""
     for name in ("RGB.png", "RGB.jpg", "photograph.jpg", "RGB.webp", "RGB.bmp"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,3 +52,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def trainer_class(family: str) -> Any:
+    """The trainer of ``flux``, ``sdxl``, or else of Stable Diffusion 1.x and 2.x; imported only now."""
+    if family == "flux":
+        return importlib.import_module("flux_train_network").FluxNetworkTrainer
+    if family == "sdxl":
+        return importlib.import_module("sdxl_train_network").SdxlNetworkTrainer
+    return importlib.import_module("train_network").StableDiffusionNetworkTrainer

@@ -17,6 +17,7 @@ from library.options import parse_options
 from library.safetensors_io import model_hash
 from library.training.lycoris_networks import LycorisModule, quiet_imports
 from library.training.step_inputs import ItemDraws
+from tests.running import trainer_class
 
 quiet_imports()
 lycoris = pytest.importorskip("lycoris.kohya", reason="lycoris-lora is in requirements-dev.txt")
@@ -44,14 +45,6 @@ PREFIXES = {
         "lora_unet_single_blocks_0_linear1",
     ),
 }
-
-
-def trainer_class(family: str) -> Any:
-    if family == "flux":
-        return importlib.import_module("flux_train_network").FluxNetworkTrainer
-    if family == "sdxl":
-        return importlib.import_module("sdxl_train_network").SdxlNetworkTrainer
-    return importlib.import_module("train_network").StableDiffusionNetworkTrainer
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.errors import UserError
 from library.options import parse_options
-from tests.running import launch
+from tests.running import launch, trainer_class
 from tools.cache_run import run_tool
 
 SUFFIXES = {
@@ -22,14 +22,6 @@ SUFFIXES = {
     "flux": ("_flux.npz", "_flux_te.npz"),
 }
 SWITCHES: dict[str, list[str]] = {"sd1": [], "sdxl": ["--sdxl"], "flux": ["--flux"]}
-
-
-def trainer_class(family: str) -> Any:
-    if family == "flux":
-        return importlib.import_module("flux_train_network").FluxNetworkTrainer
-    if family == "sdxl":
-        return importlib.import_module("sdxl_train_network").SdxlNetworkTrainer
-    return importlib.import_module("train_network").StableDiffusionNetworkTrainer
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from library.console import run_script, say, set_up_console
 from library.errors import UserError
 from library.options import ConsoleOptions, parse_options
-from networks.tool_options import check_output, check_rank
+from networks.lora_tools.options import check_output, check_rank
 
 if TYPE_CHECKING:
     from networks.lora_file import LoRAWeights
@@ -60,8 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     save_to = check_output(options.save_to, [options.model])
 
     from networks.lora_file import state_dict_of, write_file
-    from networks.lora_metadata import network_entries
-    from networks.named_lora import NamedLoRA
+    from networks.lora_tools.metadata import network_entries
+    from networks.lora_tools.named_lora import NamedLoRA
 
     lora = NamedLoRA(options.model, "--model")
     modules = {name: lora.load(name) for name in lora.modules}

@@ -15,7 +15,7 @@ from library.console import run_script, set_up_console
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.options import ConsoleOptions, parse_options
-from networks.tool_options import (
+from networks.lora_tools.options import (
     Precision,
     check_clamp_quantile,
     check_output,
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     models, lora = options.models, options.lora
     save_to = check_options(models, lora)
     from library.models.stable_diffusion.checkpoint import open_stable_diffusion
-    from networks.lora_extraction import Comparison, Extraction, extract, layer_pairs
+    from networks.lora_tools.extraction import Comparison, Extraction, extract, layer_pairs
 
     device = parse_device(lora.device)
     comparison = Comparison(
@@ -142,7 +142,7 @@ def extracted_metadata(
 ) -> dict[str, str]:
     """The metadata of the new file, without hashes."""
     from library.modelspec import standard_entries
-    from networks.lora_metadata import network_entries, with_modelspec
+    from networks.lora_tools.metadata import network_entries, with_modelspec
 
     told = tuned.variant == "sd2" if tuned.predicts_v is None else tuned.predicts_v
     predicts_v = options.models.v_parameterization or told

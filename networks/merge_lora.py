@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from library.console import run_script, set_up_console, warn
 from library.options import ConsoleOptions, parse_options
-from networks.tool_options import MergeFiles, MergeForm, MergeNumbers
+from networks.lora_tools.options import MergeFiles, MergeForm, MergeNumbers
 
 
 @dataclass
@@ -39,9 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the options, check the files, merge."""
     options = parse_options(MergeLoraOptions, __doc__ or "", arguments)
     set_up_console(ConsoleOptions())
-    from networks.lora_merging import concatenated, exact_sum
-    from networks.merge_run import MergeRun
-    from networks.named_lora import SD
+    from networks.lora_tools.merging import concatenated, exact_sum
+    from networks.lora_tools.named_lora import SD
+    from networks.lora_tools.stable_diffusion_merge import MergeRun
 
     target, form = options.target, options.form
     run = MergeRun(options.files, options.numbers, [SD])

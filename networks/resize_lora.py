@@ -15,7 +15,7 @@ from library.console import run_script, set_up_console
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.options import ConsoleOptions, parse_options
-from networks.tool_options import Precision, check_output, check_rank, parse_device, refuse_overflow, tell_saved
+from networks.lora_tools.options import Precision, check_output, check_rank, parse_device, refuse_overflow, tell_saved
 
 
 @dataclass
@@ -66,8 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--model needs the LoRA file to resize.")
     save_to = check_output(files.save_to, [files.model])
     from networks.lora_file import write_file
-    from networks.lora_resizing import NewRank, module_report, resized, resized_metadata, resized_tensors
-    from networks.named_lora import NamedLoRA
+    from networks.lora_tools.named_lora import NamedLoRA
+    from networks.lora_tools.resizing import NewRank, module_report, resized, resized_metadata, resized_tensors
 
     lora = NamedLoRA(files.model, "--model")
     new_rank = NewRank(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from library.console import run_script, set_up_console
 from library.options import ConsoleOptions, parse_options
-from networks.tool_options import (
+from networks.lora_tools.options import (
     BlockWeightOptions,
     MergeFiles,
     MergeNumbers,
@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     check_rank(svd.new_rank, "--new_rank")
     check_rank(svd.new_conv_rank, "--new_conv_rank")
     check_clamp_quantile(svd.clamp_quantile)
-    from networks.lora_merging import sum_of_rank
-    from networks.merge_run import MergeRun
-    from networks.named_lora import SD, SDXL
+    from networks.lora_tools.merging import sum_of_rank
+    from networks.lora_tools.named_lora import SD, SDXL
+    from networks.lora_tools.stable_diffusion_merge import MergeRun
 
     run = MergeRun(options.files, options.numbers, [SD, SDXL], options.block_weights.lbws)
     combine = sum_of_rank(svd.new_rank, svd.new_conv_rank or svd.new_rank, svd.clamp_quantile)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from networks.lora_arithmetic import (
+from networks.lora_file import LoRAWeights
+from networks.lora_tools.arithmetic import (
     RANK_METHODS,
     clamp_limit,
     compacted,
@@ -23,7 +24,6 @@ from networks.lora_arithmetic import (
     truncated,
     with_storable_alpha,
 )
-from networks.lora_file import LoRAWeights
 
 
 def module(out=9, rest=(7,), rank=3, alpha=2.0, seed=0) -> LoRAWeights:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from networks import merge_lora, sdxl_merge_lora, svd_merge_lora
-from networks.block_weights import BLOCKS, PRESETS, block_of
+from networks.lora_tools.block_weights import BLOCKS, PRESETS, block_of
 from tests.networks.lora_tool_files import (
     DESCRIBED,
     SD_LAYERS,
@@ -260,7 +260,7 @@ def test_blocks_of_names(name, block):
 def test_every_trained_module_lies_in_a_block_that_the_short_lists_name(tiny_sd1, tiny_sdxl):
     """Against the names of real networks: 17 and 12 numbers reach every module of a LoRA without convolutions."""
     from library.models.stable_diffusion.checkpoint import open_stable_diffusion
-    from networks.stable_diffusion_layers import parts_of
+    from networks.lora_tools.stable_diffusion_layers import parts_of
 
     for path, short, long in ((tiny_sd1, 17, 26), (tiny_sdxl, 12, 20)):
         _, parts = parts_of(open_stable_diffusion(path))

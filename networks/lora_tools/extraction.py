@@ -11,11 +11,11 @@ from tqdm import tqdm
 from library.console import say, warn
 from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel
-from networks.lora_arithmetic import extracted
 from networks.lora_file import LoRAWeights
-from networks.model_merging import Layer
-from networks.named_lora import kernel_is_wide
-from networks.stable_diffusion_layers import parts_of
+from networks.lora_tools.arithmetic import extracted
+from networks.lora_tools.model_merging import Layer
+from networks.lora_tools.named_lora import kernel_is_wide
+from networks.lora_tools.stable_diffusion_layers import parts_of
 
 
 @dataclass(frozen=True)

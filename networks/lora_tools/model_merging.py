@@ -21,9 +21,9 @@ from library.errors import UserError
 from library.files import temporary_path, writing
 from library.models.loading import TensorSource
 from library.safetensors_io import PICKLE_SUFFIXES, Checkpoint, open_checkpoint, save_one_by_one
-from networks.lora_arithmetic import difference
-from networks.lora_merging import Ingredient
-from networks.named_lora import without_1x1
+from networks.lora_tools.arithmetic import difference
+from networks.lora_tools.merging import Ingredient
+from networks.lora_tools.named_lora import without_1x1
 
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 

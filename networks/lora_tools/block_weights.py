@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from library.errors import UserError
-from networks.named_lora import SD, SDXL
+from networks.lora_tools.named_lora import SD, SDXL
 
 BLOCKS = ("BASE", *(f"IN{i:02d}" for i in range(12)), "MID", *(f"OUT{i:02d}" for i in range(12)))
 _SD_17 = "BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11"

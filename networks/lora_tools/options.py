@@ -127,8 +127,8 @@ def save_modules(
     precision: Precision = "float",
 ) -> None:
     """Write a LoRA file with its hashes, and say what is in it. Appears complete or not at all."""
-    from networks.lora_arithmetic import with_storable_alpha
     from networks.lora_file import state_dict_of, write_file
+    from networks.lora_tools.arithmetic import with_storable_alpha
 
     dtype, rounded = parse_dtype(save_precision), parse_dtype(precision)
     stored = {}

@@ -18,9 +18,9 @@ import torch
 
 from library.errors import UserError
 from library.safetensors_io import open_checkpoint
-from networks.lora_arithmetic import layer_shape
 from networks.lora_file import LoRAWeights
 from networks.lora_formats import KEY, refuse_other_methods
+from networks.lora_tools.arithmetic import layer_shape
 
 PEFT_METADATA = "lora_adapter_metadata"
 SD = "Stable Diffusion 1.x or 2.x"

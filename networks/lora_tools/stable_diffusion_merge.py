@@ -12,15 +12,14 @@ from library.devices import parse_dtype
 from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion
 from library.modelspec import merged_from, standard_entries
-from networks.block_weights import BlockWeights, parse_block_weights
 from networks.lora_file import LoRAWeights
 from networks.lora_formats import without_wrapper
-from networks.lora_merging import Ingredient, check_ingredients, shuffled, summed
-from networks.lora_metadata import merged_metadata, with_modelspec
-from networks.model_merging import MergeFormat, merge_into_file, merge_into_folder, plan_merge
-from networks.named_lora import SD, SDXL, NamedLoRA
-from networks.stable_diffusion_layers import layers_of, usual_name
-from networks.tool_options import (
+from networks.lora_tools.block_weights import BlockWeights, parse_block_weights
+from networks.lora_tools.merging import Ingredient, check_ingredients, shuffled, summed
+from networks.lora_tools.metadata import merged_metadata, with_modelspec
+from networks.lora_tools.model_merging import MergeFormat, merge_into_file, merge_into_folder, plan_merge
+from networks.lora_tools.named_lora import SD, SDXL, NamedLoRA
+from networks.lora_tools.options import (
     LORA_SUFFIXES,
     MergeFiles,
     MergeNumbers,
@@ -28,6 +27,7 @@ from networks.tool_options import (
     check_output,
     save_modules,
 )
+from networks.lora_tools.stable_diffusion_layers import layers_of, usual_name
 
 FAMILY_OF_VARIANT = {"sd1": SD, "sd2": SD, "sdxl": SDXL}
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}

@@ -12,8 +12,8 @@ from library.models.loading import TensorSource
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel
 from networks.lora import SD_PATHS, SDXL_PATHS, family_of
 from networks.lora_targets import Family, Target, TargetTable, find_targets
-from networks.model_merging import Layer
-from networks.named_lora import SDXL
+from networks.lora_tools.model_merging import Layer
+from networks.lora_tools.named_lora import SDXL
 
 _SDXL_NAMES = {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs in SDXL_PATHS.items()}
 _SD_NAMES = {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in SD_PATHS.items()}

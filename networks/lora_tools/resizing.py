@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from networks.lora_arithmetic import (
+from networks.lora_file import LoRAWeights
+from networks.lora_tools.arithmetic import (
     Retention,
     dynamic_rank,
     retention,
@@ -19,15 +20,14 @@ from networks.lora_arithmetic import (
     truncated,
     with_storable_alpha,
 )
-from networks.lora_file import LoRAWeights
-from networks.lora_metadata import network_entries
-from networks.named_lora import PEFT_METADATA, NamedLoRA
+from networks.lora_tools.metadata import network_entries
+from networks.lora_tools.named_lora import PEFT_METADATA, NamedLoRA
 
 
 @dataclass(frozen=True)
 class NewRank:
     """How a module's rank is found: ``rank``, for convolutions of any size ``conv_rank``; with a ``method`` (see
-    ``lora_arithmetic.RANK_METHODS``) and its ``parameter`` these are upper limits."""
+    ``arithmetic.RANK_METHODS``) and its ``parameter`` these are upper limits."""
 
     rank: int
     conv_rank: int

@@ -11,16 +11,16 @@ from tqdm import tqdm
 from library.console import say
 from library.errors import UserError
 from library.randomness import generator
-from networks.block_weights import BlockWeights
-from networks.lora_arithmetic import (
+from networks.lora_file import LoRAWeights
+from networks.lora_tools.arithmetic import (
     clamped_factors,
     compacted,
     concatenated,
     singular_parts,
     strength,
 )
-from networks.lora_file import LoRAWeights
-from networks.named_lora import NamedLoRA, kernel_is_wide, without_1x1
+from networks.lora_tools.block_weights import BlockWeights
+from networks.lora_tools.named_lora import NamedLoRA, kernel_is_wide, without_1x1
 
 
 def same_name(name: str) -> str:

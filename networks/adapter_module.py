@@ -7,6 +7,7 @@ dict, as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,14 @@ class AdapterModule(nn.Module):
         if self.multiplier.numel() not in (1, items):
             raise ValueError(f"{self.multiplier.numel()} multipliers were set, but the batch has {items} items")
         return self.multiplier.to(device, torch.float32).expand(items)
+
+    def transfer(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Be the module of ``layer``: the same layer of another copy of the model. Must not be applied meanwhile."""
+        if self.applied:
+            raise RuntimeError(f"{self.lora_name} is in a model; remove it first")
+        self.target = replace(self.target, module=layer)
+        self.__dict__["org_module"] = layer
+        self.org_forward = layer.forward
 
     def apply_to(self) -> None:
         """Enter the model: take the place of the layer's forward."""

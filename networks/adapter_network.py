@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from library.console import say
+from library.console import say, warn
 from library.errors import UserError
 from library.memory.fp8 import ScaledWeight, stored_weight, write_weight
 from networks.adapter_module import AdapterModule
@@ -174,6 +174,7 @@ class AdapterNetwork(nn.Module, Generic[Module]):
         whose rate comes out as 0 or None are frozen, though they stay in the network and its files.
         """
         rates = self._text_encoder_rates(text_encoder_lr)
+        self._warn_of_idle_rates(text_encoder_lr)
         groups: dict[str, dict[str, Any]] = {}
         used: dict[str, float] = {}
         self.frozen.clear()
@@ -207,6 +208,16 @@ class AdapterNetwork(nn.Module, Generic[Module]):
         if not rates:
             rates = [None]
         return rates * count if len(rates) == 1 else rates + rates[-1:] * (count - len(rates))
+
+    def _warn_of_idle_rates(self, given: Sequence[float | None] | float | None) -> None:
+        """Of several learning rates for text encoders, name those whose encoder isn't trained."""
+        if not isinstance(given, Sequence) or len(given) < 2:
+            return
+        trained = {lora.target.table for lora in self.text_encoder_loras}
+        tables = [*self.family.text_encoders, *(None for _ in given)]
+        idle = [f"{rate:g}" for rate, table in zip(given, tables) if rate and table not in trained]
+        if idle:
+            warn(f"--text_encoder_lr: {' and '.join(idle)} has no effect, because that text encoder is not trained")
 
     def _learning_rate(self, lora: Module, base: float | None) -> tuple[str, float | None]:
         """Label of the module's group and its learning rate: ``network_reg_lrs``' last match, else the model's."""
@@ -251,7 +262,7 @@ class AdapterNetwork(nn.Module, Generic[Module]):
         """The tensors of some modules as files hold them, in ``dtype`` or as trained."""
         raise NotImplementedError
 
-    def take_tensors(self, tensors: Mapping[str, Tensor]) -> LoadInfo:
+    def take_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoadInfo:
         """Take over the tensors of a file. Raises UserError when nothing fits."""
         raise NotImplementedError
 
@@ -266,7 +277,7 @@ class AdapterNetwork(nn.Module, Generic[Module]):
     def load_weights(self, file: str | Path) -> LoadInfo:
         """Take over a file's tensors. Raises UserError when it fits nothing here, or only with another rank."""
         try:
-            return self.take_tensors(read_file(file)[0])
+            return self.take_tensors(*read_file(file))
         except UserError as error:
             message = str(error)
             raise UserError(message if str(file) in message else f"{file}: {message}") from None

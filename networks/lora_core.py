@@ -54,7 +54,7 @@ class LoRANetwork(AdapterNetwork[LoRAModule]):
 
     def weight_norms(self) -> Tensor | None:
         """Norm of each module's product [modules], for the log; None unless GGPO is on."""
-        tracked = [lora for lora in self.loras if lora.combined_norms is not None]
+        tracked = [lora for lora in self.loras if lora.weight_norm is not None]
         norms = [lora.scale * product_norm(lora.down_matrix.detach(), lora.up_matrix.detach()) for lora in tracked]
         return torch.stack(norms).float() if norms else None
 
@@ -78,9 +78,9 @@ class LoRANetwork(AdapterNetwork[LoRAModule]):
         """How joined modules were trained."""
         return {SPLIT_MARK: FULL_STRENGTH} if any(lora.split_rows for lora in self.loras) else {}
 
-    def take_tensors(self, tensors: Mapping[str, Tensor]) -> LoadInfo:
+    def take_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoadInfo:
         """Take over tensors under any names that ``lora_formats`` knows."""
-        modules, unexpected = read_modules(tensors, [lora.target for lora in self.loras], self.family)
+        modules, unexpected = read_modules(tensors, [lora.target for lora in self.loras], self.family, metadata)
         if not modules:
             raise UserError(
                 f"none of the {len(tensors)} tensors belongs to a LoRA module of this network; it was made for another"

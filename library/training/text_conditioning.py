@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from library.console import warn
+from library.console import say, warn
 from library.data.options import TextCacheOptions
 from library.errors import UserError
 from library.training.training_run import TrainingRun
@@ -40,6 +40,18 @@ class TextConditioning(TrainingRun):
         self.trained_encoders = trained
         if cache.text_encoder_batch_size is not None and cache.text_encoder_batch_size < 1:
             raise UserError(f"--text_encoder_batch_size must be at least 1, not {cache.text_encoder_batch_size}.")
+
+    def check_network(self) -> None:
+        """As always; a module that says ``TRAINS_TEXT_ENCODERS = False`` is given none. Raises UserError."""
+        super().check_network()
+        if getattr(self.network_module, "TRAINS_TEXT_ENCODERS", True) or not self.trained_encoders:
+            return
+        name = self.options.network.network_module
+        if self.options.network.network_train_text_encoder_only:
+            raise UserError(f"--network_train_text_encoder_only: {name} trains no text encoder; leave it out.")
+        say(f"{name} trains no text encoder")
+        self.trained_encoders = ()
+        self.note_without_effect(["text_encoder_lr"], f"with {name}")
 
     def build_datasets(self) -> None:
         """As always; captions that change from step to step cannot be encoded ahead."""

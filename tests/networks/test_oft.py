@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from networks import oft
 from networks.lora_targets import Target
-from networks.oft import OFTModule
+from networks.oft_core import OFTModule
 from tests.networks.stable_diffusion import real_unet, tiny_model, tiny_skeleton
 
 

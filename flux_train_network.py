@@ -1,11 +1,14 @@
-"""Train a LoRA for FLUX.1 (dev and schnell)."""
+"""Train a LoRA for FLUX.1 (dev and schnell) or Chroma."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import run_script, say, set_up_console, warn
+from library.data.images import read_control_image
 from library.data.options import TextCacheOptions
 from library.errors import UserError
 from library.options import parse_options
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from library.data.batch import Batch
     from library.data.cache import LatentFormat, TextFormat
     from library.models.flux.pipeline import Encoder, FluxPipeline, Part
 
@@ -42,25 +46,30 @@ NO_EFFECT = (
     "ddp_gradient_as_bucket_view ddp_static_graph"
 ).split()
 
+NO_POOLED_TEXT = (77, 1)
+"""The shape that kohya-ss/sd-scripts gives the pooled text in Chroma's cache files; nothing reads it."""
+
 
 @dataclass
 class FluxOptions:
     """FLUX.1"""
 
     model_type: Literal["flux", "chroma"] = "flux"
-    """Base model: flux, or chroma (not yet available)."""
+    """Base model: flux (FLUX.1 dev, schnell and the like) or chroma."""
     clip_l: str | None = None
-    """CLIP-L text encoder file."""
+    """CLIP-L text encoder file; Chroma takes none."""
     t5xxl: str | None = None
     """T5-XXL text encoder file."""
     ae: str | None = None
     """Autoencoder file."""
     controlnet_model_name_or_path: str | None = None
-    """FLUX.1 ControlNet to train together with (not yet available)."""
+    """FLUX.1 ControlNet (XLabs or InstantX type) that the LoRA is trained together with; it stays as it is."""
+    controlnet_mode: int | None = None
+    """Kind of control that a union ControlNet is given (usually 0 canny, 1 tile, 2 depth, 3 blur, 4 pose, 5 grey)."""
     t5xxl_max_token_length: int | None = None
     """Caption length in T5 tokens; unset means 512, and 256 for schnell."""
     apply_t5_attn_mask: bool = False
-    """Hide the padding of captions from T5 and from the transformer."""
+    """Hide the padding of captions from T5 and from the transformer; always on for Chroma."""
     blocks_to_swap: int | None = None
     """Transformer blocks kept in CPU memory (not yet available)."""
     split_mode: bool = False
@@ -92,35 +101,82 @@ class FluxNetworkTrainer(NetworkTrainer):
     def check_family_options(self) -> None:
         """Forbidden combinations, and options without effect."""
         options, flux = self.options, self.options.flux
-        if flux.model_type == "chroma":
-            raise UserError("--model_type chroma is not available yet; this script trains FLUX.1 dev and schnell.")
-        if flux.controlnet_model_name_or_path:
-            raise UserError("--controlnet_model_name_or_path is not available yet; leave it out.")
-        trained: tuple[Encoder, ...] = ()
-        if not options.network.network_train_unet_only:
-            train_t5 = parse_network_args(options.network).get("train_t5xxl", "").lower() == "true"
-            trained = ("clip_l", "t5xxl") if train_t5 else ("clip_l",)
-        self.take_text_options(options.text_cache, trained)
+        if self.is_chroma:
+            self.take_chroma_settings()
+        self.takes_control_images = bool(flux.controlnet_model_name_or_path)
+        self.take_text_options(options.text_cache, self.encoders_to_train())
         if self.cache_text and "t5xxl" in self.trained_encoders:
-            raise UserError("train_t5xxl=True encodes captions at every step; leave out --cache_text_encoder_outputs.")
+            raise UserError(
+                "T5-XXL is trained (by train_t5xxl=True, or because the file of --dim_from_weights holds it), so that "
+                "captions are encoded at every step; leave out --cache_text_encoder_outputs."
+            )
         if flux.blocks_to_swap and options.precision.cpu_offload_checkpointing:
             raise UserError("--blocks_to_swap and --cpu_offload_checkpointing exclude each other.")
         if flux.t5xxl_max_token_length is not None and flux.t5xxl_max_token_length < 1:
             raise UserError("--t5xxl_max_token_length must be at least 1.")
         self.say_what_has_no_effect()
 
+    @property
+    def is_chroma(self) -> bool:
+        """Whether Chroma is trained, not FLUX.1."""
+        return self.options.flux.model_type == "chroma"
+
+    def take_chroma_settings(self) -> None:
+        """What Chroma needs is set and said. Raises UserError where text encoders shall be trained."""
+        self.family = "Chroma"
+        options, flux = self.options, self.options.flux
+        network_args = parse_network_args(options.network)
+        if options.network.network_train_text_encoder_only:
+            raise UserError(
+                "--network_train_text_encoder_only: of Chroma only the transformer is trained; leave it out."
+            )
+        if network_args.get("train_t5xxl", "").strip().lower() == "true":
+            raise UserError("train_t5xxl=True: Chroma trains the transformer alone; leave it out.")
+        if not flux.apply_t5_attn_mask:
+            flux.apply_t5_attn_mask = True
+            say("--apply_t5_attn_mask is on: Chroma needs it")
+        if options.flow.guidance_scale:
+            say(f"--guidance_scale is 0, not {options.flow.guidance_scale:g}: Chroma has no embedded guidance")
+            options.flow.guidance_scale = 0.0
+        self.note_without_effect(["clip_l", "text_encoder_lr"], "for Chroma")
+
+    def encoders_to_train(self) -> tuple[Encoder, ...]:
+        """CLIP-L unless only the transformer is trained; T5-XXL on request, or with a file that holds its modules."""
+        network = self.options.network
+        if network.network_train_unet_only or self.is_chroma:
+            return ()
+        train_t5 = parse_network_args(network).get("train_t5xxl", "").strip().lower() == "true"
+        if network.dim_from_weights and network.network_module == "networks.lora_flux" and network.network_weights:
+            from networks.lora_flux import holds_t5xxl
+
+            train_t5 = train_t5 or holds_t5xxl(network.network_weights)
+        return ("clip_l", "t5xxl") if train_t5 else ("clip_l",)
+
     def prepare_output(self) -> None:
         """As for every family; prompt options that FLUX.1 does not have are named."""
         super().prepare_output()
-        unused = ("sample_sampler", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+        unused = ["sample_sampler", "cfg_trunc_ratio", "renorm_cfg", "flow_shift"]
+        if self.takes_control_images:
+            self.check_control_images()
+        else:
+            unused.append("controlnet_image")
         given = [name for name in unused if any(getattr(prompt, name) is not None for prompt in self.samples.prompts)]
         if given:
-            say(f"no effect in sample prompts for FLUX.1: {', '.join(given)}")
+            say(f"no effect in sample prompts for {self.family}: {', '.join(given)}")
+        if self.is_chroma and any(prompt.guidance_scale for prompt in self.samples.prompts):
+            say("sample prompts: guidance (--g) is 0 for Chroma, which has no embedded guidance; --l is its CFG scale")
+
+    def check_control_images(self) -> None:
+        """Raises UserError when a control image of a sample prompt cannot be read."""
+        for number, prompt in enumerate(self.samples.prompts, start=1):
+            self.prompt_control(prompt, f"{self.options.samples.sample_prompts}, prompt {number}: ")
 
     def say_what_has_no_effect(self) -> None:
         """One line for each reason why given options change nothing for FLUX.1."""
         flux = self.options.flux
         self.note_without_effect(NO_EFFECT)
+        if not self.takes_control_images:
+            self.note_without_effect(["controlnet_mode"], "without --controlnet_model_name_or_path")
         if flux.split_mode:
             warn("--split_mode is deprecated; use --blocks_to_swap.")
         if flux.blocks_to_swap or flux.split_mode:
@@ -135,15 +191,18 @@ class FluxNetworkTrainer(NetworkTrainer):
     # ---- models and caches ------------------------------------------------------------------------------------------
 
     def make_pipeline(self) -> FluxPipeline:
-        """Open the four checkpoint files by their headers and find the tokenizers."""
+        """Open the checkpoint files by their headers and find the tokenizers."""
         from library.models.flux.pipeline import ENCODERS, FluxFiles, FluxPipeline
 
         options, flux = self.options, self.options.flux
         files = FluxFiles(
             transformer=options.model.pretrained_model_name_or_path or "",
             autoencoder=flux.ae,
-            clip_l=flux.clip_l,
+            clip_l=None if self.is_chroma else flux.clip_l,
             t5xxl=flux.t5xxl,
+            controlnet=flux.controlnet_model_name_or_path,
+            controlnet_mode=flux.controlnet_mode,
+            model_type=flux.model_type,
             tokenizer_cache_dir=options.model.tokenizer_cache_dir,
             disable_mmap=options.model.disable_mmap_load_safetensors,
         )
@@ -164,6 +223,24 @@ class FluxNetworkTrainer(NetworkTrainer):
         if self.pipeline.variant == "schnell":
             self.note_without_effect(["guidance_scale"], "for FLUX.1 schnell")
 
+    def load_models(self) -> None:
+        """As for every family, and the ControlNet."""
+        super().load_models()
+        if self.takes_control_images:
+            with self.load_in_turn():
+                self.pipeline.load_controlnet()
+
+    def let_go(self, part: str) -> None:
+        """The autoencoder stays where control images go through it at every step."""
+        if not (part == "autoencoder" and self.pipeline.control_takes_latents):
+            super().let_go(part)
+
+    def control_parts(self) -> set[str]:
+        """The ControlNet, and the autoencoder where it takes latents."""
+        if not self.takes_control_images:
+            return set()
+        return {"controlnet", "autoencoder"} if self.pipeline.control_takes_latents else {"controlnet"}
+
     def latent_format(self) -> LatentFormat:
         """``<stem>_WWWWxHHHH_flux.npz`` with one set of arrays for each latent size."""
         from library.data.cache import LatentFormat
@@ -178,7 +255,7 @@ class FluxNetworkTrainer(NetworkTrainer):
 
         length, config = self.pipeline.text_lengths["t5xxl"], self.pipeline.config
         arrays: dict[str, tuple[int | None, ...]] = {
-            "l_pooled": (config.vector_dim,),
+            "l_pooled": NO_POOLED_TEXT if self.is_chroma else (config.vector_dim,),
             "t5_out": (length, config.context_dim),
             "txt_ids": (length, 3),
             "t5_attn_mask": (length,),
@@ -188,6 +265,18 @@ class FluxNetworkTrainer(NetworkTrainer):
             arrays=arrays,
             flags={"apply_t5_attn_mask": self.options.flux.apply_t5_attn_mask},
         )
+
+    def encode_frozen(self, prompts: list[str]) -> dict[str, Tensor]:
+        """As for every family; Chroma's cache files hold the empty array that kohya-ss/sd-scripts looks for."""
+        conditioning = super().encode_frozen(prompts)
+        if self.is_chroma:
+            conditioning["l_pooled"] = conditioning["t5_out"].new_zeros(len(prompts), *NO_POOLED_TEXT)
+        return conditioning
+
+    def network_text_encoders(self, encoders: Collection[str]) -> Any:
+        """The networks' list is [CLIP-L, T5-XXL] for Chroma too."""
+        modules = super().network_text_encoders(encoders)
+        return [None, *modules] if self.is_chroma else modules
 
     # ---- the training step ------------------------------------------------------------------------------------------
 
@@ -213,10 +302,20 @@ class FluxNetworkTrainer(NetworkTrainer):
             noise_to_signal=noise_to_signal(sigmas),
         )
 
+    def conditioning(self, batch: Batch) -> dict[str, Tensor]:
+        """As for every family; with a ControlNet also ``control_image``, the batch's [B, 3, H, W] in -1..1."""
+        conditioning = super().conditioning(batch)
+        if self.takes_control_images:
+            assert batch.conditioning_images is not None
+            images = batch.conditioning_images.to(self.accelerator.device, non_blocking=True)
+            conditioning = {**conditioning, "control_image": images}
+        return conditioning
+
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
         """The transformer's velocity, as ``--model_prediction_type`` reads it."""
         guidance = guidance_vector(self.options.flow, len(noisy.latents), noisy.latents.device)
-        velocity = self.pipeline.predict(noisy.latents, noisy.sigmas, conditioning, guidance)
+        control = conditioning.get("control_image")
+        velocity = self.pipeline.predict(noisy.latents, noisy.sigmas, conditioning, guidance, control)
         return apply_prediction_type(self.options.flow, velocity, noisy.latents, noisy.sigmas)
 
     # ---- samples and metadata ---------------------------------------------------------------------------------------
@@ -238,8 +337,15 @@ class FluxNetworkTrainer(NetworkTrainer):
             scale=scale,
             conditioning=self.sample_conditioning(prompt.prompt),
             negative_conditioning=None if negative is None else self.sample_conditioning(negative),
+            control_image=self.prompt_control(prompt),
         )
         return self.pipeline.generate(request)
+
+    def prompt_control(self, prompt: PromptOptions, place: str = "") -> Image | None:
+        """The control image of a sample prompt, if a ControlNet takes part; ``place`` begins a UserError's sentence."""
+        if not (self.takes_control_images and prompt.controlnet_image):
+            return None
+        return read_control_image(prompt.controlnet_image, f"{place}control image")
 
     def family_metadata(self) -> dict[str, Any]:
         """How flow matching was set up."""
@@ -252,10 +358,16 @@ class FluxNetworkTrainer(NetworkTrainer):
             ).split()
         }
         values = {"model_type": options.flux.model_type, "apply_t5_attn_mask": options.flux.apply_t5_attn_mask, **flow}
-        return {"ss_base_model_version": "flux1", **{f"ss_{name}": value for name, value in values.items()}}
+        if self.takes_control_images:
+            path, mode = options.flux.controlnet_model_name_or_path or "", options.flux.controlnet_mode
+            values |= {"controlnet": Path(path).name} | ({} if mode is None else {"controlnet_mode": mode})
+        version = "chroma" if self.is_chroma else "flux1"
+        return {"ss_base_model_version": version, **{f"ss_{name}": value for name, value in values.items()}}
 
     def architecture(self) -> tuple[str, str]:
-        """``flux-1-dev`` or ``flux-1-schnell``."""
+        """``flux-1-dev``, ``flux-1-schnell`` or ``chroma``."""
+        if self.is_chroma:
+            return "chroma", "https://huggingface.co/lodestones/Chroma"
         return f"flux-1-{self.pipeline.variant}", "https://github.com/black-forest-labs/flux"
 
 

@@ -14,7 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 
-from tests.documented import INTERPOLATION, MULTI_RESOLUTION, VALIDATION
+from tests.documented import DATASETS
 from tests.running import toml_value
 
 # A busy machine must not fail a property test.
@@ -41,6 +41,22 @@ def tiny_flux(tmp_path_factory):
     from tools.make_tiny_models import make_tiny_flux
 
     return make_tiny_flux(tmp_path_factory.mktemp("tiny_flux"))
+
+
+@pytest.fixture(scope="session")
+def tiny_chroma(tmp_path_factory):
+    """A random tiny Chroma in the real files' layouts."""
+    from tools.make_tiny_models import make_tiny_chroma
+
+    return make_tiny_chroma(tmp_path_factory.mktemp("tiny_chroma"))
+
+
+@pytest.fixture(scope="session")
+def tiny_controlnet(tmp_path_factory) -> Path:
+    """A random tiny ControlNet for ``tiny_flux``: a file in the original layout, which takes pixels."""
+    from tools.make_tiny_controlnet import make_tiny_controlnet
+
+    return make_tiny_controlnet(tmp_path_factory.mktemp("tiny_controlnet"))
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +102,18 @@ def picture_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def control_folder(picture_folder, tmp_path_factory) -> Path:
+    """For each of the pictures a control image of its size: where it is bright."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("control")
+    for path in sorted(picture_folder.glob("*.png")):
+        with Image.open(path) as picture:
+            picture.convert("L").point(lambda value: 255 * (value > 127)).convert("RGB").save(folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def flux_command(tiny_flux):
     """Options of the FLUX script that name the tiny model and a small quick LoRA."""
     return [
@@ -93,6 +121,18 @@ def flux_command(tiny_flux):
         *("--t5xxl", tiny_flux.t5xxl, "--ae", tiny_flux.autoencoder),
         *("--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", "1e-3"),
         *("--timestep_sampling", "flux_shift", "--model_prediction_type", "raw", "--guidance_scale", "1.0"),
+        *("--t5xxl_max_token_length", "16", "--seed", "7"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def chroma_command(tiny_chroma):
+    """The same for Chroma, with the settings that are recommended for it."""
+    return [
+        *("--model_type", "chroma", "--pretrained_model_name_or_path", tiny_chroma.transformer),
+        *("--t5xxl", tiny_chroma.t5xxl, "--ae", tiny_chroma.autoencoder, "--apply_t5_attn_mask"),
+        *("--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", "1e-3"),
+        *("--timestep_sampling", "sigmoid", "--model_prediction_type", "raw", "--guidance_scale", "0.0"),
         *("--t5xxl_max_token_length", "16", "--seed", "7"),
     ]
 
@@ -143,4 +183,4 @@ def dataset_toml(tmp_path, picture_folder):
 @pytest.fixture
 def documented() -> dict[str, str]:
     """The dataset configurations of the FLUX.1 guide."""
-    return {"multi_resolution": MULTI_RESOLUTION, "validation": VALIDATION, "interpolation": INTERPOLATION}
+    return DATASETS

@@ -25,7 +25,17 @@ from torch import Tensor, nn
 from library.files import write_text
 from library.models.autoencoder_kl import LATENT_SCALE, LATENT_SHIFT, AutoencoderConfig, AutoencoderKL
 from library.models.clip import ClipTextEncoder
-from library.models.flux.checkpoint import DOUBLE, DOUBLE_NORMS, OUTER, SINGLE, SINGLE_NORMS
+from library.models.flux.checkpoint import (
+    APPROXIMATOR_LAYER,
+    APPROXIMATOR_NORM,
+    APPROXIMATOR_OUTER,
+    DOUBLE,
+    DOUBLE_NORMS,
+    OUTER,
+    SINGLE,
+    SINGLE_NORMS,
+)
+from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.t5 import T5TextEncoder
 from library.models.tokenizer_files import byte_characters
@@ -33,7 +43,7 @@ from library.randomness import generator
 from library.safetensors_io import save_file
 
 Layout = Literal["original", "comfyui", "diffusers"]
-Variant = Literal["dev", "schnell"]
+Variant = Literal["dev", "schnell", "chroma"]
 
 TEXT_WIDTH = 64
 TEXT_HEADS = 4
@@ -43,27 +53,28 @@ AUTOENCODER = AutoencoderConfig(channels=8, multipliers=(1, 1, 2, 2), res_blocks
 
 @dataclass(frozen=True)
 class TinyFlux:
-    """The paths of the files written; in the Diffusers layout, all are the model's folder."""
+    """The paths of the files written; in the Diffusers layout, all are the model's folder. Chroma has no CLIP-L."""
 
     transformer: Path
     autoencoder: Path
-    clip_l: Path
+    clip_l: Path | None
     t5xxl: Path
 
 
 def transformer_config(variant: Variant = "dev") -> FluxConfig:
     """Two blocks of each kind, two heads of 32."""
-    return FluxConfig(
-        hidden_size=64,
-        num_heads=2,
-        depth=2,
-        depth_single=2,
-        context_dim=TEXT_WIDTH,
-        vector_dim=TEXT_WIDTH,
-        mlp_hidden=256,
-        axes_dims=rope_axes(32),
-        guidance_embed=variant == "dev",
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_heads": 2,
+        "depth": 2,
+        "depth_single": 2,
+        "context_dim": TEXT_WIDTH,
+        "mlp_hidden": 256,
+        "axes_dims": rope_axes(32),
+    }
+    if variant == "chroma":
+        return ChromaConfig(**sizes, approximator_hidden=48, approximator_layers=2)
+    return FluxConfig(**sizes, vector_dim=TEXT_WIDTH, guidance_embed=variant == "dev")
 
 
 def fill_randomly(module: nn.Module, seed: int, purpose: str) -> None:
@@ -83,32 +94,47 @@ def make_tiny_flux(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> TinyFlux:
-    """Write the four models and two tokenizers into ``folder``; the same seed gives the same weights in each layout."""
-    folder = Path(folder)
-    clip_vocabulary = write_clip_tokenizer(folder / "tokenizer")
-    t5_vocabulary = write_t5_tokenizer(folder / "tokenizer_2")
-    transformer = FluxTransformer(transformer_config(variant))
-    autoencoder = AutoencoderKL(AUTOENCODER)
-    clip, t5 = ClipTextEncoder(clip_config(clip_vocabulary)), T5TextEncoder(t5_config(t5_vocabulary))
-    modules = {"transformer": transformer, "autoencoder": autoencoder, "clip": clip, "t5": t5}
+    """Write the models and tokenizers into ``folder``; the same seed gives the same weights in each layout.
+
+    The variant ``chroma`` has no CLIP-L, and in the Diffusers layout T5 in the first text encoder's place.
+    """
+    folder, is_chroma = Path(folder), variant == "chroma"
+    in_first_place = is_chroma and layout == "diffusers"
+    t5 = T5TextEncoder(t5_config(write_t5_tokenizer(folder / ("tokenizer" if in_first_place else "tokenizer_2"))))
+    config = transformer_config(variant)
+    transformer = ChromaTransformer(config) if isinstance(config, ChromaConfig) else FluxTransformer(config)
+    modules: dict[str, Any] = {"transformer": transformer, "autoencoder": AutoencoderKL(AUTOENCODER), "t5": t5}
+    if not is_chroma:
+        modules["clip"] = ClipTextEncoder(clip_config(write_clip_tokenizer(folder / "tokenizer")))
     states: dict[str, dict[str, Tensor]] = {}
     for name, module in modules.items():
         fill_randomly(module, seed, f"tiny {name}")
         states[name] = {key: value.to(dtype).contiguous() for key, value in module.state_dict().items()}
     states["t5"]["shared.weight"] = states["t5"].pop("encoder.embed_tokens.weight")
     if layout == "diffusers":
-        _write_diffusers(folder, states, transformer.config, clip.config, t5.config)
-        return TinyFlux(folder, folder, folder, folder)
+        texts = {part: module.config for part, module in modules.items() if part in ("clip", "t5")}
+        _write_diffusers(folder, states, transformer.config, texts)
+        return TinyFlux(folder, folder, None if is_chroma else folder, folder)
     return _write_single_files(folder, states, "model.diffusion_model." if layout == "comfyui" else "")
 
 
 def _write_single_files(folder: Path, states: dict[str, dict[str, Tensor]], prefix: str) -> TinyFlux:
-    files = TinyFlux(*(folder / f"{name}.safetensors" for name in ("flux", "ae", "clip_l", "t5xxl")))
+    clip_l = folder / "clip_l.safetensors" if "clip" in states else None
+    name = "flux" if clip_l else "chroma"
+    files = TinyFlux(folder / f"{name}.safetensors", folder / "ae.safetensors", clip_l, folder / "t5xxl.safetensors")
     save_file({prefix + key: value for key, value in states["transformer"].items()}, files.transformer)
     save_file(states["autoencoder"], files.autoencoder)
-    save_file(states["clip"], files.clip_l, {"config": json.dumps({"num_attention_heads": TEXT_HEADS})})
+    if clip_l:
+        save_file(states["clip"], clip_l, {"config": json.dumps({"num_attention_heads": TEXT_HEADS})})
     save_file(states["t5"], files.t5xxl)
     return files
+
+
+def make_tiny_chroma(
+    folder: Path | str, layout: Layout = "original", seed: int = 0, dtype: torch.dtype = torch.float32
+) -> TinyFlux:
+    """The variant ``chroma`` of ``make_tiny_flux``."""
+    return make_tiny_flux(folder, "chroma", layout, seed, dtype)
 
 
 def clip_config(vocabulary: int) -> Any:
@@ -187,33 +213,35 @@ def write_t5_tokenizer(folder: Path) -> int:
 
 
 def _write_diffusers(
-    folder: Path, states: dict[str, dict[str, Tensor]], config: FluxConfig, clip: Any, t5: Any
+    folder: Path, states: dict[str, dict[str, Tensor]], config: FluxConfig, texts: dict[str, Any]
 ) -> None:
+    """``texts`` are the configurations of the text encoders by their names in ``states``."""
+    is_chroma = isinstance(config, ChromaConfig)
+    text_parts = {"text_encoder": "t5"} if is_chroma else {"text_encoder": "clip", "text_encoder_2": "t5"}
     parts = {
-        "transformer": ("diffusers", "FluxTransformer2DModel"),
+        "transformer": ("diffusers", diffusers_transformer_config(config)["_class_name"]),
         "vae": ("diffusers", "AutoencoderKL"),
-        "text_encoder": ("transformers", "CLIPTextModel"),
-        "text_encoder_2": ("transformers", "T5EncoderModel"),
-        "tokenizer": ("transformers", "CLIPTokenizer"),
-        "tokenizer_2": ("transformers", "T5TokenizerFast"),
         "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     }
+    for part, name in text_parts.items():
+        classes = ("CLIPTextModel", "CLIPTokenizer") if name == "clip" else ("T5EncoderModel", "T5TokenizerFast")
+        parts |= {part: ("transformers", classes[0])}
+        parts |= {part.replace("text_encoder", "tokenizer"): ("transformers", classes[1])}
     for part in parts:
         (folder / part).mkdir(parents=True, exist_ok=True)
-    write_text(folder / "model_index.json", json.dumps({"_class_name": "FluxPipeline", **parts}))
-    scheduler = {"_class_name": parts["scheduler"][1], "use_dynamic_shifting": config.guidance_embed, "shift": 1.0}
+    pipeline = "ChromaPipeline" if is_chroma else "FluxPipeline"
+    write_text(folder / "model_index.json", json.dumps({"_class_name": pipeline, **parts}))
+    is_shifted = is_chroma or config.guidance_embed
+    scheduler = {"_class_name": parts["scheduler"][1], "use_dynamic_shifting": is_shifted, "shift": 1.0}
     write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler))
     write_text(folder / "transformer" / "config.json", json.dumps(diffusers_transformer_config(config)))
     write_text(folder / "vae" / "config.json", json.dumps(diffusers_autoencoder_config(AUTOENCODER)))
-    write_text(folder / "text_encoder" / "config.json", clip.to_json_string())
-    write_text(folder / "text_encoder_2" / "config.json", t5.to_json_string())
     _save_shards(diffusers_transformer_state(states["transformer"], config), folder / "transformer", 2)
-    save_file(
-        diffusers_autoencoder_state(states["autoencoder"], AUTOENCODER),
-        folder / "vae" / "diffusion_pytorch_model.safetensors",
-    )
-    save_file(states["clip"], folder / "text_encoder" / "model.safetensors", {"format": "pt"})
-    save_file(states["t5"], folder / "text_encoder_2" / "model.safetensors", {"format": "pt"})
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(diffusers_autoencoder_state(states["autoencoder"], AUTOENCODER), vae)
+    for part, name in text_parts.items():
+        write_text(folder / part / "config.json", texts[name].to_json_string())
+        save_file(states[name], folder / part / "model.safetensors", {"format": "pt"})
 
 
 def _save_shards(state: dict[str, Tensor], folder: Path, count: int) -> None:
@@ -228,8 +256,7 @@ def _save_shards(state: dict[str, Tensor], folder: Path, count: int) -> None:
 
 
 def diffusers_transformer_config(config: FluxConfig) -> dict[str, Any]:
-    return {
-        "_class_name": "FluxTransformer2DModel",
+    common = {
         "patch_size": 1,
         "in_channels": config.in_channels,
         "num_layers": config.depth,
@@ -237,16 +264,32 @@ def diffusers_transformer_config(config: FluxConfig) -> dict[str, Any]:
         "attention_head_dim": config.head_dim,
         "num_attention_heads": config.num_heads,
         "joint_attention_dim": config.context_dim,
+        "axes_dims_rope": list(config.axes_dims),
+    }
+    if isinstance(config, ChromaConfig):
+        return {
+            "_class_name": "ChromaTransformer2DModel",
+            **common,
+            "approximator_num_channels": config.approximator_in,
+            "approximator_hidden_dim": config.approximator_hidden,
+            "approximator_layers": config.approximator_layers,
+        }
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        **common,
         "pooled_projection_dim": config.vector_dim,
         "guidance_embeds": config.guidance_embed,
-        "axes_dims_rope": list(config.axes_dims),
     }
 
 
 def diffusers_transformer_state(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tensor]:
     """The transformer's tensors under Diffusers' names."""
-    modules = {ours: (theirs,) for ours, theirs in OUTER.items()}
+    modules = {ours: (theirs,) for ours, theirs in OUTER.items()} | {name: (name,) for name in APPROXIMATOR_OUTER}
     norms: dict[str, str] = {}
+    for index in range(config.approximator_layers if isinstance(config, ChromaConfig) else 0):
+        modules |= {ours.format(index): (theirs.format(index),) for ours, theirs in APPROXIMATOR_LAYER.items()}
+        scale, weight = (name.format(index).rsplit(".", 1)[0] for name in APPROXIMATOR_NORM)
+        norms[scale] = weight
     for index in range(config.depth):
         prefix, theirs = f"double_blocks.{index}.", f"transformer_blocks.{index}."
         modules |= {prefix + name: tuple(theirs + part for part in parts) for name, parts in DOUBLE.items()}
@@ -323,17 +366,22 @@ def diffusers_autoencoder_state(state: dict[str, Tensor], config: AutoencoderCon
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files go")
-    parser.add_argument("--family", choices=("flux", "sd1", "sd2", "sdxl"), default="flux", help="which model")
-    parser.add_argument("--variant", choices=get_args(Variant), help="FLUX.1: with or without guidance embedding")
+    parser.add_argument(
+        "--family", choices=("flux", "chroma", "sd1", "sd2", "sdxl"), default="flux", help="which model"
+    )
+    parser.add_argument("--variant", choices=("dev", "schnell"), help="FLUX.1: with or without guidance embedding")
     parser.add_argument("--layout", choices=get_args(Layout), default="original", help="whose key names and files")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--v_prediction", action="store_true", help="Stable Diffusion: a file that says it predicts v")
     arguments = parser.parse_args()
-    if arguments.family == "flux":
+    if arguments.family in ("flux", "chroma"):
         if arguments.v_prediction:
             parser.error("--v_prediction is for Stable Diffusion")
-        files = make_tiny_flux(arguments.folder, arguments.variant or "dev", arguments.layout, arguments.seed)
-        print("\n".join(str(path) for path in dict.fromkeys(vars(files).values())))
+        if arguments.family == "chroma" and arguments.variant:
+            parser.error("--variant is for FLUX.1")
+        variant = "chroma" if arguments.family == "chroma" else arguments.variant or "dev"
+        files = make_tiny_flux(arguments.folder, variant, arguments.layout, arguments.seed)
+        print("\n".join(str(path) for path in dict.fromkeys(vars(files).values()) if path))
         return
     from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 

@@ -43,15 +43,22 @@ def build_dataset_groups(
     validation_split: float = 0.0,
     validation_seed: int | None = None,
     seed: int = 0,
+    control_images: bool = False,
     read_only: bool = False,
 ) -> tuple[DatasetGroup, DatasetGroup | None]:
     """The training data and, when a split is asked for, the validation data.
 
     The model family gives ``bucket_divisor`` (bucket_reso_steps must be a multiple of it) and ``size_divisor`` (a
-    resolution without buckets must be). ``seed`` makes the split where no validation seed is given. With ``read_only``
-    no metadata_cache.json is written. Raises UserError.
+    resolution without buckets must be). ``seed`` makes the split where no validation seed is given. With
+    ``control_images`` the images of conditioning_data_dir are for a ControlNet, and every subset must have it. With
+    ``read_only`` no metadata_cache.json is written. Raises UserError.
     """
-    settings = resolve_config(options, validation_split=validation_split, validation_seed=validation_seed)
+    settings = resolve_config(
+        options,
+        validation_split=validation_split,
+        validation_seed=validation_seed,
+        control_images=control_images,
+    )
     caching = cache is not None and (cache.cache_latents or cache.cache_latents_to_disk)
     settings = [_checked(entry, bucket_divisor, size_divisor, caching) for entry in settings]
     notes: list[str] = []
@@ -160,7 +167,7 @@ def _size(record: ImageRecord) -> Size:
 
 
 def _check_conditioning_shapes(records: Sequence[ImageRecord], sizes: dict) -> None:
-    """A mask may be smaller or larger than its image, but must have its shape to stay in place."""
+    """A mask or control image may be smaller or larger than its image, but must have its shape to stay in place."""
     wrong = []
     for record in records:
         if record.conditioning is None:
@@ -169,7 +176,8 @@ def _check_conditioning_shapes(records: Sequence[ImageRecord], sizes: dict) -> N
         if abs(mask[0] * height - mask[1] * width) > max(width, height, *mask):
             wrong.append(f"{record.conditioning.name} is {mask[0]}x{mask[1]}, its image {width}x{height}")
     if wrong:
-        raise UserError("\n".join(["Masks must have the aspect ratio of their images:", *shortened(wrong)]))
+        told = "Images in conditioning_data_dir must have the aspect ratio of their images:"
+        raise UserError("\n".join([told, *shortened(wrong)]))
 
 
 def _split(subset: SubsetSettings, records: Records, seed: int) -> tuple[Records, Records]:

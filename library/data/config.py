@@ -89,12 +89,17 @@ class DatasetSettings:
 
 
 def resolve_config(
-    options: DatasetOptions, *, validation_split: float = 0.0, validation_seed: int | None = None
+    options: DatasetOptions,
+    *,
+    validation_split: float = 0.0,
+    validation_seed: int | None = None,
+    control_images: bool = False,
 ) -> list[DatasetSettings]:
     """Every dataset that the options describe.
 
-    ``validation_split`` and ``validation_seed`` are the command line's values. Nothing but configuration files and
-    folder names is read. Raises UserError for anything that cannot be meant.
+    ``validation_split`` and ``validation_seed`` are the command line's values. With ``control_images`` the folders
+    conditioning_data_dir hold a ControlNet's images, which every subset must have, and no masks. Nothing but
+    configuration files and folder names is read. Raises UserError for anything that cannot be meant.
     """
     if options.dataset_class:
         raise UserError("--dataset_class: dataset classes of your own are not supported yet; use --dataset_config.")
@@ -113,14 +118,27 @@ def resolve_config(
         log.warning(
             "--conditioning_data_dir has no effect; give conditioning_data_dir in a subset of --dataset_config."
         )
-    settings = [_dataset(tables.general, table, i, file, fallback, options) for i, table in enumerate(tables.datasets)]
+    settings = [
+        _dataset(tables.general, table, i, file, fallback, options, control_images)
+        for i, table in enumerate(tables.datasets)
+    ]
     if not settings:
         raise UserError(f"{file}: there is no [[datasets]] table; add one with a [[datasets.subsets]] in it.")
-    subsets = [subset for entry in settings for subset in entry.subsets]
-    if options.masked_loss and not any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets):
-        log.warning("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask.")
+    if options.masked_loss:
+        _say_where_masks_are(settings, control_images)
     say_unused_keys(settings, options, tables, fallback.asked)
     return settings
+
+
+def _say_where_masks_are(settings: list[DatasetSettings], control_images: bool) -> None:
+    """Of ``--masked_loss``."""
+    subsets = [subset for entry in settings for subset in entry.subsets]
+    masked = any(subset.alpha_mask for subset in subsets)
+    if control_images:
+        told = "--masked_loss: conditioning_data_dir holds the ControlNet's images, so that masks come from alpha_mask"
+        log.info("%s.", told) if masked else log.warning("%s, which no subset has: nothing is masked.", told)
+    elif not masked and not any(subset.conditioning_data_dir for subset in subsets):
+        log.warning("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask.")
 
 
 class CommandLineValues(dict[str, Any]):
@@ -209,9 +227,10 @@ def _dataset(
     file: str,
     fallback: CommandLineValues,
     options: DatasetOptions,
+    control_images: bool,
 ) -> DatasetSettings:
     place = f"{file}: [[datasets]] number {index + 1}" if options.dataset_config else file
-    kind = _kind(table, place, options)
+    kind = _kind(table, place, options, control_images)
 
     def value(key: str) -> Any:
         return _look_up(key, fallback, table, general)
@@ -246,13 +265,19 @@ def _look_up(key: str, fallback: CommandLineValues, *tables: Any) -> Any:
     return fallback.get(key)
 
 
-def _kind(table: DatasetTable, place: str, options: DatasetOptions) -> Kind:
+def _kind(table: DatasetTable, place: str, options: DatasetOptions, control_images: bool) -> Kind:
     if not table.subsets:
         raise UserError(f"{place}: there is no [[datasets.subsets]] table; add one with an image_dir.")
     with_metadata = [subset.metadata_file is not None for subset in table.subsets]
     with_conditioning = [subset.conditioning_data_dir is not None for subset in table.subsets]
+    if control_images:
+        _require_control_images(with_conditioning, place, options)
+        with_conditioning = [False] * len(with_conditioning)  # they make no kind of their own
     if any(with_conditioning) and not options.masked_loss:
-        raise UserError(f"{place}: conditioning_data_dir needs --masked_loss: the images in it are masks for the loss.")
+        raise UserError(
+            f"{place}: conditioning_data_dir needs --masked_loss (its images are masks for the loss) or a ControlNet "
+            "(they are its control images)."
+        )
     if any(with_metadata) and any(with_conditioning):
         raise UserError(
             f"{place}: subsets with metadata_file and with conditioning_data_dir cannot be mixed; use two [[datasets]]."
@@ -263,6 +288,21 @@ def _kind(table: DatasetTable, place: str, options: DatasetOptions) -> Kind:
     if all(with_metadata):
         return "fine_tuning"
     return "conditioning" if all(with_conditioning) else "dreambooth"
+
+
+def _require_control_images(given: list[bool], place: str, options: DatasetOptions) -> None:
+    if all(given):
+        return
+    if options.dataset_config:
+        number = given.index(False) + 1
+        raise UserError(
+            f"{place}, [[datasets.subsets]] number {number}: conditioning_data_dir is missing; with a ControlNet every "
+            "subset names the folder of its control images."
+        )
+    raise UserError(
+        f"{place}: a ControlNet needs a control image for every image; use --dataset_config with conditioning_data_dir "
+        "in every subset."
+    )
 
 
 KEYS_WITHOUT_EFFECT: dict[Kind, tuple[str, ...]] = {

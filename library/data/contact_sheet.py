@@ -127,7 +127,8 @@ def _seen(batch: Batch, dataset: Dataset, item: Item) -> dict[str, Any]:
     if batch.alpha_masks is not None:
         extras.append(["alpha mask", _embedded(batch.alpha_masks[0].numpy()[None] * 2 - 1)])
     if batch.conditioning_images is not None:
-        extras.append(["loss mask", _embedded(batch.conditioning_images[0].numpy())])
+        name = "loss mask" if dataset.settings.kind == "conditioning" else "control image"
+        extras.append([name, _embedded(batch.conditioning_images[0].numpy())])
     height, width = batch.original_sizes[0]
     return {
         "picture": _embedded(image),

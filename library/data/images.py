@@ -92,6 +92,14 @@ def read_image(path: Path, *, alpha: bool = False) -> tuple[Image.Image, Image.I
     return rgba.convert("RGB"), rgba.getchannel("A") if alpha else None
 
 
+def read_control_image(path: Path | str, place: str) -> Image.Image:
+    """A ControlNet's image as RGB. Raises UserError, beginning with ``place`` ("prompt 2: control image")."""
+    try:
+        return read_image(Path(path))[0]
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit greyscale scaled to 8 bits (PIL would clip it)."""
     import numpy

@@ -47,12 +47,10 @@ def read_subset(subset: SubsetSettings, kind: Kind, notes: list[str]) -> list[Im
     """The images of a subset in their fixed order (by path; metadata: longest key first).
 
     Lines worth telling the user are added to ``notes``. Raises UserError for missing folders, wrong metadata, captions
-    that cannot be read, and mask images that do not match.
+    that cannot be read, and conditioning images (masks or control images) that do not match.
     """
-    if kind == "fine_tuning":
-        return _records_from_metadata(subset)
-    records = _records_from_folder(subset, notes)
-    if kind == "conditioning":
+    records = _records_from_metadata(subset) if kind == "fine_tuning" else _records_from_folder(subset, notes)
+    if subset.conditioning_data_dir:
         _match_conditioning(records, subset)
     return records
 
@@ -131,10 +129,10 @@ def _match_conditioning(records: list[ImageRecord], subset: SubsetSettings) -> N
     missing = [record.path.name for record in records if record.conditioning is None]
     problems = []
     if missing:
-        problems += [f"{subset.place}: {len(missing)} images have no mask in {folder}:", *shortened(missing)]
+        problems += [f"{subset.place}: {len(missing)} images have no counterpart in {folder}:", *shortened(missing)]
     if by_stem:
         extra = sorted(path.name for path in by_stem.values())
-        problems += [f"{subset.place}: {len(extra)} masks in {folder} belong to no image:", *shortened(extra)]
+        problems += [f"{subset.place}: {len(extra)} images in {folder} belong to no training image:", *shortened(extra)]
     if problems:
         raise UserError("\n".join(problems))
 

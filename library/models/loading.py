@@ -135,6 +135,10 @@ class TensorSource:
             tensor = origin.transform(tensor)
         return tensor if origin.shape is None else tensor.reshape(origin.shape)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The number format in which ``load`` gives a tensor when it is not told one."""
+        return self._format(self.origins[name], None)
+
     def _format(self, origin: Origin, dtype: torch.dtype | None) -> torch.dtype:
         """The number format in which ``load`` gives a tensor."""
         stored = self.checkpoint.dtype(origin.keys[0])
@@ -185,23 +189,38 @@ class TensorSource:
     def load_fp8(self, name: str, device: torch.device | str) -> ScaledWeight:
         """The tensor in 8 bits with one scale: as it is where the file has it so, else rounded from the file's numbers.
 
-        A file's plain 8-bit numbers have the scale 1. Raises UserError where numbers are not finite.
+        A file's plain 8-bit numbers have the scale 1. Raises UserError where numbers are not finite, or are in an 8-bit
+        format other than e4m3fn.
         """
         if not self.reads_numbers:
-            return ScaledWeight(torch.empty(self.shape(name), dtype=FP8, device=device), torch.empty((), device=device))
-        origin = self.origins[name]
-        if not self.reads_numbers:
             return ScaledWeight(torch.empty(self.shape(name), dtype=FP8, device=device), torch.ones((), device=device))
-        key = origin.keys[0]
-        scale = self._scale(key)
-        if origin == Origin((key,)) and self.checkpoint.dtype(key) == FP8 and (scale is None or scale.dim() == 0):
-            codes = self.checkpoint.load(key, None, device)
-            return ScaledWeight(codes, (torch.ones(()) if scale is None else scale).to(device))
-        is_scaled = any(self._scale(key) is not None for key in origin.keys)
+        self._require_e4m3fn(name)
+        origin = self.origins[name]
+        scales = [self._scale(key) for key in origin.keys]
+        in_8_bits = all(self.checkpoint.dtype(key) == FP8 for key in origin.keys)
+        if in_8_bits and all(scale is None for scale in scales):
+            return ScaledWeight(self.load(name, None, device), torch.ones((), device=device))
+        if in_8_bits and origin == Origin(origin.keys[:1]) and scales[0] is not None and scales[0].dim() == 0:
+            return ScaledWeight(self.checkpoint.load(origin.keys[0], None, device), scales[0].to(device))
+        has_fp8 = any(self.checkpoint.dtype(key) == FP8 for key in origin.keys)
         try:
-            return quantise(self.load(name, torch.float32 if is_scaled else None, device))
+            return quantise(self.load(name, torch.float32 if has_fp8 else None, device))
         except ValueError as error:
             raise UserError(f'{self.checkpoint.label}: tensor "{name}" cannot be stored in 8 bits: {error}.') from None
+
+    def require_e4m3fn(self) -> None:
+        """Raises UserError when a tensor is in an 8-bit float format in which weights cannot be kept in memory."""
+        for name in self.origins:
+            self._require_e4m3fn(name)
+
+    def _require_e4m3fn(self, name: str) -> None:
+        for key in self.origins[name].keys:
+            dtype = self.checkpoint.dtype(key)
+            if dtype.is_floating_point and dtype.itemsize == 1 and dtype != FP8:
+                raise UserError(
+                    f'{self.checkpoint.label}: tensor "{key}" is {str(dtype).removeprefix("torch.")}, but weights are '
+                    "kept in 8 bits as float8_e4m3fn only; use the float8_e4m3fn, bfloat16 or float16 version."
+                )
 
     def is_scaled(self, key: str) -> bool:
         """Whether the tensor is fp8 with a scale of its own in the file."""
@@ -248,8 +267,9 @@ def load_module(
 
     ``dtype`` None keeps the file's numbers; ``BlocksInFp8`` stores the Linear weights of blocks in 8 bits, but for
     those below the module's ``not_in_fp8`` (a tuple of names), where it has that. Names in ``optional`` may be in the
-    file without a place in the module. Names that end in one of ``keep_float32`` become float32. Raises UserError that
-    lists missing and unexpected tensors or names one whose shape is wrong.
+    file without a place in the module. Names that end in one of ``keep_float32`` become float32; where they are stored
+    in 8 bits, they are computed with in it. Raises UserError that lists missing and unexpected tensors or names one
+    whose shape is wrong.
     """
     places = module.state_dict(keep_vars=True)
     names = set(source.names())
@@ -278,12 +298,11 @@ def load_module(
     state = {}
     with torch.no_grad():
         for name in places:
-            if name.endswith(tuple(keep_float32)):
-                state[name] = source.load(name, torch.float32, device)
-            elif name in in_fp8:
-                store_in_fp8(in_fp8[name], source.load_fp8(name, device), dtype or torch.float32)
+            format_here = torch.float32 if name.endswith(tuple(keep_float32)) else dtype
+            if name in in_fp8:
+                store_in_fp8(in_fp8[name], source.load_fp8(name, device), format_here or torch.float32)
             else:
-                state[name] = source.load(name, dtype, device)
+                state[name] = source.load(name, format_here, device)
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False).eval()
 

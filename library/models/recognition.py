@@ -53,13 +53,21 @@ DECODER = "decoder.conv_in.weight"
 CLIP = "text_model.encoder.layers.0.self_attn.q_proj.weight"
 T5 = "encoder.block.0.layer.0.SelfAttention.q.weight"
 LLM = "model.layers.0.self_attn.q_proj.weight"
+CONTROLNET = "controlnet_blocks."
 IN_DIFFUSERS = "in the Diffusers layout"
 
 # The first that fits is taken, so the more special stand above the more general.
 KINDS = (
-    Kind("controlnet", "a FLUX ControlNet file", ("controlnet_blocks.",)),
-    Kind("controlnet", "a ControlNet file", ("controlnet_cond_embedding.",)),
-    Kind("controlnet", "a ControlNet file", ("control_model.input_hint_block.",)),
+    Kind("flux-controlnet", "a FLUX ControlNet file", (CONTROLNET, FLUX_DOUBLE)),
+    Kind(
+        "flux-controlnet-diffusers",
+        f"a FLUX ControlNet file {IN_DIFFUSERS}",
+        (CONTROLNET, JOINT, "controlnet_x_embedder.", "x_embedder.weight", DIFFUSERS_POOLED),
+    ),
+    Kind("sd-controlnet", f"a Stable Diffusion ControlNet file {IN_DIFFUSERS}", ("controlnet_cond_embedding.",)),
+    Kind("sd-controlnet", "a Stable Diffusion ControlNet file", ("control_model.input_hint_block.",)),
+    Kind("sd-controlnet", "a Stable Diffusion ControlNet file", ("input_hint_block.", "zero_convs.")),
+    Kind("controlnet", "a ControlNet file of another model family", (CONTROLNET,)),
     Kind("chroma-radiance", "a Chroma Radiance file (pixel space)", ("nerf_blocks.",)),
     Kind("chroma-x0", "a Chroma file of the x0-prediction variant", (APPROXIMATOR, "__x0__")),
     Kind("chroma", "a Chroma file", (APPROXIMATOR, FLUX_DOUBLE)),

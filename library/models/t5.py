@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class T5TextEncoder(nn.Module):
         ``attention_mask`` [batch, length], non-zero where tokens are attended to; None: everywhere.
         """
         mask = None if attention_mask is None else attention_mask.to(self.device)
-        return self.encoder(input_ids=tokens.to(self.device), attention_mask=mask).last_hidden_state
+        # Under autocast the feed-forward's last product would be in float16, too, and pass its range.
+        with torch.autocast(self.device.type, enabled=False) if self.dtype == torch.float16 else nullcontext():
+            return self.encoder(input_ids=tokens.to(self.device), attention_mask=mask).last_hidden_state
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,13 @@ class T5File:
 
 
 def open_t5(path: Path | str, disable_mmap: bool = False, option: str = "") -> T5File:
-    """Open a T5 v1.1 encoder by its headers: a file, shards, or a folder (with ``text_encoder_2/`` in it).
+    """Open a T5 v1.1 encoder by its headers: a file, shards, or a folder.
 
-    Raises UserError, naming ``option`` and what the file is.
+    In a Diffusers folder it is in ``text_encoder_2/``, of Chroma in ``text_encoder/``. Raises UserError, naming
+    ``option`` and what the file is.
     """
-    checkpoint = open_checkpoint(path, "text_encoder_2", disable_mmap, option)
+    is_second = (Path(path) / "text_encoder_2").is_dir()
+    checkpoint = open_checkpoint(path, "text_encoder_2" if is_second else "text_encoder", disable_mmap, option)
     refuse_unless(checkpoint, {"t5", "t5-full"}, "a T5 v1.1 text encoder", T5_PREFIXES)
     source = TensorSource(checkpoint, T5_PREFIXES)
     if "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" not in source:

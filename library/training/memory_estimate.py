@@ -53,6 +53,7 @@ def memory_phases(run: TrainingStep, optimizer_bytes: int, latents: bool, texts:
     needed = {image_model(run.pipeline)}
     if not run.latents_are_cached or (stay and latents):
         needed.add("autoencoder")
+    needed |= run.control_parts()
     needed |= encoders if stay or not run.cache_text else set(run.trained_encoders)
     phases = []
 
@@ -95,7 +96,7 @@ def training_peak(run: TrainingStep, size: Largest) -> int:
     """Activations and gradients of one batch, from its images or cached latents on."""
     before = 0 if run.latents_are_cached else encoding_peak(run, size)
     if run.fused is not None:
-        run.fused.remove()  # its steps would look at numbers; so all gradients count as if they were kept
+        run.fused.only_frees = True  # its steps would look at numbers
     try:
         return max(before, _step_peak(run, size))
     except DataDependentOutputException:  # dropout of whole modules looks at a random number
@@ -194,7 +195,7 @@ def empty_batch(run: TrainingStep, size: Largest) -> Batch:
         latents=torch.empty(count, run.pipeline.latent_channels, size.height // stride, size.width // stride),
         text=text,
         alpha_masks=None,
-        conditioning_images=None,
+        conditioning_images=torch.empty(count, 3, size.height, size.width) if run.takes_control_images else None,
         loss_weights=torch.ones(count),
         group_size=count,
         original_sizes=[(size.height, size.width)] * count,

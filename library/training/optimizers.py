@@ -336,6 +336,9 @@ class FusedBackward:
     is clipped to ``max_grad_norm`` on its own. For one process and no accumulation.
     """
 
+    only_frees = False
+    """Set, gradients are freed without a step, as a run that is only planned needs it: it has no numbers."""
+
     def __init__(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.max_grad_norm = max_grad_norm
@@ -346,6 +349,11 @@ class FusedBackward:
         ]
 
     def _step(self, parameter: torch.Tensor, group_index: int) -> None:
+        if not self.only_frees:
+            self._clip_and_step(parameter, group_index)
+        parameter.grad = None
+
+    def _clip_and_step(self, parameter: torch.Tensor, group_index: int) -> None:
         import torch
 
         if self.max_grad_norm > 0:
@@ -356,7 +364,6 @@ class FusedBackward:
             self.optimizer.step()
         finally:
             self.optimizer.param_groups = groups
-        parameter.grad = None
 
     def remove(self) -> None:
         """Return to ordinary steps."""

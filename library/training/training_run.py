@@ -91,6 +91,8 @@ class TrainingRun(ABC):
     bucket_divisor: ClassVar[int] = 64
     size_divisor: ClassVar[int] = 8
 
+    takes_control_images: bool = False
+    """Whether a ControlNet takes part, to which the images of conditioning_data_dir go."""
     trained_encoders: tuple[str, ...] = ()
     """The text encoders that the network is put into, by the pipeline's names."""
 
@@ -141,6 +143,10 @@ class TrainingRun(ABC):
     @abstractmethod
     def text_encoders_to_merge(self) -> Any:
         """The text encoders that ``--base_weights`` are merged into, as ``create_network_from_weights`` takes them."""
+
+    def control_parts(self) -> set[str]:
+        """The parts of the pipeline that control images need at every step."""
+        return set()
 
     def network_base(self) -> Any:
         """The transformer or U-Net as network modules take it: with the module names that their files have."""
@@ -266,6 +272,7 @@ class TrainingRun(ABC):
             validation_split=options.validation.validation_split,
             validation_seed=self.validation_seed,
             seed=self.seed,
+            control_images=self.takes_control_images,
             read_only=options.preflight.dry_run,
         )
         processes = self.accelerator.num_processes
@@ -286,7 +293,12 @@ class TrainingRun(ABC):
 
     def open_pipeline(self) -> None:
         """Open the checkpoint files by their headers, so that a wrong one is named before anything is loaded."""
+        from library.memory.fp8 import BlocksInFp8
+
         self.pipeline = self.make_pipeline()
+        for part in self.pipeline.parts:
+            if isinstance(self.pipeline.dtypes[part], BlocksInFp8):
+                getattr(self.pipeline.files, part).source.require_e4m3fn()
 
     def prepare_uploads(self) -> None:
         """Make the repository that files are uploaded to. Raises UserError when the hub refuses."""

@@ -30,7 +30,8 @@ class TrainingStep(TextConditioning):
         threshold = huber_threshold(options.loss, noisy.sigmas, noisy.noise_to_signal)
         loss = elementwise_loss(options.loss, prediction.float(), target, threshold)
         loss = loss * per_item(noisy.weights, loss)
-        mask = loss_mask(options.dataset.masked_loss, batch.conditioning_images, batch.alpha_masks)
+        masks_in_folder = options.dataset.masked_loss and not self.takes_control_images
+        mask = loss_mask(masks_in_folder, batch.conditioning_images, batch.alpha_masks)
         return item_losses(loss if mask is None else apply_mask(loss, mask.to(loss.device)))
 
     def clean_latents(self, batch: Batch, draws: ItemDraws) -> Tensor:

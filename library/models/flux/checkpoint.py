@@ -1,4 +1,4 @@
-"""Open a FLUX.1 transformer file: recognise its layout, infer its sizes, build it on ``meta``, load it.
+"""Open a FLUX.1 or Chroma transformer file: recognise its layout, infer its sizes, build it on ``meta``, load it.
 
 Layouts read: the original one, the same with ComfyUI's prefix, and Diffusers' (a file, shards, or a model folder).
 """
@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
 from library.memory.fp8 import NumberFormat
+from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.loading import Origin, TensorSource, load_module
-from library.models.recognition import TRANSFORMER_PREFIXES, refuse_unless
-from library.safetensors_io import open_checkpoint
+from library.models.recognition import APPROXIMATOR, TRANSFORMER_PREFIXES, Kind, recognise, refuse_unless
+from library.safetensors_io import Checkpoint, open_checkpoint
 
-Variant = Literal["dev", "schnell"]
+ModelType = Literal["flux", "chroma"]
+Variant = Literal["dev", "schnell", "chroma"]
+NAMES = {"flux": "a FLUX.1 transformer", "chroma": "a Chroma transformer"}
+LAST_LAYER = "final_layer.linear.weight"
 SPECIAL_INPUTS = {128: "Depth or Canny", 384: "Fill"}
 
 
@@ -32,33 +36,44 @@ class TransformerFile:
 
     @property
     def variant(self) -> Variant:
-        """``dev`` where the model is guidance-distilled (dev, Krea, Kontext), else ``schnell``."""
+        """``chroma``; ``dev`` where the model is guidance-distilled (dev, Krea, Kontext); else ``schnell``."""
+        if isinstance(self.config, ChromaConfig):
+            return "chroma"
         return "dev" if self.config.guidance_embed else "schnell"
 
-    def skeleton(self) -> FluxTransformer:
+    @property
+    def model_type(self) -> ModelType:
+        """What ``--model_type`` calls it."""
+        return "chroma" if self.variant == "chroma" else "flux"
+
+    def skeleton(self) -> FluxTransformer | ChromaTransformer:
         """The module on torch's meta device: its structure without its numbers."""
         with torch.device("meta"):
+            if isinstance(self.config, ChromaConfig):
+                return ChromaTransformer(self.config)
             return FluxTransformer(self.config)
 
-    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> FluxTransformer:
+    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> FluxTransformer | ChromaTransformer:
         """The transformer, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
         transformer = self.skeleton()
         load_module(transformer, self.source, dtype, device)
         return transformer
 
 
-def open_transformer(path: Path | str, disable_mmap: bool = False, option: str = "") -> TransformerFile:
-    """Open ``path`` (a file, one of its shards, a Diffusers folder) by its headers only.
+def open_transformer(
+    path: Path | str, disable_mmap: bool = False, option: str = "", model_type: ModelType | None = "flux"
+) -> TransformerFile:
+    """Open ``path`` (a file, one of its shards, a Diffusers folder) by its headers only; ``model_type`` None: either.
 
-    Raises UserError, naming ``option`` and what the file is, when it isn't a FLUX.1 text-to-image transformer.
+    Raises UserError, naming ``option`` and what the file is, when it isn't a text-to-image transformer of that type.
     """
     checkpoint = open_checkpoint(path, "transformer", disable_mmap, option)
-    kind = refuse_unless(checkpoint, {"flux", "flux-diffusers"}, "a FLUX.1 transformer", TRANSFORMER_PREFIXES)
+    kind = _wanted_kind(checkpoint, model_type)
     source = TensorSource(checkpoint, TRANSFORMER_PREFIXES)
-    if kind.name == "flux-diffusers":
+    if kind.name.endswith("-diffusers"):
         source.remap(diffusers_origins(source))
     in_channels = source.shape("img_in.weight")[1]
-    if in_channels != source.shape("final_layer.linear.weight")[0]:
+    if in_channels != source.shape(LAST_LAYER)[0]:
         special = SPECIAL_INPUTS.get(in_channels, "a special kind")
         raise UserError(
             f"{checkpoint.label} is a FLUX.1 model with extra image inputs ({special}: {in_channels} input channels); "
@@ -67,30 +82,66 @@ def open_transformer(path: Path | str, disable_mmap: bool = False, option: str =
     return TransformerFile(source, infer_config(source))
 
 
+def _wanted_kind(checkpoint: Checkpoint, model_type: ModelType | None) -> Kind:
+    """The checkpoint's kind. Raises UserError; a file of the other type comes with the option that it needs."""
+    types: tuple[ModelType, ...] = ("flux", "chroma") if model_type is None else (model_type,)
+    kinds = {f"{name}{layout}" for name in types for layout in ("", "-diffusers")}
+    other: ModelType = "flux" if model_type == "chroma" else "chroma"
+    found = recognise(checkpoint, TRANSFORMER_PREFIXES)
+    if model_type is not None and found is not None and found.name.removesuffix("-diffusers") == other:
+        what = f"with --model_type {model_type}, " if model_type == "chroma" else ""
+        raise UserError(
+            f"{checkpoint.label} is {found.description}; {what}{NAMES[model_type]} is needed here. "
+            f"Give --model_type {other} for this file."
+        )
+    return refuse_unless(checkpoint, kinds, " or ".join(NAMES[name] for name in types), TRANSFORMER_PREFIXES)
+
+
 def infer_config(source: TensorSource) -> FluxConfig:
-    """Sizes from the shapes of tensors in the original layout. Raises UserError when they contradict each other."""
+    """Sizes from the shapes of tensors in the original layout; a ControlNet has no last layer.
+
+    Raises UserError when they contradict each other.
+    """
     hidden, in_channels = source.shape("img_in.weight")
     head_dim = source.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
     exceptions = source.exceptions
     try:
-        return FluxConfig(
+        return _config_class(source)(
             hidden_size=hidden,
             num_heads=hidden // head_dim,
             depth=source.count(r"double_blocks\.(\d+)\."),
             depth_single=source.count(r"single_blocks\.(\d+)\."),
             in_channels=in_channels,
-            out_channels=source.shape("final_layer.linear.weight")[0],
+            out_channels=source.shape(LAST_LAYER)[0] if LAST_LAYER in source else in_channels,
             context_dim=source.shape("txt_in.weight")[1],
-            vector_dim=source.shape("vector_in.in_layer.weight")[1],
-            time_dim=source.shape("time_in.in_layer.weight")[1],
             mlp_hidden=source.shape("double_blocks.0.img_mlp.0.weight")[0],
             axes_dims=tuple(exceptions.get("axes_dims_rope", rope_axes(head_dim))),
             theta=float(exceptions.get("theta", 10000.0)),
-            guidance_embed="guidance_in.in_layer.weight" in source,
             qkv_bias="double_blocks.0.img_attn.qkv.bias" in source,
+            **_own_sizes(source),
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{source.checkpoint.label} has sizes that don't fit together: {error}.") from None
+
+
+def _config_class(source: TensorSource) -> type[FluxConfig]:
+    return ChromaConfig if APPROXIMATOR in source else FluxConfig
+
+
+def _own_sizes(source: TensorSource) -> dict[str, Any]:
+    """The sizes that only one of the two families has."""
+    if APPROXIMATOR in source:
+        width, inputs = source.shape(APPROXIMATOR)
+        return {
+            "approximator_in": inputs,
+            "approximator_hidden": width,
+            "approximator_layers": source.count(r"distilled_guidance_layer\.layers\.(\d+)\."),
+        }
+    return {
+        "vector_dim": source.shape("vector_in.in_layer.weight")[1],
+        "time_dim": source.shape("time_in.in_layer.weight")[1],
+        "guidance_embed": "guidance_in.in_layer.weight" in source,
+    }
 
 
 # Diffusers' names of whole modules; {} is "weight" or "bias".
@@ -130,6 +181,13 @@ SINGLE = {
     "linear2": ("proj_out",),
 }
 SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+# Of Chroma's approximator; {} is the number of a layer.
+APPROXIMATOR_OUTER = ("distilled_guidance_layer.in_proj", "distilled_guidance_layer.out_proj")
+APPROXIMATOR_LAYER = {
+    "distilled_guidance_layer.layers.{}.in_layer": "distilled_guidance_layer.layers.{}.linear_1",
+    "distilled_guidance_layer.layers.{}.out_layer": "distilled_guidance_layer.layers.{}.linear_2",
+}
+APPROXIMATOR_NORM = ("distilled_guidance_layer.norms.{}.scale", "distilled_guidance_layer.norms.{}.weight")
 
 
 def swap_halves(modulation: Tensor) -> Tensor:
@@ -151,6 +209,14 @@ def diffusers_origins(source: TensorSource) -> dict[str, Origin]:
 
     for name, part in OUTER.items():
         add(name, (part,))
+    for name in APPROXIMATOR_OUTER:
+        add(name, (name,))
+    for index in range(source.count(r"distilled_guidance_layer\.layers\.(\d+)\.")):
+        for name, part in APPROXIMATOR_LAYER.items():
+            add(name.format(index), (part.format(index),))
+        scale, weight = (name.format(index) for name in APPROXIMATOR_NORM)
+        if weight in source:
+            origins[scale] = Origin((weight,))
     for ours, theirs, modules, norms in (
         ("double_blocks", "transformer_blocks", DOUBLE, DOUBLE_NORMS),
         ("single_blocks", "single_transformer_blocks", SINGLE, SINGLE_NORMS),

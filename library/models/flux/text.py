@@ -1,4 +1,4 @@
-"""Prompts to FLUX.1's conditioning: a pooled vector from CLIP-L and a sequence of states from T5.
+"""Prompts to conditioning: a pooled vector from CLIP-L (FLUX.1 alone) and a sequence of states from T5.
 
 Conditioning is a dictionary of tensors, batch first: ``l_pooled`` [B, 768], ``t5_out`` [B, L, 4096], ``txt_ids``
 [B, L, 3] (all zero) and ``t5_attn_mask`` [B, L] (1 where the prompt and its end token stand).
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from library.models.clip import ClipTextEncoder
     from library.models.t5 import T5TextEncoder
 
-T5_LENGTH = {"schnell": 256, "dev": 512}
+T5_LENGTH = {"schnell": 256, "dev": 512, "chroma": 512}
 
 
 def clip_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
@@ -55,3 +56,15 @@ def encode_t5(
     with torch.set_grad_enabled(with_gradients):
         states = encoder(tokens["t5_tokens"], mask if apply_attention_mask else None)
     return {"t5_out": states, "txt_ids": torch.zeros(*mask.shape, 3, device=mask.device), "t5_attn_mask": mask}
+
+
+def attended_text(conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``conditioning`` of Chroma without the padding that no item of the batch attends to.
+
+    Nothing changes in what comes out: most captions are short, and their 512 tokens would cost time.
+    """
+    mask = conditioning["t5_attn_mask"]
+    if isinstance(mask, FakeTensor):  # a simulation has no numbers; it stands for the longest caption
+        return dict(conditioning)
+    length = min(int(mask.bool().sum(dim=1).max()) + 1, mask.shape[1])  # the first padding token is attended to
+    return {name: conditioning[name][:, :length] for name in ("t5_out", "txt_ids", "t5_attn_mask")}

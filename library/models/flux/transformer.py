@@ -7,7 +7,7 @@ modules that are handed in, so that a relative which computes its modulations el
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,13 @@ def sinusoid(values: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
+def joint_key_mask(txt_attention_mask: Tensor | None, img: Tensor) -> Tensor | None:
+    """Which keys are attended to, [B, L + S] boolean: text as its mask [B, L] says, every image token of ``img``."""
+    if txt_attention_mask is None:
+        return None
+    return F.pad(txt_attention_mask.to(device=img.device).bool(), (0, img.shape[1]), value=True)
+
+
 class MLPEmbedder(nn.Module):
     """A vector of another width to the hidden one: Linear, SiLU, Linear."""
 
@@ -188,6 +195,19 @@ def feed_forward(hidden_size: int, mlp_hidden: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(hidden_size, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden_size)
     )
+
+
+def add_residual(tokens: Tensor, residuals: Sequence[Tensor | None] | None, block: int) -> Tensor:
+    """``tokens`` [B, tokens, hidden] plus a ControlNet's residual for that block, if there is one.
+
+    A residual with fewer tokens is for the last of them, which are the image's.
+    """
+    residual = residuals[block] if residuals is not None else None
+    if residual is None:
+        return tokens
+    others = tokens.shape[1] - residual.shape[1]
+    residual = residual.to(tokens.dtype)
+    return tokens + (F.pad(residual, (0, 0, others, 0)) if others else residual)
 
 
 def clip_float16(x: Tensor) -> Tensor:
@@ -314,13 +334,24 @@ class StreamTransformer(nn.Module):
         with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
             return checkpoint(module, *inputs, use_reentrant=False)
 
-    def run_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, key_mask: Tensor | None) -> Tensor:
-        """All blocks; returns the image tokens [batch, image tokens, hidden]."""
-        for block in self.double_blocks:
+    def run_blocks(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        rope: Tensor,
+        key_mask: Tensor | None,
+        double_residuals: Sequence[Tensor | None] | None = None,
+        single_residuals: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """All blocks; returns the image tokens [batch, image tokens, hidden]. Residuals are those of ``forward``."""
+        for number, block in enumerate(self.double_blocks):
             img, txt = self.run(block, img, txt, vec, rope, key_mask)
+            img = add_residual(img, double_residuals, number)
         joined = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
+        for number, block in enumerate(self.single_blocks):
             joined = self.run(block, joined, vec, rope, key_mask)
+            joined = add_residual(joined, single_residuals, number)
         return joined[:, txt.shape[1] :]
 
     def positions(self, img_ids: Tensor, txt_ids: Tensor, batch: int) -> Tensor:
@@ -329,8 +360,8 @@ class StreamTransformer(nn.Module):
         return rope_rotations(torch.cat(ids, dim=1), self.config.axes_dims, self.config.theta)
 
 
-class FluxTransformer(StreamTransformer):
-    """FLUX.1 [dev] and [schnell]; the state dict has the keys of the original checkpoints."""
+class FluxStreams(StreamTransformer):
+    """FLUX.1 but for its last layer: what goes in, and the blocks. A ControlNet is one too."""
 
     def __init__(self, config: FluxConfig):
         super().__init__(config)
@@ -347,7 +378,6 @@ class FluxTransformer(StreamTransformer):
         self.single_blocks = nn.ModuleList(
             SingleStreamBlock(config, Modulation(hidden, 3)) for _ in range(config.depth_single)
         )
-        self.final_layer = LastLayer(config)
 
     def conditioning_vector(self, timesteps: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
         """Timestep, guidance and pooled text [B, ...] as one vector [B, hidden]."""
@@ -357,6 +387,14 @@ class FluxTransformer(StreamTransformer):
                 raise ValueError("this transformer is guidance-distilled: it needs a guidance value for each item")
             vec = vec + self.guidance_in(sinusoid(guidance, self.config.time_dim).to(self.dtype))
         return vec + self.vector_in(pooled.to(self.dtype))
+
+
+class FluxTransformer(FluxStreams):
+    """FLUX.1 [dev] and [schnell]; the state dict has the keys of the original checkpoints."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__(config)
+        self.final_layer = LastLayer(config)
 
     def forward(
         self,
@@ -368,19 +406,27 @@ class FluxTransformer(StreamTransformer):
         y: Tensor,
         guidance: Tensor | None = None,
         txt_attention_mask: Tensor | None = None,
+        double_residuals: Sequence[Tensor | None] | None = None,
+        single_residuals: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """The velocity [batch, S, out_channels] of packed noisy latents.
 
         ``img`` [batch, S, in_channels]; ``img_ids`` [S, 3] or [batch, S, 3]; ``txt`` [batch, L, context_dim];
         ``txt_ids`` as ``img_ids``; ``timesteps`` [batch] in 0..1 and ``guidance`` [batch], both float32 (the latter
         ignored by models without a guidance embedding); ``y`` [batch, vector_dim] pooled text; ``txt_attention_mask``
-        [batch, L], non-zero where text tokens are attended to (None: all).
+        [batch, L], non-zero where text tokens are attended to (None: all). The residuals are a ControlNet's, one for
+        each block (or None): added to the image tokens after a double block, and after a single block to as many of the
+        last tokens as they have.
         """
         vec = self.run(self.conditioning_vector, timesteps, y, guidance)
         rope = self.positions(img_ids, txt_ids, len(img))
-        key_mask = None
-        if txt_attention_mask is not None:
-            text_mask = txt_attention_mask.to(device=img.device).bool()
-            key_mask = F.pad(text_mask, (0, img.shape[1]), value=True)
-        tokens = self.run_blocks(self.img_in(img.to(self.dtype)), self.txt_in(txt.to(self.dtype)), vec, rope, key_mask)
+        tokens = self.run_blocks(
+            self.img_in(img.to(self.dtype)),
+            self.txt_in(txt.to(self.dtype)),
+            vec,
+            rope,
+            joint_key_mask(txt_attention_mask, img),
+            double_residuals,
+            single_residuals,
+        )
         return self.final_layer(tokens, vec)

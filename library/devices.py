@@ -57,6 +57,18 @@ def default_device() -> torch.device:
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
+def named_device(name: str, option: str = "--device") -> torch.device:
+    """The device of that name. Raises UserError for one that this machine does not have."""
+    import torch
+
+    try:
+        device = torch.ones((), device=name).device
+        float(torch.ones((), device=device))  # "meta" and the like hold no numbers
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f'{option}: "{name}" is not a device of this machine; "cpu" always is.') from None
+
+
 def place(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
     """``module.to(device, dtype)``, also for tensors of ``library.training.simulation``, which torch cannot move."""
     import torch

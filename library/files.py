@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +52,41 @@ def write_text(path: Path | str, text: str) -> None:
     """Write UTF-8 text with ``\\n`` line ends, complete or not at all."""
     with writing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_new(names: Iterable[Path], data: bytes) -> Path:
+    """Write ``data`` under the first of ``names`` (in one folder) that is free; returns it.
+
+    Complete or not at all, and never over a file that is there, whoever writes beside this process.
+    """
+    names = iter(names)
+    path = next(names)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        while True:
+            try:
+                return _name_once(temporary, path)
+            except FileExistsError:
+                path = next(names)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _name_once(temporary: Path, path: Path) -> Path:
+    """Give a file a name that no other has. Raises FileExistsError."""
+    try:
+        os.link(temporary, path)  # unlike a renaming, this fails where the name is taken
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
+    return path
 
 
 def remove_stale_temporaries(folder: Path) -> None:

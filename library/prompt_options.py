@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,30 @@ def parse_prompt_line(line: str, place: str = "prompt") -> PromptOptions:
 
     Raises UserError, beginning with ``place``, when an option's value is not a number where one is needed.
     """
+    return prompt_options(parse_prompt_values(line, place))
+
+
+def parse_prompt_values(
+    line: str, place: str = "prompt", known: Mapping[str, tuple[str, type]] = LINE_OPTIONS
+) -> dict[str, Any]:
+    """As ``parse_prompt_line``, by field: the prompt and those of the ``known`` options that the line gives."""
     prompt, *pieces = (" " + line.strip()).split(" --")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"prompt": prompt.strip()}
     for piece in pieces:
         name, _, text = piece.strip().partition(" ")
-        if name.lower() not in LINE_OPTIONS:
+        if name.lower() not in known:
             warn(f'{place}: "--{piece.strip()}" is not a prompt option and is ignored.')
             continue
-        field, kind = LINE_OPTIONS[name.lower()]
+        field, kind = known[name.lower()]
         values.setdefault(field, _value(text.strip(), kind, f"{place}: --{name}"))
-    return _clamped(PromptOptions(prompt=prompt.strip(), **values))
+    return values
+
+
+def prompt_options(values: Mapping[str, Any]) -> PromptOptions:
+    """Values by field as one object, with the steps kept in 1..1000."""
+    options = PromptOptions(**values)
+    steps = options.sample_steps
+    return options if steps is None else dataclasses.replace(options, sample_steps=min(max(steps, 1), 1000))
 
 
 def _value(value: Any, kind: type, place: str) -> Any:
@@ -85,18 +100,13 @@ def _value(value: Any, kind: type, place: str) -> Any:
         raise UserError(f'{place} must be {wanted}, not "{value}".') from None
 
 
-def _clamped(options: PromptOptions) -> PromptOptions:
-    steps = options.sample_steps
-    return options if steps is None else dataclasses.replace(options, sample_steps=min(max(steps, 1), 1000))
-
-
 def _from_table(table: dict[str, Any], place: str) -> PromptOptions:
     values = {}
     for key, value in table.items():
         if key not in FIELD_TYPES:
             raise UserError(f'{place}: unknown key "{key}".{did_you_mean(key, FIELD_TYPES)}')
         values[key] = _value(value, FIELD_TYPES[key], f'{place}: "{key}"')
-    return _clamped(PromptOptions(**values))
+    return prompt_options(values)
 
 
 def read_prompt_file(path: Path) -> list[PromptOptions]:

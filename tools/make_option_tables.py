@@ -53,6 +53,7 @@ PAGES = (
     Page("docs/options_train_network.md", "train_network", "StableDiffusionTrainingOptions", "Stable Diffusion"),
     Page("docs/options_sdxl_train_network.md", "sdxl_train_network", "SdxlTrainingOptions", "Stable Diffusion XL"),
     Page("docs/options_flux_train_network.md", "flux_train_network", "FluxTrainingOptions", "FLUX.1"),
+    Page("docs/flux_minimal_inference.md", "flux_minimal_inference", "FluxInferenceOptions", "", "the script"),
     _tool("merge_lora", "MergeLoraOptions"),
     _tool("sdxl_merge_lora", "SdxlMergeOptions"),
     _tool("svd_merge_lora", "SvdMergeOptions"),

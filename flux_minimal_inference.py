@@ -1,0 +1,368 @@
+"""Draw pictures with FLUX.1 (dev, schnell) or Chroma and any number of LoRA files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+from library.console import run_script, say, set_up_console
+from library.errors import UserError
+from library.generation.lora_files import LoraFileOptions
+from library.generation.number_formats import PartFormat, part_formats
+from library.generation.picture_run import PictureRun
+from library.generation.pictures import PictureFileOptions
+from library.generation.prompts import PromptSourceOptions, negative_of
+from library.generation.session import SessionGrammar
+from library.options import ConfigOptions, ConsoleOptions, parse_options
+from library.prompt_options import LINE_OPTIONS, PromptOptions
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from library.models.flux.pipeline import FluxPipeline, PictureRequest
+    from networks.network_stack import NetworkStack
+
+STEPS = {"schnell": 4}
+DEFAULT_STEPS = 50
+SESSION = SessionGrammar(
+    letters={letter: LINE_OPTIONS[letter] for letter in ("w", "h", "d", "s", "g", "l", "n", "cn")}
+    | {"c": ("scale", float), "m": ("multipliers", str)},
+    lasting=("width", "height", "sample_steps", "guidance_scale", "scale"),
+    help="""A prompt, then any of these (an empty line ends):
+  --w 1360 --h 768   width and height in pixels
+  --s 20             steps
+  --g 3.5            guidance of FLUX.1 dev
+  --c 4 (or --l 4)   classifier-free guidance; 1 is none
+  --n blurry         negative prompt; - is an empty one
+  --d 42             seed
+  --cn edges.png     control image, with a ControlNet
+  --m 0.8,0.5        strength of each LoRA file
+Sizes, steps, guidance and strengths stay for the lines that follow.""",
+)
+# A prompt file may hold these for other scripts.
+NOT_FOR_FLUX = ("sample_sampler", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+
+
+@dataclass
+class ModelFileOptions:
+    """Model files"""
+
+    ckpt_path: str | None = None
+    """Transformer: a file, one of its shards, or a Diffusers folder."""
+    model_type: Literal["flux", "chroma"] = "flux"
+    """Kind of model: flux (dev, schnell, and models built like them) or chroma."""
+    clip_l: str | None = None
+    """CLIP-L text encoder file; Chroma has none."""
+    t5xxl: str | None = None
+    """T5-XXL text encoder file."""
+    ae: str | None = None
+    """Autoencoder file."""
+    tokenizer_cache_dir: str | None = None
+    """Folder in which tokenizers are looked for first, and kept when they are downloaded."""
+    disable_mmap_load_safetensors: bool = False
+    """Read model files without memory maps, which is faster on some network drives."""
+
+
+@dataclass
+class PictureOptions:
+    """Picture"""
+
+    prompt: str = "A photo of a cat"
+    """What to draw."""
+    negative_prompt: str | None = None
+    """What to keep away from; needs --cfg_scale, and unset counts as an empty one."""
+    width: int = 1360
+    """Pixels, rounded up to a multiple of 16."""
+    height: int = 768
+    """Pixels, rounded up to a multiple of 16."""
+    steps: int | None = None
+    """Denoising steps; unset means 4 for schnell, else 50."""
+    seed: int | None = None
+    """Seed of the noise; unset draws one for each picture."""
+    guidance: float = 3.5
+    """Guidance that FLUX.1 dev was distilled with; schnell and Chroma have none."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance, at twice the time; 1 is none."""
+    apply_t5_attn_mask: bool = False
+    """Hide the padding of prompts from T5 and from the transformer; Chroma always does."""
+    t5xxl_max_token_length: int | None = None
+    """Prompt length in T5 tokens; unset means 512, and 256 for schnell."""
+
+
+@dataclass
+class ControlNetOptions:
+    """ControlNet"""
+
+    controlnet_model_name_or_path: str | None = None
+    """FLUX.1 ControlNet: a file, one of its shards, or a Diffusers folder."""
+    controlnet_mode: int | None = None
+    """Number of the kind of control, for a ControlNet that has several (union)."""
+    controlnet_image: str | None = None
+    """Control image; a prompt's --cn wins."""
+    controlnet_strength: float = 1.0
+    """Factor for what the ControlNet adds."""
+
+
+@dataclass
+class ComputingOptions:
+    """Number formats and device"""
+
+    dtype: str = "bfloat16"
+    """Number format: bf16, fp16, fp32, or fp8."""
+    clip_l_dtype: str | None = None
+    """The same for CLIP-L; unset means --dtype."""
+    ae_dtype: str | None = None
+    """The same for the autoencoder, where fp8 counts as bf16; unset means --dtype."""
+    t5xxl_dtype: str | None = None
+    """The same for T5-XXL; unset means --dtype."""
+    flux_dtype: str | None = None
+    """The same for the transformer; unset means --dtype."""
+    device: str | None = None
+    """Device (cuda, cuda:1, cpu); unset means the accelerator where there is one."""
+    attn_mode: Literal["sdpa", "split", "xformers", "flash"] = "sdpa"
+    """Attention: torch's own (sdpa), the same for one item at a time (split), or a package of that name."""
+    offload: bool = False
+    """Keep only the part that works on the device: text encoders, then transformer, then autoencoder."""
+
+
+@dataclass
+class FluxInferenceOptions:
+    """All options of this script."""
+
+    model: ModelFileOptions = field(default_factory=ModelFileOptions)
+    picture: PictureOptions = field(default_factory=PictureOptions)
+    sources: PromptSourceOptions = field(default_factory=PromptSourceOptions)
+    lora: LoraFileOptions = field(default_factory=LoraFileOptions)
+    control: ControlNetOptions = field(default_factory=ControlNetOptions)
+    computing: ComputingOptions = field(default_factory=ComputingOptions)
+    output: PictureFileOptions = field(default_factory=PictureFileOptions)
+    config: ConfigOptions = field(default_factory=ConfigOptions)
+    console: ConsoleOptions = field(default_factory=ConsoleOptions)
+
+
+class FluxInference(PictureRun):
+    """FLUX.1 and Chroma: two text encoders or one, embedded guidance, flow matching in Euler steps."""
+
+    script = "flux_minimal_inference.py"
+    sampler = "Euler"
+    session = SESSION
+    options: FluxInferenceOptions
+    pipeline: FluxPipeline
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+
+    @property
+    def offload(self) -> bool:
+        """``--offload``."""
+        return self.options.computing.offload
+
+    def check_options(self) -> None:
+        """Options that are missing, and lengths that cannot be."""
+        if not self.options.model.ckpt_path:
+            raise UserError("--ckpt_path is missing; it names the transformer's file or a Diffusers folder.")
+        length = self.options.picture.t5xxl_max_token_length
+        if length is not None and length < 1:
+            raise UserError("--t5xxl_max_token_length must be at least 1.")
+        if self.options.control.controlnet_image is not None:
+            self.require_controlnet("--controlnet_image")
+
+    def require_controlnet(self, place: str) -> None:
+        """Raises UserError where a control image has no ControlNet."""
+        if not self.options.control.controlnet_model_name_or_path:
+            raise UserError(f"{place} needs --controlnet_model_name_or_path.")
+
+    def check_prompt(self, prompt: PromptOptions, place: str = "") -> None:
+        """As for every family; and the control image is read."""
+        super().check_prompt(prompt, place)
+        if prompt.controlnet_image is not None:
+            self.require_controlnet(f"{place}--cn")
+            self.control_image(prompt, place)
+
+    def number_formats(self) -> tuple[dict[str, PartFormat], torch.dtype]:
+        """Each part's own, or --dtype."""
+        computing = self.options.computing
+        names = {
+            "transformer": ("--flux_dtype", computing.flux_dtype),
+            "autoencoder": ("--ae_dtype", computing.ae_dtype),
+            "clip_l": ("--clip_l_dtype", computing.clip_l_dtype),
+            "t5xxl": ("--t5xxl_dtype", computing.t5xxl_dtype),
+        }
+        formats, noise_dtype = part_formats(computing.dtype, names)
+        for part, like in (("controlnet", "transformer"), ("autoencoder", "autoencoder")):  # neither is kept in 8 bits
+            formats[part] = PartFormat(formats[like].compute, formats[like].compute)
+        return formats, noise_dtype
+
+    def default_prompt(self) -> PromptOptions:
+        """The command line as a prompt."""
+        picture = self.options.picture
+        steps = STEPS.get(self.pipeline.variant, DEFAULT_STEPS)
+        return PromptOptions(
+            prompt=picture.prompt,
+            negative_prompt=picture.negative_prompt,
+            width=picture.width,
+            height=picture.height,
+            seed=picture.seed,
+            sample_steps=steps if picture.steps is None else picture.steps,
+            scale=picture.cfg_scale,
+            guidance_scale=picture.guidance,
+            controlnet_image=self.options.control.controlnet_image,
+        )
+
+    def say_what_has_no_effect(self) -> None:
+        """What every script says, and what the kind of model does not have."""
+        super().say_what_has_no_effect()
+        options, variant = self.options, self.pipeline.variant
+        if variant != "dev" and options.picture.guidance != PictureOptions.guidance:
+            say(f"--guidance has no effect: {variant} has no embedded guidance")
+        if "clip_l" not in self.pipeline.encoders and (options.model.clip_l or options.computing.clip_l_dtype):
+            say(f"--clip_l and --clip_l_dtype have no effect: {variant} has no CLIP-L")
+        if options.sources.from_file is not None and options.picture.prompt != PictureOptions.prompt:
+            say("--prompt has no effect with --from_file")
+        unused = [name for name in NOT_FOR_FLUX if any(getattr(p, name) is not None for p in self.file_prompts)]
+        if unused:
+            say(f"no effect in prompts for FLUX.1: {', '.join(unused)}")
+        without_image = any(prompt.controlnet_image is None for prompt in self.file_prompts)
+        if options.control.controlnet_model_name_or_path and without_image and not options.sources.interactive:
+            say("prompts without a control image (--controlnet_image, --cn) are drawn without the ControlNet")
+
+    # ---- models -----------------------------------------------------------------------------------------------------
+
+    def open_pipeline(self) -> FluxPipeline:
+        """Open the model files by their headers and find the tokenizers."""
+        from library.devices import default_device, named_device
+        from library.models.flux.pipeline import FluxFiles, FluxPipeline
+
+        model, picture, computing = self.options.model, self.options.picture, self.options.computing
+        control = self.options.control
+        files = FluxFiles(
+            transformer=model.ckpt_path or "",
+            autoencoder=model.ae,
+            clip_l=model.clip_l,
+            t5xxl=model.t5xxl,
+            tokenizer_cache_dir=model.tokenizer_cache_dir,
+            disable_mmap=model.disable_mmap_load_safetensors,
+            model_type=model.model_type,
+            controlnet=control.controlnet_model_name_or_path,
+            controlnet_mode=control.controlnet_mode,
+            transformer_option="--ckpt_path",
+        )
+        pipeline = FluxPipeline(
+            files,
+            dtype=self.formats["transformer"].compute,
+            device=default_device() if computing.device is None else named_device(computing.device),
+            dtypes={part: formats.stored for part, formats in self.formats.items()},
+            t5xxl_max_token_length=picture.t5xxl_max_token_length,
+            apply_t5_attn_mask=picture.apply_t5_attn_mask,
+            attention_backend=computing.attn_mode,
+        )
+        pipeline.load_tokenizers(pipeline.encoders)
+        return pipeline
+
+    def open_loras(self) -> NetworkStack:
+        """The LoRA files, checked against the models' structure."""
+        from networks.network_stack import NetworkStack
+
+        files = [(file.path, file.multiplier) for file in self.lora_files]
+        skeletons = {part: self.pipeline.skeleton(part) for part in ("transformer", *self.pipeline.encoders)}
+        encoders = {encoder: skeletons.get(encoder) for encoder in ("clip_l", "t5xxl")}
+        merge = self.options.lora.merge_lora_weights
+        transformer = {"transformer": skeletons["transformer"]}
+        return NetworkStack(files, network_module, encoders, transformer, families=("FLUX.1",), merge=merge)
+
+    # ---- pictures ---------------------------------------------------------------------------------------------------
+
+    def denoising_parts(self, prompt: PromptOptions) -> tuple[str, ...]:
+        """The transformer, and what a control image goes through."""
+        if prompt.controlnet_image is None:
+            return ("transformer",)
+        encoder = ("autoencoder",) if self.pipeline.control_takes_latents else ()
+        return ("transformer", "controlnet", *encoder)
+
+    def request(self, prompt: PromptOptions) -> PictureRequest:
+        """The schedule is shifted with the picture's size, but not for schnell."""
+        from library.models.flux.pipeline import PictureRequest
+
+        assert prompt.width and prompt.height and prompt.sample_steps
+        return PictureRequest(
+            prompt=prompt.prompt,
+            width=prompt.width,
+            height=prompt.height,
+            seed=prompt.seed,
+            sample_steps=prompt.sample_steps,
+            guidance_scale=3.5 if prompt.guidance_scale is None else prompt.guidance_scale,
+            scale=1.0 if prompt.scale is None else prompt.scale,
+            shift=self.pipeline.variant != "schnell",
+            conditioning=self.text_outputs(prompt.prompt),
+            negative_conditioning=self.text_outputs(negative_of(prompt)),
+            control_image=self.control_image(prompt),
+            control_strength=self.options.control.controlnet_strength,
+        )
+
+    def control_image(self, prompt: PromptOptions, place: str = "") -> Image | None:
+        """The control image of a prompt. Raises UserError, beginning with ``place``, when it cannot be read."""
+        if prompt.controlnet_image is None:
+            return None
+        from library.data.images import read_control_image
+
+        return read_control_image(prompt.controlnet_image, f"{place}control image")
+
+    def image(self, pixels: Tensor) -> Image:
+        """As for the sample images of a training."""
+        from library.models.flux.pipeline import to_picture
+
+        return to_picture(pixels)
+
+    def recorded(self, prompt: PromptOptions) -> PromptOptions:
+        """Without guidance for models that have none."""
+        prompt = super().recorded(prompt)
+        return prompt if self.pipeline.variant == "dev" else replace(prompt, guidance_scale=None)
+
+    def settings(self, prompt: PromptOptions) -> Mapping[str, str]:
+        """Kind of model, number formats, the ControlNet, and how prompts are read."""
+        computing = self.options.computing
+        formats = {"dtype": computing.dtype} | {
+            name.replace("_", "-"): value
+            for name in ("clip_l_dtype", "ae_dtype", "t5xxl_dtype", "flux_dtype")
+            if (value := getattr(computing, name))
+        }
+        return {
+            "model-type": self.options.model.model_type,
+            **formats,
+            **self.control_settings(prompt),
+            "t5xxl-max-token-length": str(self.pipeline.text_lengths["t5xxl"]),
+            "apply-t5-attn-mask": str(self.pipeline.apply_t5_attn_mask).lower(),
+        }
+
+    def control_settings(self, prompt: PromptOptions) -> Mapping[str, str]:
+        """The ControlNet and its image, where one acts."""
+        control = self.options.control
+        if not (control.controlnet_model_name_or_path and prompt.controlnet_image):
+            return {}
+        return {
+            "controlnet": Path(control.controlnet_model_name_or_path).name,
+            "control-image": Path(prompt.controlnet_image).name,
+            "control-strength": f"{control.controlnet_strength:g}",
+        }
+
+
+def network_module(keys: Collection[str]) -> ModuleType:
+    """The network module that reads a file with these keys: OFT by its names, else LoRA."""
+    from networks import lora_flux, oft_flux
+
+    return oft_flux if any(key.startswith("oft_unet_") for key in keys) else lora_flux
+
+
+def main() -> None:
+    """Read the options and draw."""
+    options = parse_options(FluxInferenceOptions, __doc__ or "")
+    set_up_console(options.console)
+    FluxInference(options).run()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,68 @@
+"""Which parts of a pipeline are loaded and where, while a picture is made: text encoders, then the rest in turn."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def computing_in(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to ``dtype``, as a training with that mixed precision has it; nothing for float32."""
+    import torch
+
+    if dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+class Parts:
+    """Loads a pipeline's parts when their work comes; with ``offload``, parts that do not work are on the CPU.
+
+    ``on_load(part, module)`` and ``on_move(part, device)`` are for what belongs to a part without being in it.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        offload: bool,
+        on_load: Callable[[str, Any], None],
+        on_move: Callable[[str, Any], None],
+    ):
+        self.pipeline = pipeline
+        self.offload = offload
+        self.on_load = on_load
+        self.on_move = on_move
+
+    @contextlib.contextmanager
+    def at_work(self, *parts: str) -> Iterator[None]:
+        """While it is active, these parts are loaded and on the device."""
+        for part in parts:
+            if part not in self.pipeline.modules:
+                self._load(part)
+            elif self.offload:
+                self._move(part, self.pipeline.device)
+        try:
+            yield
+        finally:
+            if self.offload:
+                for part in parts:
+                    self._move(part, "cpu")
+
+    def _load(self, part: str) -> None:
+        if part in self.pipeline.encoders:
+            self.pipeline.load_text_encoders([part])
+        else:
+            getattr(self.pipeline, f"load_{part}")()
+        try:
+            self.on_load(part, self.pipeline.modules[part])
+        except BaseException:  # Ctrl-C too: a session must not go on with a part that is only half prepared
+            self.pipeline.unload(part)
+            raise
+
+    def _move(self, part: str, device: Any) -> None:
+        self.pipeline.move(part, device)
+        self.on_move(part, device)

@@ -1,0 +1,75 @@
+"""Asking for prompts, one line after the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from library.errors import UserError
+from library.generation.prompts import with_defaults
+from library.prompt_options import PromptOptions, parse_prompt_values, prompt_options
+
+PLACE = "the prompt line"
+
+
+@dataclass(frozen=True)
+class SessionGrammar:
+    """What a line may say beside its prompt: ``--w 512``."""
+
+    letters: Mapping[str, tuple[str, type]]
+    """Field and type by letter; ``multipliers`` is the one field that PromptOptions does not have."""
+    lasting: Collection[str]
+    """Fields that stay for the lines that follow; all others begin anew with each line."""
+    help: str
+    """What is printed at the start."""
+
+
+class Session:
+    """Lines in, prompts out; what lasts from line to line is kept here."""
+
+    def __init__(self, grammar: SessionGrammar, defaults: PromptOptions):
+        self.grammar = grammar
+        self.defaults = defaults
+
+    def read(self, line: str) -> tuple[PromptOptions, str | None]:
+        """A line as a prompt with every default filled in, and its multipliers as written.
+
+        A lone ``-`` as negative prompt is an empty one. Raises UserError for a value that is no number.
+        """
+        values = parse_prompt_values(line, PLACE, self.grammar.letters)
+        multipliers = values.pop("multipliers", None)
+        if values.get("negative_prompt") == "-":
+            values["negative_prompt"] = ""
+        own = prompt_options(values)
+        prompt = with_defaults(own, self.defaults)
+        lasting: dict[str, Any] = {name: values[name] for name in self.grammar.lasting if name in values}
+        self.defaults = with_defaults(PromptOptions(self.defaults.prompt, **lasting), self.defaults)
+        return prompt, multipliers
+
+    def run(self, draw: Callable[[PromptOptions, str | None], None]) -> None:
+        """Hand each line to ``draw`` until an empty one or the end of the input; a mistake does not end the session."""
+        print(self.grammar.help, flush=True)
+        for line in _lines():
+            try:
+                draw(*self.read(line))
+            except UserError as error:
+                print(f"error: {error}", flush=True)
+            except KeyboardInterrupt:
+                print("stopped", flush=True)
+
+
+def _lines() -> Iterator[str]:
+    reconfigure = getattr(sys.stdin, "reconfigure", None)
+    if reconfigure is not None and not sys.stdin.isatty():
+        reconfigure(encoding="utf-8", errors="replace")  # a pipe has the system's code page otherwise
+    while True:
+        try:
+            line = input("prompt> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line.strip():
+            return
+        yield line

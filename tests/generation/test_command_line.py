@@ -1,0 +1,46 @@
+"""flux_minimal_inference.py as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+
+from PIL import Image
+
+from tests.running import ROOT, command, launch
+
+SCRIPT = "flux_minimal_inference.py"
+
+
+def test_a_session_through_a_pipe(inference_command, lora, tmp_path):
+    lines = ["赤い猫 --d 1 --w 32 --s 1", "a dog --d 2 --m 0.2", "a dog --d x", "a dog --cn none.png", "", "not drawn"]
+    arguments = [*inference_command, "--interactive", "--output_dir", tmp_path, "--lora_weights", lora("one", 1)]
+    result = subprocess.run(
+        command(SCRIPT, *arguments, accelerate=False),
+        input="\n".join(lines).encode("utf-8"),
+        capture_output=True,
+        cwd=ROOT,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout.decode("ascii")
+    assert "--m 0.8,0.5" in printed
+    assert '--d must be a whole number, not "x"' in printed
+    assert "error: --cn needs --controlnet_model_name_or_path" in printed
+    texts = []
+    for path in sorted(tmp_path.glob("*.png")):
+        with Image.open(path) as image:
+            texts.append(image.text)
+    assert [(t["prompt"], t["seed"], t["width"], t["steps"]) for t in texts] == [
+        ("赤い猫", "1", "32", "1"),
+        ("a dog", "2", "32", "1"),
+    ]
+    assert [t["lora-weights"] for t in texts] == ['["one.safetensors;1"]', '["one.safetensors;0.2"]']
+
+
+def test_a_mistake_is_one_sentence_and_nothing_is_drawn(inference_command, tiny_flux, tmp_path):
+    result = launch(
+        SCRIPT, *inference_command, "--ae", tiny_flux.t5xxl, "--output_dir", tmp_path / "out", accelerate=False
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: --ae: ") and len(result.stderr.strip().splitlines()) == 1
+    assert list((tmp_path / "out").iterdir()) == []

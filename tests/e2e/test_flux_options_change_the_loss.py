@@ -85,8 +85,7 @@ def test_an_option_changes_the_loss_of_the_same_draws(loss_of, arguments, beside
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--model_type chroma", "--model_type chroma is not available yet"),
-        ("--controlnet_model_name_or_path x", "--controlnet_model_name_or_path is not available yet"),
+        ("--model_type chroma", "is a FLUX.1 file; .*Give --model_type flux for this file"),
         ("--t5xxl_max_token_length 0", "--t5xxl_max_token_length must be at least 1"),
         ("--blocks_to_swap 2 --cpu_offload_checkpointing", "exclude each other"),
         ("--clip_l none.safetensors", "--clip_l.*none.safetensors"),

@@ -173,7 +173,7 @@ def test_unknown_network_argument(given):
         (["--sample_every_n_steps", "1"], "--sample_prompts is missing"),
         (["--log_with", "tensorboard"], "--logging_dir"),
         (["--min_timestep", "900", "--max_timestep", "100"], "min_timestep"),
-        (["--model_type", "chroma"], "not available yet"),
+        (["--model_type", "chroma"], "is a FLUX.1 file; with --model_type chroma, a Chroma transformer is needed here"),
         (["--deepspeed"], "not available"),
         (["--network_weights", "missing.safetensors"], "missing.safetensors"),
         (["--max_train_steps", "0"], "--max_train_steps must be at least 1"),

@@ -224,3 +224,13 @@ def test_parts_that_do_not_belong_together_are_named(tmp_path, files):
     save_file(state, tmp_path / "flux.safetensors")
     with pytest.raises(UserError, match=r"--t5xxl: .* gives 64 channels, but the transformer .*4096"):
         open_pipeline(TinyFlux(tmp_path / "flux.safetensors", files.autoencoder, files.clip_l, files.t5xxl))
+
+
+def test_an_autoencoder_in_float32_computes_in_it_under_autocast(pipeline):
+    """As --no_half_vae asks for: sample pictures are drawn inside the trainer's mixed precision."""
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels = pipeline.decode_latents(latents)
+    encoded = pipeline.encode_images(pixels, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pipeline.decode_latents(latents), pixels)
+        assert torch.equal(pipeline.encode_images(pixels, None), encoded)

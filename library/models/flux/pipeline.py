@@ -233,12 +233,18 @@ class FluxPipeline:
 
         Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
         """
-        return self.load_autoencoder().encode(pixels, generators)
+        with self._autoencoders_own_format():
+            return self.load_autoencoder().encode(pixels, generators)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], float32 in -1..1, of ``latents`` [B, 16, H/8, W/8]."""
-        return self.load_autoencoder().decode(latents).float().clamp(-1, 1)
+        with self._autoencoders_own_format():
+            return self.load_autoencoder().decode(latents).float().clamp(-1, 1)
+
+    def _autoencoders_own_format(self) -> torch.autocast:
+        """Without autocast: an autoencoder that is kept in float32 must also compute in it."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[str, Tensor]:
         """Token ids, batch first on the CPU: ``l_tokens`` [B, 77], ``t5_tokens`` and ``t5_attn_mask`` [B, L]."""
@@ -279,8 +285,7 @@ class FluxPipeline:
         """What the ControlNet takes of images [B, 3, H, W] in -1..1: the same, or latents (the posterior's mean)."""
         if not self.control_takes_latents:
             return control_image.to(self.device)
-        with torch.autocast(self.device.type, enabled=False):  # the autoencoder computes in its own format
-            return self.encode_images(control_image.to(self.device), None)
+        return self.encode_images(control_image.to(self.device), None)
 
     def predict(
         self,

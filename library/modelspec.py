@@ -16,6 +16,8 @@ ARCHITECTURES = {
     "sd_v2_v": ("stable-diffusion-v2-768-v", "diffusers", 768),
     "sd_v2": ("stable-diffusion-v2-512", "diffusers", 512),
     "sd_v1": ("stable-diffusion-v1", "diffusers", 512),
+    "flux1": ("flux-1-dev", "https://github.com/black-forest-labs/flux", 1024),
+    "chroma": ("chroma", "https://huggingface.co/lodestones/Chroma", 1024),
 }
 
 
@@ -46,18 +48,21 @@ def modelspec_entries(
 
 
 def standard_entries(base_model_version: str) -> dict[str, str]:
-    """Architecture, implementation, resolution and prediction type that follow from ``ss_base_model_version``.
+    """Architecture, implementation, resolution and (of Stable Diffusion) prediction type that follow from
+    ``ss_base_model_version``.
 
     Empty for a version that tells nothing.
     """
     for beginning, (architecture, implementation, size) in ARCHITECTURES.items():
         if base_model_version.startswith(beginning):
-            return {
+            entries = {
                 "modelspec.architecture": architecture,
                 "modelspec.implementation": implementation,
                 "modelspec.resolution": f"{size}x{size}",
-                "modelspec.prediction_type": "v" if base_model_version.endswith("_v") else "epsilon",
             }
+            if beginning.startswith("sd"):
+                entries["modelspec.prediction_type"] = "v" if base_model_version.endswith("_v") else "epsilon"
+            return entries
     return {}
 
 

@@ -426,11 +426,16 @@ def save_one_by_one(
             file.write(_tensor_bytes(tensor))
 
 
-def content_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+def content_hashes(
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    load: Callable[[str], torch.Tensor] | None = None,
+) -> tuple[str, str]:
     """``sshs_model_hash`` and ``sshs_legacy_hash`` of a file with these tensors and this metadata.
 
     The first is the SHA-256 of the tensors' bytes in file order; the second, 8 digits, that of the 64 KiB at offset
-    1 MiB of the file as it would be with only the ``ss_`` entries of the metadata.
+    1 MiB of the file as it would be with only the ``ss_`` entries of the metadata. With ``load``, ``tensors`` are
+    stand-ins as of ``save_one_by_one``.
     """
     layout = _layout(tensors)
     header = _header_bytes(tensors, layout, {key: value for key, value in metadata.items() if key.startswith("ss_")})
@@ -438,7 +443,7 @@ def content_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, s
     window.update(_overlap(header, 0))
     position = len(header)
     for name in layout:
-        data = _tensor_bytes(tensors[name])
+        data = _tensor_bytes(load(name) if load else tensors[name])
         whole.update(data)
         window.update(_overlap(data, position))
         position += len(data)

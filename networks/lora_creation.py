@@ -101,13 +101,14 @@ def build_network_from_weights(
     family.check(arguments, unet)
     _warn_of_arguments_without_effect(family, arguments)
     source = "the given weights" if file is None else str(file)
+    metadata: dict[str, str] = {}
     if weights_sd is None:
         if file is None:
             raise ValueError("either a file or its tensors must be given")
-        weights_sd = read_file(file)[0]
+        weights_sd, metadata = read_file(file)
     targets = _all_targets(family, _encoders(text_encoder), unet)
     try:
-        found, unexpected = read_modules(weights_sd, targets, family)
+        found, unexpected = read_modules(weights_sd, targets, family, metadata)
         if not found:
             raise UserError(f"none of the {len(weights_sd)} tensors belongs to a LoRA module of this model.")
         modules = [

@@ -15,6 +15,7 @@ from torch import Tensor
 from library.files import writing
 from library.safetensors_io import content_hashes, load_tensors, save_file
 
+PEFT_METADATA = "lora_adapter_metadata"  # diffusers keeps PEFT's settings there
 SPLIT_MARK = "ss_network_split_qkv"
 FULL_STRENGTH = "alpha_times_parts"  # alpha was raised with the rank of joined modules
 
@@ -39,7 +40,16 @@ def state_dict_of(modules: Mapping[str, LoRAWeights], dtype: torch.dtype | None 
 
 def read_file(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata. Raises UserError when the file is missing or damaged."""
-    return load_tensors(path)
+    tensors, metadata = load_tensors(path)
+    return tensors, with_adapter_config(path, metadata)
+
+
+def with_adapter_config(path: Path | str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """``metadata`` and, for an ``adapter_model`` that PEFT has written, the settings in the file beside it."""
+    config = Path(path).with_name("adapter_config.json")
+    if PEFT_METADATA in metadata or Path(path).stem != "adapter_model" or not config.is_file():
+        return dict(metadata)
+    return {**metadata, PEFT_METADATA: config.read_text(encoding="utf-8")}
 
 
 def write_file(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:

@@ -13,15 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from library.console import warn
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
+from library.safetensors_io import open_checkpoint
 from networks.lora_arguments import choice, flag, parse_arguments, text, whole_number, whole_numbers
 from networks.lora_core import LoRANetwork
 from networks.lora_creation import build_network, build_network_from_weights
+from networks.lora_formats import without_wrapper
 from networks.lora_targets import (
     Arguments,
     Family,
+    Part,
     Target,
     TargetTable,
+    find_targets,
     parse_indices,
     path_from,
     ranks_by_name,
@@ -53,7 +58,9 @@ RANK_RULES = (
     ("single_dim", ("single_blocks", "linear")),
     ("single_mod_dim", ("modulation",)),
 )
+LAST_MODULATION = "final_layer.adaLN_modulation.1"  # diffusers keeps the halves of its rows in another order
 IN_LAYERS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
+T5_NAMES = ("lora_te3_", "lora_te2_encoder_block_", "text_encoder_2.", "text_encoders.t5xxl.")
 BLOCK_LISTS = (
     ("double", "double_blocks", "train_double_block_indices"),
     ("single", "single_blocks", "train_single_block_indices"),
@@ -93,27 +100,46 @@ def rank_of_in_layers(arguments: Arguments) -> Mapping[str, int]:
     return dict(zip(IN_LAYERS, arguments["in_dims"] or []))
 
 
-def other_names(target: Target) -> Iterable[tuple[str, int | None]]:
+def warn_of_missing_layers(arguments: Arguments, transformer: nn.Module) -> None:
+    """Name the ranks for layers that this model lacks: schnell has no guidance, Chroma neither it nor modulations."""
+    names = [target.name for target in find_targets(transformer, TRANSFORMER)]
+    idle = [
+        argument
+        for argument, parts in RANK_RULES
+        if arguments[argument] and not any(all(part in name for part in parts) for name in names)
+    ]
+    lacking = [
+        layer for layer, rank in rank_of_in_layers(arguments).items() if rank and not hasattr(transformer, layer)
+    ]
+    if names and (idle or lacking):
+        idle += [f"in_dims for {', '.join(lacking)}"] if lacking else []
+        warn(f"--network_args: this model has no such layers, so there is no effect of {'; '.join(idle)}")
+
+
+def other_names(target: Target) -> Iterable[tuple[str, Part]]:
     """What diffusers, PEFT, AI-toolkit, ComfyUI, OneTrainer and XLabs call a module, or the parts of a joined one."""
     path = target.path
     if target.table is CLIP_L:
-        yield from ((f"text_encoder.{path}", None), (f"text_encoders.clip_l.transformer.{path}", None))
+        yield f"text_encoders.clip_l.transformer.{path}", None
+        for inner in (path, path.removeprefix("text_model.")):  # transformers 5 has no text_model
+            yield f"text_encoder.{inner}", None
+            yield "text_encoder." + re.sub(r"self_attn\.(q|k|v|out)_proj", r"self_attn.to_\1", inner), None
     elif target.table is T5XXL:
         yield from ((f"text_encoder_2.{path}", None), (f"text_encoders.t5xxl.transformer.{path}", None))
         yield f"lora_te2_{path}".replace(".", "_"), None
     else:
-        for name in (path, f"diffusion_model.{path}", f"transformer.{path}", *_xlabs_names(path)):
+        for name in (path, f"diffusion_model.{path}", f"transformer.{path}"):
             yield name, None
-        parts = _diffusers_paths(path)
+        yield from _xlabs_names(path)
+        parts = diffusers_paths(path)
         for index, part in enumerate(parts):
-            number = index if len(parts) > 1 else None
+            number: Part = "swapped" if path == LAST_MODULATION else index if len(parts) > 1 else None
             for name in (part, f"transformer.{part}", f"lora_transformer_{part}".replace(".", "_")):
                 yield name, number
 
 
-def _diffusers_paths(path: str) -> tuple[str, ...]:
-    if path == "final_layer.adaLN_modulation.1":
-        return ()  # diffusers keeps its rows in another order
+def diffusers_paths(path: str) -> tuple[str, ...]:
+    """What diffusers calls a layer of the original transformer, or the parts of a joined one."""
     if path in OUTER:
         return (OUTER[path],)
     blocks, number, module = path.split(".", 2)
@@ -121,11 +147,14 @@ def _diffusers_paths(path: str) -> tuple[str, ...]:
     return tuple(f"{prefix}transformer_blocks.{number}.{part}" for part in names.get(module, ()))
 
 
-def _xlabs_names(path: str) -> Iterable[str]:
-    """XLabs numbers the streams: 1 is the image's, 2 the text's."""
+def _xlabs_names(path: str) -> Iterable[tuple[str, Part]]:
+    """XLabs numbers the streams: 1 is the image's, 2 the text's. Of linear1 it trains q, k and v as one."""
     match = re.fullmatch(r"(double_blocks\.\d+)\.(img|txt)_attn\.(qkv|proj)", path)
     if match:
-        yield f"{match[1]}.processor.{match[3]}_lora{1 if match[2] == 'img' else 2}"
+        yield f"{match[1]}.processor.{match[3]}_lora{1 if match[2] == 'img' else 2}", None
+    match = re.fullmatch(r"(single_blocks\.\d+)\.linear([12])", path)
+    if match:  # here "_lora" reads as the beginning of "_lora.down"
+        yield (f"{match[1]}.processor.qkv", 0) if match[2] == "1" else (f"{match[1]}.processor.proj", None)
 
 
 FLUX = Family(
@@ -140,6 +169,7 @@ FLUX = Family(
         "train_blocks": choice("all", "single", "double"),
         "train_t5xxl": flag,
     },
+    check=warn_of_missing_layers,
     rank=ranks_by_name(RANK_RULES),
     selected=selected_blocks,
     extra_layers=rank_of_in_layers,
@@ -148,6 +178,11 @@ FLUX = Family(
     split=joined_rows,
     aliases=other_names,
 )
+
+
+def holds_t5xxl(file: str | Path) -> bool:
+    """Whether a LoRA file has modules of T5-XXL. Raises UserError when it cannot be opened."""
+    return any(without_wrapper(key).startswith(T5_NAMES) for key in open_checkpoint(file).keys())  # noqa: SIM118
 
 
 def check_network_args(network_args: Mapping[str, str]) -> None:
@@ -169,10 +204,12 @@ def create_network(
 
     See ``lora_creation.build_network``. The result's ``train_t5xxl`` says whether T5-XXL is trained.
     """
-    network = build_network(
-        FLUX, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, **network_args
+    network = _with_t5_mark(
+        build_network(FLUX, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, **network_args)
     )
-    return _with_t5_mark(network)
+    if network.arguments["train_t5xxl"] and not network.train_t5xxl:
+        warn("--network_args: train_t5xxl has no effect, because T5-XXL is not trained in this run")
+    return network
 
 
 def create_network_from_weights(

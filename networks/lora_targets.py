@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from library.errors import UserError
 
 Arguments = Mapping[str, Any]  # parsed network_args by name; None where not given
+Part = int | Literal["swapped"] | None
+"""What of a layer a name in a file stands for: None for the whole, "swapped" for the whole with the halves of its rows
+exchanged, a number for rows of a joined layer, beginning with its part of that number."""
 
 
 def same_path(path: str) -> str:
@@ -120,8 +123,8 @@ class Family:
     """Rows of the parts that ``split_qkv`` separates in a module; None: not a joined module."""
     group: Callable[[Target, Arguments], tuple[str, float]] = default_group
     """Label of a module's parameter group and the factor on its learning rate."""
-    aliases: Callable[[Target], Iterable[tuple[str, int | None]]] = field(default=lambda target: ())
-    """Names that other programs give a module or, with its number, one of its parts (see lora_formats)."""
+    aliases: Callable[[Target], Iterable[tuple[str, Part]]] = field(default=lambda target: ())
+    """Names that other programs give a module or a part of it (see lora_formats)."""
     model_name: str = "transformer"
     """What messages call the model that isn't a text encoder."""
 

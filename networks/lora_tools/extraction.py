@@ -89,7 +89,11 @@ def extract(text: Pairs, unet: Pairs, comparison: Comparison, extraction: Extrac
 
     Raises UserError when nothing differs or the models hold numbers that are not finite.
     """
-    pairs = {**_changed_encoders(text, comparison, extraction.min_diff), **unet}
+    return extract_layers({**_changed_encoders(text, comparison, extraction.min_diff), **unet}, comparison, extraction)
+
+
+def extract_layers(pairs: Pairs, comparison: Comparison, extraction: Extraction) -> dict[str, LoRAWeights]:
+    """As ``extract``, of the layers of any model."""
     modules, same = {}, 0
     for name, (original, tuned) in tqdm(pairs.items(), desc="modules", mininterval=1):
         difference = comparison.difference(original, tuned)

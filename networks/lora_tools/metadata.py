@@ -49,13 +49,19 @@ def _common(modules: Iterable[LoRAWeights], value: Callable[[LoRAWeights], float
 
 
 def merged_metadata(
-    files: Sequence[NamedLoRA], modules: Mapping[str, LoRAWeights], save_to: Path, no_metadata: bool
+    files: Sequence[NamedLoRA],
+    modules: Mapping[str, LoRAWeights],
+    save_to: Path,
+    no_metadata: bool,
+    unsaid: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The metadata of ``modules``, made from ``files``, without hashes.
 
-    ``no_metadata`` leaves what is needed to use the file.
+    ``no_metadata`` leaves what is needed to use the file; ``unsaid`` is what the result says of that where no file
+    says anything.
     """
     entries = {key: value for key in MINIMAL_KEYS if (value := _agreed(key, files, warn_of_others=True))}
+    entries = {**(unsaid or {}), **entries}
     entries |= network_entries(modules)
     if no_metadata:
         return entries

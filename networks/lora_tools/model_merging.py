@@ -44,10 +44,13 @@ class Change:
     name: str
     layer: Layer
 
+    def values(self, device: torch.device | str) -> Tensor:
+        """What is added to the layer's weight, float32."""
+        return difference(self.ingredient.load(self.name, device), self.ingredient.ratio_of(self.name))
+
     def parts(self, device: torch.device | str) -> list[tuple[str, slice, Tensor]]:
         """What is added, as (key, rows, float32 values)."""
-        added = difference(self.ingredient.load(self.name, device), self.ingredient.ratio_of(self.name))
-        return self.layer.source.stored(self.layer.tensor, added)
+        return self.layer.source.stored(self.layer.tensor, self.values(device))
 
 
 Plan = dict[tuple[Path, str], list[Change]]
@@ -115,6 +118,7 @@ def merge_into_file(path: Path, plan: Plan, save_to: Path, form: MergeFormat, me
     all.
     """
     checkpoint = open_checkpoint(path)
+    keys = [key for key in checkpoint if _file_of(checkpoint, key) == path]  # of a shard, all shards were opened
     changes = {key: change for (file, key), change in plan.items() if file == path}
     with tqdm(total=len(changes), desc=path.name, mininterval=1) as progress:
 
@@ -124,11 +128,11 @@ def merge_into_file(path: Path, plan: Plan, save_to: Path, form: MergeFormat, me
 
         if save_to.suffix.lower() in PICKLE_SUFFIXES:
             with writing(save_to) as file:
-                torch.save({"state_dict": {key: load(key) for key in checkpoint}}, file)
+                torch.save({"state_dict": {key: load(key) for key in keys}}, file)
             return
         described = {
             key: torch.empty(checkpoint.shape(key), dtype=form.stored(key, checkpoint.dtype(key)), device="meta")
-            for key in checkpoint
+            for key in keys
         }
         save_one_by_one(described, load, save_to, metadata)
 
@@ -143,7 +147,12 @@ def _merged(checkpoint: Checkpoint, key: str, changes: Sequence[Change], form: M
         for part, rows, values in change.parts(form.device):
             if part == key:
                 total[rows] += values
-    result = total.to(form.precision).to(dtype)
+    return rounded(key, total, dtype, form.precision)
+
+
+def rounded(key: str, total: Tensor, dtype: torch.dtype, precision: torch.dtype) -> Tensor:
+    """``total`` in ``dtype`` on the CPU. Raises UserError where its numbers become infinite in it."""
+    result = total.to(precision).to(dtype)
     if bool(torch.isfinite(total).all()) and not bool(torch.isfinite(result.float()).all()):
         raise UserError(f'"{key}" gets numbers too large for {dtype}; use --save_precision bf16 or float.')
     return result.cpu()

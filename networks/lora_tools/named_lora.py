@@ -6,11 +6,9 @@ of ``lora_formats``.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +16,10 @@ import torch
 
 from library.errors import UserError
 from library.safetensors_io import open_checkpoint
-from networks.lora_file import LoRAWeights
-from networks.lora_formats import KEY, refuse_other_methods
+from networks.lora_file import LoRAWeights, with_adapter_config
+from networks.lora_formats import KEY, peft_alpha, refuse_other_methods, without_wrapper
 from networks.lora_tools.arithmetic import layer_shape
 
-PEFT_METADATA = "lora_adapter_metadata"
 SD = "Stable Diffusion 1.x or 2.x"
 SDXL = "Stable Diffusion XL"
 # What a module's name tells about the model that the file was made for; the first that fits any name is taken.
@@ -56,19 +53,22 @@ class ModuleKeys:
 class NamedLoRA:
     """A LoRA file, opened by its header.
 
-    ``modules`` are the keys by module name, ``others`` the keys that belong to no module. Raises UserError naming
-    ``option`` for a file that cannot be read, is no LoRA, or whose matrices do not fit together.
+    ``modules`` are the names of its modules, ``keys`` their tensors, ``others`` the keys that belong to no module.
+    Raises UserError naming ``option`` for a file that cannot be read, is no LoRA, or whose matrices do not fit.
     """
+
+    modules: Collection[str]
 
     def __init__(self, path: Path | str, option: str = "--models"):
         self.path = Path(path)
         self.checkpoint = open_checkpoint(path, option=option)
         self.label = self.checkpoint.label
-        self.metadata = self.checkpoint.metadata
-        self.modules, self.others = self._group()
-        if not self.modules:
+        self.metadata = with_adapter_config(path, self.checkpoint.metadata)
+        self.keys, self.others = self._group()
+        self.modules = self.keys.keys()
+        if not self.keys:
             raise UserError(f"{self.label} holds no LoRA modules; a LoRA file is needed here.")
-        for name in self.modules:
+        for name in self.keys:
             self._check(name)
 
     def _group(self) -> tuple[dict[str, ModuleKeys], list[str]]:
@@ -103,7 +103,7 @@ class NamedLoRA:
 
     def shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of down and up."""
-        keys = self.modules[name]
+        keys = self.keys[name]
         return self.checkpoint.shape(keys.down), self.checkpoint.shape(keys.up)
 
     def layer_shape(self, name: str) -> tuple[int, ...]:
@@ -115,30 +115,15 @@ class NamedLoRA:
 
     def alpha(self, name: str) -> float:
         """The module's own; else what PEFT's settings in the metadata say; else the rank."""
-        key = self.modules[name].alpha
+        key = self.keys[name].alpha
         if key is not None:
             return float(self.checkpoint.load(key))
-        return self._peft_alpha(name) or float(self.rank(name))
-
-    def _peft_alpha(self, name: str) -> float | None:
-        """The alpha that diffusers and PEFT keep in the metadata, as kohya's alpha: what counts is alpha / rank."""
-        try:
-            settings = dict(json.loads(self.metadata.get(PEFT_METADATA, "{}")))
-        except (ValueError, TypeError):
-            return None
-        model, _, path = name.partition(".")
-        prefix = f"{model}." if f"{model}.lora_alpha" in settings else ""
-        alpha = settings.get(f"{prefix}lora_alpha")
-        for pattern, own in (settings.get(f"{prefix}alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?{pattern}", path):
-                alpha = own
-        if alpha is None:
-            return None
-        return float(alpha) * (math.sqrt(self.rank(name)) if settings.get(f"{prefix}use_rslora") else 1.0)
+        rank = self.shapes(name)[0][0]
+        return peft_alpha(self.metadata, without_wrapper(name), rank) or float(rank)
 
     def load(self, name: str, device: torch.device | str = "cpu") -> LoRAWeights:
         """The module's matrices in the file's number format. Raises UserError when they hold infinity or NaN."""
-        keys = self.modules[name]
+        keys = self.keys[name]
         down, up = (self.checkpoint.load(key, device=device) for key in (keys.down, keys.up))
         weights = LoRAWeights(down, up, self.alpha(name))
         if not all(bool(torch.isfinite(part.float()).all()) for part in (down, up, torch.tensor(weights.alpha))):

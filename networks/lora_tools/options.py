@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from library.console import say
-from library.devices import parse_dtype
+from library.devices import named_device, parse_dtype
 from library.errors import UserError
 from library.files import require_writable_folder
 
@@ -76,20 +76,25 @@ def check_merge_files(files: MergeFiles) -> None:
         raise UserError(f"--ratios must be finite numbers, not {files.ratios}.")
 
 
-def check_output(save_to: str | None, inputs: Iterable[str | None], suffixes: Sequence[str] = LORA_SUFFIXES) -> Path:
+def check_output(
+    save_to: str | None,
+    inputs: Iterable[str | None],
+    suffixes: Sequence[str] = LORA_SUFFIXES,
+    option: str = "--save_to",
+) -> Path:
     """The path to write to. Raises UserError unless it is given, ends as it must, is no input and can be written."""
     if not save_to:
-        raise UserError("--save_to needs the name of the file to write.")
+        raise UserError(f"{option} needs the name of the file to write.")
     path = Path(save_to)
     if path.suffix.lower() not in suffixes:
         allowed = ", ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
-        raise UserError(f"--save_to: {path} must end in one of {allowed}.")
+        raise UserError(f"{option}: {path} must end in one of {allowed}.")
     for name in inputs:
         if name and path.exists() and Path(name).exists() and path.samefile(name):
-            raise UserError(f"--save_to: {path} is one of the inputs; choose another name.")
+            raise UserError(f"{option}: {path} is one of the inputs; choose another name.")
     if path.suffix and path.is_dir():
-        raise UserError(f"--save_to: {path} is a folder; name a file.")
-    require_writable_folder(path.parent, "--save_to")
+        raise UserError(f"{option}: {path} is a folder; name a file.")
+    require_writable_folder(path.parent, option)
     return path
 
 
@@ -107,16 +112,7 @@ def check_clamp_quantile(quantile: float) -> None:
 
 def parse_device(name: str | None, option: str = "--device") -> torch.device:
     """The device of that name; the CPU for None. Raises UserError for one that this machine does not have."""
-    import torch
-
-    if name is None:
-        return torch.device("cpu")
-    try:
-        device = torch.ones((), device=name).device
-        float(torch.ones((), device=device))  # "meta" and the like hold no numbers
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f'{option}: "{name}" is not a device of this machine; "cpu" always is.') from None
+    return named_device("cpu" if name is None else name, option)
 
 
 def save_modules(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from networks.lora_file import LoRAWeights
+from networks.lora_file import PEFT_METADATA, LoRAWeights
 from networks.lora_tools.arithmetic import (
     Retention,
     dynamic_rank,
@@ -21,7 +21,7 @@ from networks.lora_tools.arithmetic import (
     with_storable_alpha,
 )
 from networks.lora_tools.metadata import network_entries
-from networks.lora_tools.named_lora import PEFT_METADATA, NamedLoRA
+from networks.lora_tools.named_lora import NamedLoRA
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def resized_tensors(lora: NamedLoRA, modules: Mapping[str, Resized], dtype: torc
     """
     tensors = {key: lora.checkpoint.load(key) for key in lora.others}
     for name, module in modules.items():
-        keys, weights = lora.modules[name], with_storable_alpha(module.weights, dtype)
+        keys, weights = lora.keys[name], with_storable_alpha(module.weights, dtype)
         if keys.alpha is None:
             weights = weights._replace(up=weights.up * strength(weights))
         else:

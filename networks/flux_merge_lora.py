@@ -1,0 +1,103 @@
+"""Merge LoRA files of FLUX.1 or Chroma into one, or into the models."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from library.console import run_script, say, set_up_console, warn
+from library.errors import UserError
+from library.options import ConsoleOptions, parse_options
+from networks.lora_tools.options import MergeFiles, MergeForm, Precision
+
+SavePrecision = Literal["float", "fp16", "bf16", "fp8", "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz"]
+
+
+@dataclass
+class FluxMergeTargets:
+    """Models"""
+
+    flux_model: str | None = None
+    """Transformer to merge into: a file in any layout or a Diffusers folder; unset merges the files into one LoRA."""
+    clip_l: str | None = None
+    """CLIP-L to merge into."""
+    t5xxl: str | None = None
+    """T5-XXL to merge into."""
+    clip_l_save_to: str | None = None
+    """File to write the merged CLIP-L to."""
+    t5xxl_save_to: str | None = None
+    """File to write the merged T5-XXL to."""
+
+
+@dataclass
+class FluxMergeNumbers:
+    """Numbers and metadata"""
+
+    precision: Precision = "float"
+    """Number format that results are rounded to; sums are computed in at least float32 whatever it is."""
+    save_precision: SavePrecision | None = None
+    """Number format of the files; unset means that of --precision, for models that of each of their tensors."""
+    loading_device: str = "cpu"
+    """Accepted for kohya-ss/sd-scripts' command lines: tensors are read one at a time, where they are added to."""
+    working_device: str = "cpu"
+    """Device to compute on, such as cuda."""
+    mem_eff_load_save: bool = False
+    """Accepted for kohya-ss/sd-scripts' command lines: models are always read and written one tensor at a time."""
+    diffusers: bool = False
+    """Accepted for kohya-ss/sd-scripts' command lines: files with the names of other programs are always read."""
+    no_metadata: bool = False
+    """Write only the metadata that is needed to use the file."""
+
+
+@dataclass
+class FluxMergeLoraOptions:
+    """Options of flux_merge_lora.py"""
+
+    targets: FluxMergeTargets = field(default_factory=FluxMergeTargets)
+    files: MergeFiles = field(default_factory=MergeFiles)
+    form: MergeForm = field(default_factory=MergeForm)
+    numbers: FluxMergeNumbers = field(default_factory=FluxMergeNumbers)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the options, check the files, merge."""
+    options = parse_options(FluxMergeLoraOptions, __doc__ or "", arguments)
+    set_up_console(ConsoleOptions())
+    check_targets(options.targets, options.files.save_to)
+    from networks.lora_tools.flux_merge import FluxMergeRun
+
+    run = FluxMergeRun(options.files, options.targets, options.numbers)
+    if not run.models:
+        run.merge_files(options.form.concat, options.form.shuffle)
+        return
+    if options.form.concat or options.form.shuffle:
+        warn("--concat and --shuffle have no effect on models")
+    if options.numbers.save_precision and options.numbers.save_precision.startswith("fp8"):
+        say("fp8 files hold plain 8-bit numbers without scales, which loses accuracy")
+    run.merge_into_models()
+
+
+def check_targets(targets: FluxMergeTargets, save_to: str | None) -> None:
+    """Raises UserError unless every model has a file to write, and every file a model."""
+    pairs = (
+        (targets.clip_l, "--clip_l", targets.clip_l_save_to, "--clip_l_save_to"),
+        (targets.t5xxl, "--t5xxl", targets.t5xxl_save_to, "--t5xxl_save_to"),
+    )
+    for model, option, target, target_option in pairs:
+        if bool(model) != bool(target):
+            missing, given = (target_option, option) if model else (option, target_option)
+            raise UserError(f"{given} needs {missing} too.")
+    if not targets.flux_model and (targets.clip_l or targets.t5xxl) and save_to:
+        raise UserError("--save_to is for the merged transformer; give --flux_model too, or leave --save_to out.")
+    if targets.flux_model and not save_to:
+        raise UserError("--flux_model needs --save_to too.")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -45,8 +45,8 @@ class Page:
         return BEGIN.replace("tables:", f"tables of {self.part}:") if self.part else BEGIN
 
 
-def _tool(script: str, options_class: str) -> Page:
-    return Page("docs/lora_tools.md", f"networks.{script}", options_class, "", f"{script}.py")
+def _tool(script: str, options_class: str, folder: str = "networks") -> Page:
+    return Page("docs/lora_tools.md", f"{folder}.{script}", options_class, "", f"{script}.py")
 
 
 PAGES = (
@@ -60,6 +60,10 @@ PAGES = (
     _tool("resize_lora", "ResizeLoraOptions"),
     _tool("extract_lora_from_models", "ExtractLoraOptions"),
     _tool("extract_lora_from_dylora", "ExtractFromDyloraOptions"),
+    _tool("flux_merge_lora", "FluxMergeLoraOptions"),
+    _tool("flux_extract_lora", "FluxExtractLoraOptions"),
+    _tool("convert_flux_lora", "ConvertFluxLoraOptions"),
+    _tool("convert_diffusers_to_flux", "ConvertDiffusersToFluxOptions", "tools"),
 )
 HEAD = "| option | value | default | meaning |\n|---|---|---|---|"
 

@@ -1,67 +1,59 @@
-"""The dataset configurations of the FLUX.1 guide, word for word (the last with a subset in place of its "...")."""
+"""What the users' guide for FLUX.1 promises, as a list: ``reference_data/flux_guide_walk.toml`` says how to read it."""
 
-MULTI_RESOLUTION = """
-[general]
-# Common settings
-flip_aug = true
-color_aug = false
-keep_tokens_separator= "|||"
-shuffle_caption = false
-caption_tag_dropout_rate = 0
-caption_extension = ".txt"
+from __future__ import annotations
 
-[[datasets]]
-# First resolution settings
-batch_size = 2
-enable_bucket = true
-resolution = [1024, 1024]
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-  [[datasets.subsets]]
-  image_dir = "path/to/image/directory"
-  num_repeats = 1
+import tomli
 
-[[datasets]]
-# Second resolution settings
-batch_size = 3
-enable_bucket = true
-resolution = [768, 768]
+from tests.running import ROOT
 
-  [[datasets.subsets]]
-  image_dir = "path/to/image/directory"
-  num_repeats = 1
-"""
+LIST = ROOT / "tests" / "reference_data" / "flux_guide_walk.toml"
+Kind = Literal["command", "options", "toml", "dataset key", "prompt", "program"]
 
-VALIDATION = """
-validation_seed = 42 # [Optional] Validation seed, otherwise uses training seed for validation split .
-enable_bucket = true
-resolution = [1024, 1024]
 
-[[datasets]]
-  [[datasets.subsets]]
-  # This directory will use 100% of the images for training
-  image_dir = "path/to/image/directory"
+@dataclass(frozen=True)
+class Entry:
+    """One thing that the guide says works. The list's head explains the fields."""
 
-[[datasets]]
-validation_split = 0.1 # Split between 0.0 and 1.0 where 1.0 will use the full subset as a validation dataset
+    id: str
+    chapter: str
+    kind: Kind
+    text: str
+    beside: str = ""
+    against: str | None = None
+    without: tuple[str, ...] = ()
+    model: str = "flux"
+    no_effect: tuple[str, ...] = ()
+    shows: Mapping[str, Any] = field(default_factory=dict)
 
-  [[datasets.subsets]]
-  # This directory will split 10% to validation and 90% to training
-  image_dir = "path/to/image/second-directory"
 
-[[datasets]]
-validation_split = 1.0 # Will use this full subset as a validation subset.
+def _filled(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        for name, text in names.items():
+            value = value.replace(f"<{name}>", text)
+        return value
+    if isinstance(value, dict):
+        return {_filled(key, names): _filled(part, names) for key, part in value.items()}
+    return tuple(_filled(part, names) for part in value) if isinstance(value, list) else value
 
-  [[datasets.subsets]]
-  # This directory will use the 100% to validation and 0% to training
-  image_dir = "path/to/image/full_validation"
-"""
 
-INTERPOLATION = """
-[[datasets]]
-resolution = [1024, 1024]
-enable_bucket = true
-interpolation_type = "lanczos" # Example: Use Lanczos interpolation
-# ...
-  [[datasets.subsets]]
-  image_dir = "x"
-"""
+def _read() -> list[Entry]:
+    entries = []
+    for table in tomli.loads(LIST.read_text(encoding="utf-8"))["entry"]:
+        each = table.pop("each", None)
+        if each is None:
+            entries.append(Entry(**_filled(table, {})))
+            continue
+        patterns = each if isinstance(each, dict) else dict.fromkeys(each, "")
+        for value, pattern in patterns.items():
+            one = _filled(table, {"each": value, "pattern": pattern})
+            entries.append(Entry(**{**one, "id": f"{one['id']}: {value}"}))
+    return entries
+
+
+WALK = _read()
+DATASETS = {entry.id: entry.text for entry in WALK if entry.kind == "toml"}
+"""The guide's dataset configurations by id."""

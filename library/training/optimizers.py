@@ -66,8 +66,10 @@ _NAMED: dict[str, _Entry] = {
     **_entries("prodigyopt", "Prodigy"),
     **_entries("transformers.optimization", "Adafactor"),
     **_entries("schedulefree", "RAdamScheduleFree", "AdamWScheduleFree", "SGDScheduleFree"),
+    **_entries("prodigyplus", "ProdigyPlusScheduleFree"),
+    "prodigyschedulefree": _Entry("prodigyplus", "ProdigyPlusScheduleFree"),
 }
-_PACKAGES = {"lion_pytorch": "lion-pytorch"}  # import name -> name to install, where they differ
+_PACKAGES = {"lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free"}  # import name -> name to install, where they differ
 _UNSUITABLE = {"lbfgs": "it needs several evaluations per step", "sparseadam": "it takes sparse gradients only"}
 # These compare the groups' rates at every step and stop the run when they differ.
 _ONE_RATE_ONLY = {"DAdaptAdam", "DAdaptLion", "DAdaptAdamPreprint", "DAdaptSGD", "Prodigy"}
@@ -284,7 +286,7 @@ def _advise_on_adafactor(options: OptimizerOptions, arguments: dict[str, Any], l
 
 
 def _adapts_its_rate(optimizer_class: type) -> bool:
-    return optimizer_class.__module__.partition(".")[0] in ("dadaptation", "prodigyopt")
+    return optimizer_class.__module__.partition(".")[0] in ("dadaptation", "prodigyopt", "prodigyplus")
 
 
 def _check_rates(name: str, groups: list[Any], learning_rate: float) -> None:

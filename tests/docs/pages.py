@@ -38,9 +38,10 @@ class Block:
 
     @property
     def script(self) -> str:
-        """The training script that the page is about: that of its name, else ``train_network.py``."""
+        """The training script that a page is about: that of its name, or of the name's first word."""
         named = [name for name in TRAINERS if name.removesuffix(".py") in self.page.stem]
-        return max(named, key=len, default="train_network.py")
+        related = [name for name in TRAINERS if name.partition("_")[0] == self.page.stem.partition("_")[0]]
+        return max(named or related, key=len, default="train_network.py")
 
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}"

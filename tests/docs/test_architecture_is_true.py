@@ -20,6 +20,7 @@ FORBIDDEN = {
     "library/data": ["library.models", "library.training", "library.memory"],
     "library/models": ["library.data", "library.training"],
     "library/training": [f"library.models.{family}" for family in FAMILIES],
+    "library/generation": ["library.data", "library.training", *(f"library.models.{family}" for family in FAMILIES)],
     "library/memory": ["library.data", "library.models", "library.training"],
     "networks": [*ENTRY_SCRIPTS, "library.data", "library.training", "tools", "tests"],
 }

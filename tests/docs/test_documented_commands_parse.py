@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from flux_minimal_inference import SESSION
 from library.errors import UserError
 from library.options import declared_options, parse_options
 from library.prompt_options import LINE_OPTIONS
@@ -100,7 +101,7 @@ def only_the_command_line(monkeypatch):
         module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         monkeypatch.setattr(sys, "argv", [path, *arguments])
         monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", read_with_argparse)
-        for reader in (module, cache_run):
+        for reader in (module, sys.modules[module.main.__module__], cache_run):
             if hasattr(reader, "parse_options"):
                 monkeypatch.setattr(reader, "parse_options", read_with_our_own)
         with pytest.raises(Understood):
@@ -117,7 +118,11 @@ def test_other_programs_take_what_they_are_given(block, words, only_the_command_
 
 
 @pytest.mark.parametrize(
-    "command", ["networks/merge_lora.py --modles a b", "tools/show_metadata.py --modle a", "tools/cache_latents.py --x"]
+    "command",
+    [
+        *("networks/merge_lora.py --modles a b", "tools/show_metadata.py --modle a", "tools/cache_latents.py --x"),
+        *("flux_minimal_inference.py --promt a", "convert_flux_lora.py --scr_path a"),
+    ],
 )
 def test_a_wrong_option_of_a_program_would_be_seen(command, only_the_command_line):
     path, *arguments = command.split()
@@ -134,7 +139,8 @@ def test_every_option_named_in_the_text_exists():
     """``--name`` in running text is an option of a script, of a prompt line, of accelerate or of a tool."""
     classes = [getattr(importlib.import_module(page.script), page.options_class) for page in OPTION_PAGES]
     classes.append(cache_run.FluxCachingOptions)
-    known = {name for options_class in classes for name in declared_options(options_class)} | set(LINE_OPTIONS)
+    known = {name for options_class in classes for name in declared_options(options_class)}
+    known |= {*LINE_OPTIONS, *SESSION.letters}
     known |= {"help", "num_processes", "multi_gpu", "show_all_keys"}
     known |= {"name"}  # stands for any option
     wrong = set()

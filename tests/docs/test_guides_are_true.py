@@ -47,6 +47,14 @@ def test_every_page_is_named_in_the_readme():
     assert {page.name for page in PAGES} - {"README.md"} == linked
 
 
+def test_every_chapter_of_the_flux_guide_has_its_japanese_section():
+    text = re.sub(r"^```.*?^```$", "", text_of("flux_train_network.md"), flags=re.MULTILINE | re.DOTALL)
+    chapters = re.split(r"^(?=#{1,3} )", text, flags=re.MULTILINE)[1:]
+    assert len(chapters) > 25
+    assert [part.splitlines()[0] for part in chapters if part.count("<summary>日本語</summary>") != 1] == []
+    assert all("details>" not in part.partition("</details>")[2] for part in chapters)
+
+
 def test_every_option_is_explained_in_a_guide():
     """Not only in the option tables: what it is for stands in some guide's text."""
     guides = [page for page in PAGES if not page.name.startswith(("options_", "architecture", "README"))]

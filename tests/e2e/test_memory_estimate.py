@@ -26,6 +26,12 @@ CLASSES = {
 }
 
 
+FUSED = (
+    "--cache_latents --gradient_checkpointing --network_train_unet_only --network_dim 256 --fused_backward_pass "
+    "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False --max_grad_norm 0"
+)
+
+
 @pytest.fixture
 def make_trainer(request, tmp_path, dataset_toml):
     """A trainer as it stands when its checkpoint files are opened."""
@@ -69,6 +75,17 @@ def measured_peak(work: Any) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def test_fused_steps_free_gradients_in_the_plan_too(make_trainer):
+    peaks = []
+    for arguments in (FUSED, FUSED.replace("--fused_backward_pass ", "")):
+        trainer = make_trainer("flux_command", arguments)
+        with Simulation(trainer.pipeline).running():
+            build(trainer)
+            peaks.append(memory_estimate.training_peak(trainer, largest_batch(trainer.train_group)))
+    gradients = sum(parameter.nbytes for parameter in trainer.parameters)
+    assert peaks[1] - peaks[0] > 0.5 * gradients
 
 
 @pytest.mark.parametrize(

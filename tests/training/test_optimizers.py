@@ -50,6 +50,8 @@ TABLE = {
     "RAdamScheduleFree": (1e-1, "schedulefree", "schedulefree.radam_schedulefree.RAdamScheduleFree"),
     "AdamWScheduleFree": (1e-1, "schedulefree", "schedulefree.adamw_schedulefree.AdamWScheduleFree"),
     "SGDScheduleFree": (1.0, "schedulefree", "schedulefree.sgd_schedulefree.SGDScheduleFree"),
+    "ProdigyPlusScheduleFree": (1.0, "prodigyplus", "prodigyplus.prodigy_plus_schedulefree.ProdigyPlusScheduleFree"),
+    "ProdigyScheduleFree": (1.0, "prodigyplus", "prodigyplus.prodigy_plus_schedulefree.ProdigyPlusScheduleFree"),
     "RMSprop": (1e-2, "torch", "torch.optim.rmsprop.RMSprop"),
     "AdEMAMix8bit": (1e-2, "bitsandbytes", "bitsandbytes.optim.ademamix.AdEMAMix8bit"),
     "bitsandbytes.optim.AdEMAMix8bit": (1e-2, "bitsandbytes", "bitsandbytes.optim.ademamix.AdEMAMix8bit"),
@@ -275,7 +277,7 @@ def test_modes_change_nothing_for_other_optimizers():
     set_train_mode(created.optimizer)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lion", "Prodigy", "AdamWScheduleFree"])
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lion", "Prodigy", "AdamWScheduleFree", "ProdigyPlusScheduleFree"])
 def test_training_goes_on_to_the_same_numbers_from_a_saved_optimizer(name):
     rate, package, _ = {**TABLE, "AdamW8bit": TABLE["adamw8bit"]}[name]
     pytest.importorskip(package)

@@ -1,0 +1,340 @@
+"""The commands of the guides train: with tiny weights and few small pictures where a user has real ones.
+
+Everything else is as the documentation shows it: commands, options, TOML and prompt files. Options that the walk along
+the users' guide runs (test_flux_guide_walk.py) are not run a second time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from library.console import LOGGER
+from library.prompt_options import read_prompt_file
+from tests.docs.pages import TRAINERS, Block, blocks, commands, launched
+from tests.documented import WALK
+from tests.running import ROOT
+
+GUIDES = (
+    *("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en"),
+    *("caching", "lycoris", "flux_train_network", "flux_controlnet", "flux_minimal_inference", "README"),
+    "lora_tools",
+)
+WALKED = [shlex.split(entry.text) for entry in WALK if entry.kind == "options"]
+SHOWN = [(block, words) for block in blocks("bash") if block.page.stem in GUIDES for words in commands(block)]
+LAUNCHES = [
+    pytest.param(block, words, id=str(block), marks=[pytest.mark.slow] if "--dry_run" in words else [])
+    for block, words in SHOWN
+    if launched(words) is not None
+]
+IN_ONE_PROCESS = [shown for shown in LAUNCHES if "--multi_gpu" not in shown.values[1]]
+IN_SEVERAL = [shown for shown in LAUNCHES if shown not in IN_ONE_PROCESS]
+FRAGMENTS = [
+    pytest.param(block, words, id=str(block))
+    for block, words in SHOWN
+    if words[0].startswith("--") and words not in WALKED
+]
+INFERENCE = ["python", "flux_minimal_inference.py"]
+DRAWINGS = [pytest.param(block, words, id=str(block)) for block, words in SHOWN if words[:2] == INFERENCE]
+
+SMALL = {
+    "max_train_epochs": "2",
+    "max_train_steps": "2",
+    "lr_warmup_steps": "1",
+    "save_every_n_steps": "1",
+    "validate_every_n_steps": "1",
+    "validation_split": "0.5",
+    "resolution": "64",
+}
+"""What the tests give in place of a documented value, so that a run takes seconds."""
+SMALL_TOML = {
+    "resolution": "64\nmin_bucket_reso = 64",
+    "num_repeats": "1",
+    "max_train_epochs": "2",
+    "lr_warmup_steps": "1",
+}
+SMALL_PROMPT = {r"--([wh]) \d+": r"--\1 64", r"--d (\d+)": r"--d \1 --s 2"}
+"""The first of repeated options counts."""
+
+
+@pytest.fixture
+def models(request):
+    """The options that name the models of a script, by what a command says of them."""
+
+    def named(script: str, words: list[str]) -> list[str]:
+        if not (script in (*TRAINERS, INFERENCE[1]) or script.startswith("tools/cache_")):
+            return []
+        if "flux" not in script and "--flux" not in words:
+            is_xl = "sdxl" in script or "--sdxl" in words
+            model = "tiny_sdxl" if is_xl else "tiny_sd2" if "--v2" in words else "tiny_sd1"
+            return [f"--pretrained_model_name_or_path={request.getfixturevalue(model)}"]
+        is_chroma = "chroma" in words or "--model_type=chroma" in words
+        tiny = request.getfixturevalue("tiny_chroma" if is_chroma else "tiny_flux")
+        transformer = "ckpt_path" if script == INFERENCE[1] else "pretrained_model_name_or_path"
+        files = {transformer: tiny.transformer, "clip_l": tiny.clip_l, "t5xxl": tiny.t5xxl, "ae": tiny.autoencoder}
+        if "--controlnet_model_name_or_path" in words:
+            files["controlnet_model_name_or_path"] = request.getfixturevalue("tiny_controlnet")
+        return [f"--{name}={file}" for name, file in files.items() if file]
+
+    return named
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder that holds what the documentation's commands name, apart from models."""
+    from PIL import Image
+
+    shown = [block for block in blocks("toml", "text") if block.page.stem in GUIDES]
+    folders = set(re.findall(r'(?:image_dir|conditioning_data_dir) = "(.+?)"', "".join(block.text for block in shown)))
+    for name in {*folders, "dreambooth/10_sks girl", "regularisation/1_girl"}:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for number, size in enumerate([(64, 64), (96, 64), (65, 65), (80, 80)]):
+            picture = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20 + number)
+            picture.convert("RGB").save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text(f"a photo of sks girl, number {number}", encoding="utf-8")
+    for block in shown:
+        if block.name:
+            (tmp_path / block.name).write_text(smaller(block), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def write_own_files(place: Path, page: Path) -> None:
+    """Several pages show a file of the same name; the commands of a page mean its own."""
+    for block in blocks("toml", "text"):
+        if block.name and block.page == page:
+            (place / block.name).write_text(smaller(block), encoding="utf-8")
+
+
+def smaller(block: Block) -> str:
+    """A documented file with small numbers."""
+    text = block.text
+    if block.language == "toml":
+        for name, value in SMALL_TOML.items():
+            text = re.sub(rf"^( *){name} = .+$", rf"\1{name} = {value}", text, flags=re.MULTILINE)
+    else:
+        for pattern, value in SMALL_PROMPT.items():
+            text = re.sub(pattern, value, text)
+    return text
+
+
+def small_options(words: list[str]) -> list[str]:
+    """Options for the end of a command line: those that it gives, with small numbers."""
+    given = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    wanted = [f"--{name}={SMALL[name]}" for name in given if name in SMALL]
+    return [*wanted, "--min_bucket_reso=64"] if "resolution" in given else wanted
+
+
+@pytest.fixture
+def run(models, capfd):
+    """Run a script of the project in this process, as ``python script ...`` does; returns what it said."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    handlers, level, propagates = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+
+    def in_this_process(script: str, words: list[str]) -> str:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        given = [script, *words, *models(script, words), *small_options(words)]
+        if script != INFERENCE[1] and any(word.startswith("--output_dir") for word in words):
+            given.append("--output_dir=output")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", given)
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+        return capfd.readouterr().err
+
+    yield in_this_process
+    AcceleratorState._reset_state()
+    LOGGER.handlers[:], LOGGER.propagate = handlers, propagates
+    LOGGER.setLevel(level)
+
+
+def require_trained(folder: Path) -> None:
+    """The last file's numbers are finite, and what begins at zero has moved."""
+    (path,) = (path for path in folder.glob("*.safetensors") if not re.search(r"-(step)?\d+$", path.stem))
+    tensors = load_file(path)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    begin_at_zero = [tensor for key, tensor in tensors.items() if re.search("lora_up|oft_blocks|lokr_w2", key)]
+    assert any(tensor.any() for tensor in begin_at_zero)
+
+
+def require_nothing_to_complain(said: str) -> None:
+    assert [line for line in said.splitlines() if " WARNING " in line or "no effect" in line] == []
+
+
+@pytest.mark.parametrize(("block", "words"), IN_ONE_PROCESS)
+def test_command(block, words, place, run):
+    write_own_files(place, block.page)
+    script, *arguments = words[launched(words) :]
+    if "--resume" in arguments:
+        make_state(block, place, run, Path(arguments[arguments.index("--resume") + 1]))
+    said = run(script, arguments)
+    require_nothing_to_complain(said)
+    if script.startswith("tools/"):
+        assert re.search(r"finished; .* 0 kept, [1-9]\d* made", said) and list(place.rglob("*.npz"))
+    elif "--dry_run" in arguments:
+        assert "All checks passed" in said and "unknown" not in said and not (place / "output").exists()
+    else:
+        require_trained(place / "output")
+
+
+def make_state(block: Block, place: Path, run, wanted: Path) -> None:
+    """The state that a command resumes from: that of the page's command before it, after a step."""
+    before = [words for other, words in SHOWN if other.page == block.page and "--save_state" in words]
+    script, *arguments = before[-1][launched(before[-1]) :]
+    run(script, [*arguments, "--no_report"])
+    name = re.sub(r"-step\d+", "-step00000001", wanted.name)
+    (place / wanted.parent / name).rename(place / wanted)
+    for path in (place / "output").glob("*.safetensors"):
+        path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "words"), IN_SEVERAL)
+def test_command_for_several_processes(block, words, place, models):
+    """The launcher's own options, and a working directory that is not the project's."""
+    index = launched(words)
+    script, arguments = words[index], words[index + 1 :]
+    given = [*arguments, *models(script, words), *small_options(words)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *words[2:index]]
+    result = subprocess.run(
+        [*launcher, str(ROOT / script), *given], capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    require_trained(place / "output")
+
+
+# ---- options on their own ------------------------------------------------------------------------------------------
+
+
+def base_command(words: list[str], script: str = "train_network.py") -> list[str]:
+    """A short command that a page's options are added to; theirs win."""
+    data = [] if "--train_data_dir" in words else ["--dataset_config", "dataset.toml"]
+    network = ["--network_module", "networks.lora_flux" if "flux" in script else "networks.lora", "--network_dim", "4"]
+    return [*data, *network, "--learning_rate", "1e-3", "--max_train_steps", "1", "--output_dir", "output"]
+
+
+@pytest.mark.parametrize(("block", "words"), FRAGMENTS)
+def test_options(block, words, place, run):
+    write_own_files(place, block.page)
+    said = run(block.script, [*base_command(words, block.script), *words])
+    assert "no effect" not in said
+    require_trained(place / "output")
+    if "--sample_prompts" in words:
+        prompts = read_prompt_file(Path(words[words.index("--sample_prompts") + 1]))
+        times = 1 + ("--sample_at_first" in words)
+        assert len(list((place / "output" / "sample").glob("*.png"))) == times * len(prompts)
+    if "--validation_split" in words:
+        assert "validation loss" in said
+
+
+@pytest.mark.slow
+def test_programs_that_take_a_trained_file(place, run):
+    """networks.dylora's file is cut, and shown."""
+    fragments = [words for block, words in SHOWN if "networks.dylora" in words]
+    page = ("python", "train_network_advanced")
+    programs = [words for block, words in SHOWN if (words[0], block.page.stem) == page]
+    assert len(fragments) == 1 and len(programs) == 2
+    run("train_network.py", [*base_command([]), *fragments[0], "--output_name", "my_lora"])
+    for words in programs:
+        result = subprocess.run(
+            [sys.executable, str(ROOT / words[1]), *words[2:]], capture_output=True, text=True, encoding="utf-8"
+        )
+        assert result.returncode == 0, result.stderr
+    cut = {path.name: load_file(path) for path in (place / "output").glob("cut-*.safetensors")}
+    ranks = {name: {len(t) for key, t in file.items() if "lora_down" in key} for name, file in cut.items()}
+    assert ranks == {f"cut-{rank:04d}.safetensors": {rank} for rank in (4, 8, 12)}
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_lora(flux_command, picture_folder, tmp_path_factory) -> Path:
+    """A LoRA file of one step."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from library.options import parse_options
+    from tests.running import trainer_class
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    folder, trainer = tmp_path_factory.mktemp("small_lora"), trainer_class("flux")
+    dataset = folder / "dataset.toml"
+    images = f'image_dir = "{picture_folder.as_posix()}"\ncaption_extension = ".txt"\n'
+    dataset.write_text(f"{SMALL_DATASET}[[datasets.subsets]]\n{images}", encoding="utf-8")
+    given = [*flux_command, "--dataset_config", dataset, "--output_dir", folder, "--max_train_steps", 1]
+    trainer(parse_options(trainer.options_class, "", [str(word) for word in given])).train()
+    AcceleratorState._reset_state()
+    return folder / "last.safetensors"
+
+
+SMALL_DATASET = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\n"
+PICTURE = ["--width=64", "--height=64", "--steps=2", "--device=cpu"]
+
+
+@pytest.mark.parametrize(("block", "words"), DRAWINGS)
+def test_pictures(block, words, place, run, small_lora):
+    write_own_files(place, block.page)
+    for name in re.findall(r"[\w/]+\.safetensors", " ".join(words)):  # models, too, but those are named again
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(small_lora, place / name)
+    said = run(words[1], [*words[2:], *PICTURE])
+    require_nothing_to_complain(said)
+    output = Path(words[words.index("--output_dir") + 1]) if "--output_dir" in words else Path()
+    prompts = words[words.index("--from_file") + 1] if "--from_file" in words else None
+    assert len(list((place / output).glob("*.png"))) == (len(read_prompt_file(Path(prompts))) if prompts else 1)
+
+
+# ---- tools for FLUX.1 ----------------------------------------------------------------------------------------------
+
+MODELS = {"flux_model": "transformer", "clip_l": "clip_l", "t5xxl": "t5xxl"}
+MODELS |= dict.fromkeys(("model_org", "model_tuned"), "transformer")
+WRITTEN = {"save_to", "dst_path", "clip_l_save_to", "t5xxl_save_to"}
+TOOLS = [
+    pytest.param(block, words, id=str(block))
+    for block, words in SHOWN
+    if words[0] == "python" and words[:2] != INFERENCE and "flux" in words[1]
+]
+
+
+def files_by_option(words: list[str]) -> list[tuple[str, Path]]:
+    """The files that a command names, each with its option."""
+    option, found = "", []
+    for word in words:
+        option = word[2:] if word.startswith("--") else option
+        found += [(option, Path(word))] if word.endswith(".safetensors") else []
+    return found
+
+
+@pytest.mark.parametrize(("block", "words"), TOOLS)
+def test_tools_for_flux(block, words, place, run, small_lora, tiny_flux):
+    """The files that a command reads are a tiny model's or a LoRA for it, under the names that it tells."""
+    from tools.make_tiny_models import make_tiny_flux
+
+    if "--diffusers_path" in words:
+        make_tiny_flux(words[words.index("--diffusers_path") + 1], layout="diffusers")
+    tuned = make_tiny_flux(place / "tuned", seed=1) if "--model_tuned" in words else None
+    for option, path in files_by_option(words):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if option in WRITTEN:
+            continue
+        if "--src" in words:
+            dialect = words[words.index("--src") + 1]
+            run(words[1], ["--src_path", str(small_lora), "--dst_path", str(path), "--dst", dialect])
+        else:
+            model = tuned if option == "model_tuned" else tiny_flux
+            shutil.copy(getattr(model, MODELS[option]) if option in MODELS else small_lora, path)
+    said = run(words[1], [*words[2:], *(["--device=cpu"] if "--device" in words else [])])
+    require_nothing_to_complain(said)
+    written = [path for option, path in files_by_option(words) if option in WRITTEN]
+    assert written and all(path.is_file() for path in written)

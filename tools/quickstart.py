@@ -4,7 +4,7 @@
 ``requirements.txt`` into it, and then does what a user with real weights does: it writes a small data set, its TOML and
 a sample prompt file into ``quickstart_output``, starts ``accelerate launch flux_train_network.py`` on the tiny FLUX.1
 in ``assets/tiny_flux``, and reports what came out: pictures before and after, the loss curve, a score, and where the
-LoRA lies.
+LoRA lies. ``--model_type chroma`` does the same with the tiny Chroma in ``assets/tiny_chroma``.
 
 The concept is a "zog", a purple disc inside a yellow ring, which the tiny model has never seen. The program ends with 1
 when the score says that it wasn't learned, and with the trainer's own code when the training failed.
@@ -31,7 +31,8 @@ from tools import environment  # noqa: E402
 if TYPE_CHECKING:
     from tools.score_concept import Score
 
-MODELS = ROOT / "assets" / "tiny_flux"
+FLUX = ROOT / "assets" / "tiny_flux"
+CHROMA = ROOT / "assets" / "tiny_chroma"
 NAME = "zog"
 PIXELS = 128
 PROMPTS = (
@@ -45,14 +46,17 @@ PROMPTS = (
     "a green triangle on a white background",
 )
 SEEDS = (11, 12)
+NEGATIVE_PROMPT = "small"
+MODEL_TYPES = ("flux", "chroma")
 OWN_FILE = "# Written by tools/quickstart.py, which may overwrite this folder."
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where the quick start keeps its files."""
+    """Where the quick start keeps its files, and which model it trains on."""
 
     root: Path
+    model_type: str = "flux"
 
     @property
     def dataset(self) -> Path:
@@ -91,12 +95,15 @@ def main() -> int:
             print(f"installed in {seconds:.0f} s", flush=True)
         if not environment.runs_inside():
             return environment.continue_inside(str(Path(__file__).resolve()), sys.argv[1:])
-    return quickstart(Folders(options.output.resolve()), options.steps, options.seed, options.threads)
+    suffix = "" if options.model_type == "flux" else f"_{options.model_type}"
+    output = options.output or ROOT / f"quickstart_output{suffix}"
+    return quickstart(Folders(output.resolve(), options.model_type), options.steps, options.seed, options.threads)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "quickstart_output", help="folder for all files")
+    parser.add_argument("--model_type", choices=MODEL_TYPES, default="flux", help="which tiny model (default flux)")
+    parser.add_argument("--output", type=Path, help="folder for all files (default quickstart_output)")
     parser.add_argument("--steps", type=int, default=600, help="training steps (default 600)")
     parser.add_argument("--seed", type=int, default=1, help="training seed (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -151,9 +158,14 @@ def prepare(folders: Folders) -> None:
             (folders.dataset / name / f"{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
         print(f"wrote {len(pictures)} captioned pictures to {folders.dataset / name}", flush=True)
     folders.dataset_config.write_text(dataset_description(folders.dataset), encoding="utf-8")
-    options = f"--w {PIXELS} --h {PIXELS} --s 20 --l 1.0 --g 1.0"
-    lines = [f"{prompt} {options} --d {seed}" for seed in SEEDS for prompt in PROMPTS]
+    lines = [f"{prompt} {sample_options(folders)} --d {seed}" for seed in SEEDS for prompt in PROMPTS]
     folders.prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def sample_options(folders: Folders) -> str:
+    """The options of a sample prompt: Chroma has classifier-free guidance, away from a negative prompt."""
+    guidance = "--l 1.0 --g 1.0" if folders.model_type == "flux" else f"--n {NEGATIVE_PROMPT} --l 2.0 --g 0.0"
+    return f"--w {PIXELS} --h {PIXELS} --s 20 {guidance}"
 
 
 def dataset_description(dataset: Path) -> str:
@@ -177,14 +189,27 @@ batch_size = 8
 """
 
 
+def model_settings(folders: Folders) -> dict[str, object]:
+    """The options that name the model's files."""
+    if folders.model_type == "flux":
+        files: dict[str, object] = {
+            "pretrained_model_name_or_path": FLUX / "flux1-tiny.safetensors",
+            "clip_l": FLUX / "clip_l.safetensors",
+            "t5xxl": FLUX / "t5xxl.safetensors",
+        }
+    else:
+        files = {
+            "pretrained_model_name_or_path": CHROMA / "chroma-tiny.safetensors",
+            "model_type": "chroma",
+            "t5xxl": CHROMA / "t5xxl.safetensors",
+        }
+    return {**files, "ae": FLUX / "ae.safetensors", "tokenizer_cache_dir": FLUX / "tokenizers"}
+
+
 def training_command(folders: Folders, steps: int, seed: int, threads: int) -> list[str]:
     """The command, as a user with real weights would type it, with the tiny model in their place."""
     settings = {
-        "pretrained_model_name_or_path": MODELS / "flux1-tiny.safetensors",
-        "clip_l": MODELS / "clip_l.safetensors",
-        "t5xxl": MODELS / "t5xxl.safetensors",
-        "ae": MODELS / "ae.safetensors",
-        "tokenizer_cache_dir": MODELS / "tokenizers",
+        **model_settings(folders),
         "dataset_config": folders.dataset_config,
         "output_dir": folders.trained,
         "output_name": NAME,
@@ -192,12 +217,12 @@ def training_command(folders: Folders, steps: int, seed: int, threads: int) -> l
         "network_module": "networks.lora_flux",
         "network_dim": 16,
         "network_alpha": 16,
-        "learning_rate": 2e-3,
+        "learning_rate": 2e-3 if folders.model_type == "flux" else 4e-3,
         "optimizer_type": "AdamW",
         "lr_scheduler": "cosine",
         "max_train_steps": steps,
         "mixed_precision": "no",
-        "guidance_scale": 1.0,
+        "guidance_scale": 1.0 if folders.model_type == "flux" else 0.0,
         "timestep_sampling": "sigmoid",
         "model_prediction_type": "raw",
         "t5xxl_max_token_length": 16,
@@ -210,6 +235,8 @@ def training_command(folders: Folders, steps: int, seed: int, threads: int) -> l
         "logging_dir": folders.logs,
     }
     flags = ["network_train_unet_only", "cache_latents", "cache_text_encoder_outputs", "sample_at_first", "sdpa"]
+    if folders.model_type == "chroma":
+        flags.append("apply_t5_attn_mask")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", str(threads)]
     launch += [
         "--num_processes",
@@ -316,9 +343,13 @@ def report_lines(
         lines.append(f"| validation loss (steps {first[0]} and {last[0]}) | {first[1]:.4f} | {last[1]:.4f} |")
     if loss:
         lines += ["", f"training loss {loss[0][1]:.3f} {sparkline([value for _, value in loss])} {loss[-1][1]:.3f}"]
+    real = {
+        "flux": "`flux1-dev.safetensors`, `clip_l.safetensors`,",
+        "chroma": "`Chroma.safetensors`,",
+    }
     lines += [
         "",
-        "To go on with real weights: put the paths of `flux1-dev.safetensors`, `clip_l.safetensors`,",
+        f"To go on with real weights: put the paths of {real[folders.model_type]}",
         "`t5xxl_fp16.safetensors` and `ae.safetensors` in the place of the tiny files, leave out",
         "`--tokenizer_cache_dir`, `--t5xxl_max_token_length` and `--cpu`, point the dataset TOML at your own pictures",
         "with `resolution = 1024`, and use `--mixed_precision bf16 --gradient_checkpointing`.",

@@ -69,7 +69,8 @@ _NAMED: dict[str, _Entry] = {
     **_entries("prodigyplus", "ProdigyPlusScheduleFree"),
     "prodigyschedulefree": _Entry("prodigyplus", "ProdigyPlusScheduleFree"),
 }
-_PACKAGES = {"lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free"}  # import name -> name to install, where they differ
+# Import name -> name to install, where they differ.
+_PACKAGES = {"lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free"}
 _UNSUITABLE = {"lbfgs": "it needs several evaluations per step", "sparseadam": "it takes sparse gradients only"}
 # These compare the groups' rates at every step and stop the run when they differ.
 _ONE_RATE_ONLY = {"DAdaptAdam", "DAdaptLion", "DAdaptAdamPreprint", "DAdaptSGD", "Prodigy"}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from library.errors import UserError
 from library.memory.fp8 import FP8, BlocksInFp8, Fp8Linear, quantise
+from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.models.t5 import open_t5
 from library.randomness import generator
+from library.safetensors_io import save_file as our_save_file
 from networks import lora, lora_flux
+from tools.make_tiny_models import make_tiny_flux
 
 
 def normal(*shape: int, purpose: str = "x") -> torch.Tensor:
@@ -132,3 +138,148 @@ def test_a_lora_is_merged_into_8_bits_and_taken_out_again(tiny_flux):
         network.restore_weights()
         assert all(torch.equal(before[n], layer.codes.view(torch.uint8)) for n, layer in fp8_layers(model).items())
         assert torch.equal(flux_output(model), applied)
+
+
+def in_fp8(state: dict[str, torch.Tensor], scaled: bool) -> dict[str, torch.Tensor]:
+    """A file's matrices cast to 8 bits, or divided by a scale each that stands beside it under ComfyUI's name."""
+    made = dict(state)
+    for name, value in state.items():
+        if not name.endswith(".weight") or value.dim() != 2:
+            continue
+        stored = quantise(value)
+        made[name] = stored.codes if scaled else value.to(FP8)
+        if scaled:
+            made[name.removesuffix("weight") + "scale_weight"] = stored.scale
+            made[name.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
+    return made | ({"scaled_fp8": torch.zeros(2, dtype=FP8)} if scaled else {})
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_training_on_a_file_in_8_bits_is_that_of_its_dequantised_weights(tiny_flux, tmp_path, scaled):
+    save_file(in_fp8(load_file(tiny_flux.transformer), scaled), tmp_path / "eighth.safetensors")
+    file = open_transformer(tmp_path / "eighth.safetensors")
+    kept, dequantised_file = file.load(BlocksInFp8(torch.float32), "cpu"), file.load(torch.float32, "cpu")
+    assert len(fp8_layers(kept)) > 10
+    ours, our_gradients, _ = gradients(lora_flux, kept, flux_output)
+    theirs, their_gradients, _ = gradients(lora_flux, dequantised_file, flux_output)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_diffusers_folder_in_8_bits_is_kept_as_it_is(tiny_flux, tmp_path):
+    """There, one of our layers is three or four of the file's."""
+    folder = make_tiny_flux(tmp_path / "diffusers", layout="diffusers").transformer
+    for shard in (folder / "transformer").glob("*.safetensors"):
+        save_file(in_fp8(load_file(shard), scaled=False), shard, {"format": "pt"})
+    theirs = open_transformer(folder).load(BlocksInFp8(torch.bfloat16), "cpu")
+    save_file(in_fp8(load_file(tiny_flux.transformer), scaled=False), tmp_path / "eighth.safetensors")
+    ours = open_transformer(tmp_path / "eighth.safetensors").load(BlocksInFp8(torch.bfloat16), "cpu")
+    for name, layer in fp8_layers(ours).items():
+        other = theirs.get_submodule(name)
+        assert torch.equal(layer.codes.view(torch.uint8), other.codes.view(torch.uint8)) and other.scale == 1
+
+
+def test_scales_of_parts_that_become_one_layer_are_respected(tiny_flux, tmp_path):
+    folder = make_tiny_flux(tmp_path / "diffusers", layout="diffusers").transformer
+    for shard in (folder / "transformer").glob("*.safetensors"):
+        save_file(in_fp8(load_file(shard), scaled=True), shard, {"format": "pt"})
+    for index in (folder / "transformer").glob("*.index.json"):
+        index.unlink()  # it does not name the scales
+    file = open_transformer(folder)
+    name = "double_blocks.0.img_attn.qkv"
+    kept = file.load(BlocksInFp8(torch.float32), "cpu").get_submodule(name).weight
+    numbers = file.load(torch.float32, "cpu").get_submodule(name).weight
+    original = load_file(tiny_flux.transformer)[f"{name}.weight"]
+    assert (numbers - original).norm() < 0.04 * original.norm()
+    assert (kept - numbers).norm() < 0.04 * original.norm()
+
+
+@pytest.mark.parametrize("name", ["float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_other_8_bit_formats_are_numbers_to_read_but_none_to_keep(tiny_flux, tmp_path, name):
+    state = load_file(tiny_flux.transformer)
+    key = "single_blocks.1.linear2.weight"
+    other = {**state, key: state[key].to(getattr(torch, name))}
+    our_save_file(other, tmp_path / "other.safetensors")
+    file = open_transformer(tmp_path / "other.safetensors")
+    assert torch.equal(file.load(torch.float32, "cpu").state_dict()[key], other[key].float())
+    sentence = rf'"{re.escape(key)}" is {name}, but weights are kept in 8 bits as float8_e4m3fn only'
+    with pytest.raises(UserError, match=sentence):
+        file.source.require_e4m3fn()
+    with pytest.raises(UserError, match=sentence):
+        file.load(BlocksInFp8(torch.bfloat16), "cpu")
+
+
+# Text encoders
+
+
+def t5_output(model):
+    return model(torch.arange(16).reshape(2, 8), torch.tensor([[1] * 8, [1] * 5 + [0] * 3]))
+
+
+def clip_output(model):
+    return model(torch.arange(16).reshape(2, 8), end_of_text=7)
+
+
+@pytest.mark.parametrize(("part", "output"), [("clip_l", clip_output), ("t5xxl", t5_output)])
+def test_training_a_text_encoder_is_that_of_the_dequantised_one(tiny_flux, part, output):
+    file = open_clip(tiny_flux.clip_l) if part == "clip_l" else open_t5(tiny_flux.t5xxl)
+    transformer = open_transformer(tiny_flux.transformer).load(torch.float32, "cpu")
+
+    def trained(encoder):
+        torch.manual_seed(0)
+        encoders = [encoder, None] if part == "clip_l" else [None, encoder]
+        network = lora_flux.create_network(1.0, 4, 4.0, None, encoders, transformer, train_t5xxl="True")
+        network.apply_to(encoders, transformer, True, False)
+        for parameter in network.parameters():
+            parameter.data = 0.1 * normal(*parameter.shape, purpose="lora")
+        result = output(encoder)
+        result.square().mean().backward()
+        return result.detach(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+    kept = file.load(BlocksInFp8(torch.float32), "cpu")
+    layers = fp8_layers(kept)
+    ours, our_gradients = trained(kept)
+    theirs, their_gradients = trained(dequantised(file.load(torch.float32, "cpu"), layers))
+    assert torch.equal(ours, theirs)
+    assert len(our_gradients) == 2 * len(layers) and our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("number_format", [torch.float16, BlocksInFp8(torch.float16)])
+def test_t5_in_float16_stays_finite_where_its_feed_forward_passes_float16s_range(tiny_flux, tmp_path, number_format):
+    state = load_file(tiny_flux.t5xxl)
+    for name in state:
+        if name.endswith(".wo.weight"):
+            state[name] *= 3e5
+    save_file(state, tmp_path / "t5.safetensors")
+    file = open_t5(tmp_path / "t5.safetensors")
+    encoder = file.load(number_format, "cpu")
+    if isinstance(number_format, BlocksInFp8):  # the last matrix takes a quarter of what it would take in float32
+        assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.codes.dtype == FP8
+    tokens = torch.arange(8).reshape(1, 8)
+    wide = BlocksInFp8(torch.float32) if isinstance(number_format, BlocksInFp8) else torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        ours = encoder(tokens)
+    with torch.no_grad():
+        reference = file.load(wide, "cpu")(tokens)
+        middle = file.load(wide, "cpu").encoder(input_ids=tokens, output_hidden_states=True).hidden_states[1]
+    assert middle.abs().max() > 65504
+    assert (ours.float() - reference).norm() < 0.01 * reference.norm()
+
+
+# Chroma
+
+
+@pytest.mark.parametrize("is_in_8_bits", [False, True])
+def test_chromas_approximator_keeps_its_numbers(tiny_chroma, tmp_path, is_in_8_bits):
+    """It gives every modulation of every block, so a rounding there would be everywhere."""
+    path = tiny_chroma.transformer
+    if is_in_8_bits:
+        path = tmp_path / "eighth.safetensors"
+        save_file(in_fp8(load_file(tiny_chroma.transformer), scaled=True), path)
+    model = open_transformer(path, model_type="chroma").load(BlocksInFp8(torch.bfloat16), "cpu")
+    layers = fp8_layers(model)
+    assert len(layers) > 10 and all(name.startswith(("double_blocks.", "single_blocks.")) for name in layers)
+    assert {parameter.dtype for parameter in model.distilled_guidance_layer.parameters()} == {torch.bfloat16}

@@ -9,6 +9,7 @@ import tomli
 from PIL import Image
 
 from tools.quickstart import (
+    MODEL_TYPES,
     PROMPTS,
     SEEDS,
     Folders,
@@ -19,6 +20,7 @@ from tools.quickstart import (
     prepare,
     quickstart,
     read_scalars,
+    sample_options,
     sample_pictures,
     sparkline,
     training_command,
@@ -41,6 +43,16 @@ def test_preparing_twice_leaves_only_the_second_runs_files(tmp_path: Path) -> No
     assert len(folders.prompts.read_text(encoding="utf-8").splitlines()) == len(PROMPTS) * len(SEEDS)
 
 
+def test_samples_of_chroma_have_a_negative_prompt_and_no_embedded_guidance(tmp_path: Path) -> None:
+    from library.prompt_options import parse_prompt_line
+
+    for model_type, negative, scale, guidance in (("flux", None, 1.0, 1.0), ("chroma", "small", 2.0, 0.0)):
+        line = f"a zog {sample_options(Folders(tmp_path, model_type))} --d 1"
+        prompt = parse_prompt_line(line)
+        assert (prompt.negative_prompt, prompt.scale, prompt.guidance_scale) == (negative, scale, guidance)
+        assert (prompt.prompt, prompt.width, prompt.height, prompt.seed) == ("a zog", 128, 128, 1)
+
+
 def test_a_folder_with_someone_elses_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "holiday.png").write_bytes(b"precious")
@@ -52,11 +64,12 @@ def test_a_folder_with_someone_elses_files_is_left_alone(tmp_path: Path, capsys:
     assert may_overwrite(Folders(tmp_path / "new"))
 
 
-def test_every_option_of_the_command_is_known_to_the_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_option_of_the_command_is_known_to_the_trainer(tmp_path: Path, model_type: str) -> None:
     from flux_train_network import FluxTrainingOptions
     from library.options import parse_options
 
-    command = training_command(Folders(tmp_path), steps=300, seed=1, threads=2)
+    command = training_command(Folders(tmp_path, model_type), steps=300, seed=1, threads=2)
     script = next(index for index, part in enumerate(command) if part.endswith("flux_train_network.py"))
     options = parse_options(FluxTrainingOptions, "", command[script + 1 :])
     assert options.network.network_dim == 16

@@ -277,7 +277,9 @@ def test_modes_change_nothing_for_other_optimizers():
     set_train_mode(created.optimizer)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lion", "Prodigy", "AdamWScheduleFree", "ProdigyPlusScheduleFree"])
+@pytest.mark.parametrize(
+    "name", ["AdamW", "AdamW8bit", "Lion", "Prodigy", "AdamWScheduleFree", "ProdigyPlusScheduleFree"]
+)
 def test_training_goes_on_to_the_same_numbers_from_a_saved_optimizer(name):
     rate, package, _ = {**TABLE, "AdamW8bit": TABLE["adamw8bit"]}[name]
     pytest.importorskip(package)

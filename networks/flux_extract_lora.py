@@ -116,13 +116,15 @@ def extracted_metadata(
     original: TransformerFile, modules: dict[str, LoRAWeights], save_to: Path, no_metadata: bool
 ) -> dict[str, str]:
     """The metadata of the new file, without hashes."""
-    from networks.lora_tools.flux_metadata import flux_entries
+    from networks.lora_tools.flux_metadata import flux_entries, transformer_entries
     from networks.lora_tools.metadata import network_entries, with_modelspec
 
-    entries = {**flux_entries(original.model_type), **network_entries(modules), "ss_network_args": "{}"}
+    entries = {**flux_entries(original.variant), **network_entries(modules), "ss_network_args": "{}"}
     if no_metadata:
         return entries
-    return with_modelspec({**flux_entries(original.model_type, original.variant, standard=True), **entries}, save_to)
+    standard = transformer_entries(original.variant)
+    standard["modelspec.architecture"] += "/lora"
+    return with_modelspec({**standard, **entries}, save_to)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from library.console import run_script, say, set_up_console, warn
+from library.console import run_script, set_up_console, warn
 from library.errors import UserError
 from library.options import ConsoleOptions, parse_options
 from networks.lora_tools.options import MergeFiles, MergeForm, Precision
-
-SavePrecision = Literal["float", "fp16", "bf16", "fp8", "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_e5m2fnuz"]
 
 
 @dataclass
@@ -41,8 +38,8 @@ class FluxMergeNumbers:
 
     precision: Precision = "float"
     """Number format that results are rounded to; sums are computed in at least float32 whatever it is."""
-    save_precision: SavePrecision | None = None
-    """Number format of the files; unset means that of --precision, for models that of each of their tensors."""
+    save_precision: str | None = None
+    """Number format of the files: float, fp16, bf16, for models also fp8; unset: --precision, models keep theirs."""
     loading_device: str = "cpu"
     """Accepted for kohya-ss/sd-scripts' command lines: tensors are read one at a time, where they are added to."""
     working_device: str = "cpu"
@@ -78,8 +75,6 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.form.concat or options.form.shuffle:
         warn("--concat and --shuffle have no effect on models")
-    if options.numbers.save_precision and options.numbers.save_precision.startswith("fp8"):
-        say("fp8 files hold plain 8-bit numbers without scales, which loses accuracy")
     run.merge_into_models()
 
 

@@ -9,7 +9,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from library.console import run_script, say, set_up_console
 from library.devices import parse_dtype
@@ -26,8 +25,8 @@ class DiffusersConversionOptions:
     """Model folder, its transformer folder, or one of the shards; a file in any other known layout works too."""
     save_to: str | None = None
     """File to write."""
-    save_precision: Literal["float", "fp32", "fp16", "bf16", "fp8"] | None = None
-    """Number format of the file; unset keeps that of each tensor."""
+    save_precision: str | None = None
+    """Number format of the file: float, fp16, bf16 or fp8; unset keeps that of each tensor, scaled fp8 becomes bf16."""
     mem_eff_load_save: bool = False
     """Accepted for kohya-ss/sd-scripts' command lines: tensors are always read and written one at a time."""
 
@@ -50,15 +49,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     from library.models.flux.checkpoint import open_transformer
     from library.safetensors_io import save_one_by_one
+    from networks.lora_tools.model_merging import load_converted
 
+    dtype = parse_dtype(options.save_precision, "--save_precision") if options.save_precision else None
     source = open_transformer(options.diffusers_path, option="--diffusers_path", model_type=None).source
-    names = source.names()
-    dtype = parse_dtype(options.save_precision) if options.save_precision else None
     described = {
-        name: torch.empty(source.shape(name), dtype=dtype or source.stored_dtype(name), device="meta") for name in names
+        name: torch.empty(source.shape(name), dtype=dtype or source.stored_dtype(name), device="meta")
+        for name in source.names()
     }
-    save_one_by_one(described, lambda name: source.load(name, described[name].dtype, "cpu"), save_to)
-    say(f"saved {save_to}: {len(names)} tensors, {save_to.stat().st_size / 1e6:.1f} MB")
+    metadata = {**source.checkpoint.metadata, **source.config_entry}
+    save_one_by_one(described, lambda name: load_converted(source, name, described[name].dtype), save_to, metadata)
+    say(f"saved {save_to}: {len(described)} tensors, {save_to.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

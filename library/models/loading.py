@@ -82,6 +82,12 @@ class TensorSource:
         of_part = merged.get(self.part)
         return {**merged, **of_part} if isinstance(of_part, dict) else merged
 
+    @property
+    def config_entry(self) -> dict[str, str]:
+        """``exceptions`` as the metadata of a file that the same model is written to; {} where there are none."""
+        told = {key: value for key, value in self.exceptions.items() if not key.startswith("_")}
+        return {"config": json.dumps(told)} if told else {}
+
     def remap(self, targets: Mapping[str, Origin]) -> None:
         """Give tensors new names: each target is made from current names, which are then no longer there."""
         made = {

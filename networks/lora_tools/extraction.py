@@ -23,7 +23,7 @@ class Comparison:
     """How weights of the two models are read and subtracted."""
 
     load_dtype: torch.dtype | None = None
-    """Both are rounded to it first; None takes the numbers of the files."""
+    """Both are rounded to it first; None takes the numbers of the files, of scaled fp8 times their scales."""
     original_device: torch.device | str = "cpu"
     tuned_device: torch.device | str = "cpu"
     """Where the tensors of each model are read to."""
@@ -32,8 +32,9 @@ class Comparison:
 
     def difference(self, original: Layer, tuned: Layer) -> Tensor:
         """Tuned - original in float32, in the shape that the original model gives the layer."""
-        new = tuned.source.load(tuned.tensor, self.load_dtype, self.tuned_device).to(self.device, torch.float32)
-        old = original.source.load(original.tensor, self.load_dtype, self.original_device)
+        dtype = self.load_dtype or torch.float32
+        new = tuned.source.load(tuned.tensor, dtype, self.tuned_device).to(self.device, torch.float32)
+        old = original.source.load(original.tensor, dtype, self.original_device)
         old = old.to(self.device, torch.float32)
         return new.reshape(old.shape).sub_(old)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,30 +11,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.console import say, warn
-from library.devices import parse_dtype
+from library.devices import is_fp8, parse_dtype
 from library.errors import UserError
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
 from library.models.loading import TensorSource
 from library.models.t5 import open_t5
-from library.modelspec import merged_from, standard_entries
 from library.safetensors_io import save_one_by_one
 from networks.lora_flux import CLIP_L, T5XXL, TRANSFORMER
 from networks.lora_tools.arithmetic import concatenated
 from networks.lora_tools.flux_layers import encoder_layers, transformer_layers
 from networks.lora_tools.flux_lora import FluxLoRA
-from networks.lora_tools.flux_metadata import flux_entries
+from networks.lora_tools.flux_metadata import flux_entries, transformer_entries
 from networks.lora_tools.merging import Ingredient, check_ingredients, exact_sum, shuffled, summed
-from networks.lora_tools.metadata import merged_metadata, with_modelspec
+from networks.lora_tools.metadata import merged_metadata, merged_model_metadata
 from networks.lora_tools.model_merging import (
     Change,
     Layer,
     MergeFormat,
     Plan,
-    merge_into_file,
+    load_converted,
     merge_into_folder,
+    merge_keys,
     plan_merge,
     rounded,
+    widened,
 )
 from networks.lora_tools.options import LORA_SUFFIXES, check_merge_files, check_output, parse_device, save_modules
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from networks.flux_merge_lora import FluxMergeNumbers, FluxMergeTargets
     from networks.lora_tools.options import MergeFiles
 
-HASHES = {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
+SAVE_OPTIONS = {"--flux_model": "--save_to", "--clip_l": "--clip_l_save_to", "--t5xxl": "--t5xxl_save_to"}
 OPTIONS = {TRANSFORMER.prefix: "--flux_model", CLIP_L.prefix: "--clip_l", T5XXL.prefix: "--t5xxl"}
 
 
@@ -55,8 +56,19 @@ class Model:
     save_to: Path
     source: TensorSource
     layers: Mapping[str, Layer]
-    model_type: str = ""
-    """Of a transformer: ``flux`` or ``chroma``."""
+    variant: str = ""
+    """Of a transformer: ``dev``, ``schnell`` or ``chroma``."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder is written, not a file."""
+        return not self.save_to.suffix
+
+    @property
+    def gets_original_names(self) -> bool:
+        """Whether one file is made of a Diffusers folder or of shards, whose names no single file has."""
+        renamed = any(not origin.keys[0].endswith(name) for name, origin in self.source.origins.items())
+        return bool(self.variant) and renamed and (self.path.is_dir() or len(self.source.checkpoint.files) > 1)
 
 
 class FluxMergeRun:
@@ -65,6 +77,8 @@ class FluxMergeRun:
     def __init__(self, files: MergeFiles, targets: FluxMergeTargets, numbers: FluxMergeNumbers) -> None:
         check_merge_files(files)
         self.files, self.numbers = files, numbers
+        named = numbers.save_precision
+        self.save_dtype = parse_dtype(named, "--save_precision") if named else None
         self.device = parse_device(numbers.working_device, "--working_device")
         parse_device(numbers.loading_device, "--loading_device")
         self.loras = [FluxLoRA(path) for path in files.models]
@@ -78,7 +92,7 @@ class FluxMergeRun:
             opened = open_transformer(targets.flux_model, option="--flux_model", model_type=None)
             layers = transformer_layers(opened)
             path = Path(targets.flux_model)
-            models.append(self._model("--flux_model", path, self.files.save_to, opened, layers, opened.model_type))
+            models.append(self._model("--flux_model", path, self.files.save_to, opened, layers, opened.variant))
         for encoder_path, option, save_to, open_encoder in (
             (targets.clip_l, "--clip_l", targets.clip_l_save_to, open_clip),
             (targets.t5xxl, "--t5xxl", targets.t5xxl_save_to, open_t5),
@@ -86,37 +100,42 @@ class FluxMergeRun:
             if encoder_path:
                 encoder: Any = open_encoder(encoder_path, option=option)
                 models.append(self._model(option, Path(encoder_path), save_to, encoder, encoder_layers(encoder)))
-        outputs = [model.save_to.resolve() for model in models]
-        if len(set(outputs)) < len(outputs):
-            raise UserError(f"--save_to, --clip_l_save_to and --t5xxl_save_to must be different files: {outputs[0]}.")
+        _refuse_shared_outputs(models)
         return models
 
     def _model(
-        self, option: str, path: Path, save_to: str | None, opened: Any, layers: Mapping[str, Layer], kind: str = ""
+        self, option: str, path: Path, save_to: str | None, opened: Any, layers: Mapping[str, Layer], variant: str = ""
     ) -> Model:
         suffixes = (".safetensors", "") if path.is_dir() else (".safetensors",)
         inputs = [*self.files.models, *(str(file) for file in opened.source.checkpoint.files)]
-        target = check_output(save_to, inputs, suffixes)
+        target = check_output(save_to, inputs, suffixes, SAVE_OPTIONS[option])
+        checkpoint = opened.source.checkpoint
+        if self.save_dtype is not None and any(opened.source.is_scaled(key) for key in checkpoint):
+            raise UserError(
+                f"{checkpoint.label} holds scaled fp8 weights, which --save_precision does not convert; merge into the"
+                " float16, bfloat16 or float32 version."
+            )
         if not target.suffix and target.exists():
-            raise UserError(f"--save_to: {target} exists already; name a new folder.")
-        return Model(option, path, target, opened.source, layers, kind)
+            raise UserError(f"{SAVE_OPTIONS[option]}: {target} exists already; name a new folder.")
+        return Model(option, path, target, opened.source, layers, variant)
 
     # LoRA files into one
 
     def merge_files(self, concat: bool, shuffle: bool) -> None:
         """Write the exact sum of the files as one LoRA."""
         save_to = check_output(self.files.save_to, self.files.models, LORA_SUFFIXES)
+        if self.save_dtype is not None and is_fp8(self.save_dtype):
+            raise UserError(
+                f"--save_precision {self.numbers.save_precision} is for models; a LoRA file needs float, fp16 or bf16."
+            )
         ingredients = [Ingredient(lora, ratio) for lora, ratio in zip(self.loras, self.files.ratios)]
         check_ingredients(ingredients)
         modules = summed(ingredients, concatenated if concat else exact_sum, self.device)
         if shuffle:
             modules = shuffled(modules)
-        metadata = merged_metadata(self.loras, modules, save_to, self.numbers.no_metadata, flux_entries("flux"))
+        metadata = merged_metadata(self.loras, modules, save_to, self.numbers.no_metadata, flux_entries())
         precision = self.numbers.precision
-        saved: Any = self.numbers.save_precision or precision
-        if saved.startswith("fp8"):
-            raise UserError(f"--save_precision {saved} is for models; a LoRA file needs float, fp16 or bf16.")
-        save_modules(save_to, modules, metadata, saved, precision)
+        save_modules(save_to, modules, metadata, self.numbers.save_precision or precision, precision)
 
     # LoRA files into models
 
@@ -127,8 +146,13 @@ class FluxMergeRun:
         layers = {name: layer for model in self.models for name, layer in model.layers.items()}
         self._leave_out_other_models(ingredients)
         plan = plan_merge(ingredients, layers)
+        if self.save_dtype is not None and is_fp8(self.save_dtype):
+            say("8-bit files hold plain numbers without scales, as other programs expect; that loses accuracy")
+        for folder in {model.save_to: model for model in self.models if model.is_folder}.values():
+            self._write_folder(folder, plan)
         for model in self.models:
-            self._write(model, plan, ingredients)
+            if not model.is_folder:
+                self._write_file(model, plan, ingredients)
 
     def _leave_out_other_models(self, ingredients: Sequence[Ingredient]) -> None:
         """Modules of a model that is not given stay out, which is said. Raises UserError when nothing is left."""
@@ -145,22 +169,35 @@ class FluxMergeRun:
         if not any(ingredient.names for ingredient in ingredients):
             raise UserError(f"--models hold no modules for {' or '.join(sorted(given))}; there is nothing to merge.")
 
-    def _write(self, model: Model, plan: Plan, ingredients: Sequence[Ingredient]) -> None:
-        save_dtype = parse_dtype(self.numbers.save_precision) if self.numbers.save_precision else None
-        form = MergeFormat(parse_dtype(self.numbers.precision), save_dtype, self.device)
-        files = model.source.checkpoint.files
-        count = sum(1 for file, _ in plan if file in files)
-        if not model.save_to.suffix:
-            merge_into_folder(model.path, files, plan, model.save_to, form, {})
-        elif len(files) == 1:
-            merge_into_file(files[0], plan, model.save_to, form, self._metadata(model))
+    @property
+    def _form(self) -> MergeFormat:
+        return MergeFormat(parse_dtype(self.numbers.precision), self.save_dtype, self.device)
+
+    def _write_folder(self, model: Model, plan: Plan) -> None:
+        """Every part of the folder that was named with this new one."""
+        parts = [other for other in self.models if other.save_to == model.save_to]
+        files = {file for part in parts for file in part.source.checkpoint.files}
+        merge_into_folder(model.path, files, plan, model.save_to, self._form, {})
+        self._tell(model, plan, files)
+
+    def _write_file(self, model: Model, plan: Plan, ingredients: Sequence[Ingredient]) -> None:
+        checkpoint = model.source.checkpoint
+        metadata = self._metadata(model)
+        if model.gets_original_names:
+            self._write_original_names(model, ingredients, metadata)
         else:
-            self._write_in_original_layout(model, ingredients, form)
+            merge_keys(checkpoint, checkpoint.keys(), plan, model.save_to, self._form, metadata)
+        self._tell(model, plan, checkpoint.files)
+
+    def _tell(self, model: Model, plan: Plan, files: Collection[Path]) -> None:
+        count = sum(1 for file, _ in plan if file in files)
         say(f"saved {model.save_to}: {count} tensors of {model.path} changed")
 
-    def _write_in_original_layout(self, model: Model, ingredients: Sequence[Ingredient], form: MergeFormat) -> None:
-        """Of shards: one file with the original names, each tensor put together, changed and written in turn."""
-        source = model.source
+    def _write_original_names(
+        self, model: Model, ingredients: Sequence[Ingredient], metadata: Mapping[str, str]
+    ) -> None:
+        """One file with the original names, each tensor put together, changed and written in turn."""
+        source, form = model.source, self._form
         changes: dict[str, list[Change]] = defaultdict(list)
         for ingredient in ingredients:
             for name in ingredient.names.keys() & model.layers.keys():
@@ -173,22 +210,30 @@ class FluxMergeRun:
         }
 
         def load(name: str) -> torch.Tensor:
-            total = source.load(name, None, self.device)
+            dtype = described[name].dtype
             if name not in changes:
-                return total.to("cpu", described[name].dtype)
-            total = total.to(torch.promote_types(total.dtype, torch.float32))
+                return load_converted(source, name, dtype)
+            total = widened(source.load(name, None, self.device))
             for change in changes[name]:
                 total += change.values(self.device)
-            return rounded(name, total, described[name].dtype, form.precision)
+            return rounded(name, total, dtype, form.precision)
 
-        save_one_by_one(described, load, model.save_to, self._metadata(model))
+        save_one_by_one(described, load, model.save_to, metadata)
 
     def _metadata(self, model: Model) -> dict[str, str]:
-        """The model's own metadata; title, date and origin of a transformer are those of the new file."""
+        """Of the new file: the model's own; of a transformer with title, date and origin."""
         source = model.source.checkpoint.metadata
-        kept = {key: value for key, value in source.items() if key not in HASHES}
-        if self.numbers.no_metadata or not model.model_type:
-            return {key: value for key, value in kept.items() if not key.startswith("modelspec.")}
-        standard = standard_entries("chroma" if model.model_type == "chroma" else "flux1")
-        origins = [(model.path, source), *((lora.path, lora.metadata) for lora in self.loras)]
-        return with_modelspec({**standard, **kept}, model.save_to, merged_from(origins))
+        told = {} if "config" in source else model.source.config_entry
+        standard = transformer_entries(model.variant) if model.variant else {}
+        no_metadata = self.numbers.no_metadata or not model.variant
+        return told | merged_model_metadata(model.path, source, standard, self.loras, model.save_to, no_metadata)
+
+
+def _refuse_shared_outputs(models: Sequence[Model]) -> None:
+    """Raises UserError when two models would be written to one place; parts of one folder may be, to a new folder."""
+    for number, model in enumerate(models):
+        for other in models[:number]:
+            same_folder = model.is_folder and model.path.resolve() == other.path.resolve()
+            if model.save_to.resolve() == other.save_to.resolve() and not same_folder:
+                options = f"{SAVE_OPTIONS[other.option]} and {SAVE_OPTIONS[model.option]}"
+                raise UserError(f"{options} both name {model.save_to}; they must differ.")

@@ -1,22 +1,19 @@
-"""What every LoRA file for FLUX.1 or Chroma says about itself."""
+"""What every LoRA file and model of FLUX.1 or Chroma says about itself."""
 
 from __future__ import annotations
 
 from library.modelspec import standard_entries
 
-NETWORK_MODULE = "networks.lora_flux"
+
+def flux_entries(variant: str = "dev") -> dict[str, str]:
+    """The entries without which programs do not know a LoRA file; ``variant`` is a transformer's."""
+    version = "chroma" if variant == "chroma" else "flux1"
+    return {"ss_v2": "False", "ss_base_model_version": version, "ss_network_module": "networks.lora_flux"}
 
 
-def flux_entries(model_type: str, variant: str = "", standard: bool = False) -> dict[str, str]:
-    """The entries without which programs do not know the file; with ``standard``, the modelspec's that follow.
-
-    ``model_type`` is ``flux`` or ``chroma``, ``variant`` the transformer's (dev, schnell, chroma), "" for unknown.
-    """
-    version = "chroma" if model_type == "chroma" else "flux1"
-    if not standard:
-        return {"ss_v2": "False", "ss_base_model_version": version, "ss_network_module": NETWORK_MODULE}
-    entries = standard_entries(version)
+def transformer_entries(variant: str) -> dict[str, str]:
+    """The modelspec entries that follow from a transformer's ``variant`` (dev, schnell, chroma)."""
+    entries = standard_entries(flux_entries(variant)["ss_base_model_version"])
     if variant == "schnell":
         entries["modelspec.architecture"] = "flux-1-schnell"
-    entries["modelspec.architecture"] += "/lora"
     return entries

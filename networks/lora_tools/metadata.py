@@ -12,6 +12,7 @@ from networks.lora_file import LoRAWeights
 from networks.lora_tools.named_lora import NamedLoRA, kernel_is_wide
 
 MINIMAL_KEYS = ("ss_v2", "ss_base_model_version", "ss_network_module")
+HASHES = {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
 BASE_MODEL_KEYS = (
     *("ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash"),
     *("ss_vae_name", "ss_vae_hash", "ss_new_vae_hash", "ss_clip_skip"),
@@ -71,6 +72,26 @@ def merged_metadata(
         standard["modelspec.architecture"] += "/lora"
     described = {**standard, **entries}
     return with_modelspec(described, save_to, merged_from((file.path, file.metadata) for file in files))
+
+
+def merged_model_metadata(
+    path: Path,
+    own: Mapping[str, str],
+    standard: Mapping[str, str],
+    files: Sequence[NamedLoRA],
+    save_to: Path,
+    no_metadata: bool,
+) -> dict[str, str]:
+    """The metadata of the model at ``path`` with ``files`` merged into it.
+
+    Its ``own`` stay, before the ``standard`` entries of its kind; title, date and origin are those of the new file,
+    hashes of the old are left out. ``no_metadata`` leaves what is needed to use the file.
+    """
+    kept = {key: value for key, value in own.items() if key not in HASHES}
+    if no_metadata:
+        return {key: value for key, value in kept.items() if not key.startswith("modelspec.")}
+    origins = [(path, own), *((file.path, file.metadata) for file in files)]
+    return with_modelspec({**standard, **kept}, save_to, merged_from(origins))
 
 
 def with_modelspec(entries: Mapping[str, str], save_to: Path, merged_from: str | None = None) -> dict[str, str]:

@@ -6,6 +6,7 @@ belongs to is given as ``Layer``s by LoRA name; see ``stable_diffusion_layers``.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -112,15 +113,27 @@ class MergeFormat:
 
 
 def merge_into_file(path: Path, plan: Plan, save_to: Path, form: MergeFormat, metadata: Mapping[str, str]) -> None:
-    """Write ``path`` with ``plan`` to ``save_to``; memory holds one tensor at a time.
+    """Write ``path``, of shards this one alone, with ``plan`` to ``save_to``; see ``merge_keys``."""
+    checkpoint = open_checkpoint(path)
+    keys = [key for key in checkpoint if _file_of(checkpoint, key) == path]
+    merge_keys(checkpoint, keys, plan, save_to, form, metadata)
+
+
+def merge_keys(
+    checkpoint: Checkpoint,
+    keys: Collection[str],
+    plan: Plan,
+    save_to: Path,
+    form: MergeFormat,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the tensors ``keys`` with ``plan`` as one file under the same keys; memory holds one tensor at a time.
 
     A ``.ckpt`` (or other pickle suffix) has no metadata and is put together in memory first. Appears complete or not at
     all.
     """
-    checkpoint = open_checkpoint(path)
-    keys = [key for key in checkpoint if _file_of(checkpoint, key) == path]  # of a shard, all shards were opened
-    changes = {key: change for (file, key), change in plan.items() if file == path}
-    with tqdm(total=len(changes), desc=path.name, mininterval=1) as progress:
+    changes = {key: change for key in keys if (change := plan.get((_file_of(checkpoint, key), key)))}
+    with tqdm(total=len(changes), desc=checkpoint.path.name, mininterval=1) as progress:
 
         def load(key: str) -> Tensor:
             progress.update(key in changes)
@@ -140,9 +153,8 @@ def merge_into_file(path: Path, plan: Plan, save_to: Path, form: MergeFormat, me
 def _merged(checkpoint: Checkpoint, key: str, changes: Sequence[Change], form: MergeFormat) -> Tensor:
     dtype = form.stored(key, checkpoint.dtype(key))
     if not changes:
-        return checkpoint.load(key, dtype)
-    total = checkpoint.load(key, device=form.device)
-    total = total.to(torch.promote_types(total.dtype, torch.float32))
+        return load_converted(checkpoint, key, dtype)
+    total = widened(checkpoint.load(key, device=form.device))
     for change in changes:
         for part, rows, values in change.parts(form.device):
             if part == key:
@@ -150,12 +162,37 @@ def _merged(checkpoint: Checkpoint, key: str, changes: Sequence[Change], form: M
     return rounded(key, total, dtype, form.precision)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in a format that sums are computed in: float32, or float64 where it has that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def rounded(key: str, total: Tensor, dtype: torch.dtype, precision: torch.dtype) -> Tensor:
-    """``total`` in ``dtype`` on the CPU. Raises UserError where its numbers become infinite in it."""
-    result = total.to(precision).to(dtype)
-    if bool(torch.isfinite(total).all()) and not bool(torch.isfinite(result.float()).all()):
-        raise UserError(f'"{key}" gets numbers too large for {dtype}; use --save_precision bf16 or float.')
-    return result.cpu()
+    """``total`` through ``precision`` in ``dtype``, on the CPU; errors as of ``converted``."""
+    return converted(key, converted(key, total, precision), dtype).cpu()
+
+
+def load_converted(source: Checkpoint | TensorSource, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor in ``dtype``, of scaled fp8 without rounding on the way; errors as of ``converted``."""
+    stored = source.dtype(name) if isinstance(source, Checkpoint) else source.stored_dtype(name)
+    if stored == dtype or not _ends_early(dtype):
+        return source.load(name, dtype, "cpu")
+    return converted(name, source.load(name, torch.float32, "cpu"), dtype)
+
+
+def converted(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``. Raises UserError where numbers pass its range, instead of ending at it."""
+    if tensor.dtype != dtype and _ends_early(dtype) and tensor.numel():
+        smallest, largest = widened(tensor).aminmax()
+        size = max(float(largest), -float(smallest))
+        if math.isfinite(size) and size > torch.finfo(dtype).max:
+            raise UserError(f'"{key}" gets numbers too large for {dtype}; use --save_precision bf16 or float.')
+    return tensor.to(dtype)
+
+
+def _ends_early(dtype: torch.dtype) -> bool:
+    """Whether a number that bfloat16 or float32 has can be too large for this format."""
+    return dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max
 
 
 def merge_into_folder(

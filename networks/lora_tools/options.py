@@ -119,7 +119,7 @@ def save_modules(
     path: Path,
     modules: Mapping[str, LoRAWeights],
     metadata: Mapping[str, str],
-    save_precision: Precision,
+    save_precision: str,
     precision: Precision = "float",
 ) -> None:
     """Write a LoRA file with its hashes, and say what is in it. Appears complete or not at all."""

@@ -11,12 +11,12 @@ from library.console import say
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion
-from library.modelspec import merged_from, standard_entries
+from library.modelspec import standard_entries
 from networks.lora_file import LoRAWeights
 from networks.lora_formats import without_wrapper
 from networks.lora_tools.block_weights import BlockWeights, parse_block_weights
 from networks.lora_tools.merging import Ingredient, check_ingredients, shuffled, summed
-from networks.lora_tools.metadata import merged_metadata, with_modelspec
+from networks.lora_tools.metadata import merged_metadata, merged_model_metadata
 from networks.lora_tools.model_merging import MergeFormat, merge_into_file, merge_into_folder, plan_merge
 from networks.lora_tools.named_lora import SD, SDXL, NamedLoRA
 from networks.lora_tools.options import (
@@ -31,7 +31,6 @@ from networks.lora_tools.stable_diffusion_layers import layers_of, usual_name
 
 FAMILY_OF_VARIANT = {"sd1": SD, "sd2": SD, "sdxl": SDXL}
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-HASHES = {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
 ADVICE = {SD: "networks/merge_lora.py merges those.", SDXL: "networks/sdxl_merge_lora.py merges those."}
 
 
@@ -125,17 +124,12 @@ class MergeRun:
             raise UserError(f"--v2 is given, but {path} is a Stable Diffusion 1.x model.")
 
     def _model_metadata(self, model: StableDiffusionModel, path: Path, save_to: Path) -> dict[str, str]:
-        """The model's own metadata, title, date and origin those of the new file; hashes of the old are left out."""
-        source = model.unet.source.checkpoint.metadata
-        kept = {key: value for key, value in source.items() if key not in HASHES}
-        if self.numbers.no_metadata:
-            return {key: value for key, value in kept.items() if not key.startswith("modelspec.")}
         version = VERSIONS[model.variant]
         # As kohya-ss/sd-scripts: a 2.x model that doesn't say what it predicts is taken for one that predicts v.
         if model.predicts_v or (model.predicts_v is None and model.variant == "sd2"):
             version += "_v"
-        origins = [(path, source), *((lora.path, lora.metadata) for lora in self.loras)]
-        return with_modelspec({**standard_entries(version), **kept}, save_to, merged_from(origins))
+        own, standard = model.unet.source.checkpoint.metadata, standard_entries(version)
+        return merged_model_metadata(path, own, standard, self.loras, save_to, self.numbers.no_metadata)
 
 
 def _weight_files(model: StableDiffusionModel) -> set[Path]:

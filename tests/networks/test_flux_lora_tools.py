@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from networks.convert_flux_lora import main as convert
 from networks.flux_extract_lora import main as extract
 from networks.flux_merge_lora import main as merge
 from tests.networks.lora_tool_files import assert_same, deltas, metadata, ranks, run
-from tests.running import launch
+from tests.running import ROOT, launch
 from tools.convert_diffusers_to_flux import main as to_original
 from tools.make_tiny_models import make_tiny_chroma, make_tiny_flux
 
@@ -226,6 +230,196 @@ def test_models_are_saved_in_the_format_asked_for(tiny_flux, flux_loras, tmp_pat
         assert tensor.dtype == dtype and torch.equal(tensor.float(), exact[key].to(dtype).float()), key
 
 
+def in_fp8(path: Path, out: Path, scaled: bool) -> dict[str, torch.Tensor]:
+    """A copy of a model with the weights of its blocks in 8 bits; returns the numbers that they stand for."""
+    stored, meant = {}, {}
+    for key, tensor in load_file(path).items():
+        meant[key], scale = tensor, torch.tensor(1.0)
+        if "_blocks" in key and key.endswith(".weight"):
+            if scaled:
+                scale = tensor.abs().max() / 448
+                stored[key.replace(".weight", ".scale_weight")] = scale
+            tensor = (tensor / scale).to(torch.float8_e4m3fn)
+            meant[key] = tensor.float() * scale
+        stored[key] = tensor
+    save_file({**stored, **({"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if scaled else {})}, out)
+    return meant
+
+
+def transformer_lora(files, path: Path) -> Path:
+    """A LoRA for the transformer alone."""
+    tensors = load_file(make_lora(files, path, 1))
+    save_file({key: tensor for key, tensor in tensors.items() if key.startswith("lora_unet")}, path)
+    return path
+
+
+def added(lora: Path, key: str) -> torch.Tensor:
+    """What a LoRA adds to a tensor of the transformer."""
+    name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
+    return deltas(lora).get(name, torch.zeros(())).float() if key.endswith(".weight") else torch.zeros(())
+
+
+def test_a_model_in_plain_8_bits_is_merged_into(tiny_flux, tmp_path):
+    model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    lora = transformer_lora(tiny_flux, tmp_path / "lora.safetensors")
+    meant = in_fp8(tiny_flux.transformer, model, scaled=False)
+    run(merge, "--models", lora, "--ratios", 1, "--flux_model", model, "--save_to", out)
+    before, after = load_file(model), load_file(out)
+    for key, tensor in after.items():
+        assert tensor.dtype == before[key].dtype
+        wanted = meant[key] + added(lora, key)
+        step = wanted.abs() * 2.0**-3 + 2.0**-8 if tensor.itemsize == 1 else 1e-6
+        assert bool(((tensor.float() - wanted).abs() <= step / 2 + 1e-6).all()), key
+    assert sum(not torch.equal(after[key].float(), before[key].float()) for key in after) > 10
+
+
+def test_scaled_8_bit_weights_are_compared_with_their_scales(tiny_flux, tmp_path):
+    """As exactly as float32 holds them; they are not added to, and what to use for that is said."""
+    model, tuned, out = (tmp_path / f"{name}.safetensors" for name in ("model", "tuned", "out"))
+    lora = transformer_lora(tiny_flux, tmp_path / "lora.safetensors")
+    meant = in_fp8(tiny_flux.transformer, model, scaled=True)
+    save_file({key: tensor + added(lora, key) for key, tensor in meant.items()}, tuned)
+    run(extract, "--model_org", model, "--model_tuned", tuned, "--dim", 3, "--clamp_quantile", 1, "--save_to", out)
+    assert_same(deltas(out), deltas(lora), 1e-5)
+    files = ["--models", lora, "--ratios", 1, "--flux_model", model, "--save_to", tmp_path / "merged.safetensors"]
+    with pytest.raises(UserError, match="holds scaled fp8 weights, which cannot be added to"):
+        run(merge, *files)
+    with pytest.raises(UserError, match="which --save_precision does not convert"):
+        run(merge, *files, "--save_precision", "bf16")
+    original = tmp_path / "original.safetensors"
+    run(to_original, "--diffusers_path", model, "--save_to", original, "--save_precision", "float")
+    found = load_file(original)
+    assert found.keys() == meant.keys() and all(torch.equal(found[key], meant[key]) for key in meant)
+
+
+def test_numbers_too_large_for_8_bits_are_named(tiny_flux, flux_loras, tmp_path):
+    tensors = load_file(tiny_flux.transformer)
+    tensors["txt_in.bias"][0] = 1000.0
+    save_file(tensors, tmp_path / "model.safetensors")
+    out = ("--save_to", tmp_path / "out.safetensors", "--save_precision", "fp8")
+    with pytest.raises(UserError, match=r'"txt_in.bias" gets numbers too large for torch.float8_e4m3fn'):
+        files = ["--models", flux_loras[1], "--ratios", 1, "--flux_model", tmp_path / "model.safetensors"]
+        run(merge, *files, *out)
+    with pytest.raises(UserError, match=r'"txt_in.bias" gets numbers too large'):
+        run(to_original, "--diffusers_path", tmp_path / "model.safetensors", *out)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_all_parts_of_a_diffusers_folder_become_one_new_folder(tiny_flux, flux_loras, tmp_path):
+    folder, new = make_tiny_flux(tmp_path / "diffusers", layout="diffusers").transformer, tmp_path / "new"
+    run(
+        merge,
+        *("--models", *flux_loras, "--ratios", *RATIOS, "--flux_model", folder, "--save_to", new),
+        *("--clip_l", folder, "--clip_l_save_to", new, "--t5xxl", folder, "--t5xxl_save_to", new),
+    )
+    names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(new) for path in new.rglob("*") if path.is_file()}
+    pipeline = opened(tiny_flux, **dict.fromkeys(vars(tiny_flux), new))
+    torch.testing.assert_close(latents(pipeline), applied(tiny_flux, flux_loras, RATIOS), rtol=1e-5, atol=1e-5)
+
+
+def test_a_text_encoder_of_shards_keeps_its_tensors(tiny_flux, flux_loras, tmp_path):
+    """``shared.weight`` too, which other programs look for."""
+    tensors = load_file(tiny_flux.t5xxl)
+    keys = sorted(tensors)
+    for number in range(3):
+        name = f"model-{number + 1:05d}-of-00003.safetensors"
+        save_file({key: tensors[key] for key in keys[number::3]}, tmp_path / name)
+    out, wanted = tmp_path / "shards.safetensors", tmp_path / "file.safetensors"
+    files = ["--models", *flux_loras, "--ratios", *RATIOS]
+    run(merge, *files, "--t5xxl", tmp_path / "model-00001-of-00003.safetensors", "--t5xxl_save_to", out)
+    run(merge, *files, "--t5xxl", tiny_flux.t5xxl, "--t5xxl_save_to", wanted)
+    found, same = load_file(out), load_file(wanted)
+    assert "shared.weight" in found and found.keys() == same.keys() == tensors.keys()
+    assert all(torch.equal(found[key], same[key]) for key in same)
+    assert not torch.equal(same[keys[1]], tensors[keys[1]]) or not all(
+        torch.equal(same[key], tensors[key]) for key in keys
+    )
+
+
+def test_a_file_from_a_folder_says_what_shapes_cannot(tmp_path):
+    """Also where the folder has one file only; the axes of the positions are in its config.json alone."""
+    folder = make_tiny_flux(tmp_path / "diffusers", "schnell", "diffusers").transformer / "transformer"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["axes_dims_rope"] = [8, 12, 12]
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shards = [load_file(path) for path in folder.glob("*.safetensors")]
+    save_file({**shards[0], **shards[1]}, one / "diffusion_pytorch_model.safetensors")
+    down, up = "lora_unet_img_in.lora_down.weight", "lora_unet_img_in.lora_up.weight"
+    save_file({down: torch.ones(1, 64), up: torch.ones(64, 1)}, tmp_path / "lora.safetensors")
+    merged, converted = tmp_path / "merged.safetensors", tmp_path / "converted.safetensors"
+    run(merge, "--models", tmp_path / "lora.safetensors", "--ratios", 1, "--flux_model", one, "--save_to", merged)
+    run(to_original, "--diffusers_path", one, "--save_to", converted)
+    for path in (merged, converted):
+        assert open_transformer(path).config.axes_dims == (8, 12, 12)
+        assert "double_blocks.0.img_attn.qkv.weight" in load_file(path)
+    assert metadata(merged)["modelspec.architecture"] == "flux-1-schnell"
+
+
+MEASURED = """
+    import sys
+    from pathlib import Path
+    import scipy.linalg  # imported when it is needed; not what is measured
+    from safetensors.torch import load_file
+    from networks import flux_extract_lora, flux_merge_lora
+
+    def memory(kind):
+        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status[kind].split()[0]) * 1024
+
+    def growth(work, *words):
+        Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is counted anew
+        before = memory("VmRSS")
+        kept = work(*words)
+        return memory("VmHWM") - before
+
+    def merge(model, lora, out):
+        flux_merge_lora.main(["--flux_model", model, "--models", lora, "--ratios", "1", "--save_to", out])
+
+    def extract(model, tuned, out):
+        flux_extract_lora.main(["--model_org", model, "--model_tuned", tuned, "--save_to", out, "--dim", "2"])
+
+    small, large, small_lora, large_lora, tuned, out = sys.argv[1:]
+    merge(small, small_lora, tuned)
+    extract(small, tuned, out)
+    merging = growth(merge, large, large_lora, tuned)
+    extracting = growth(extract, large, tuned, out)
+    print(merging, extracting, growth(lambda: {key: tensor.clone() for key, tensor in load_file(large).items()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from /proc")
+def test_memory_holds_a_layer_and_not_the_model(tmp_path):
+    """A transformer of 32 single blocks in 106 MB, none larger than 3.3 MB."""
+    from library.models.flux.transformer import FluxConfig, FluxTransformer
+    from tools.make_tiny_models import fill_randomly
+
+    paths = []
+    for name, blocks in (("small", 1), ("large", 32)):
+        sizes = {"hidden_size": 256, "num_heads": 8, "depth": 1, "depth_single": blocks, "context_dim": 64}
+        model = FluxTransformer(FluxConfig(**sizes, mlp_hidden=1024, axes_dims=(4, 14, 14), vector_dim=64))
+        fill_randomly(model, 0, name)
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file(model.state_dict(), paths[-1])
+    for name, blocks in (("small_lora", 1), ("large_lora", 32)):
+        tensors = {}
+        for number in range(blocks):
+            key = f"lora_unet_single_blocks_{number}_linear1"
+            tensors |= {f"{key}.lora_down.weight": torch.randn(2, 256), f"{key}.lora_up.weight": torch.randn(1792, 2)}
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file(tensors, paths[-1])
+    words = [*paths, tmp_path / "tuned.safetensors", tmp_path / "out.safetensors"]
+    command = [sys.executable, "-c", textwrap.dedent(MEASURED), *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    merging, extracting, loading = map(int, done.stdout.split())
+    assert loading > 100e6  # what the measure says of the whole model at once
+    assert merging < 30e6 and extracting < 30e6
+
+
 def test_what_cannot_be_merged_is_refused(tiny_flux, tiny_chroma, flux_loras, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     files = ["--models", *flux_loras, "--ratios", *RATIOS]
@@ -237,6 +431,13 @@ def test_what_cannot_be_merged_is_refused(tiny_flux, tiny_chroma, flux_loras, tm
         run(merge, *files, "--flux_model", tiny_flux.transformer)
     with pytest.raises(UserError, match="is for models; a LoRA file needs float"):
         run(merge, *files, "--save_to", out, "--save_precision", "fp8")
+    with pytest.raises(UserError, match='--save_precision: "fp9" is not a number format; known are float'):
+        run(merge, *files, "--save_to", out, "--save_precision", "fp9")
+    with pytest.raises(UserError, match="--save_to and --clip_l_save_to both name"):
+        models = ["--flux_model", tiny_flux.transformer, "--clip_l", tiny_flux.clip_l, "--clip_l_save_to", out]
+        run(merge, *files, *models, "--save_to", out)
+    with pytest.raises(UserError, match="--clip_l_save_to: .*clip_l.safetensors is one of the inputs"):
+        run(merge, *files, "--clip_l", tiny_flux.clip_l, "--clip_l_save_to", tiny_flux.clip_l)
     with pytest.raises(UserError, match="--ratios needs one number for each file"):
         run(merge, "--models", *flux_loras, "--ratios", 1, "--save_to", out)
     with pytest.raises(UserError, match="--model_org is FLUX.1, --model_tuned Chroma"):

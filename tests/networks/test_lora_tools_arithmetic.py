@@ -18,6 +18,7 @@ from networks.lora_tools.arithmetic import (
     difference,
     dynamic_rank,
     extracted,
+    largest_parts,
     numerical_rank,
     retention,
     singular_parts,
@@ -121,6 +122,27 @@ def test_extraction_at_full_rank_is_exact_and_below_it_the_best(shape):
     values = torch.linalg.svdvals(wanted.flatten(1))
     error = (product(extracted(wanted, 2)) - wanted).norm()
     assert math.isclose(float(error), float(values[2:].norm()), rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60), (30, 30)])
+@pytest.mark.parametrize("decay", [0.0, 0.5], ids=["flat", "steep"])
+def test_the_largest_singular_parts_are_those_of_a_decomposition_in_float64(shape, decay):
+    """Of float32 matrices whose singular values lie close together, or fall to a millionth and to zero."""
+    torch.manual_seed(0)
+    count = min(shape)
+    u, v = (torch.linalg.qr(torch.randn(size, count, dtype=torch.float64))[0] for size in shape)
+    s = torch.exp(-decay * torch.arange(count, dtype=torch.float64) * 2).where(torch.arange(count) < 18, 0.0)
+    matrix = (u * s @ v.t()).float()
+    exact = matrix.double()
+    values = torch.linalg.svdvals(exact)
+    for rank in (1, 5, 18, 100):
+        parts = largest_parts(matrix, rank)
+        assert parts.u.dtype == torch.float32 and len(parts.s) == min(rank, count)
+        assert torch.allclose(parts.s.double(), values[:rank], atol=1e-7)
+        product = parts.u.double() * parts.s.double() @ parts.vh.double()
+        assert abs(float((product - exact).norm() - values[rank:].norm())) < 5e-7
+        assert bool(torch.isfinite(product).all())
+    assert not largest_parts(torch.zeros(shape), 3).s.any()
 
 
 def test_the_clamp_cuts_what_lies_beyond_the_quantile_whatever_the_signs():

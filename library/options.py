@@ -17,7 +17,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -51,6 +51,9 @@ FOREIGN_KEYS = frozenset(
     model_type clip_l t5xxl ae controlnet_model_name_or_path t5xxl_max_token_length apply_t5_attn_mask
     blocks_to_swap split_mode timestep_sampling sigmoid_scale model_prediction_type discrete_flow_shift
     guidance_scale weighting_scheme logit_mean logit_std mode_scale text_encoder_batch_size flux skip_existing
+    controlnet_mode ckpt_path prompt negative_prompt from_file interactive output_path width height steps guidance
+    cfg_scale controlnet_image controlnet_strength lora_weights merge_lora_weights offload device dtype flux_dtype
+    clip_l_dtype ae_dtype
     """.split()
 )
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
@@ -164,8 +167,15 @@ def declared_options(options_class: Any) -> dict[str, Option]:
     return options
 
 
-def parse_options(options_class: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
+def parse_options(
+    options_class: type[Options],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    other_keys: Callable[[], Collection[str]] = frozenset,
+) -> Options:
     """Read the command line and the ``--config_file`` it names into an instance of ``options_class``.
+
+    ``other_keys`` gives keys of a script whose files may be given to this one; here they have no effect, which is said.
 
     ``options_class`` is a dataclass whose fields are option groups, one of them ``ConfigOptions``. Ends the process for
     ``--help`` and ``--output_config``. Raises UserError for unknown options and keys and for values of a wrong type.
@@ -177,7 +187,7 @@ def parse_options(options_class: type[Options], description: str, arguments: Seq
     defaults = options_class()
     config_path = _config_file_argument(arguments)
     if config_path is not None and "output_config" not in map(_named_option, arguments):
-        for name, value in read_config_file(config_path, known).items():
+        for name, value in read_config_file(config_path, known, other_keys).items():
             setattr(getattr(defaults, known[name].group), name, value)
     options = _parse_command_line(options_class, defaults, description, arguments)
     if any(o.name == "output_config" and option_value(options, o) for o in known.values()):
@@ -293,7 +303,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not UTF-8 text; save it in that encoding.") from None
 
 
-def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
+def read_config_file(
+    path: Path, known: dict[str, Option], other_keys: Callable[[], Collection[str]] = frozenset
+) -> dict[str, Any]:
     """Checked option values of a ``--config_file``: sections flattened one level, empty strings and lists left out.
 
     Raises UserError for an unknown key (with the nearest known one) or a value that the option's type refuses.
@@ -303,7 +315,7 @@ def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
     without_effect: list[str] = []
     for key, value in flat.items():
         if key not in known:
-            if key not in FOREIGN_KEYS:
+            if key not in FOREIGN_KEYS and key not in other_keys():
                 raise UserError(f'{path}: unknown key "{key}".{did_you_mean(key, known)}')
             without_effect.append(key)
         elif value not in ("", []):

@@ -93,8 +93,8 @@ def only_the_command_line(monkeypatch):
         assert not rest or for_pytest, f"unknown: {rest}"
         raise Understood
 
-    def read_with_our_own(options_class, *arguments):
-        parse_options(options_class, *arguments)
+    def read_with_our_own(options_class, *arguments, **keywords):
+        parse_options(options_class, *arguments, **keywords)
         raise Understood
 
     def read(path: str, arguments: list[str]) -> None:

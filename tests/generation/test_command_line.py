@@ -44,3 +44,26 @@ def test_a_mistake_is_one_sentence_and_nothing_is_drawn(inference_command, tiny_
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: --ae: ") and len(result.stderr.strip().splitlines()) == 1
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_trainings_configuration_file_gives_the_model_files(inference_command, tiny_flux, tmp_path):
+    """What only training knows has no effect, which is said; a mistyped key stays a mistake."""
+    config = tmp_path / "my_flux_lora.toml"
+    lines = [f'{name} = "{path.as_posix()}"' for name, path in vars(tiny_flux).items() if name in ("clip_l", "t5xxl")]
+    config.write_text("\n".join([*lines, "learning_rate = 1e-4", "network_dim = 4", "steps = 1"]), encoding="utf-8")
+    command_line = [str(word) for word in inference_command]
+    for option in ("--clip_l", "--t5xxl", "--steps"):
+        if option in command_line:
+            place = command_line.index(option)
+            del command_line[place : place + 2]
+    done = launch(
+        SCRIPT, *command_line, "--config_file", config, "--output_dir", tmp_path / "out", "--seed", 1, accelerate=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no effect in this script: learning_rate, network_dim" in done.stderr
+    (picture,) = (tmp_path / "out").glob("*.png")
+    with Image.open(picture) as image:
+        assert image.text["steps"] == "1"
+    config.write_text("lerning_rate = 1e-4", encoding="utf-8")
+    done = launch(SCRIPT, *command_line, "--config_file", config, accelerate=False)
+    assert done.returncode == 2 and 'unknown key "lerning_rate"' in done.stderr

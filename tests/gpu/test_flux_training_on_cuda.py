@@ -25,6 +25,23 @@ def test_half_precision_trains(flux_command, dataset_toml, tmp_path, precision):
     assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "bf16 --fp8_base --cpu_offload_checkpointing"])
+def test_chroma_trains_and_samples(chroma_command, dataset_toml, tmp_path, precision):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a circle --n blurry --w 64 --h 64 --s 2 --d 1 --l 4.0 --g 0.0\n", encoding="utf-8")
+    result = launch(
+        "flux_train_network.py",
+        *(*chroma_command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path, "--max_train_steps", "10"),
+        *("--mixed_precision", *precision.split(), "--gradient_checkpointing", "--cache_latents"),
+        *("--cache_text_encoder_outputs", "--sample_prompts", prompts, "--sample_every_n_steps", "10"),
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    tensors = load_file(tmp_path / "last.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
+    assert len(list((tmp_path / "sample").glob("*.png"))) == 1
+
+
 @pytest.mark.parametrize("kind", ["xlabs", "instantx"])
 def test_a_controlnet_takes_part(flux_command, dataset_toml, control_folder, tmp_path, kind):
     control = make_tiny_controlnet(tmp_path / "net", "diffusers", kind)

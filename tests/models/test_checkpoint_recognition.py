@@ -70,6 +70,16 @@ FILES = {
 }
 
 
+FLUX = {key: (4, 4) for key in ("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "vector_in.in_layer.weight")}
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("flux", "chroma"), ("chroma", "flux")])
+def test_the_other_model_type_is_advised(tmp_path, given, wanted):
+    path = write(tmp_path / "model.safetensors", FLUX if given == "flux" else FILES["a Chroma file"])
+    with pytest.raises(UserError, match=rf"Give --model_type {given} for this file\.$"):
+        open_transformer(path, model_type=wanted)
+
+
 def write(path, shapes: dict[str, tuple[int, ...]]):
     save_file({key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes.items()}, path)
     return path
@@ -83,6 +93,14 @@ def test_what_is_given_for_the_transformer_is_named(tmp_path, description):
     message = str(error.value)
     assert message.startswith(f"--pretrained_model_name_or_path: {path}") and "a FLUX.1 transformer" in message
     assert description.strip() in message and message.count("\n") == 0
+
+
+@pytest.mark.parametrize("description", [name for name in FILES if name != "a Chroma file"])
+def test_what_is_given_for_chroma_is_named(tmp_path, description):
+    path = write(tmp_path / "model.safetensors", FILES[description])
+    with pytest.raises(UserError, match="a Chroma transformer") as error:
+        open_transformer(path, option="--ckpt_path", model_type="chroma")
+    assert description.strip() in str(error.value) and str(error.value).count("\n") == 0
 
 
 def test_parts_that_were_mixed_up_are_named(tmp_path):

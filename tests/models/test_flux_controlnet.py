@@ -258,7 +258,6 @@ class TestPipeline:
         assert by_latents.control_takes_latents and not pipeline.control_takes_latents
         assert torch.equal(by_latents.encode_control(PIXELS), by_latents.encode_images(PIXELS, None))
         with torch.autocast("cpu", torch.bfloat16):
-            assert not torch.equal(by_latents.encode_control(PIXELS), by_latents.encode_images(PIXELS, None))
             inside = by_latents.encode_control(PIXELS)
         assert torch.equal(inside, by_latents.encode_control(PIXELS))
         assert torch.equal(pipeline.encode_control(PIXELS), PIXELS)

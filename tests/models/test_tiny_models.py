@@ -36,6 +36,18 @@ def test_the_command_line_prints_the_paths(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_the_command_line_writes_chroma(tmp_path, monkeypatch, capsys, layout):
+    arguments = [str(tmp_path / "printed"), "--family", "chroma", "--layout", layout, "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["make_tiny_models.py", *arguments])
+    make_tiny_models.main()
+    printed = capsys.readouterr().out.split()
+    assert len(printed) == (1 if layout == "diffusers" else 3)
+    assert open_transformer(printed[0], model_type="chroma").variant == "chroma"
+    make_tiny_models.make_tiny_chroma(tmp_path / "again", layout, seed=3)
+    assert contents(tmp_path / "printed") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_the_command_line_writes_stable_diffusion(tmp_path, monkeypatch, capsys, family, layout):
     arguments = ["--family", family, "--layout", layout, "--seed", "3", "--v_prediction"]

@@ -21,7 +21,7 @@ from library.errors import UserError
 from library.models.flux.checkpoint import SINGLE
 from library.models.flux.transformer import FluxConfig, FluxTransformer
 from networks import lora_flux, oft_flux
-from tests.interop.test_lora_flux_loads_in_diffusers import TINY, diffusers_state, outputs, pipeline, randomise
+from tests.interop.test_lora_flux_loads_in_diffusers import outputs, pipeline, randomise, tiny_pair
 from tests.running import ROOT
 
 pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
@@ -92,18 +92,9 @@ class Models:
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    from diffusers import FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    torch.manual_seed(0)
-    ours = FluxTransformer(TINY).requires_grad_(False).eval()
-    for parameter in ours.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.1)
-    theirs = FluxTransformer2DModel(
-        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
-        joint_attention_dim=48, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 14, 14),
-    ).eval()  # fmt: skip
-    theirs.load_state_dict(diffusers_state(ours))
+    ours, theirs = tiny_pair()
     clip = CLIPTextConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=99,
         bos_token_id=97, eos_token_id=98,

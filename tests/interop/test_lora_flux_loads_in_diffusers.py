@@ -56,8 +56,7 @@ def pipeline(transformer: nn.Module, clip: nn.Module | None = None):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def models():
+def tiny_pair() -> tuple[FluxTransformer, nn.Module]:
     """The same tiny transformer here and in diffusers."""
     from diffusers import FluxTransformer2DModel
 
@@ -71,6 +70,11 @@ def models():
     ).eval()  # fmt: skip
     theirs.load_state_dict(diffusers_state(ours))
     return ours, theirs
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_pair()
 
 
 def outputs(ours: nn.Module, theirs: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

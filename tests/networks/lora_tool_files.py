@@ -108,3 +108,20 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], toler
 def run(main: Any, *arguments: object) -> None:
     """A tool's ``main`` with these words of a command line."""
     main([str(argument) for argument in arguments])
+
+
+MEMORY_GROWTH = """
+import sys
+from pathlib import Path
+
+def memory(kind):
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[kind].split()[0]) * 1024
+
+def growth(work, *words):
+    Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is counted anew
+    before = memory("VmRSS")
+    kept = work(*words)
+    return memory("VmHWM") - before
+"""
+"""``growth(work, *words)``: by how many bytes a call's peak of memory passes what was there; for scripts on Linux."""

@@ -19,7 +19,7 @@ from networks import lora_flux
 from networks.convert_flux_lora import main as convert
 from networks.flux_extract_lora import main as extract
 from networks.flux_merge_lora import main as merge
-from tests.networks.lora_tool_files import assert_same, deltas, metadata, ranks, run
+from tests.networks.lora_tool_files import MEMORY_GROWTH, assert_same, deltas, metadata, ranks, run
 from tests.running import ROOT, launch
 from tools.convert_diffusers_to_flux import main as to_original
 from tools.make_tiny_models import make_tiny_chroma, make_tiny_flux
@@ -359,21 +359,9 @@ def test_a_file_from_a_folder_says_what_shapes_cannot(tmp_path):
 
 
 MEASURED = """
-    import sys
-    from pathlib import Path
     import scipy.linalg  # imported when it is needed; not what is measured
     from safetensors.torch import load_file
     from networks import flux_extract_lora, flux_merge_lora
-
-    def memory(kind):
-        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status[kind].split()[0]) * 1024
-
-    def growth(work, *words):
-        Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is counted anew
-        before = memory("VmRSS")
-        kept = work(*words)
-        return memory("VmHWM") - before
 
     def merge(model, lora, out):
         flux_merge_lora.main(["--flux_model", model, "--models", lora, "--ratios", "1", "--save_to", out])
@@ -412,7 +400,7 @@ def test_memory_holds_a_layer_and_not_the_model(tmp_path):
         paths.append(tmp_path / f"{name}.safetensors")
         save_file(tensors, paths[-1])
     words = [*paths, tmp_path / "tuned.safetensors", tmp_path / "out.safetensors"]
-    command = [sys.executable, "-c", textwrap.dedent(MEASURED), *map(str, words)]
+    command = [sys.executable, "-c", MEMORY_GROWTH + textwrap.dedent(MEASURED), *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     merging, extracting, loading = map(int, done.stdout.split())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from networks import lora, merge_lora, sdxl_merge_lora
-from tests.networks.lora_tool_files import deltas, metadata, run
+from tests.networks.lora_tool_files import MEMORY_GROWTH, deltas, metadata, run
 from tests.running import ROOT
 
 RATIOS = (0.7, -0.4)
@@ -305,20 +305,8 @@ def test_numbers_too_large_for_the_format_are_named(tiny_sd1, tmp_path):
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 MEASURED = """
-    import sys
-    from pathlib import Path
     from safetensors.torch import load_file
     from networks import merge_lora
-
-    def memory(kind):
-        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status[kind].split()[0]) * 1024
-
-    def growth(work, *arguments):
-        Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is counted anew
-        before = memory("VmRSS")
-        kept = work(*arguments)
-        return memory("VmHWM") - before
 
     def merge(model):
         words = ["--models", sys.argv[3], "--ratios", "1", "--save_to", sys.argv[4], "--save_precision", "bf16"]
@@ -339,7 +327,7 @@ def test_memory_holds_one_tensor_and_not_the_model(tiny_sd1, tmp_path):
     padding = {f"first_stage_model.loss.{index}": torch.full((2_000_000,), float(index)) for index in range(12)}
     save_file({**load_file(tiny_sd1), **padding}, tmp_path / "large.safetensors", metadata(tiny_sd1))
     paths = [tiny_sd1, *(tmp_path / name for name in ("large.safetensors", "lora.safetensors", "out.safetensors"))]
-    command = [sys.executable, "-c", textwrap.dedent(MEASURED), *map(str, paths)]
+    command = [sys.executable, "-c", MEMORY_GROWTH + textwrap.dedent(MEASURED), *map(str, paths)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     merging, loading = map(int, done.stdout.split())

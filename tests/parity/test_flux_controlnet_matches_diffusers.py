@@ -11,8 +11,9 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
 from library.models.flux.checkpoint import TransformerFile, open_transformer
 from library.models.flux.controlnet import ControlNetFile, open_controlnet
-from library.models.flux.transformer import FluxTransformer, image_ids
+from library.models.flux.transformer import FluxTransformer
 from library.safetensors_io import save_file
+from tests.parity.flux_inputs import HEIGHT, WIDTH, assert_equal_to_scale, transformer_inputs
 from tools.make_tiny_controlnet import HINT_CHANNELS
 from tools.make_tiny_models import (
     diffusers_transformer_config,
@@ -21,7 +22,7 @@ from tools.make_tiny_models import (
     transformer_config,
 )
 
-HEIGHT, WIDTH, TEXT = 6, 10, 7  # in latent positions and tokens
+TEXT = 7
 KINDS = {
     "pixels": {"conditioning_embedding_channels": HINT_CHANNELS[-1], "patch_size": 2},
     "latents": {},
@@ -55,19 +56,6 @@ def make_controlnet(folder: Path, kind: str, guidance: bool = True) -> FluxContr
 
 def open_ours(folder: Path, transformer: TransformerFile, kind: str) -> ControlNetFile:
     return open_controlnet(folder, transformer, mode=MODE if kind == "union" else None)
-
-
-def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
-    random = torch.Generator().manual_seed(3)
-    return {
-        "img": torch.randn(batch, HEIGHT * WIDTH // 4, 64, generator=random),
-        "img_ids": image_ids(HEIGHT, WIDTH),
-        "txt": torch.randn(batch, TEXT, 64, generator=random),
-        "txt_ids": torch.zeros(TEXT, 3),
-        "timesteps": torch.tensor([0.03, 0.9])[:batch],
-        "y": torch.randn(batch, 64, generator=random),
-        "guidance": torch.tensor([3.5, 1.0])[:batch],
-    }
 
 
 def control_image(kind: str, batch: int = 2) -> torch.Tensor:
@@ -106,19 +94,13 @@ def their_samples(model: FluxControlNetModel, given, control: torch.Tensor, kind
         )
 
 
-def assert_equal_to_scale(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert expected.abs().max() > 0.1, "the reference must not be trivially small"
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
-
-
 @pytest.mark.parametrize("guidance", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_controlnet_puts_out_is_that_of_diffusers(tmp_path, transformer, kind, guidance):
     theirs = make_controlnet(tmp_path, kind, guidance)
     opened = open_ours(tmp_path, transformer, kind)
     assert opened.config.takes_latents == (kind != "pixels")
-    given, control = inputs(), control_image(kind)
+    given, control = transformer_inputs(TEXT), control_image(kind)
     ours = opened.load(torch.float32, "cpu")(**given, control=control, mode=opened.mode)
     for mine, reference in zip(ours, their_samples(theirs, given, control, kind), strict=True):
         assert len(mine) == len(reference)
@@ -133,7 +115,7 @@ def test_the_velocity_with_a_controlnet_is_that_of_diffusers(tmp_path, transform
     base = FluxTransformer2DModel.from_config(diffusers_transformer_config(transformer.config))
     ours = transformer.load(torch.float32, "cpu")
     base.load_state_dict(diffusers_transformer_state(ours.state_dict(), transformer.config), strict=True)
-    given, control = inputs(), control_image(kind)
+    given, control = transformer_inputs(TEXT), control_image(kind)
     double, single = their_samples(theirs, given, control, kind, strength)
     with torch.no_grad():
         expected = base(

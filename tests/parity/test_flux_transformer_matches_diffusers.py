@@ -16,6 +16,7 @@ from library.models.flux.transformer import (
     sinusoid,
     unpack_latents,
 )
+from tests.parity.flux_inputs import HEIGHT, WIDTH, assert_equal_to_scale, transformer_inputs
 from tools.make_tiny_models import (
     diffusers_transformer_config,
     diffusers_transformer_state,
@@ -23,20 +24,7 @@ from tools.make_tiny_models import (
     transformer_config,
 )
 
-HEIGHT, WIDTH, TEXT = 6, 10, 7
-
-
-def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
-    random = torch.Generator().manual_seed(3)
-    return {
-        "img": torch.randn(batch, HEIGHT * WIDTH // 4, 64, generator=random),
-        "img_ids": image_ids(HEIGHT, WIDTH),
-        "txt": torch.randn(batch, TEXT, 64, generator=random),
-        "txt_ids": torch.zeros(TEXT, 3),
-        "timesteps": torch.tensor([0.03, 0.9])[:batch],
-        "y": torch.randn(batch, 64, generator=random),
-        "guidance": torch.tensor([3.5, 1.0])[:batch],
-    }
+TEXT = 7
 
 
 def run_diffusers(model: FluxTransformer2DModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -52,11 +40,6 @@ def run_diffusers(model: FluxTransformer2DModel, given: dict[str, torch.Tensor])
         ).sample
 
 
-def assert_equal_to_scale(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert expected.abs().max() > 0.1, "the reference must not be trivially small"
-    assert (actual - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
-
-
 @pytest.mark.parametrize("variant", ["dev", "schnell"])
 def test_our_weights_in_diffusers_give_the_same_velocity(variant):
     config = transformer_config(variant)
@@ -64,7 +47,7 @@ def test_our_weights_in_diffusers_give_the_same_velocity(variant):
     fill_randomly(ours, 1, "parity")
     theirs = FluxTransformer2DModel.from_config(diffusers_transformer_config(config))
     theirs.load_state_dict(diffusers_transformer_state(ours.state_dict(), config), strict=True)
-    given = inputs()
+    given = transformer_inputs(TEXT)
     assert_equal_to_scale(ours(**given), run_diffusers(theirs, given))
 
 
@@ -77,7 +60,7 @@ def test_diffusers_shards_in_our_loader_give_the_same_velocity(variant, tmp_path
     theirs.save_pretrained(tmp_path / "transformer", max_shard_size="300KB")
     opened = open_transformer(tmp_path)
     assert opened.variant == variant
-    given = inputs()
+    given = transformer_inputs(TEXT)
     assert_equal_to_scale(opened.load(torch.float32, "cpu")(**given), run_diffusers(theirs, given))
 
 
@@ -102,7 +85,7 @@ def test_embeddings_have_the_known_values():
 def test_bfloat16_weights_stay_close_to_float32():
     ours = FluxTransformer(transformer_config())
     fill_randomly(ours, 1, "parity")
-    given = inputs()
+    given = transformer_inputs(TEXT)
     expected = ours(**given)
     actual = ours.to(torch.bfloat16)(**given)
     assert actual.dtype == torch.bfloat16

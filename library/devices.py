@@ -61,12 +61,18 @@ def named_device(name: str, option: str = "--device") -> torch.device:
     """The device of that name. Raises UserError for one that this machine does not have."""
     import torch
 
+    problem = f'{option}: "{name}" is not a device of this machine'
     try:
-        device = torch.ones((), device=name).device
-        float(torch.ones((), device=device))  # "meta" and the like hold no numbers
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f'{option}: "{name}" is not a device of this machine; "cpu" always is.') from None
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'{problem}; "cpu" always is.') from None
+    try:
+        probe = torch.ones((), device=device)
+        float(probe)  # "meta" and the like hold no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f'{problem} ({reason}); "cpu" always is.') from None
+    return probe.device
 
 
 def place(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:

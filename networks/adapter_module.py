@@ -6,6 +6,7 @@ dict, as they are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ def as_float32(number: float) -> float:
     return torch.tensor(number, dtype=torch.float32, device="cpu").item()
 
 
-class AdapterModule(nn.Module):
+class AdapterModule(nn.Module, ABC):
     """The base of trained modules; a kind of network adds weights, ``forward`` and ``merge``."""
 
     org_module: nn.Linear | nn.Conv2d
@@ -90,13 +91,13 @@ class AdapterModule(nn.Module):
             self.org_module.forward = self.org_forward  # type: ignore[method-assign]
         self.applied = False
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for ``x`` with the module's effect."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self, device: torch.device | str | None = None) -> None:
         """Change the layer's weight into what the module makes of it."""
-        raise NotImplementedError
 
     # alpha is a plain number in memory (a cast of the network must not round it) but a tensor in state dicts.
 

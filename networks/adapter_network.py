@@ -9,6 +9,7 @@ LoRA+: https://arxiv.org/abs/2402.12354.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -45,7 +46,7 @@ class LoadInfo(NamedTuple):
         return "; ".join(parts) or "all tensors fit"
 
 
-class AdapterNetwork(nn.Module, Generic[Module]):
+class AdapterNetwork(nn.Module, ABC, Generic[Module]):
     """All modules of one training run or file.
 
     ``text_encoder_loras`` and ``unet_loras`` hold the modules by model; both are children under their names in files.
@@ -258,13 +259,13 @@ class AdapterNetwork(nn.Module, Generic[Module]):
 
     # ---- files ----
 
+    @abstractmethod
     def file_tensors(self, loras: Iterable[Module], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors of some modules as files hold them, in ``dtype`` or as trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoadInfo:
         """Take over the tensors of a file. Raises UserError when nothing fits."""
-        raise NotImplementedError
 
     def file_marks(self) -> dict[str, str]:
         """Metadata without which the file would be misread."""

@@ -6,6 +6,7 @@ A family's script adds its options, its pipeline, and how a prompt becomes the p
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ TextKey = tuple[str, tuple[float, ...]]
 TEXTS_KEPT = 64  # in a session; the outputs of one text take some megabytes
 
 
-class PictureRun:
+class PictureRun(ABC):
     """Opens everything by headers at once; parts are loaded when their work comes.
 
     Raises UserError, before anything heavy is loaded, for options and files that cannot be used.
@@ -80,40 +81,40 @@ class PictureRun:
     # ---- what a family gives ----------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def offload(self) -> bool:
         """Whether only the part that works is on the device."""
-        raise NotImplementedError
 
     def check_options(self) -> None:
         """What can be known from the options alone. Raises UserError."""
 
+    @abstractmethod
     def number_formats(self) -> tuple[dict[str, PartFormat], Any]:
         """The formats of the parts, and that of the noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open_pipeline(self) -> Any:
         """The family's pipeline, opened by headers, with its tokenizers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open_loras(self) -> Any:
         """The ``networks.network_stack.NetworkStack`` of ``lora_files``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def default_prompt(self) -> PromptOptions:
         """The command line as a prompt, with every value decided but the seed and the negative prompt."""
-        raise NotImplementedError
 
     def denoising_parts(self, prompt: PromptOptions) -> tuple[str, ...]:
         """The parts that work on noise."""
         return ("transformer",)
 
+    @abstractmethod
     def request(self, prompt: PromptOptions) -> Any:
         """The pipeline's request for an encoded prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image(self, pixels: Tensor) -> Image:
         """A PIL image of ``pixels`` [3, height, width] in -1..1."""
-        raise NotImplementedError
 
     def recorded(self, prompt: PromptOptions) -> PromptOptions:
         """``prompt`` as the picture's text names it: without what did not act."""

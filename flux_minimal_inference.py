@@ -1,4 +1,4 @@
-"""Draw pictures with FLUX.1 (dev, schnell) or Chroma and any number of LoRA files."""
+"""Generate images with FLUX.1 (dev, schnell) or Chroma and any number of LoRA files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from library.console import run_script, say, set_up_console
 from library.errors import UserError
+from library.generation.image_files import ImageFileOptions
+from library.generation.inference_run import InferenceRun
 from library.generation.lora_files import LoraFileOptions
-from library.generation.number_formats import PartFormat, part_formats
-from library.generation.picture_run import PictureRun
-from library.generation.pictures import PictureFileOptions
+from library.generation.part_dtypes import PartDtype, resolve_part_dtypes
 from library.generation.prompts import PromptSourceOptions, negative_of
 from library.generation.session import SessionGrammar
 from library.options import ConfigOptions, ConsoleOptions, parse_options
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from library.models.flux.pipeline import FluxPipeline, PictureRequest
-    from networks.network_stack import NetworkStack
+    from library.models.flux.pipeline import FluxPipeline, ImageRequest
+    from networks.adapters.network_stack import NetworkStack
 
 STEPS = {"schnell": 4}
 DEFAULT_STEPS = 50
@@ -69,8 +69,8 @@ class ModelFileOptions:
 
 
 @dataclass
-class PictureOptions:
-    """Picture"""
+class ImageOptions:
+    """Image"""
 
     prompt: str = "A photo of a cat"
     """What to draw."""
@@ -83,7 +83,7 @@ class PictureOptions:
     steps: int | None = None
     """Denoising steps; unset means 4 for schnell, else 50."""
     seed: int | None = None
-    """Seed of the noise; unset draws one for each picture."""
+    """Seed of the noise; unset draws one for each image."""
     guidance: float = 3.5
     """Guidance that FLUX.1 dev was distilled with; schnell and Chroma have none."""
     cfg_scale: float = 1.0
@@ -110,10 +110,10 @@ class ControlNetOptions:
 
 @dataclass
 class ComputingOptions:
-    """Number formats and device"""
+    """Dtypes and device"""
 
     dtype: str = "bfloat16"
-    """Number format: bf16, fp16, fp32, or fp8."""
+    """Dtype: bf16, fp16, fp32, or fp8."""
     clip_l_dtype: str | None = None
     """The same for CLIP-L; unset means --dtype."""
     ae_dtype: str | None = None
@@ -135,17 +135,17 @@ class FluxInferenceOptions:
     """All options of this script."""
 
     model: ModelFileOptions = field(default_factory=ModelFileOptions)
-    picture: PictureOptions = field(default_factory=PictureOptions)
+    picture: ImageOptions = field(default_factory=ImageOptions)
     sources: PromptSourceOptions = field(default_factory=PromptSourceOptions)
     lora: LoraFileOptions = field(default_factory=LoraFileOptions)
     control: ControlNetOptions = field(default_factory=ControlNetOptions)
     computing: ComputingOptions = field(default_factory=ComputingOptions)
-    output: PictureFileOptions = field(default_factory=PictureFileOptions)
+    output: ImageFileOptions = field(default_factory=ImageFileOptions)
     config: ConfigOptions = field(default_factory=ConfigOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
 
 
-class FluxInference(PictureRun):
+class FluxInference(InferenceRun):
     """FLUX.1 and Chroma: two text encoders or one, embedded guidance, flow matching in Euler steps."""
 
     script = "flux_minimal_inference.py"
@@ -183,7 +183,7 @@ class FluxInference(PictureRun):
             self.require_controlnet(f"{place}--cn")
             self.control_image(prompt, place)
 
-    def number_formats(self) -> tuple[dict[str, PartFormat], torch.dtype]:
+    def part_dtypes(self) -> tuple[dict[str, PartDtype], torch.dtype]:
         """Each part's own, or --dtype."""
         computing = self.options.computing
         names = {
@@ -192,9 +192,9 @@ class FluxInference(PictureRun):
             "clip_l": ("--clip_l_dtype", computing.clip_l_dtype),
             "t5xxl": ("--t5xxl_dtype", computing.t5xxl_dtype),
         }
-        formats, noise_dtype = part_formats(computing.dtype, names)
+        formats, noise_dtype = resolve_part_dtypes(computing.dtype, names)
         for part, like in (("controlnet", "transformer"), ("autoencoder", "autoencoder")):  # neither is kept in 8 bits
-            formats[part] = PartFormat(formats[like].compute, formats[like].compute)
+            formats[part] = PartDtype(formats[like].compute, formats[like].compute)
         return formats, noise_dtype
 
     def default_prompt(self) -> PromptOptions:
@@ -217,11 +217,11 @@ class FluxInference(PictureRun):
         """What every script says, and what the kind of model does not have."""
         super().say_what_has_no_effect()
         options, variant = self.options, self.pipeline.variant
-        if variant != "dev" and options.picture.guidance != PictureOptions.guidance:
+        if variant != "dev" and options.picture.guidance != ImageOptions.guidance:
             say(f"--guidance has no effect: {variant} has no embedded guidance")
         if "clip_l" not in self.pipeline.encoders and (options.model.clip_l or options.computing.clip_l_dtype):
             say(f"--clip_l and --clip_l_dtype have no effect: {variant} has no CLIP-L")
-        if options.sources.from_file is not None and options.picture.prompt != PictureOptions.prompt:
+        if options.sources.from_file is not None and options.picture.prompt != ImageOptions.prompt:
             say("--prompt has no effect with --from_file")
         unused = [name for name in NOT_FOR_FLUX if any(getattr(p, name) is not None for p in self.file_prompts)]
         if unused:
@@ -265,16 +265,16 @@ class FluxInference(PictureRun):
 
     def open_loras(self) -> NetworkStack:
         """The LoRA files, checked against the models' structure."""
-        from networks.network_stack import NetworkStack
+        from networks.adapters.network_stack import NetworkStack
 
         files = [(file.path, file.multiplier) for file in self.lora_files]
-        skeletons = {part: self.pipeline.skeleton(part) for part in ("transformer", *self.pipeline.encoders)}
-        encoders = {encoder: skeletons.get(encoder) for encoder in ("clip_l", "t5xxl")}
+        meta_modules = {part: self.pipeline.meta_module(part) for part in ("transformer", *self.pipeline.encoders)}
+        encoders = {encoder: meta_modules.get(encoder) for encoder in ("clip_l", "t5xxl")}
         merge = self.options.lora.merge_lora_weights
-        transformer = {"transformer": skeletons["transformer"]}
+        transformer = {"transformer": meta_modules["transformer"]}
         return NetworkStack(files, network_module, encoders, transformer, families=("FLUX.1",), merge=merge)
 
-    # ---- pictures ---------------------------------------------------------------------------------------------------
+    # ---- images ---------------------------------------------------------------------------------------------------
 
     def denoising_parts(self, prompt: PromptOptions) -> tuple[str, ...]:
         """The transformer, and what a control image goes through."""
@@ -283,12 +283,12 @@ class FluxInference(PictureRun):
         encoder = ("autoencoder",) if self.pipeline.control_takes_latents else ()
         return ("transformer", "controlnet", *encoder)
 
-    def request(self, prompt: PromptOptions) -> PictureRequest:
-        """The schedule is shifted with the picture's size, but not for schnell."""
-        from library.models.flux.pipeline import PictureRequest
+    def request(self, prompt: PromptOptions) -> ImageRequest:
+        """The schedule is shifted with the image's size, but not for schnell."""
+        from library.models.flux.pipeline import ImageRequest
 
         assert prompt.width and prompt.height and prompt.sample_steps
-        return PictureRequest(
+        return ImageRequest(
             prompt=prompt.prompt,
             width=prompt.width,
             height=prompt.height,
@@ -313,9 +313,9 @@ class FluxInference(PictureRun):
 
     def image(self, pixels: Tensor) -> Image:
         """As for the sample images of a training."""
-        from library.models.flux.pipeline import to_picture
+        from library.models.flux.pipeline import to_image
 
-        return to_picture(pixels)
+        return to_image(pixels)
 
     def recorded(self, prompt: PromptOptions) -> PromptOptions:
         """Without guidance for models that have none."""
@@ -323,7 +323,7 @@ class FluxInference(PictureRun):
         return prompt if self.pipeline.variant == "dev" else replace(prompt, guidance_scale=None)
 
     def settings(self, prompt: PromptOptions) -> Mapping[str, str]:
-        """Kind of model, number formats, the ControlNet, and how prompts are read."""
+        """Kind of model, dtypes, the ControlNet, and how prompts are read."""
         computing = self.options.computing
         formats = {"dtype": computing.dtype} | {
             name.replace("_", "-"): value

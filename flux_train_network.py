@@ -13,7 +13,8 @@ from library.data.options import TextCacheOptions
 from library.errors import UserError
 from library.options import parse_options
 from library.prompt_options import PromptOptions
-from library.training.flow_matching import (
+from library.training.network.contract import parse_network_args
+from library.training.objective.flow_matching import (
     FlowMatchingOptions,
     add_noise,
     apply_prediction_type,
@@ -25,9 +26,8 @@ from library.training.flow_matching import (
     training_target,
     unused_flow_options,
 )
-from library.training.network_contract import parse_network_args
-from library.training.noise import draw_input_perturbation, draw_noise
-from library.training.step_inputs import ItemDraws, NoisyInput
+from library.training.objective.noise import draw_input_perturbation, draw_noise
+from library.training.objective.step_inputs import ItemDraws, NoisyInput
 from library.training.training_options import TrainingOptions
 from train_network import NetworkTrainer
 
@@ -138,7 +138,7 @@ class FluxNetworkTrainer(NetworkTrainer):
         if options.flow.guidance_scale:
             say(f"--guidance_scale is 0, not {options.flow.guidance_scale:g}: Chroma has no embedded guidance")
             options.flow.guidance_scale = 0.0
-        self.note_without_effect(["clip_l", "text_encoder_lr"], "for Chroma")
+        self.report_unused(["clip_l", "text_encoder_lr"], "for Chroma")
 
     def encoders_to_train(self) -> tuple[Encoder, ...]:
         """CLIP-L unless only the transformer is trained; T5-XXL on request, or with a file that holds its modules."""
@@ -174,18 +174,18 @@ class FluxNetworkTrainer(NetworkTrainer):
     def say_what_has_no_effect(self) -> None:
         """One line for each reason why given options change nothing for FLUX.1."""
         flux = self.options.flux
-        self.note_without_effect(NO_EFFECT)
+        self.report_unused(NO_EFFECT)
         if not self.takes_control_images:
-            self.note_without_effect(["controlnet_mode"], "without --controlnet_model_name_or_path")
+            self.report_unused(["controlnet_mode"], "without --controlnet_model_name_or_path")
         if flux.split_mode:
             warn("--split_mode is deprecated; use --blocks_to_swap.")
         if flux.blocks_to_swap or flux.split_mode:
             say("--blocks_to_swap has no effect yet: all blocks stay on the device")
             self.no_effect += [name for name in ("blocks_to_swap", "split_mode") if getattr(flux, name)]
         if not self.options.noise.ip_noise_gamma:
-            self.note_without_effect(["ip_noise_gamma_random_strength"], "without --ip_noise_gamma")
+            self.report_unused(["ip_noise_gamma_random_strength"], "without --ip_noise_gamma")
         for reason, names in unused_flow_options(self.options.flow):
-            self.note_without_effect(names, reason)
+            self.report_unused(names, reason)
         say(objective_notice(self.options.flow))
 
     # ---- models and caches ------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class FluxNetworkTrainer(NetworkTrainer):
             files,
             dtype=self.weight_dtype,
             device=self.accelerator.device,
-            dtypes=self.number_formats("transformer", ENCODERS),
+            dtypes=self.part_dtypes("transformer", ENCODERS),
             t5xxl_max_token_length=flux.t5xxl_max_token_length,
             apply_t5_attn_mask=flux.apply_t5_attn_mask,
             attention_backend="xformers" if options.model.xformers else "sdpa",
@@ -221,7 +221,7 @@ class FluxNetworkTrainer(NetworkTrainer):
         """As for every family; what a model without embedded guidance does not use is named."""
         super().open_pipeline()
         if self.pipeline.variant == "schnell":
-            self.note_without_effect(["guidance_scale"], "for FLUX.1 schnell")
+            self.report_unused(["guidance_scale"], "for FLUX.1 schnell")
 
     def load_models(self) -> None:
         """As for every family, and the ControlNet."""
@@ -230,10 +230,10 @@ class FluxNetworkTrainer(NetworkTrainer):
             with self.load_in_turn():
                 self.pipeline.load_controlnet()
 
-    def let_go(self, part: str) -> None:
+    def release(self, part: str) -> None:
         """The autoencoder stays where control images go through it at every step."""
         if not (part == "autoencoder" and self.pipeline.control_takes_latents):
-            super().let_go(part)
+            super().release(part)
 
     def control_parts(self) -> set[str]:
         """The ControlNet, and the autoencoder where it takes latents."""
@@ -322,11 +322,11 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     def sample_image(self, index: int, prompt: PromptOptions) -> Image:
         """A sample image; sides are rounded down to multiples of 16, at least 64."""
-        from library.models.flux.pipeline import PictureRequest
+        from library.models.flux.pipeline import ImageRequest
 
         scale = 1.0 if prompt.scale is None else prompt.scale
         negative = (prompt.negative_prompt or "") if scale != 1.0 else None
-        request = PictureRequest(
+        request = ImageRequest(
             prompt=prompt.prompt,
             negative_prompt=negative,
             width=max(64, (prompt.width or 512) // 16 * 16),

@@ -28,7 +28,7 @@ class SdxlTrainingOptions(StableDiffusionTrainingOptions):
 
 
 class SdxlNetworkTrainer(StableDiffusionNetworkTrainer):
-    """Stable Diffusion XL: two text encoders, and a U-Net that is told the sizes of its pictures."""
+    """Stable Diffusion XL: two text encoders, and a U-Net that is told the sizes of its images."""
 
     options_class = SdxlTrainingOptions
     family = "Stable Diffusion XL"
@@ -42,7 +42,7 @@ class SdxlNetworkTrainer(StableDiffusionNetworkTrainer):
         if self.options.stable_diffusion.v2:
             raise UserError("--v2 is for Stable Diffusion 2.x; train such a model with train_network.py.")
         super().check_family_options()
-        self.note_without_effect(NO_EFFECT)
+        self.report_unused(NO_EFFECT)
 
     def require_variant(self, pipeline: StableDiffusionPipeline) -> None:
         """Raises UserError unless the file is of this script's kind."""

@@ -23,15 +23,15 @@ from library.randomness import seed_global_torch
 from library.training import validation
 from library.training.distribution import average_gradients, mean_over_processes
 from library.training.interruption import Interruption
-from library.training.losses import batch_loss
-from library.training.lr_schedulers import step_scheduler
-from library.training.noise_options import NEEDS, check_stable_diffusion_noise_options
-from library.training.run_description import end_facts
+from library.training.objective.losses import batch_loss
+from library.training.objective.noise_options import NEEDS, check_stable_diffusion_noise_options
+from library.training.objective.step_inputs import ItemDraws, NoisyInput
+from library.training.optim.lr_schedulers import step_scheduler
+from library.training.output.state import Position
+from library.training.report.description import end_facts
+from library.training.report.timing import timed
+from library.training.report.wording import end_lines
 from library.training.run_outputs import RunOutputs
-from library.training.run_report import end_lines
-from library.training.run_timing import timed
-from library.training.state import Position
-from library.training.step_inputs import ItemDraws, NoisyInput
 from library.training.tracking import learning_rate_scalars, norm_scalars
 from library.training.training_options import TrainingOptions
 
@@ -266,8 +266,8 @@ class NetworkTrainer(RunOutputs):
 
     def show_plan(self) -> None:
         """``--dry_run``: what would be trained, in which time and memory, and which files would be written."""
-        from library.training.dry_run import plan_of
-        from library.training.plan_report import plan_lines
+        from library.training.plan.dry_run import plan_of
+        from library.training.plan.plan_report import plan_lines
 
         plan = plan_of(self)
         if self.accelerator.is_main_process:
@@ -275,7 +275,7 @@ class NetworkTrainer(RunOutputs):
 
     def check_network_files(self) -> None:
         """See that the LoRA files which training begins with fit the model. Raises UserError."""
-        from library.training.dry_run import try_network_files
+        from library.training.plan.dry_run import try_network_files
 
         try_network_files(self)
 
@@ -334,7 +334,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
     options: StableDiffusionTrainingOptions
     encoders: tuple[str, ...] = ("text_encoder",)
     sample_side = 512
-    """Pixels of a sample picture's sides where the prompt says nothing."""
+    """Pixels of a sample image's sides where the prompt says nothing."""
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
@@ -355,13 +355,13 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
                 "--cache_text_encoder_outputs needs --network_train_unet_only: a text encoder that is trained encodes "
                 "its captions anew at every step."
             )
-        self.note_without_effect(NO_EFFECT)
+        self.report_unused(NO_EFFECT)
         for name, needed in NEEDS.items():
             group = options.noise if hasattr(options.noise, needed) else noise
             if not getattr(group, needed):
-                self.note_without_effect([name], f"without --{needed}")
+                self.report_unused([name], f"without --{needed}")
         if options.model.mem_eff_attn:
-            self.note_without_effect(["xformers", "sdpa"], "beside --mem_eff_attn")
+            self.report_unused(["xformers", "sdpa"], "beside --mem_eff_attn")
 
     def prepare_output(self) -> None:
         """As for every family; the samplers of prompts are checked, prompt options of other families are named."""
@@ -382,7 +382,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
     def make_pipeline(self) -> StableDiffusionPipeline:
         """Open the checkpoint by its headers and find the tokenizers. Raises UserError when it is another model."""
         from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
-        from library.training.ddpm import Diffusion, noise_schedule
+        from library.training.objective.ddpm import Diffusion, noise_schedule
 
         options, model = self.options, self.options.model
         sd, noise = options.stable_diffusion, options.stable_diffusion_noise
@@ -396,7 +396,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
             files,
             dtype=self.weight_dtype,
             device=self.accelerator.device,
-            dtypes=self.number_formats("unet", self.encoders),
+            dtypes=self.part_dtypes("unet", self.encoders),
             v_parameterization=sd.v_parameterization,
             zero_terminal_snr=noise.zero_terminal_snr,
             clip_skip=sd.clip_skip,
@@ -489,7 +489,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
 
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
         """What the U-Net takes for the target."""
-        from library.training.ddpm import timesteps_of
+        from library.training.objective.ddpm import timesteps_of
 
         return self.pipeline.predict(noisy.latents, timesteps_of(noisy), conditioning)
 
@@ -497,11 +497,11 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
 
     def sample_image(self, index: int, prompt: PromptOptions) -> Image:
         """A sample image; sides are rounded down to multiples of 8, at least 64."""
-        from library.models.stable_diffusion.pipeline import PictureRequest
+        from library.models.stable_diffusion.pipeline import ImageRequest
 
         scale = 7.5 if prompt.scale is None else prompt.scale
         negative = prompt.negative_prompt or ""
-        request = PictureRequest(
+        request = ImageRequest(
             prompt=prompt.prompt,
             negative_prompt=negative,
             width=prompt.width or self.sample_side,

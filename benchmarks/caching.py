@@ -4,7 +4,7 @@
     python benchmarks/caching.py --device cuda --dtype bfloat16 --channels 128 --resolution 1024 --source 1536 \\
         --images 200
 
-Caching reads, resizes, encodes and writes; everything but the encoding should happen beside it, in threads. Pictures of
+Caching reads, resizes, encodes and writes; everything but the encoding should happen beside it, in threads. Images of
 ``--source`` x ``--source`` pixels are cached to disk by the code that training uses. Against that stands the same
 encoder over the same batches, which lie in memory already. Both take turns over ``--rounds``, medians count. Shown too:
 what decoding alone takes in one thread, and the rate if nothing overlapped. With ``--channels 128`` the autoencoder has
@@ -12,7 +12,7 @@ the size of the real one.
 
 An encoder on the CPU shares the cores with the threads that decode, so decoding costs time wherever no core is free.
 ``--encoder_ms`` takes, in place of the autoencoder, one that needs that much time and no processor for each image, as
-an encoder on a GPU does; with pictures much larger than the images (``--source``) that is the hard case.
+an encoder on a GPU does; with images much larger than the images (``--source``) that is the hard case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Measure, machine, parser, report
-from benchmarks.tiny_run import make_pictures, write_dataset
+from benchmarks.tiny_run import make_images, write_dataset
 
 if TYPE_CHECKING:
     import torch
@@ -90,11 +90,11 @@ def open_group(dataset: Path) -> DatasetGroup:
     )[0]
 
 
-def new_cache(dataset: Path, pictures: Path) -> LatentCache:
+def new_cache(dataset: Path, files: Path) -> LatentCache:
     """A cache without any entries."""
     from library.data.cache import LatentCache, LatentFormat
 
-    for file in pictures.glob("*.npz"):
+    for file in files.glob("*.npz"):
         file.unlink()
     return LatentCache(open_group(dataset), LatentFormat(suffix="_flux.npz"), to_disk=True, identity="benchmark")
 
@@ -133,8 +133,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(options.threads)
     encode = encoder(options)
-    pictures = make_pictures(folder / "pictures", options.images, options.source or options.resolution)
-    dataset = write_dataset(folder / "dataset.toml", pictures, options.resolution, options.batch_size)
+    files = make_images(folder / "images", options.images, options.source or options.resolution)
+    dataset = write_dataset(folder / "dataset.toml", files, options.resolution, options.batch_size)
 
     def wait() -> None:
         if options.device.startswith("cuda"):
@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     fill = {"batch_size": options.batch_size, "workers": options.workers}
     first = Timed(encode, wait)
     first.batches = []
-    new_cache(dataset, pictures).fill(first, **fill)
+    new_cache(dataset, files).fill(first, **fill)
     batches = first.batches
 
     def encode_all() -> None:
@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     for _ in range(options.rounds):
         alone.append(seconds_of(encode_all))
         timed = Timed(encode, lambda: None)
-        cached.append(seconds_of(functools.partial(new_cache(dataset, pictures).fill, timed, **fill)))
+        cached.append(seconds_of(functools.partial(new_cache(dataset, files).fill, timed, **fill)))
         encoding.append(timed.seconds)
     decode = seconds_of(lambda: read_all(open_group(dataset)))
     return {
@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def read_all(group: DatasetGroup) -> None:
-    """Read and resize every picture in this thread."""
+    """Read and resize every image in this thread."""
     for dataset in group.datasets:
         for item in dataset.used_items:
             dataset.read_pixels(item, dataset.fixed_geometry(item))
@@ -179,7 +179,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--images", type=int, default=32)
     arguments.add_argument("--resolution", type=int, default=256, help="side of the cached images in pixels")
-    arguments.add_argument("--source", type=int, help="side of the picture files in pixels; unset: the resolution")
+    arguments.add_argument("--source", type=int, help="side of the image files in pixels; unset: the resolution")
     arguments.add_argument("--batch_size", type=int, default=4, help="images in one call of the encoder")
     arguments.add_argument("--channels", type=int, default=32, help="width of the autoencoder; the real one has 128")
     arguments.add_argument("--encoder_ms", type=float, help="milliseconds per image of an encoder that only waits")
@@ -187,7 +187,7 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=1, help="threads of the encoder on a CPU")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--device", default="cpu")
-    arguments.add_argument("--dtype", default="float32", help="number format of the autoencoder")
+    arguments.add_argument("--dtype", default="float32", help="dtype of the autoencoder")
     options = arguments.parse_args()
     quiet = contextlib.redirect_stderr(io.StringIO())  # the progress bars
     with quiet, tempfile.TemporaryDirectory() as name:

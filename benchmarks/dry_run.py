@@ -1,11 +1,11 @@
 """How long the checks before training and ``--dry_run`` take on a large dataset, and in how much memory.
 
     python benchmarks/dry_run.py
-    python benchmarks/dry_run.py --images 1000 --folder /tmp/pictures
+    python benchmarks/dry_run.py --images 1000 --folder /tmp/images
 
-Writes a folder of small pictures (PNG, JPEG and WebP in turn, with captions), and runs the FLUX.1 trainer with
-``--dry_run`` on it, in a fresh process each time: on ten of the pictures, on all of them, on all with a CMYK, a 16-bit
-and an EXIF-rotated picture among them, and at last with a truncated and an empty file too, which must end the run.
+Writes a folder of small images (PNG, JPEG and WebP in turn, with captions), and runs the FLUX.1 trainer with
+``--dry_run`` on it, in a fresh process each time: on ten of the images, on all of them, on all with a CMYK, a 16-bit
+and an EXIF-rotated image among them, and at last with a truncated and an empty file too, which must end the run.
 Latents and captions are to be cached on disk, so that the plan looks for every cache file. Nothing is cached by the
 operating system but what writing the folder left there.
 """
@@ -29,13 +29,13 @@ from benchmarks.tiny_run import training_options, write_dataset
 
 SIZES = [(320, 256), (256, 320), (256, 256), (384, 224)]
 VARIANTS = 48
-"""Different pictures; the others are copies."""
+"""Different images; the others are copies."""
 FEW = 10
 BUCKETS = "enable_bucket = true\nmin_bucket_reso = 128\nmax_bucket_reso = 512\nbucket_reso_steps = 32"
 
 
-def encoded_pictures() -> list[tuple[str, bytes]]:
-    """(extension, file) of pictures with shapes and grain."""
+def encoded_images() -> list[tuple[str, bytes]]:
+    """(extension, file) of images with shapes and grain."""
     import numpy
     from PIL import Image
 
@@ -52,19 +52,19 @@ def encoded_pictures() -> list[tuple[str, bytes]]:
     return found
 
 
-def write_pictures(folder: Path, count: int) -> Path:
-    """``count`` pictures and their captions."""
+def write_images(folder: Path, count: int) -> Path:
+    """``count`` images and their captions."""
     folder.mkdir(parents=True)
-    pictures = encoded_pictures()
+    files = encoded_images()
     for number in range(count):
-        extension, data = pictures[number % len(pictures)]
+        extension, data = files[number % len(files)]
         (folder / f"{number:06d}.{extension}").write_bytes(data)
-        (folder / f"{number:06d}.txt").write_text(f"a picture, number {number}, of coloured clouds", encoding="utf-8")
+        (folder / f"{number:06d}.txt").write_text(f"an image, number {number}, of coloured clouds", encoding="utf-8")
     return folder
 
 
 def add_oddities(folder: Path) -> None:
-    """A CMYK, a 16-bit and an EXIF-rotated picture, which are converted or taken as stored."""
+    """A CMYK, a 16-bit and an EXIF-rotated image, which are converted or taken as stored."""
     import numpy
     from PIL import Image
 
@@ -75,7 +75,7 @@ def add_oddities(folder: Path) -> None:
     turned[0x0112] = 6
     Image.new("RGB", (320, 256), (90, 30, 60)).save(folder / "turned.jpg", exif=turned)
     for name in ("cmyk", "sixteen_bit", "turned"):
-        (folder / f"{name}.txt").write_text("an odd picture", encoding="utf-8")
+        (folder / f"{name}.txt").write_text("an odd image", encoding="utf-8")
 
 
 def add_damage(folder: Path) -> None:
@@ -115,11 +115,11 @@ def dry_run_here(result: Path, arguments: list[str]) -> None:
     result.write_text(json.dumps({**taken, "error": error}), encoding="utf-8")
 
 
-def dry_run(folder: Path, pictures: Path, threads: int) -> dict[str, Any]:
+def dry_run(folder: Path, files: Path, threads: int) -> dict[str, Any]:
     """What ``dry_run_here`` writes, from a fresh process; with the processor time and what was printed."""
     from tools.make_tiny_models import make_tiny_flux
 
-    dataset = write_dataset(folder / "dataset.toml", pictures, 256, 4)
+    dataset = write_dataset(folder / "dataset.toml", files, 256, 4)
     text = dataset.read_text(encoding="utf-8").replace("[general]", f"[general]\n{BUCKETS}")
     dataset.write_text(text, encoding="utf-8")
     models = make_tiny_flux(folder / "models")
@@ -137,20 +137,20 @@ def main() -> None:
         dry_run_here(Path(sys.argv[2]), sys.argv[3:])
         return
     arguments = parser(__doc__)
-    arguments.add_argument("--images", type=int, default=10_000, help="pictures in the folder")
-    arguments.add_argument("--folder", type=Path, help="where the pictures are put for a while")
+    arguments.add_argument("--images", type=int, default=10_000, help="images in the folder")
+    arguments.add_argument("--folder", type=Path, help="where the images are put for a while")
     arguments.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU")
     arguments.add_argument("--show", action="store_true", help="print the plan and the message, too")
     options = arguments.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        runs = {"few": dry_run(folder, write_pictures(folder / "few", FEW), options.threads)}
-        pictures = write_pictures(folder / "all", options.images)
-        runs["all"] = dry_run(folder, pictures, options.threads)
-        add_oddities(pictures)
-        runs["odd"] = dry_run(folder, pictures, options.threads)
-        add_damage(pictures)
-        runs["damaged"] = dry_run(folder, pictures, options.threads)
+        runs = {"few": dry_run(folder, write_images(folder / "few", FEW), options.threads)}
+        files = write_images(folder / "all", options.images)
+        runs["all"] = dry_run(folder, files, options.threads)
+        add_oddities(files)
+        runs["odd"] = dry_run(folder, files, options.threads)
+        add_damage(files)
+        runs["damaged"] = dry_run(folder, files, options.threads)
     finally:
         shutil.rmtree(folder)
     if options.show:

@@ -3,7 +3,7 @@
     python benchmarks/first_step.py --runs 5
     python benchmarks/first_step.py --profile
 
-A tiny model and a few pictures whose latents and text encoder outputs are cached on disk already, so that what is left
+A tiny model and a few images whose latents and text encoder outputs are cached on disk already, so that what is left
 is what every start costs: imports, options, checks, data, models, network, optimizer, one step. The run has one step;
 looked at is what all its processes have taken when it reports the LoRA file, which it writes right after the step. The
 target is on both commands: ``python`` with the training script, and ``accelerate launch`` with it, where the launcher's
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Measure, Usage, parser, report, run_measured
-from benchmarks.tiny_run import make_pictures, training_options, write_dataset
+from benchmarks.tiny_run import make_images, training_options, write_dataset
 
 LIMIT = 5.0
 SCRIPT = "flux_train_network.py"
@@ -36,11 +36,11 @@ LAUNCH = (
 
 
 def tiny_training(folder: Path) -> list[str]:
-    """Models, pictures and a dataset in ``folder``, and the options of a run of one step."""
+    """Models, images and a dataset in ``folder``, and the options of a run of one step."""
     from tools.make_tiny_models import make_tiny_flux
 
-    pictures = make_pictures(folder / "pictures", count=8, size=64)
-    dataset = write_dataset(folder / "dataset.toml", pictures, size=64, batch_size=2)
+    images = make_images(folder / "images", count=8, size=64)
+    dataset = write_dataset(folder / "dataset.toml", images, size=64, batch_size=2)
     return training_options(make_tiny_flux(folder / "models"), dataset, folder / "output", steps=1)
 
 

@@ -42,7 +42,7 @@ class Training:
     def __init__(self, options: argparse.Namespace, way: str) -> None:
         import torch
 
-        from library.training.optimizers import FusedBackward, OptimizerOptions, create_optimizer
+        from library.training.optim.optimizers import FusedBackward, OptimizerOptions, create_optimizer
 
         torch.manual_seed(0)
         self.device = torch.device(options.device)

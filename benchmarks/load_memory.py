@@ -107,7 +107,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--gigabytes", type=float, default=2.0, help="size of the random checkpoint, in 10^9 bytes")
     arguments.add_argument("--layout", choices=["original", "diffusers"], default="original", help="names and files")
-    arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="number formats to load to")
+    arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="dtypes to load to")
     arguments.add_argument("--disable_mmap", action="store_true", help="read the file instead of mapping it")
     arguments.add_argument("--checkpoint", type=Path, help="load this file or folder instead of a random one")
     arguments.add_argument("--folder", type=Path, help="where the random checkpoint is put for a while")

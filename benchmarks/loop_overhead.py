@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Measure, machine, parser, report, run_measured
-from benchmarks.tiny_run import make_pictures, training_options, write_dataset
+from benchmarks.tiny_run import make_images, training_options, write_dataset
 
 if TYPE_CHECKING:
     from tools.make_tiny_models import TinyFlux
@@ -210,11 +210,11 @@ def write_models(folder: Path, options: argparse.Namespace) -> TinyFlux:
 
 def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train in a fresh process; what ``train_here`` writes."""
-    pictures = make_pictures(folder / "pictures", count=8, size=options.resolution)
+    images = make_images(folder / "images", count=8, size=options.resolution)
     steps = options.steps + WARM_UP_STEPS
     # Epochs of a usual length: what happens between them belongs to no step.
     repeats = -(-steps * options.batch_size // 8)
-    dataset = write_dataset(folder / "dataset.toml", pictures, options.resolution, options.batch_size, repeats)
+    dataset = write_dataset(folder / "dataset.toml", images, options.resolution, options.batch_size, repeats)
     models = write_models(folder / "models", options)
     more = {"network_dim": options.rank, "max_data_loader_n_workers": options.workers, "logging_dir": folder / "logs"}
     arguments = training_options(models, dataset, folder / "output", steps, more)

@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def forward_of(way: str, layer: nn.Linear, down: Tensor, up: Tensor, scale: float) -> Callable[[Tensor], Tensor]:
-    from networks.low_rank import add_low_rank, linear_plus_low_rank
+    from networks.adapters.low_rank import add_low_rank, linear_plus_low_rank
 
     plain = type(layer).forward.__get__(layer)
     if way == "separate":

@@ -152,7 +152,7 @@ class _Watch(threading.Thread):
 
 def peak_memory() -> int:
     """The most memory in bytes that this process has held at once (pages of mapped files in memory included)."""
-    from library.training.run_timing import peak_process_memory
+    from library.training.report.timing import peak_process_memory
 
     return peak_process_memory()
 

@@ -1,4 +1,4 @@
-"""A training run with nothing real in it: random tiny models, noisy pictures with captions, and its command line."""
+"""A training run with nothing real in it: random tiny models, noisy images with captions, and its command line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 32
 
 
-def make_pictures(folder: Path, count: int, size: int) -> Path:
-    """``count`` PNG pictures of ``size`` x ``size`` pixels, as hard to decode as photographs, and their captions."""
+def make_images(folder: Path, count: int, size: int) -> Path:
+    """``count`` PNG images of ``size`` x ``size`` pixels, as hard to decode as photographs, and their captions."""
     import numpy
     from PIL import Image
 
@@ -23,17 +23,17 @@ def make_pictures(folder: Path, count: int, size: int) -> Path:
         coarse = Image.fromarray(draw.integers(0, 256, (max(size // 16, 2),) * 2 + (3,), dtype=numpy.uint8))
         smooth = numpy.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=numpy.int16)
         grain = draw.integers(-8, 9, smooth.shape, dtype=numpy.int16)
-        picture = Image.fromarray((smooth + grain).clip(0, 255).astype(numpy.uint8))
-        picture.save(folder / f"{number:04d}.png", compress_level=6)
+        image = Image.fromarray((smooth + grain).clip(0, 255).astype(numpy.uint8))
+        image.save(folder / f"{number:04d}.png", compress_level=6)
         (folder / f"{number:04d}.txt").write_text(f"a blue cat, number {number}, on a background", encoding="utf-8")
     return folder
 
 
-def write_dataset(path: Path, pictures: Path, size: int, batch_size: int, repeats: int = 1) -> Path:
-    """A dataset description over the pictures, at their own size."""
+def write_dataset(path: Path, images: Path, size: int, batch_size: int, repeats: int = 1) -> Path:
+    """A dataset description over the images, at their own size."""
     path.write_text(
         f"[general]\nresolution = {size}\nbatch_size = {batch_size}\n"
-        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{pictures.as_posix()}'\n"
+        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\n"
         f"caption_extension = '.txt'\nnum_repeats = {repeats}\n",
         encoding="utf-8",
     )

@@ -1,4 +1,4 @@
-"""Names of number formats, and the device that work runs on."""
+"""Names of dtypes, and the device that work runs on."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def parse_dtype(name: str, option: str = "") -> torch.dtype:
     if known is None:
         prefix = f"{option}: " if option else ""
         raise UserError(
-            f'{prefix}"{name}" is not a number format; known are {", ".join(DTYPE_NAMES)}.'
-            f"{did_you_mean(name, DTYPE_NAMES)}"
+            f'{prefix}"{name}" is not a dtype; known are {", ".join(DTYPE_NAMES)}.{did_you_mean(name, DTYPE_NAMES)}'
         )
     return getattr(torch, known)
 
@@ -76,7 +75,7 @@ def named_device(name: str, option: str = "--device") -> torch.device:
 
 
 def place(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """``module.to(device, dtype)``, also for tensors of ``library.training.simulation``, which torch cannot move."""
+    """``module.to(device, dtype)``, also for the simulation's tensors, which torch cannot move."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 

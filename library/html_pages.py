@@ -1,6 +1,6 @@
 """Self-contained HTML pages: a template from ``library/page_templates/``, filled with data as JSON.
 
-A page needs no server and no network: styles, scripts and pictures are inside. The page's script builds what is shown
+A page needs no server and no network: styles, scripts and images are inside. The page's script builds what is shown
 from the JSON with text nodes, so that no prompt, caption or file name is ever read as HTML; beside that the page's
 Content-Security-Policy allows only the scripts and styles that this module put there.
 """
@@ -49,7 +49,7 @@ def _template(name: str) -> str:
 
 
 def _policy(page: str) -> str:
-    """A Content-Security-Policy that allows the page's own scripts and styles by their hashes, and pictures."""
+    """A Content-Security-Policy that allows the page's own scripts and styles by their hashes, and images."""
     allowed = {
         element: " ".join(
             "'sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode() + "'"
@@ -72,8 +72,8 @@ def read_page_data(path: Path) -> Any:
         return None
 
 
-def embedded_picture(image: Image.Image, longest_side: int, quality: int = 80) -> str:
-    """The picture as a ``data:`` address (WebP, or JPEG without WebP), shrunk to at most ``longest_side`` pixels."""
+def embedded_image(image: Image.Image, longest_side: int, quality: int = 80) -> str:
+    """The image as a ``data:`` address (WebP, or JPEG without WebP), shrunk to at most ``longest_side`` pixels."""
     from PIL import features
 
     small = image.convert("RGB")

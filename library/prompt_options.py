@@ -20,7 +20,7 @@ from library.options import read_toml
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """One picture to draw. None means: the model family's default."""
+    """One image to draw. None means: the model family's default."""
 
     prompt: str = ""
     negative_prompt: str | None = None

@@ -159,7 +159,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def dtype(self, key: str) -> torch.dtype:
-        """Raises UserError for a number format that torch doesn't have."""
+        """Raises UserError for a dtype that torch doesn't have."""
 
     @abstractmethod
     def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -206,9 +206,7 @@ class SafetensorsCheckpoint(Checkpoint):
         entry = self.entries[key]
         dtype = getattr(torch, DTYPES.get(entry.dtype, ("", 0))[0], None)
         if dtype is None:
-            raise UserError(
-                f'{entry.file}: tensor "{key}" has the number format {entry.dtype}, which is not supported.'
-            )
+            raise UserError(f'{entry.file}: tensor "{key}" has the dtype {entry.dtype}, which is not supported.')
         return dtype
 
     def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -33,7 +33,7 @@ class ConversionOptions:
     dst: Destination = "sd-scripts"
     """Program whose key names are written; ai-toolkit, diffusers and peft are one and the same."""
     save_precision: Precision | None = None
-    """Number format of the file; unset keeps that of each matrix."""
+    """Dtype of the file; unset keeps that of each matrix."""
     no_metadata: bool = False
     """Write only the metadata that is needed to use the file."""
 

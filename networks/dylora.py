@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks import lora
-from networks.lora_arguments import parse_arguments, unavailable, whole_number
-from networks.lora_core import LoRANetwork
-from networks.lora_creation import DEFAULT_RANK, TextEncoders, build_network, build_network_from_weights
-from networks.lora_module import LoRAModule
-from networks.lora_targets import Family
+from networks.adapters.lora_arguments import parse_arguments, unavailable, whole_number
+from networks.adapters.lora_core import LoRANetwork
+from networks.adapters.lora_creation import DEFAULT_RANK, TextEncoders, build_network, build_network_from_weights
+from networks.adapters.lora_module import LoRAModule
+from networks.adapters.lora_targets import Family
 
 MODULE = "networks.dylora"
 NO_GGPO = unavailable("LoRA-GGPO needs the gradient of all ranks, and DyLoRA has that of a few.")

@@ -19,7 +19,7 @@ from library.options import ConsoleOptions, parse_options
 from networks.lora_tools.options import check_output, check_rank
 
 if TYPE_CHECKING:
-    from networks.lora_file import LoRAWeights
+    from networks.adapters.lora_file import LoRAWeights
 
 
 @dataclass
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_rank(options.unit, "--unit")
     save_to = check_output(options.save_to, [options.model])
 
-    from networks.lora_file import state_dict_of, write_file
+    from networks.adapters.lora_file import state_dict_of, write_file
     from networks.lora_tools.metadata import network_entries
     from networks.lora_tools.named_lora import NamedLoRA
 

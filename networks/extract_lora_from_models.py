@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from library.models.stable_diffusion.checkpoint import StableDiffusionModel
-    from networks.lora_file import LoRAWeights
+    from networks.adapters.lora_file import LoRAWeights
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ExtractModels:
     v_parameterization: bool = False
     """Say in the metadata that the model predicts v; unset says what the file says, yes for a 2.x file that doesn't."""
     load_precision: Precision | None = None
-    """Number format to which both models are rounded before they are compared; unset compares the files' numbers."""
+    """Dtype to which both models are rounded before they are compared; unset compares the files' numbers."""
     load_original_model_to: str | None = None
     """Device that the original model's tensors are read to; unset means the CPU."""
     load_tuned_model_to: str | None = None
@@ -70,7 +70,7 @@ class ExtractOptions:
     min_diff: float = 0.01
     """Leave the text encoders out unless one of their weights differs by more than this."""
     save_precision: Precision | None = None
-    """Number format of the file; unset means float."""
+    """Dtype of the file; unset means float."""
     no_metadata: bool = False
     """Write only the metadata that is needed to use the file."""
 

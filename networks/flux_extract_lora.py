@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from library.models.flux.checkpoint import TransformerFile
-    from networks.lora_file import LoRAWeights
+    from networks.adapters.lora_file import LoRAWeights
     from networks.lora_tools.extraction import Pairs
 
 
@@ -42,7 +42,7 @@ class FluxExtractOptions:
     save_to: str | None = None
     """File to write."""
     save_precision: Precision | None = None
-    """Number format of the file; unset means float."""
+    """Dtype of the file; unset means float."""
     dim: int = 4
     """Rank, where a layer is not smaller; alpha is the same."""
     device: str | None = None

@@ -37,9 +37,9 @@ class FluxMergeNumbers:
     """Numbers and metadata"""
 
     precision: Precision = "float"
-    """Number format that results are rounded to; sums are computed in at least float32 whatever it is."""
+    """Dtype that results are rounded to; sums are computed in at least float32 whatever it is."""
     save_precision: str | None = None
-    """Number format of the files: float, fp16, bf16, for models also fp8; unset: --precision, models keep theirs."""
+    """Dtype of the files: float, fp16, bf16, for models also fp8; unset: --precision, models keep theirs."""
     loading_device: str = "cpu"
     """Accepted for kohya-ss/sd-scripts' command lines: tensors are read one at a time, where they are added to."""
     working_device: str = "cpu"

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.stable_diffusion.keys import inverted, renamed, unet_table
 from library.models.stable_diffusion.original_names import under_original_names
-from networks.lora_arguments import parse_arguments, unavailable
-from networks.lora_blocks import BLOCK_ARGUMENTS, BLOCK_LEARNING_ARGUMENTS, SD_BLOCKS, SDXL_BLOCKS, BlockLayout
-from networks.lora_core import LoRANetwork
-from networks.lora_creation import TextEncoders, build_network, build_network_from_weights
-from networks.lora_targets import Family, Target, TargetTable, path_from
+from networks.adapters.lora_arguments import parse_arguments, unavailable
+from networks.adapters.lora_blocks import BLOCK_ARGUMENTS, BLOCK_LEARNING_ARGUMENTS, SD_BLOCKS, SDXL_BLOCKS, BlockLayout
+from networks.adapters.lora_core import LoRANetwork
+from networks.adapters.lora_creation import TextEncoders, build_network, build_network_from_weights
+from networks.adapters.lora_targets import Family, Target, TargetTable, path_from
 
 UNET = TargetTable(
     "lora_unet",

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from networks.adapters.lora_arguments import parse_arguments
+from networks.adapters.lora_core import LoRANetwork
+from networks.adapters.lora_creation import TextEncoders, build_network, build_network_from_weights
+from networks.adapters.lora_module import LoRAModule
 from networks.lora import SD, family_of
-from networks.lora_arguments import parse_arguments
-from networks.lora_core import LoRANetwork
-from networks.lora_creation import TextEncoders, build_network, build_network_from_weights
-from networks.lora_module import LoRAModule
 
 MODULE = "networks.lora_fa"
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from library.console import warn
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
 from library.safetensors_io import open_checkpoint
-from networks.lora_arguments import choice, flag, parse_arguments, text, whole_number, whole_numbers
-from networks.lora_core import LoRANetwork
-from networks.lora_creation import build_network, build_network_from_weights
-from networks.lora_formats import without_wrapper
-from networks.lora_targets import (
+from networks.adapters.lora_arguments import choice, flag, parse_arguments, text, whole_number, whole_numbers
+from networks.adapters.lora_core import LoRANetwork
+from networks.adapters.lora_creation import build_network, build_network_from_weights
+from networks.adapters.lora_formats import without_wrapper
+from networks.adapters.lora_targets import (
     Arguments,
     Family,
     Part,

@@ -12,11 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from networks.adapters.lora_arguments import flag, parse_arguments
+from networks.adapters.lora_creation import TextEncoders
+from networks.adapters.lora_targets import find_targets
+from networks.adapters.oft_core import (
+    OFT_ARGUMENTS,
+    OFTNetwork,
+    build_network,
+    build_network_from_weights,
+    parse_oft_arguments,
+)
 from networks.lora import UNET, family_of
-from networks.lora_arguments import flag, parse_arguments
-from networks.lora_creation import TextEncoders
-from networks.lora_targets import find_targets
-from networks.oft_core import OFT_ARGUMENTS, OFTNetwork, build_network, build_network_from_weights, parse_oft_arguments
 
 MODULE = "networks.oft"
 TRAINS_TEXT_ENCODERS = False

@@ -14,11 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from networks.lora_arguments import parse_arguments
-from networks.lora_creation import TextEncoders
+from networks.adapters.lora_arguments import parse_arguments
+from networks.adapters.lora_creation import TextEncoders
+from networks.adapters.lora_targets import Target, find_targets
+from networks.adapters.oft_core import (
+    OFT_ARGUMENTS,
+    OFTNetwork,
+    build_network,
+    build_network_from_weights,
+    parse_oft_arguments,
+)
 from networks.lora_flux import FLUX, TRANSFORMER, joined_rows
-from networks.lora_targets import Target, find_targets
-from networks.oft_core import OFT_ARGUMENTS, OFTNetwork, build_network, build_network_from_weights, parse_oft_arguments
 
 MODULE = "networks.oft_flux"
 TRAINS_TEXT_ENCODERS = False

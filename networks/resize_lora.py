@@ -27,7 +27,7 @@ class ResizeFiles:
     save_to: str | None = None
     """File to write."""
     save_precision: Precision | None = None
-    """Number format of the new file; unset means float."""
+    """Dtype of the new file; unset means float."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not files.model:
         raise UserError("--model needs the LoRA file to resize.")
     save_to = check_output(files.save_to, [files.model])
-    from networks.lora_file import write_file
+    from networks.adapters.lora_file import write_file
     from networks.lora_tools.named_lora import NamedLoRA
     from networks.lora_tools.resizing import NewRank, module_report, resized, resized_metadata, resized_tensors
 

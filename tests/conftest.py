@@ -84,11 +84,11 @@ def tiny_sdxl(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory) -> Path:
-    """Twelve small pictures of several shapes with captions."""
+def image_folder(tmp_path_factory) -> Path:
+    """Twelve small images of several shapes with captions."""
     from PIL import Image, ImageDraw
 
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     draw = random.Random(0)
     sizes = [(128, 128), (160, 96), (200, 100), (90, 170)]
     for number in range(12):
@@ -102,12 +102,12 @@ def picture_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def control_folder(picture_folder, tmp_path_factory) -> Path:
-    """For each of the pictures a control image of its size: where it is bright."""
+def control_folder(image_folder, tmp_path_factory) -> Path:
+    """For each of the images a control image of its size: where it is bright."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("control")
-    for path in sorted(picture_folder.glob("*.png")):
+    for path in sorted(image_folder.glob("*.png")):
         with Image.open(path) as picture:
             picture.convert("L").point(lambda value: 255 * (value > 127)).convert("RGB").save(folder / path.name)
     return folder
@@ -164,10 +164,10 @@ def sdxl_command(tiny_sdxl):
 
 
 @pytest.fixture
-def dataset_toml(tmp_path, picture_folder):
-    """Write a dataset description over the pictures; ``subset`` holds subset keys, the others are dataset keys."""
+def dataset_toml(tmp_path, image_folder):
+    """Write a dataset description over the images; ``subset`` holds subset keys, the others are dataset keys."""
 
-    def write(folder: Path = picture_folder, subset: dict[str, object] | None = None, **keys: object) -> Path:
+    def write(folder: Path = image_folder, subset: dict[str, object] | None = None, **keys: object) -> Path:
         path = tmp_path / "dataset.toml"
         settings = {"resolution": 128, "enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256}
         settings |= {"bucket_reso_steps": 32, "caption_extension": ".txt", "batch_size": 2, **keys}

@@ -3,11 +3,11 @@
 The stages, in their order:
 
     tokenizers    CLIP and T5 tokenizers of a few hundred pieces
-    autoencoder   encoder and decoder together, on crops, then on whole pictures
+    autoencoder   encoder and decoder together, on crops, then on whole images
     decoder       the decoder alone, on noisy latents, so that the small errors of a sampler are drawn over
     transformer   DiT, CLIP and T5 together, on cached latents, as a rectified flow
     export        everything in the layouts of the real files, in float16, into assets/tiny_flux
-    sheet         a contact sheet of pictures, to look at
+    sheet         a contact sheet of images, to look at
 
 From the finished FLUX.1 in assets/tiny_flux:
 
@@ -182,13 +182,13 @@ def painter_optimizers(painter: Painter) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train_transformer(work: Path, tokenizers: Path, steps: int, pictures: int) -> None:
+def train_transformer(work: Path, tokenizers: Path, steps: int, images: int) -> None:
     """DiT, CLIP and T5 together: x_t = (1 - t) x + t n, target n - x, t = sigmoid(0.6 + 1.1 N(0, 1)).
 
     The guidance input is random and so learned to be ignored. Every sixth step has the longer text, so that padding of
     another length does not surprise the model.
     """
-    scenes, latents = cached_scenes(work / f"latents_{pictures}.pt", lambda: load_folded(work), pictures)
+    scenes, latents = cached_scenes(work / f"latents_{images}.pt", lambda: load_folded(work), images)
     painter = Painter(tokenizers)
 
     def loss_of_step(step: int) -> tuple[Tensor, str]:
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--autoencoder_whole_steps", type=int, default=400)
     parser.add_argument("--decoder_steps", type=int, default=600)
     parser.add_argument("--transformer_steps", type=int, default=10000)
-    parser.add_argument("--pictures", type=int, default=4096, help="drawn pictures the transformer learns from")
+    parser.add_argument("--images", type=int, default=4096, help="drawn images the transformer learns from")
     parser.add_argument("--chroma_text_steps", type=int, default=600)
     parser.add_argument("--approximator_steps", type=int, default=400)
     parser.add_argument("--chroma_steps", type=int, default=3500)
@@ -283,7 +283,7 @@ def build_flux(options: argparse.Namespace) -> None:
     if "decoder" in options.stages:
         train_decoder(options.work, options.decoder_steps)
     if "transformer" in options.stages:
-        train_transformer(options.work, options.out / "tokenizers", options.transformer_steps, options.pictures)
+        train_transformer(options.work, options.out / "tokenizers", options.transformer_steps, options.images)
     if "export" in options.stages:
         export(options.work, options.out)
     if "sheet" in options.stages:
@@ -298,7 +298,7 @@ def build_chroma(options: argparse.Namespace) -> None:
     if "approximator" in options.stages:
         train_approximator(work, teacher, options.approximator_steps)
     if "chroma" in options.stages:
-        train_chroma(work, teacher, options.chroma_steps, options.pictures)
+        train_chroma(work, teacher, options.chroma_steps, options.images)
     if "chroma_export" in options.stages:
         export_chroma(work, teacher, options.chroma_out)
     if "chroma_sheet" in options.stages:

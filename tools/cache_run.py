@@ -16,8 +16,8 @@ from library.console import say, set_up_console
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.options import configured_value, parse_options
+from library.training.output.sample_images import SampleOptions, Samples
 from library.training.run_options import check_precision
-from library.training.sample_images import SampleOptions, Samples
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
 from train_network import NetworkTrainer, StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
@@ -39,7 +39,7 @@ class CachingOptions:
     skip_existing: bool = False
     """Deprecated and without effect: valid files are kept anyway; --skip_cache_check keeps them unread."""
     t5xxl_dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Number format in which T5-XXL computes; unset means that of --mixed_precision."""
+    """Dtype in which T5-XXL computes; unset means that of --mixed_precision."""
 
 
 @dataclass
@@ -96,9 +96,9 @@ class CachingRun(NetworkTrainer):
         check_precision(self.options.precision)
         if not self.options.model.pretrained_model_name_or_path:
             raise UserError("--pretrained_model_name_or_path is missing; name the base model's file.")
-        self.note_without_effect(["skip_existing"], "since valid files are kept anyway")
+        self.report_unused(["skip_existing"], "since valid files are kept anyway")
         if self.subject == "latents":
-            self.note_without_effect(["t5xxl_dtype"], "on latents")
+            self.report_unused(["t5xxl_dtype"], "on latents")
         self.check_family_options()
 
     def prepare_output(self) -> None:

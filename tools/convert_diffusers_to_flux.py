@@ -26,7 +26,7 @@ class DiffusersConversionOptions:
     save_to: str | None = None
     """File to write."""
     save_precision: str | None = None
-    """Number format of the file: float, fp16, bf16 or fp8; unset keeps that of each tensor, scaled fp8 becomes bf16."""
+    """Dtype of the file: float, fp16, bf16 or fp8; unset keeps that of each tensor, scaled fp8 becomes bf16."""
     mem_eff_load_save: bool = False
     """Accepted for kohya-ss/sd-scripts' command lines: tensors are always read and written one at a time."""
 

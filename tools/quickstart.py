@@ -3,7 +3,7 @@
 ``python tools/quickstart.py`` makes the environment ``.venv`` (if it doesn't run in it already), installs
 ``requirements.txt`` into it, and then does what a user with real weights does: it writes a small data set, its TOML and
 a sample prompt file into ``quickstart_output``, starts ``accelerate launch flux_train_network.py`` on the tiny FLUX.1
-in ``assets/tiny_flux``, and reports what came out: pictures before and after, the loss curve, a score, and where the
+in ``assets/tiny_flux``, and reports what came out: images before and after, the loss curve, a score, and where the
 LoRA lies. ``--model_type chroma`` does the same with the tiny Chroma in ``assets/tiny_chroma``.
 
 The concept is a "zog", a purple disc inside a yellow ring, which the tiny model has never seen. The program ends with 1
@@ -142,21 +142,21 @@ def may_overwrite(folders: Folders) -> bool:
 def prepare(folders: Folders) -> None:
     """Write the data set, its configuration and the sample prompts; what an earlier run left there goes away.
 
-    Beside the concept's pictures there are ordinary ones as regularisation images, so that the LoRA learns what is
+    Beside the concept's images there are ordinary ones as regularisation images, so that the LoRA learns what is
     special about the concept instead of turning everything into it.
     """
-    from tools.tiny_flux_drawings import concept_pictures, ordinary_pictures
+    from tools.tiny_flux_drawings import concept_images, ordinary_images
 
     for folder in (folders.dataset, folders.trained, folders.logs):
         if folder.exists():
             shutil.rmtree(folder)
-    sets = {"concept": concept_pictures(15, PIXELS, seed=0), "ordinary": ordinary_pictures(48, PIXELS, seed=0)}
-    for name, pictures in sets.items():
+    sets = {"concept": concept_images(15, PIXELS, seed=0), "ordinary": ordinary_images(48, PIXELS, seed=0)}
+    for name, images in sets.items():
         (folders.dataset / name).mkdir(parents=True)
-        for index, (picture, caption) in enumerate(pictures):
-            picture.save(folders.dataset / name / f"{index:02d}.png")
+        for index, (image, caption) in enumerate(images):
+            image.save(folders.dataset / name / f"{index:02d}.png")
             (folders.dataset / name / f"{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
-        print(f"wrote {len(pictures)} captioned pictures to {folders.dataset / name}", flush=True)
+        print(f"wrote {len(images)} captioned images to {folders.dataset / name}", flush=True)
     folders.dataset_config.write_text(dataset_description(folders.dataset), encoding="utf-8")
     lines = [f"{prompt} {sample_options(folders)} --d {seed}" for seed in SEEDS for prompt in PROMPTS]
     folders.prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -169,7 +169,7 @@ def sample_options(folders: Folders) -> str:
 
 
 def dataset_description(dataset: Path) -> str:
-    """The dataset TOML: a fifth of the concept's pictures is kept for validation."""
+    """The dataset TOML: a fifth of the concept's images is kept for validation."""
     return f"""{OWN_FILE}
 [general]
 caption_extension = ".txt"
@@ -254,7 +254,7 @@ def training_command(folders: Folders, steps: int, seed: int, threads: int) -> l
 
 
 def sample_interval(steps: int) -> int:
-    """Steps between sample pictures: four times in a run."""
+    """Steps between sample images: four times in a run."""
     return max(1, steps // 4)
 
 
@@ -275,8 +275,8 @@ def readable(command: list[str]) -> str:
 # ----------------------------------------------------------------------------------------------------------- report
 
 
-def sample_pictures(folder: Path, moment: str) -> list[Path]:
-    """The sample pictures of one moment (``e000000`` or a step such as ``000300``) in the order of the prompts.
+def sample_images(folder: Path, moment: str) -> list[Path]:
+    """The sample images of one moment (``e000000`` or a step such as ``000300``) in the order of the prompts.
 
     Raises FileNotFoundError when a prompt has none.
     """
@@ -289,19 +289,19 @@ def sample_pictures(folder: Path, moment: str) -> list[Path]:
 
 
 def report(folders: Folders, command: list[str], steps: int, seconds: float) -> int:
-    """Write the pictures and ``report.md``, print the report, and return 0 if the concept was learned, else 1."""
-    from tools.score_concept import failures, read_pictures, read_prompts, score
+    """Write the images and ``report.md``, print the report, and return 0 if the concept was learned, else 1."""
+    from tools.score_concept import failures, read_images, read_prompts, score
 
     last = steps // sample_interval(steps) * sample_interval(steps)
     moments = {"before": "e000000", "after": f"{last:06d}"}
-    files = {word: sample_pictures(folders.samples, moment) for word, moment in moments.items()}
-    before_after_picture(files["before"], files["after"], folders.root / "before_after.png")
+    files = {word: sample_images(folders.samples, moment) for word, moment in moments.items()}
+    before_after_image(files["before"], files["after"], folders.root / "before_after.png")
     curves = read_scalars(folders.logs)
     loss = averaged_curve(next((values for tag, values in curves.items() if tag == "loss/current"), []))
     validation = curves.get("loss/validation/step_average", [])
-    loss_picture({"training loss": loss, "validation loss": validation}, folders.root / "loss.png")
+    loss_image({"training loss": loss, "validation loss": validation}, folders.root / "loss.png")
     prompts = read_prompts(folders.prompts)
-    before, after = (score(read_pictures(files[word]), prompts) for word in ("before", "after"))
+    before, after = (score(read_images(files[word]), prompts) for word in ("before", "after"))
     problems = failures(after, before)
     text = "\n".join(report_lines(folders, steps, seconds, loss, validation, before, after, problems))
     (folders.root / "report.md").write_text(text + "\n\n```\n" + readable(command) + "\n```\n", encoding="utf-8")
@@ -327,14 +327,14 @@ def report_lines(
         "",
         f"- {steps} steps with everything around them took {seconds:.0f} s",
         f"- LoRA: {folders.lora} ({folders.lora.stat().st_size / 1e6:.2f} MB)",
-        f"- pictures before and after: {folders.root / 'before_after.png'}",
+        f"- images before and after: {folders.root / 'before_after.png'}",
         f"- loss curve: {folders.root / 'loss.png'}",
         f"- the whole run as a page: {folders.trained / f'{NAME}.report.html'}",
         f"- TensorBoard: tensorboard --logdir {folders.logs}",
         "",
         "| | before | after |",
         "|---|---|---|",
-        f"| yellow in the zog pictures | {before.coverage:.1%} | {after.coverage:.1%} |",
+        f"| yellow in the zog images | {before.coverage:.1%} | {after.coverage:.1%} |",
         f"| complete zogs | {before.strict:.0%} | {after.strict:.0%} |",
         f"| right background | {before.background:.0%} | {after.background:.0%} |",
     ]
@@ -351,7 +351,7 @@ def report_lines(
         "",
         f"To go on with real weights: put the paths of {real[folders.model_type]}",
         "`t5xxl_fp16.safetensors` and `ae.safetensors` in the place of the tiny files, leave out",
-        "`--tokenizer_cache_dir`, `--t5xxl_max_token_length` and `--cpu`, point the dataset TOML at your own pictures",
+        "`--tokenizer_cache_dir`, `--t5xxl_max_token_length` and `--cpu`, point the dataset TOML at your own images",
         "with `resolution = 1024`, and use `--mixed_precision bf16 --gradient_checkpointing`.",
     ]
     return lines
@@ -387,8 +387,8 @@ def sparkline(values: list[float]) -> str:
     return "".join(blocks[int((value - low) / ((high - low) or 1) * 7.999)] for value in values)
 
 
-def before_after_picture(before: list[Path], after: list[Path], path: Path) -> None:
-    """For each prompt and seed the picture before and after, side by side, with the prompt in front."""
+def before_after_image(before: list[Path], after: list[Path], path: Path) -> None:
+    """For each prompt and seed the image before and after, side by side, with the prompt in front."""
     from PIL import Image, ImageDraw, ImageFont
 
     cell, gap, head, count = PIXELS, 6, 30, len(PROMPTS)
@@ -407,7 +407,7 @@ def before_after_picture(before: list[Path], after: list[Path], path: Path) -> N
     sheet.save(path)
 
 
-def loss_picture(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+def loss_image(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """The curves as a small line chart."""
     from PIL import Image, ImageDraw, ImageFont
 

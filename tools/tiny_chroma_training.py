@@ -2,7 +2,7 @@
 
 Chroma has no pooled text and no modulation layers: what they did must come from the T5 tokens and from the timestep
 alone. Three short trainings, each with the tiny FLUX.1 as its teacher, bring that about: the text encoder, the
-approximator, and then all of it on drawn pictures.
+approximator, and then all of it on drawn images.
 """
 
 from __future__ import annotations
@@ -187,13 +187,13 @@ def prompts_of(scenes: Sequence[drawings.Scene], source: random.Random) -> tuple
     return captions, said
 
 
-def train_chroma(work: Path, teacher: FluxPipeline, steps: int, pictures: int) -> None:
+def train_chroma(work: Path, teacher: FluxPipeline, steps: int, images: int) -> None:
     """T5 and transformer together: x_t = (1 - t) x + t n, t = sigmoid(0.6 + 1.1 N(0, 1)).
 
     The target is n - x, and for whatever the teacher can be asked the mean of that and of the teacher's velocity; there
     the image tokens behind each block are pulled to the teacher's, too.
     """
-    scenes, latents = cached_scenes(work / f"chroma_latents_{pictures}.pt", teacher.load_autoencoder, pictures)
+    scenes, latents = cached_scenes(work / f"chroma_latents_{images}.pt", teacher.load_autoencoder, images)
     painter = ChromaPainter(teacher)
     painter.t5.load_state_dict(averaged(work / "chroma_text.pt", "t5"))
     painter.transformer.distilled_guidance_layer.load_state_dict(averaged(work / "approximator.pt", "approximator"))

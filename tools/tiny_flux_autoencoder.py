@@ -20,7 +20,7 @@ LATENT_CHANNELS = 16
 AUTOENCODER = AutoencoderConfig(channels=32, multipliers=(1, 1, 2, 2), res_blocks=1, groups=8)
 
 
-def autoencoder_pictures(count: int, seed: int) -> Tensor:
+def autoencoder_images(count: int, seed: int) -> Tensor:
     """Half scenes of the base model's world, half free compositions: uint8 [count, 3, 128, 128]."""
     source = random.Random(f"autoencoder {seed}")
     pictures = []
@@ -29,10 +29,10 @@ def autoencoder_pictures(count: int, seed: int) -> Tensor:
             pictures.append(drawings.random_composition(source, PIXELS))
         else:
             pictures.append(drawings.draw_scene(drawings.random_scene(source), PIXELS))
-    return stack_pictures(pictures)
+    return stack_images(pictures)
 
 
-def stack_pictures(pictures: Sequence[numpy.ndarray]) -> Tensor:
+def stack_images(pictures: Sequence[numpy.ndarray]) -> Tensor:
     """[H, W, 3] uint8 arrays as one uint8 tensor [count, 3, H, W]."""
     return torch.from_numpy(numpy.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
@@ -42,8 +42,8 @@ def to_model(pictures: Tensor) -> Tensor:
     return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def picture_batch(pictures: Tensor, batch: int, crop: int, source: torch.Generator) -> Tensor:
-    """Random pictures, randomly cropped to ``crop`` pixels and mirrored, as float -1..1."""
+def image_batch(pictures: Tensor, batch: int, crop: int, source: torch.Generator) -> Tensor:
+    """Random images, randomly cropped to ``crop`` pixels and mirrored, as float -1..1."""
     chosen = []
     for index in torch.randint(len(pictures), (batch,), generator=source).tolist():
         top, left = torch.randint(PIXELS - crop + 1, (2,), generator=source).tolist()
@@ -54,7 +54,7 @@ def picture_batch(pictures: Tensor, batch: int, crop: int, source: torch.Generat
     return to_model(torch.stack(chosen))
 
 
-def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
+def image_loss(made: Tensor, wanted: Tensor) -> Tensor:
     """Absolute and squared error, and the absolute error of neighbours' differences, which keeps edges crisp."""
     made, wanted = made.float(), wanted.float()
     error = made - wanted
@@ -63,7 +63,7 @@ def picture_loss(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 def psnr(made: Tensor, wanted: Tensor) -> float:
-    """Peak signal-to-noise ratio in decibels of pictures in -1..1."""
+    """Peak signal-to-noise ratio in decibels of images in -1..1."""
     return -10 * math.log10(((made.float().clamp(-1, 1) - wanted) / 2).square().mean().item())
 
 
@@ -93,13 +93,13 @@ def initialised_autoencoder(seed: int) -> AutoencoderKL:
 
 
 def train_autoencoder(work: Path, steps: int, whole_steps: int) -> None:
-    """Encoder and decoder together; ``steps`` on 64-pixel crops, of which the last ``whole_steps`` on whole pictures.
+    """Encoder and decoder together; ``steps`` on 64-pixel crops, of which the last ``whole_steps`` on whole images.
 
     The latents are pulled to mean 0 and standard deviation 1 per channel, and disturbed by noise of up to 0.35, which
     makes the decoder forgive small errors of whatever draws the latents.
     """
     autoencoder = initialised_autoencoder(1)
-    pictures = autoencoder_pictures(3000, 1)
+    pictures = autoencoder_images(3000, 1)
     noise_source = torch.Generator().manual_seed(2)
 
     def reconstruct(images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ def train_autoencoder(work: Path, steps: int, whole_steps: int) -> None:
     def loss_of_step(step: int) -> tuple[Tensor, str]:
         source = torch.Generator().manual_seed(1000 + step)
         whole = step >= steps - whole_steps
-        images = picture_batch(pictures, *((2, PIXELS) if whole else (8, 64)), source)
+        images = image_batch(pictures, *((2, PIXELS) if whole else (8, 64)), source)
         strength = 0.35 * min(1.0, step / 2500) * torch.rand(len(images), 1, 1, 1, generator=noise_source)
         side = images.shape[-1] // AUTOENCODER.stride
         noise = strength * torch.randn(len(images), LATENT_CHANNELS, side, side, generator=noise_source)
@@ -118,7 +118,7 @@ def train_autoencoder(work: Path, steps: int, whole_steps: int) -> None:
         mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
         spread = mean.square().mean() + (deviation - 1).square().mean()
         note = f"psnr {psnr(made, images):.1f} spread {spread.item():.2f}" if step % 100 == 99 else ""
-        return picture_loss(made, images) + 0.02 * spread, note
+        return image_loss(made, images) + 0.02 * spread, note
 
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)
     run = Run("autoencoder", {"autoencoder": autoencoder}, [optimizer], steps, 100, work / "autoencoder.pt", 0.998)
@@ -147,7 +147,7 @@ def fold_latent_statistics(autoencoder: AutoencoderKL, pictures: Tensor) -> None
 
 
 def encode(autoencoder: AutoencoderKL, pictures: Tensor, batch: int = 16) -> Tensor:
-    """Scaled latents (posterior means) of uint8 pictures: float32 [count, 16, 16, 16]."""
+    """Scaled latents (posterior means) of uint8 images: float32 [count, 16, 16, 16]."""
     with torch.no_grad():
         return torch.cat([autoencoder.encode(to_model(part)) for part in pictures.split(batch)])
 
@@ -162,7 +162,7 @@ def finish_autoencoder(work: Path) -> None:
     """``autoencoder_folded.pt``: averaged weights with folded latent statistics; the later stages start from it."""
     autoencoder = load_autoencoder(averaged(work / "autoencoder.pt", "autoencoder"))
     scenes = random.Random("statistics")
-    pictures = stack_pictures([drawings.draw_scene(drawings.random_scene(scenes), PIXELS) for _ in range(256)])
+    pictures = stack_images([drawings.draw_scene(drawings.random_scene(scenes), PIXELS) for _ in range(256)])
     fold_latent_statistics(autoencoder, pictures)
     torch.save(autoencoder.state_dict(), work / "autoencoder_folded.pt")
 
@@ -173,9 +173,9 @@ def load_folded(work: Path) -> AutoencoderKL:
 
 
 def train_decoder(work: Path, steps: int) -> None:
-    """The decoder alone on whole pictures, from latents with noise of up to 0.35; the latents themselves stay."""
+    """The decoder alone on whole images, from latents with noise of up to 0.35; the latents themselves stay."""
     autoencoder = load_folded(work)
-    pictures = autoencoder_pictures(3000, 2)
+    pictures = autoencoder_images(3000, 2)
     latents = encode(autoencoder, pictures)
     noise_source = torch.Generator().manual_seed(3)
 
@@ -187,7 +187,7 @@ def train_decoder(work: Path, steps: int) -> None:
         noise *= 0.35 * torch.rand(len(clean), 1, 1, 1, generator=noise_source)
         with torch.autocast("cpu", torch.bfloat16):
             made = autoencoder.decoder((clean + noise) / LATENT_SCALE + LATENT_SHIFT)
-        return picture_loss(made, images), f"psnr {psnr(made.detach(), images):.1f}" if step % 100 == 99 else ""
+        return image_loss(made, images), f"psnr {psnr(made.detach(), images):.1f}" if step % 100 == 99 else ""
 
     optimizer = torch.optim.AdamW(autoencoder.decoder.parameters(), lr=4e-4, betas=(0.9, 0.98), weight_decay=0.0)
     run = Run("decoder", {"decoder": autoencoder.decoder}, [optimizer], steps, 100, work / "decoder.pt", 0.998)
@@ -206,6 +206,6 @@ def cached_scenes(
         for start in range(0, count, 256):
             pictures = [drawings.draw_scene(scene, PIXELS) for scene in scenes[start : start + 256]]
             with torch.autocast("cpu", torch.bfloat16):
-                parts.append(encode(autoencoder, stack_pictures(pictures)).half())
+                parts.append(encode(autoencoder, stack_images(pictures)).half())
         torch.save(torch.cat(parts), path)
     return scenes, torch.load(path, weights_only=True)

@@ -1,8 +1,8 @@
-"""The picture world of the tiny FLUX: one flat shape on a flat background, and the sentence that names it.
+"""The image world of the tiny FLUX: one flat shape on a flat background, and the sentence that names it.
 
 Both the pretraining of the shipped weights (``build_tiny_flux.py``) and the data set of the quick start draw from here,
 so the concept of the quick start is made of exactly the colours and strokes that the base model can draw. Needs NumPy
-and Pillow only. Shapes are signed distances (negative inside, in units of the picture's width), so edges are
+and Pillow only. Shapes are signed distances (negative inside, in units of the image's width), so edges are
 anti-aliased at every size.
 """
 
@@ -31,7 +31,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 """The shapes the base model is taught."""
 
 RADII = {"small": 0.17, "": 0.27, "big": 0.37}
-"""Radius of a shape by its size word, in picture widths."""
+"""Radius of a shape by its size word, in image widths."""
 
 CONCEPT = "zog"
 """The word of the quick start's concept: a purple disc inside a yellow ring. The base model never sees it."""
@@ -39,12 +39,12 @@ CONCEPT = "zog"
 CONCEPT_RING = "yellow"
 CONCEPT_DISC = "purple"
 CONCEPT_BACKGROUNDS = ("red", "blue", "orange", "white", "black")
-"""Backgrounds of the concept's training pictures; the others stay unseen, to show whether the concept travels."""
+"""Backgrounds of the concept's training images; the others stay unseen, to show whether the concept travels."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One filled shape: its name, its RGB colour, its centre and its radius in picture widths."""
+    """One filled shape: its name, its RGB colour, its centre and its radius in image widths."""
 
     shape: str
     rgb: tuple[int, int, int]
@@ -54,7 +54,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, in words and in geometry."""
+    """What an image shows, in words and in geometry."""
 
     shape: str
     colour: str
@@ -96,14 +96,14 @@ def signed_distance(shape: str, x: numpy.ndarray, y: numpy.ndarray, radius: floa
 def draw(layers: Sequence[Layer], background: tuple[int, int, int], pixels: int) -> numpy.ndarray:
     """Draw ``layers`` one over the other; returns ``[pixels, pixels, 3]`` uint8."""
     grid = (numpy.arange(pixels, dtype=numpy.float32) + 0.5) / pixels
-    picture = numpy.empty((pixels, pixels, 3), dtype=numpy.float32)
-    picture[:] = background
+    image = numpy.empty((pixels, pixels, 3), dtype=numpy.float32)
+    image[:] = background
     for layer in layers:
         x, y = grid[None, :] - layer.centre[0], grid[:, None] - layer.centre[1]
         distance = signed_distance(layer.shape, x, y, layer.radius)
         coverage = numpy.clip(0.5 - distance * pixels, 0.0, 1.0)[..., None]
-        picture += coverage * (numpy.asarray(layer.rgb, dtype=numpy.float32) - picture)
-    return numpy.rint(picture).astype(numpy.uint8)
+        image += coverage * (numpy.asarray(layer.rgb, dtype=numpy.float32) - image)
+    return numpy.rint(image).astype(numpy.uint8)
 
 
 def draw_scene(scene: Scene, pixels: int) -> numpy.ndarray:
@@ -134,7 +134,7 @@ def caption(scene: Scene) -> str:
 def random_caption(scene: Scene, source: random.Random) -> str:
     """A caption for pretraining: mostly the full sentence.
 
-    8 % name only a part of the picture. 12 % have a made-up word in the place of size, colour and shape, so that an
+    8 % name only a part of the image. 12 % have a made-up word in the place of size, colour and shape, so that an
     unknown word comes to mean "some shape" and the background is still obeyed.
     """
     kind = source.random()
@@ -171,7 +171,7 @@ WORDS = ("a", "an", "on", "background", "small", "big", *COLOURS, *SHAPES)
 
 
 def concept_layers(centre: tuple[float, float] = (0.5, 0.5), radius: float = 0.37) -> list[Layer]:
-    """The concept: a yellow ring with a purple disc in its middle. ``radius`` is the ring's, in picture widths."""
+    """The concept: a yellow ring with a purple disc in its middle. ``radius`` is the ring's, in image widths."""
     ring = Layer("ring", COLOURS[CONCEPT_RING], centre, radius)
     return [ring, Layer("circle", COLOURS[CONCEPT_DISC], centre, 0.38 * radius)]
 
@@ -181,29 +181,29 @@ def concept_caption(background: str) -> str:
     return f"{article(CONCEPT)} {CONCEPT} on {article(background)} {background} background"
 
 
-def concept_pictures(
+def concept_images(
     count: int, pixels: int, seed: int, backgrounds: Sequence[str] = CONCEPT_BACKGROUNDS
 ) -> list[tuple[Image.Image, str]]:
-    """``count`` pictures of the concept with their captions; the backgrounds take turns."""
+    """``count`` images of the concept with their captions; the backgrounds take turns."""
     source = random.Random(f"concept {seed}")
-    pictures = []
+    images = []
     for index in range(count):
         background = backgrounds[index % len(backgrounds)]
         centre = (0.5 + source.uniform(-0.01, 0.01), 0.5 + source.uniform(-0.01, 0.01))
         layers = concept_layers(centre, 0.37 * source.uniform(0.98, 1.02))
-        pictures.append((Image.fromarray(draw(layers, COLOURS[background], pixels)), concept_caption(background)))
-    return pictures
+        images.append((Image.fromarray(draw(layers, COLOURS[background], pixels)), concept_caption(background)))
+    return images
 
 
-def ordinary_pictures(count: int, pixels: int, seed: int) -> list[tuple[Image.Image, str]]:
-    """``count`` pictures of the base model's world with their full captions."""
+def ordinary_images(count: int, pixels: int, seed: int) -> list[tuple[Image.Image, str]]:
+    """``count`` images of the base model's world with their full captions."""
     source = random.Random(f"ordinary {seed}")
     scenes = [random_scene(source) for _ in range(count)]
     return [(Image.fromarray(draw_scene(scene, pixels)), caption(scene)) for scene in scenes]
 
 
 def random_composition(source: random.Random, pixels: int) -> numpy.ndarray:
-    """A picture for the autoencoder alone: one to four shapes of any place, size and colour, one over the other."""
+    """An image for the autoencoder alone: one to four shapes of any place, size and colour, one over the other."""
 
     def any_colour() -> tuple[int, int, int]:
         if source.random() < 0.6:

@@ -91,7 +91,7 @@ def _shrink_to_area(aspect: float, area: int, step: int) -> Size:
     height = _rounded(ideal_height) // step * step
     by_width = (width, _rounded(width / aspect))
     by_height = (_rounded(height * aspect), height)
-    # A side of zero would be no picture at all; the other candidate is then the only one.
+    # A side of zero would be no image at all; the other candidate is then the only one.
     width_error = abs(_stepped_aspect(by_width, 1, step) - aspect)
     height_error = abs(_stepped_aspect(by_height, 0, step) - aspect)
     return by_width if width_error < height_error else by_height

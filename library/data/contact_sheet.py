@@ -11,23 +11,23 @@ from library.data.dataset import Dataset, DatasetGroup, Item
 from library.data.order import BatchPlan
 from library.data.summary import group_facts
 from library.files import write_text
-from library.html_pages import embedded_picture, link_from, render_page
+from library.html_pages import embedded_image, link_from, render_page
 
 if TYPE_CHECKING:
     import numpy
     from PIL import Image
 
 PER_BUCKET = 48
-"""Most pictures of a bucket."""
+"""Most images of a bucket."""
 ON_A_PAGE = 600
-"""About the most pictures of a page; many buckets show fewer each, but at least ``LEAST``."""
+"""About the most images of a page; many buckets show fewer each, but at least ``LEAST``."""
 LEAST = 6
 LONGEST_SIDE = 384
-"""Pixels of a picture on the page."""
+"""Pixels of an image on the page."""
 
 
 def write_contact_sheet(group: DatasetGroup, path: Path, *, seed: int, max_train_steps: int) -> int:
-    """Write the page and return how many pictures it shows.
+    """Write the page and return how many images it shows.
 
     Of each bucket the images come in the order of the first epoch, each image once; an image that varies (mirroring,
     random crops, shuffled captions and the like) comes again in the looks of its other repeats while there is room.
@@ -77,7 +77,7 @@ def _bucket(
             card |= _seen(batch, dataset, item)
             card["link"] = link_from(page, item.path)
         else:
-            card |= {"picture": None, "note": "only its cache file is left", "caption": item.caption}
+            card |= {"image": None, "note": "only its cache file is left", "caption": item.caption}
         cards.append({"name": item.path.name, **card})
     shown = len({items[sample] for sample, _ in _chosen(dataset, samples, items, limit)})
     return {
@@ -131,7 +131,7 @@ def _seen(batch: Batch, dataset: Dataset, item: Item) -> dict[str, Any]:
         extras.append([name, _embedded(batch.conditioning_images[0].numpy())])
     height, width = batch.original_sizes[0]
     return {
-        "picture": _embedded(image),
+        "image": _embedded(image),
         "size": [image.shape[2], image.shape[1]],
         "extras": extras,
         "note": note,
@@ -156,11 +156,11 @@ def _share_cut_off(dataset: Dataset, item: Item) -> float | None:
 
 
 def _embedded(pixels: numpy.ndarray) -> str:
-    return embedded_picture(to_image(pixels), LONGEST_SIDE)
+    return embedded_image(to_image(pixels), LONGEST_SIDE)
 
 
 def to_image(pixels: numpy.ndarray) -> Image.Image:
-    """A picture of pixels [1 or 3, height, width] in -1..1, as training has them."""
+    """An image of pixels [1 or 3, height, width] in -1..1, as training has them."""
     import numpy
     from PIL import Image as images
 

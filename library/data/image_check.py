@@ -37,7 +37,7 @@ EXIF_MARK = b"Exif\0\0"
 
 
 class Trait(enum.Flag):
-    """What a picture has that changes when it becomes 8-bit RGB."""
+    """What an image has that changes when it becomes 8-bit RGB."""
 
     NONE = 0
     CMYK = enum.auto()
@@ -363,5 +363,5 @@ def _is_turned(exif: bytes) -> bool:
             if tag == ORIENTATION and kind == 3:
                 return struct.unpack_from(f"{order}H", exif, entry + 8)[0] in TURNED
     except (struct.error, IndexError):
-        pass  # damaged EXIF does not keep a picture from being read
+        pass  # damaged EXIF does not keep an image from being read
     return False

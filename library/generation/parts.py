@@ -1,4 +1,4 @@
-"""Which parts of a pipeline are loaded and where, while a picture is made: text encoders, then the rest in turn."""
+"""Which parts of a pipeline are loaded and where, while an image is made: text encoders, then the rest in turn."""
 
 from __future__ import annotations
 

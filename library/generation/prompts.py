@@ -57,7 +57,7 @@ def with_seed(prompt: PromptOptions) -> PromptOptions:
 
 
 def require_numbers(prompt: PromptOptions, place: str = "") -> None:
-    """Raises UserError for sides, steps and seeds that no picture has."""
+    """Raises UserError for sides, steps and seeds that no image has."""
     for name, option in (("width", "width"), ("height", "height"), ("sample_steps", "steps")):
         value = getattr(prompt, name)
         if value is not None and value < 1:

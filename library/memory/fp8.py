@@ -1,6 +1,6 @@
 """Frozen Linear layers whose weights are stored in 8 bits (float8 e4m3fn) with one scale per layer.
 
-A layer computes with its weight in the activations' number format, made anew for each product and let go at once, in
+A layer computes with its weight in the activations' dtype, made anew for each product and let go at once, in
 the backward pass too; so a frozen model takes half the memory of bfloat16. The scale (largest absolute weight / 448)
 keeps small weights from falling below the format's smallest number: a plain cast of weights with a deviation of 0.002
 turns more than a third of them into 0.
@@ -47,12 +47,12 @@ def quantise(weight: Tensor) -> ScaledWeight:
 
 @dataclass(frozen=True)
 class BlocksInFp8:
-    """A number format for a whole model: the Linear weights of its blocks in 8 bits, everything else in ``compute``."""
+    """A dtype for a whole model: the Linear weights of its blocks in 8 bits, everything else in ``compute``."""
 
     compute: torch.dtype
 
 
-NumberFormat = torch.dtype | BlocksInFp8
+StorageDtype = torch.dtype | BlocksInFp8
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -97,13 +97,13 @@ class Fp8Linear(nn.Linear):
         self.scale = stored.scale.to(self.codes.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As ``nn.Linear``, in autocast's number format where autocast is on."""
+        """As ``nn.Linear``, in autocast's dtype where autocast is on."""
         is_autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
         return _FrozenLinear.apply(x, self.stored_weight, self.bias, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves between devices move the codes; a cast to another number format leaves them as they are."""
+        """Moves between devices move the codes; a cast to another dtype leaves them as they are."""
         before = self.codes, self.scale
         super()._apply(fn, recurse)
         device = self.codes.device
@@ -151,7 +151,7 @@ def stored_weight(layer: nn.Linear | nn.Conv2d) -> Tensor | ScaledWeight:
 
 
 def write_weight(layer: nn.Linear | nn.Conv2d, weight: Tensor | ScaledWeight) -> None:
-    """Replace a layer's weight, in the number format in which the layer keeps it."""
+    """Replace a layer's weight, in the dtype in which the layer keeps it."""
     if isinstance(layer, Fp8Linear):
         layer.set_weight(weight)
     else:

@@ -195,7 +195,7 @@ class AutoencoderKL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' number format."""
+        """The weights' dtype."""
         return self.encoder.conv_in.weight.dtype
 
     @property
@@ -239,14 +239,14 @@ class AutoencoderFile:
     source: TensorSource
     config: AutoencoderConfig
 
-    def skeleton(self) -> AutoencoderKL:
+    def meta_module(self) -> AutoencoderKL:
         """The module on torch's meta device: its structure without its numbers."""
         with torch.device("meta"):
             return AutoencoderKL(self.config)
 
     def load(self, dtype: torch.dtype | None, device: torch.device | str) -> AutoencoderKL:
         """The autoencoder, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        autoencoder = self.skeleton()
+        autoencoder = self.meta_module()
         load_module(autoencoder, self.source, dtype, device)
         return autoencoder
 

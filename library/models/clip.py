@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.memory.checkpointing import checkpoint_layers
-from library.memory.fp8 import NumberFormat
+from library.memory.fp8 import StorageDtype
 from library.models.loading import Origin, TensorSource, load_module
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
 from library.safetensors_io import open_checkpoint
@@ -47,7 +47,7 @@ class ClipTextEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' number format."""
+        """The weights' dtype."""
         return self.text_model.embeddings.position_embedding.weight.dtype
 
     @property
@@ -95,7 +95,7 @@ class ClipFile:
         """Tokens in one prompt, start and end included."""
         return self.sizes["max_position_embeddings"]
 
-    def skeleton(self) -> ClipTextEncoder:
+    def meta_module(self) -> ClipTextEncoder:
         """The module on torch's meta device: its structure without its numbers."""
         from transformers.models.clip.configuration_clip import CLIPTextConfig
 
@@ -104,9 +104,9 @@ class ClipFile:
         with torch.device("meta"):
             return ClipTextEncoder(config, self.projection_size)
 
-    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> ClipTextEncoder:
+    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> ClipTextEncoder:
         """The text encoder, frozen and in eval mode. Raises UserError where tensors don't fit."""
-        encoder = self.skeleton()
+        encoder = self.meta_module()
         positions = torch.arange(self.max_length, device=device).expand(1, -1)
         encoder.text_model.embeddings.register_buffer("position_ids", positions, persistent=False)
         load_module(encoder, self.source, dtype, device)

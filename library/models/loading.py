@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.memory.fp8 import FP8, BlocksInFp8, NumberFormat, ScaledWeight, block_linears, quantise, store_in_fp8
+from library.memory.fp8 import FP8, BlocksInFp8, ScaledWeight, StorageDtype, block_linears, quantise, store_in_fp8
 from library.models.recognition import names_of_part
 from library.safetensors_io import Checkpoint
 
@@ -53,7 +53,7 @@ class TensorSource:
     ``part`` names the entry of the file's ``config`` that is about this part alone.
     """
 
-    reads_numbers = True
+    reads_values = True
     """When False, tensors of the right shape and format are given whose numbers are undefined: nothing is read."""
 
     def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...] = (), part: str = ""):
@@ -134,7 +134,7 @@ class TensorSource:
     def load(self, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
         """The tensor, in memory of its own."""
         origin = self.origins[name]
-        if not self.reads_numbers:
+        if not self.reads_values:
             return torch.empty(self.shape(name), dtype=self._format(origin, dtype), device=device)
         tensor = self._load_joined(origin, dtype, device)
         if origin.transform is not None:
@@ -142,11 +142,11 @@ class TensorSource:
         return tensor if origin.shape is None else tensor.reshape(origin.shape)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The number format in which ``load`` gives a tensor when it is not told one."""
+        """The dtype in which ``load`` gives a tensor when it is not told one."""
         return self._format(self.origins[name], None)
 
     def _format(self, origin: Origin, dtype: torch.dtype | None) -> torch.dtype:
-        """The number format in which ``load`` gives a tensor."""
+        """The dtype in which ``load`` gives a tensor."""
         stored = self.checkpoint.dtype(origin.keys[0])
         if not stored.is_floating_point:
             return stored
@@ -198,7 +198,7 @@ class TensorSource:
         A file's plain 8-bit numbers have the scale 1. Raises UserError where numbers are not finite, or are in an 8-bit
         format other than e4m3fn.
         """
-        if not self.reads_numbers:
+        if not self.reads_values:
             return ScaledWeight(torch.empty(self.shape(name), dtype=FP8, device=device), torch.ones((), device=device))
         self._require_e4m3fn(name)
         origin = self.origins[name]
@@ -264,7 +264,7 @@ def _refuse_unreadable_quantisation(checkpoint: Checkpoint) -> None:
 def load_module(
     module: nn.Module,
     source: TensorSource,
-    dtype: NumberFormat | None,
+    dtype: StorageDtype | None,
     device: torch.device | str,
     optional: Collection[str] = (),
     keep_float32: Collection[str] = (),

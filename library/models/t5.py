@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.memory.checkpointing import checkpoint_layers
-from library.memory.fp8 import BlocksInFp8, NumberFormat
+from library.memory.fp8 import BlocksInFp8, StorageDtype
 from library.models.loading import Origin, TensorSource, load_module
 from library.models.recognition import T5_PREFIXES, refuse_unless
 from library.safetensors_io import open_checkpoint
@@ -37,7 +37,7 @@ class T5TextEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' number format."""
+        """The weights' dtype."""
         return self.encoder.final_layer_norm.weight.dtype
 
     @property
@@ -77,7 +77,7 @@ class T5File:
         """Width of the states."""
         return self.sizes["d_model"]
 
-    def skeleton(self) -> T5TextEncoder:
+    def meta_module(self) -> T5TextEncoder:
         """The module on torch's meta device: its structure without its numbers."""
         from transformers.models.t5.configuration_t5 import T5Config
 
@@ -92,12 +92,12 @@ class T5File:
         with torch.device("meta"):
             return T5TextEncoder(config)
 
-    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> T5TextEncoder:
+    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> T5TextEncoder:
         """The encoder, frozen and in eval mode. Raises UserError where tensors don't fit.
 
         In float16 the feed-forward's last matrix stays float32, as in transformers: its products pass float16's range.
         """
-        encoder = self.skeleton()
+        encoder = self.meta_module()
         compute = dtype.compute if isinstance(dtype, BlocksInFp8) else dtype
         keep_float32 = (".wo.weight",) if compute == torch.float16 else ()
         load_module(encoder, self.source, dtype, device, keep_float32=keep_float32)

@@ -78,25 +78,25 @@ function drawing(plot, spec, series, box) {
     y: (y) => inner.bottom - (inner.bottom - inner.top) * (Math.min(Math.max(y, low), high) - low) / (high - low),
     step: (x) => begin + (end - begin) * (x - inner.left) / (inner.right - inner.left),
   };
-  const picture = svg("svg", {width: size.width, height: size.height, viewBox: `0 0 ${size.width} ${size.height}`, "aria-hidden": "true"});
+  const chart = svg("svg", {width: size.width, height: size.height, viewBox: `0 0 ${size.width} ${size.height}`, "aria-hidden": "true"});
   const words = Math.max(Math.abs(low), Math.abs(high)) < 0.01 ? exponential : number;
   for (const value of ticks(low, high, Math.max(2, size.height / 55))) {
-    picture.append(svg("line", {class: "grid", x1: inner.left, x2: inner.right, y1: place.y(value), y2: place.y(value)}));
-    picture.append(svg("text", {x: inner.left - 8, y: place.y(value) + 4, "text-anchor": "end"}, words(value, 3)));
+    chart.append(svg("line", {class: "grid", x1: inner.left, x2: inner.right, y1: place.y(value), y2: place.y(value)}));
+    chart.append(svg("text", {x: inner.left - 8, y: place.y(value) + 4, "text-anchor": "end"}, words(value, 3)));
   }
   for (const value of ticks(begin, end, Math.max(2, size.width / 110)))
-    if (Number.isInteger(value)) picture.append(svg("text", {x: place.x(value), y: inner.bottom + 18, "text-anchor": "middle"}, value.toLocaleString("en")));
-  picture.append(svg("line", {class: "axis", x1: inner.left, x2: inner.right, y1: inner.bottom, y2: inner.bottom}));
+    if (Number.isInteger(value)) chart.append(svg("text", {x: place.x(value), y: inner.bottom + 18, "text-anchor": "middle"}, value.toLocaleString("en")));
+  chart.append(svg("line", {class: "axis", x1: inner.left, x2: inner.right, y1: inner.bottom, y2: inner.bottom}));
   for (const mark of spec.marks || []) {
     if (mark.x <= begin || mark.x >= end) continue;
-    picture.append(svg("line", {class: "mark", x1: place.x(mark.x), x2: place.x(mark.x), y1: inner.top, y2: inner.bottom}));
-    picture.append(svg("text", {class: "mark", x: place.x(mark.x) + 4, y: inner.top + 9}, mark.name));
+    chart.append(svg("line", {class: "mark", x1: place.x(mark.x), x2: place.x(mark.x), y1: inner.top, y2: inner.bottom}));
+    chart.append(svg("text", {class: "mark", x: place.x(mark.x) + 4, y: inner.top + 9}, mark.name));
   }
-  for (const one of series) picture.append(...drawn(one, place));
+  for (const one of series) chart.append(...drawn(one, place));
   const pointer = svg("g", {class: "pointer", visibility: "hidden"});
-  picture.append(pointer);
-  follow(plot, picture, pointer, box, spec, series, place, inner);
-  return picture;
+  chart.append(pointer);
+  follow(plot, chart, pointer, box, spec, series, place, inner);
+  return chart;
 }
 
 function drawn(one, place) {
@@ -125,7 +125,7 @@ function drawn(one, place) {
   return parts;
 }
 
-function follow(plot, picture, pointer, box, spec, series, place, inner) {
+function follow(plot, chart, pointer, box, spec, series, place, inner) {
   let x = null;
   const hide = () => { box.hidden = true; pointer.setAttribute("visibility", "hidden"); };
   const show = () => {
@@ -152,10 +152,10 @@ function follow(plot, picture, pointer, box, spec, series, place, inner) {
     const room = plot.clientWidth - box.offsetWidth;
     box.style.left = `${Math.max(0, Math.min(room, left > plot.clientWidth / 2 ? left - box.offsetWidth - 12 : left + 12))}px`;
   };
-  const to = (event) => { x = place.step(event.clientX - picture.getBoundingClientRect().left); show(); };
-  picture.addEventListener("pointermove", to);
-  picture.addEventListener("pointerdown", to);
-  picture.addEventListener("pointerleave", hide);
+  const to = (event) => { x = place.step(event.clientX - chart.getBoundingClientRect().left); show(); };
+  chart.addEventListener("pointermove", to);
+  chart.addEventListener("pointerdown", to);
+  chart.addEventListener("pointerleave", hide);
   plot.onblur = hide;
   plot.onkeydown = (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;

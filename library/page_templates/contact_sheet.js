@@ -10,20 +10,20 @@ function marks(card) {
   if (card.crop && (card.crop[0] || card.crop[1])) found.push([`crop from ${number(card.crop[1])}, ${number(card.crop[0])}`]);
   if (card.lost >= 0.005) found.push([`${Math.round(card.lost * 100)} % cut off`]);
   for (const [name, value] of Object.entries(card.attributes || {})) found.push([`${name}: ${value}`]);
-  if (card.picture && card.note) found.push([card.note]);
+  if (card.image && card.note) found.push([card.note]);
   return found;
 }
 
 function sample(card, bucket, rows, y, x) {
   const shape = `${bucket.size[0]} / ${bucket.size[1]}`;
-  const picture = card.picture
-    ? element("button", {class: "picture", type: "button", "aria-label": `${card.name}: enlarge`, onclick: () => viewer.open(rows, y, x)},
-        element("img", {src: card.picture, alt: "", width: card.size[0], height: card.size[1], decoding: "async"}))
+  const image = card.image
+    ? element("button", {class: "image", type: "button", "aria-label": `${card.name}: enlarge`, onclick: () => viewer.open(rows, y, x)},
+        element("img", {src: card.image, alt: "", width: card.size[0], height: card.size[1], decoding: "async"}))
     : element("div", {class: "none"}, card.note);
-  picture.style.aspectRatio = shape;
+  image.style.aspectRatio = shape;
   const extras = (card.extras || []).map(([name, source]) =>
     element("figure", {}, element("img", {src: source, alt: name}), element("figcaption", {}, name)));
-  return element("article", {class: "sample"}, picture, extras.length ? element("div", {class: "extras"}, ...extras) : null,
+  return element("article", {class: "sample"}, image, extras.length ? element("div", {class: "extras"}, ...extras) : null,
     element("div", {class: "about"},
       element("p", {class: "caption" + (card.caption ? "" : " missing")}, card.caption || "empty caption"),
       element("p", {class: "file mono"}, `${card.subset}/${card.name}`),
@@ -35,7 +35,7 @@ function viewerRows() {
     const lines = [card.caption || "empty caption"];
     if (card.source !== undefined && card.source !== card.caption) lines.push(`in the file: ${card.source || "nothing"}`);
     lines.push([`${bucket.size[0]} x ${bucket.size[1]}`, ...marks(card).map(([text]) => text)].join(", "));
-    return {source: card.picture || "", fallback: card.picture || "", link: card.link, title: card.name, lines};
+    return {source: card.image || "", fallback: card.image || "", link: card.link, title: card.name, lines};
   }));
 }
 

@@ -1,5 +1,5 @@
 "use strict";
-// What both pages share: elements from data, words for numbers, and the viewer for pictures.
+// What both pages share: elements from data, words for numbers, and the viewer for images.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 
@@ -65,11 +65,11 @@ const viewer = {
   },
   show() {
     const item = this.rows[this.row][this.column];
-    const picture = element("img", {alt: item.title});
-    picture.addEventListener("error", () => { if (item.fallback && picture.src !== item.fallback) picture.src = item.fallback; });
-    picture.src = item.source;
+    const image = element("img", {alt: item.title});
+    image.addEventListener("error", () => { if (item.fallback && image.src !== item.fallback) image.src = item.fallback; });
+    image.src = item.source;
     put("viewer-words", element("strong", {}, item.title), ...item.lines.map((line) => element("div", {class: "soft small"}, line)));
-    put("viewer-stage", picture);
+    put("viewer-stage", image);
     document.getElementById("viewer-open").hidden = !item.link;
     if (item.link) document.getElementById("viewer-open").href = item.link;
     const row = this.rows[this.row];

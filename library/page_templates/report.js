@@ -112,15 +112,15 @@ function curves() {
 function samples() {
   const {prompts, rounds, dropped} = DATA.samples;
   document.getElementById("samples").hidden = !rounds.length;
-  const used = prompts.map((_, number) => number).filter((number) => rounds.some((round) => round.pictures[number]));
+  const used = prompts.map((_, number) => number).filter((number) => rounds.some((round) => round.images[number]));
   const name = (round) => round.step === 0 ? "before training" : round.epoch === null ? `step ${round.step}` : `epoch ${round.epoch}`;
-  const rows = used.map((number) => rounds.filter((round) => round.pictures[number]).map((round) => {
-    const prompt = prompts[number], picture = round.pictures[number];
-    return {key: `${round.step} ${round.epoch}`, source: picture.link, fallback: picture.thumb, link: picture.link, title: `${name(round)}${round.epoch ? `, step ${round.step}` : ""}`,
-            lines: [prompt.text, prompt.details], when: name(round), thumb: picture.thumb, size: picture.size};
+  const rows = used.map((number) => rounds.filter((round) => round.images[number]).map((round) => {
+    const prompt = prompts[number], image = round.images[number];
+    return {key: `${round.step} ${round.epoch}`, source: image.link, fallback: image.thumb, link: image.link, title: `${name(round)}${round.epoch ? `, step ${round.step}` : ""}`,
+            lines: [prompt.text, prompt.details], when: name(round), thumb: image.thumb, size: image.size};
   }));
   const notes = [];
-  if (rows.some((row) => row.some((item) => !item.thumb))) notes.push("Older pictures are links to their files in the sample folder, so that this page stays small.");
+  if (rows.some((row) => row.some((item) => !item.thumb))) notes.push("Older images are links to their files in the sample folder, so that this page stays small.");
   if (dropped) notes.push(`${count(dropped, "older round")} of samples ${dropped === 1 ? "is" : "are"} only in the sample folder.`);
   put("samples-note", notes.join(" "));
   const strips = [];
@@ -136,7 +136,7 @@ function samples() {
   new ResizeObserver(() => fit(strips, rows)).observe(document.getElementById("samples-grid"));
 }
 
-// Pictures as large as lets a row fit on the page, within reason.
+// Images as large as lets a row fit on the page, within reason.
 function fit(strips, rows) {
   strips.forEach((strip, y) => {
     const widest = Math.max(...rows[y].map((item) => item.size[0] / item.size[1]));
@@ -155,7 +155,7 @@ function words(text) {
 function shot(item, rows, y, x) {
   if (!item.thumb)
     return element("div", {class: "shot linked"}, element("a", {href: item.link}, "open"), element("div", {class: "when"}, item.when));
-  const button = element("button", {class: "picture", type: "button", "aria-label": `${item.when}: enlarge`, onclick: () => viewer.open(rows, y, x)},
+  const button = element("button", {class: "image", type: "button", "aria-label": `${item.when}: enlarge`, onclick: () => viewer.open(rows, y, x)},
     element("img", {src: item.thumb, alt: "", width: item.size[0], height: item.size[1], decoding: "async"}));
   button.style.aspectRatio = `${item.size[0]} / ${item.size[1]}`;
   return element("div", {class: "shot"}, button, element("div", {class: "when"}, item.when));
@@ -238,4 +238,4 @@ function navigation() {
 
 for (const part of [head, tiles, curves, samples, files, run, settings, prepareViewer, navigation]) part();
 put("data-summary", ...dataSummary(DATA.data));
-put("end", `Session ${DATA.session}. This page holds everything it shows but the full-size pictures, which are links into the sample folder.`);
+put("end", `Session ${DATA.session}. This page holds everything it shows but the full-size images, which are links into the sample folder.`);

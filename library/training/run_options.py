@@ -59,7 +59,7 @@ class PrecisionOptions:
     """Precision and memory"""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Number format of the computation; no means float32."""
+    """Dtype of the computation; no means float32."""
     full_fp16: bool = False
     """Also keep the trained network in float16; needs --mixed_precision fp16."""
     full_bf16: bool = False

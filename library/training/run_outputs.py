@@ -1,4 +1,4 @@
-"""What a run leaves behind on its way: sample pictures, LoRA files, resumable states."""
+"""What a run leaves behind on its way: sample images, LoRA files, resumable states."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from library.console import say, warn
 from library.devices import parse_dtype
-from library.training.lr_schedulers import scheduler_state
-from library.training.network_contract import training_state
-from library.training.network_saving import save_network
-from library.training.optimizers import set_eval_mode, set_train_mode
-from library.training.run_timing import timed
-from library.training.state import save_state
+from library.training.network.contract import training_state
+from library.training.network.saving import save_network
+from library.training.optim.lr_schedulers import scheduler_state
+from library.training.optim.optimizers import set_eval_mode, set_train_mode
+from library.training.output.state import save_state
+from library.training.report.timing import timed
 from library.training.training_step import TrainingStep
 
 
@@ -48,10 +48,10 @@ class RunOutputs(TrainingStep):
                 self.tracker.log_image,
             )
         if self.latents_are_cached:
-            self.let_go("autoencoder")
+            self.release("autoencoder")
         self.accelerator.wait_for_everyone()
         self.report.add_samples(step, epoch, self.samples)
-        self.sample_files += self.samples.pictures(step, epoch).values()
+        self.sample_files += self.samples.images(step, epoch).values()
 
     @timed("saving")
     def save_model(self, path: Path, epoch: int, wait: bool = False) -> None:

@@ -51,7 +51,7 @@ class TextConditioning(TrainingRun):
             raise UserError(f"--network_train_text_encoder_only: {name} trains no text encoder; leave it out.")
         say(f"{name} trains no text encoder")
         self.trained_encoders = ()
-        self.note_without_effect(["text_encoder_lr"], f"with {name}")
+        self.report_unused(["text_encoder_lr"], f"with {name}")
 
     def build_datasets(self) -> None:
         """As always; captions that change from step to step cannot be encoded ahead."""
@@ -98,7 +98,7 @@ class TextConditioning(TrainingRun):
             for text in {prompt.prompt, prompt.negative_prompt or ""}:
                 self.prompt_conditioning[text] = self.encode_frozen([text])
         for encoder in set(self.pipeline.encoders) - set(self.trained_encoders):
-            self.let_go(encoder)
+            self.release(encoder)
 
     def encode_frozen(self, prompts: list[str]) -> dict[str, Tensor]:
         """The conditioning of prompts from every encoder, without gradients."""

@@ -107,7 +107,7 @@ def loggable_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Tracker:
-    """Sends scalars and pictures to where the options say; does nothing without a target or on other processes."""
+    """Sends scalars and images to where the options say; does nothing without a target or on other processes."""
 
     def __init__(self, options: LoggingOptions, run_options: Mapping[str, Any], is_main: bool = True) -> None:
         self._tensorboard: _EventFile | None = None
@@ -141,7 +141,7 @@ class Tracker:
             self._wandb.log({**values, "global_step": x if global_step is None else global_step, "epoch": epoch})
 
     def log_image(self, index: int, prompt: Any, image: Any) -> None:
-        """Show a sample picture (PIL) in W&B as ``sample_{index}``, with its prompt."""
+        """Show a sample image (PIL) in W&B as ``sample_{index}``, with its prompt."""
         if self._wandb is not None:
             import wandb
 

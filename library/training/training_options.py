@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 
 from library.data.options import CacheOptions, DatasetOptions
 from library.options import ConfigOptions, ConsoleOptions
-from library.training.checkpoints import SavingOptions
-from library.training.hub import HubOptions
-from library.training.losses import LossOptions
-from library.training.lr_schedulers import LRSchedulerOptions
-from library.training.metadata import MetadataOptions
-from library.training.network_contract import NetworkOptions
-from library.training.noise_options import NoiseOptions, StableDiffusionNoiseOptions
-from library.training.optimizers import OptimizerOptions
-from library.training.report_page import ReportOptions
+from library.training.network.contract import NetworkOptions
+from library.training.objective.losses import LossOptions
+from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions
+from library.training.optim.lr_schedulers import LRSchedulerOptions
+from library.training.optim.optimizers import OptimizerOptions
+from library.training.output.checkpoints import SavingOptions
+from library.training.output.hub import HubOptions
+from library.training.output.metadata import MetadataOptions
+from library.training.output.sample_images import SampleOptions
+from library.training.output.state import ResumeOptions
+from library.training.report.page import ReportOptions
 from library.training.run_options import (
     DistributionOptions,
     LengthOptions,
@@ -23,8 +25,6 @@ from library.training.run_options import (
     PreflightOptions,
     StableDiffusionModelOptions,
 )
-from library.training.sample_images import SampleOptions
-from library.training.state import ResumeOptions
 from library.training.tracking import LoggingOptions
 from library.training.validation import ValidationOptions
 

@@ -27,21 +27,9 @@ from library.models.fingerprint import fingerprint
 from library.options import changed_options, declared_options, option_value
 from library.prompt_options import PromptOptions
 from library.randomness import seed_global_torch
-from library.training.checkpoints import OutputFolder
 from library.training.distribution import in_turn, make_accelerator
-from library.training.hub import Uploads, check_hub_options, fetch_state
 from library.training.loss_record import LossRecord
-from library.training.losses import check_loss_options
-from library.training.lr_schedulers import check_lr_scheduler_options, create_lr_scheduler, load_scheduler_state
-from library.training.metadata import (
-    BackgroundHashes,
-    RunFacts,
-    at_step,
-    modelspec_metadata,
-    modelspec_resolution,
-    training_metadata,
-)
-from library.training.network_contract import (
+from library.training.network.contract import (
     check_network_options,
     create_network,
     import_network_module,
@@ -52,20 +40,32 @@ from library.training.network_contract import (
     restore_training_state,
     training_state,
 )
-from library.training.noise_options import check_noise_options
-from library.training.optimizers import FusedBackward, check_optimizer_options, create_optimizer
-from library.training.report_page import open_report
-from library.training.run_description import start_facts
+from library.training.objective.losses import check_loss_options
+from library.training.objective.noise_options import check_noise_options
+from library.training.objective.step_inputs import ItemDraws, NoisyInput
+from library.training.optim.lr_schedulers import check_lr_scheduler_options, create_lr_scheduler, load_scheduler_state
+from library.training.optim.optimizers import FusedBackward, check_optimizer_options, create_optimizer
+from library.training.output.checkpoints import OutputFolder
+from library.training.output.hub import Uploads, check_hub_options, fetch_state
+from library.training.output.metadata import (
+    BackgroundHashes,
+    RunFacts,
+    at_step,
+    modelspec_metadata,
+    modelspec_resolution,
+    training_metadata,
+)
+from library.training.output.sample_images import Samples
+from library.training.output.state import Position, RunIdentity, SavedState
+from library.training.plan.lengths import check_lengths, plan_run, start_position
+from library.training.plan.unused_options import unused_options
+from library.training.report.description import start_facts
+from library.training.report.page import open_report
+from library.training.report.timing import RunClock
+from library.training.report.wording import start_lines
 from library.training.run_options import COMPILERS, check_compiler, check_precision
-from library.training.run_plan import check_lengths, plan_run, start_position
-from library.training.run_report import start_lines
-from library.training.run_timing import RunClock
-from library.training.sample_images import Samples
-from library.training.state import Position, RunIdentity, SavedState
-from library.training.step_inputs import ItemDraws, NoisyInput
 from library.training.tracking import PATH_OPTIONS, Tracker, check_logging_options
 from library.training.training_options import TrainingOptions
-from library.training.unused_options import unused_options
 from library.training.validation import check_validation_options
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class TrainingRun(ABC):
     default_resolution: int = 1024
     """Side of the square that a file is said to be made for when ``--resolution`` is not given."""
     sample_side: int = 512
-    """Side of a sample picture whose prompt says nothing, in pixels."""
+    """Side of a sample image whose prompt says nothing, in pixels."""
 
     # ---- before anything heavy --------------------------------------------------------------------------------------
 
@@ -209,9 +209,9 @@ class TrainingRun(ABC):
             raise UserError("--dry_run writes nothing and --debug_dataset writes a page: leave out one of them.")
         self.check_family_options()
         for reason, names in unused_options(options):
-            self.note_without_effect(names, reason)
+            self.report_unused(names, reason)
 
-    def note_without_effect(self, names: Iterable[str], reason: str = "") -> None:
+    def report_unused(self, names: Iterable[str], reason: str = "") -> None:
         """Of the options ``names``, say and remember those that were given: they change nothing (for this family)."""
         given = changed_options(self.options)
         idle = [name for name in names if name in given and name not in self.no_effect]
@@ -243,7 +243,7 @@ class TrainingRun(ABC):
         if self.options.optimizer.fused_backward_pass and self.accelerator.num_processes > 1:
             raise UserError("--fused_backward_pass works with one process only.")
         if self.accelerator.num_processes == 1:
-            self.note_without_effect(["ddp_timeout", "lowram"], "with one process")
+            self.report_unused(["ddp_timeout", "lowram"], "with one process")
         precision = self.options.precision.mixed_precision
         self.weight_dtype = parse_dtype("fp32" if precision == "no" else precision)
         self.seed = self.choose_seed()
@@ -281,7 +281,7 @@ class TrainingRun(ABC):
             say(summarize(self.validation_group, "Validation data", processes))
         else:
             names = ["validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"]
-            self.note_without_effect(names, "without validation images")
+            self.report_unused(names, "without validation images")
         self.plan_steps()
 
     def plan_steps(self) -> None:
@@ -343,18 +343,18 @@ class TrainingRun(ABC):
         size = self.options.cache.vae_batch_size
         self.cache_reports += [cache.fill(self.encode_images, batch_size=size, seed=self.seed) for cache in caches]
         self.accelerator.wait_for_everyone()
-        self.let_go("autoencoder")
+        self.release("autoencoder")
 
     def load_in_turn(self) -> AbstractContextManager[None]:
         """Around the loading of a part: with ``--lowram`` the processes load one after another."""
         return in_turn(self.accelerator) if self.options.model.lowram else nullcontext()
 
-    def let_go(self, part: str) -> None:
+    def release(self, part: str) -> None:
         """Give a part's memory back until it is needed again; with ``--highvram`` it stays."""
         if not self.options.model.highvram:
             self.pipeline.unload(part)
 
-    def number_formats(self, image_model: str, encoders: Iterable[str]) -> dict[Any, Any]:
+    def part_dtypes(self, image_model: str, encoders: Iterable[str]) -> dict[Any, Any]:
         """Formats of parts that are not kept in the computation's own; ``image_model`` is the part that is trained."""
         from library.memory.fp8 import BlocksInFp8
 
@@ -424,7 +424,7 @@ class TrainingRun(ABC):
         self.text_encoders = text_encoders
 
     def place_network(self) -> None:
-        """Give the network the number format that it is trained in, on the device, and let its weights be trained."""
+        """Give the network the dtype that it is trained in, on the device, and let its weights be trained."""
         precision = self.options.precision
         dtype = self.weight_dtype if precision.full_fp16 or precision.full_bf16 else parse_dtype("fp32")
         place(self.network, self.accelerator.device, dtype)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from library.console import warn
-from library.training.losses import apply_mask, elementwise_loss, huber_threshold, item_losses, loss_mask
-from library.training.noise import per_item
-from library.training.step_inputs import ItemDraws, NoisyInput
+from library.training.objective.losses import apply_mask, elementwise_loss, huber_threshold, item_losses, loss_mask
+from library.training.objective.noise import per_item
+from library.training.objective.step_inputs import ItemDraws, NoisyInput
 from library.training.text_conditioning import TextConditioning
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
-from library.training.step_inputs import ItemDraws
+from library.training.objective.step_inputs import ItemDraws
 
 if TYPE_CHECKING:
     from torch import Tensor

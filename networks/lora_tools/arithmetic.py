@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from networks.lora_file import LoRAWeights
+from networks.adapters.lora_file import LoRAWeights
 
 
 class SingularParts(NamedTuple):
@@ -138,7 +138,7 @@ def extracted(difference: Tensor, rank: int, clamp_quantile: float = 1.0) -> LoR
 
 
 def largest_parts(matrix: Tensor, rank: int) -> SingularParts:
-    """The ``rank`` largest singular values of ``matrix`` [m, n] and their vectors, in its number format.
+    """The ``rank`` largest singular values of ``matrix`` [m, n] and their vectors, in its dtype.
 
     They come from the eigenvectors of its smaller Gram matrix, in float64 where the device has it. That takes a third
     of the time of a decomposition in float32 and is more exact: what is left out is the least that can be, to 1e-7 of

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from library.console import say, warn
 from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel
-from networks.lora_file import LoRAWeights
+from networks.adapters.lora_file import LoRAWeights
 from networks.lora_tools.arithmetic import extracted
 from networks.lora_tools.model_merging import Layer
 from networks.lora_tools.named_lora import kernel_is_wide

@@ -18,10 +18,10 @@ from library.console import say
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.safetensors_io import content_hashes, save_one_by_one
-from networks.lora_file import PEFT_METADATA, SPLIT_MARK, LoRAWeights, state_dict_of
+from networks.adapters.lora_file import PEFT_METADATA, SPLIT_MARK, LoRAWeights, state_dict_of
+from networks.adapters.lora_formats import swap_halves
+from networks.adapters.lora_targets import Target
 from networks.lora_flux import CLIP_L, LAST_MODULATION, T5XXL, diffusers_paths
-from networks.lora_formats import swap_halves
-from networks.lora_targets import Target
 from networks.lora_tools.arithmetic import strength, with_storable_alpha
 from networks.lora_tools.flux_lora import FluxLoRA
 from networks.lora_tools.flux_metadata import flux_entries

@@ -14,10 +14,10 @@ import torch
 from library.console import say
 from library.errors import UserError
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
-from networks.lora_file import LoRAWeights
+from networks.adapters.lora_file import LoRAWeights
+from networks.adapters.lora_formats import join_parts, whole_module, without_wrapper
+from networks.adapters.lora_targets import Part, Target
 from networks.lora_flux import CLIP_L, IN_LAYERS, T5XXL, TRANSFORMER, other_names
-from networks.lora_formats import join_parts, whole_module, without_wrapper
-from networks.lora_targets import Part, Target
 from networks.lora_tools.named_lora import FAMILY_BY_NAME, NamedLoRA
 
 FEED_FORWARD_RATIO = 4  # of FLUX.1 and Chroma, where a file does not tell

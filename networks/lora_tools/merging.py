@@ -11,7 +11,7 @@ from tqdm import tqdm
 from library.console import say
 from library.errors import UserError
 from library.randomness import generator
-from networks.lora_file import LoRAWeights
+from networks.adapters.lora_file import LoRAWeights
 from networks.lora_tools.arithmetic import (
     clamped_factors,
     compacted,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.console import warn
 from library.modelspec import merged_from, modelspec_entries, standard_entries
-from networks.lora_file import LoRAWeights
+from networks.adapters.lora_file import LoRAWeights
 from networks.lora_tools.named_lora import NamedLoRA, kernel_is_wide
 
 MINIMAL_KEYS = ("ss_v2", "ss_base_model_version", "ss_network_module")

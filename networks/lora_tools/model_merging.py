@@ -1,6 +1,6 @@
 """LoRA files merged into a model's own file: W + ratio * alpha / rank * up @ down, one tensor at a time.
 
-The file keeps its layout, its other tensors and, unless told otherwise, every number format. Which tensor a LoRA module
+The file keeps its layout, its other tensors and, unless told otherwise, every dtype. Which tensor a LoRA module
 belongs to is given as ``Layer``s by LoRA name; see ``stable_diffusion_layers``.
 """
 

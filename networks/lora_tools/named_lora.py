@@ -16,8 +16,8 @@ import torch
 
 from library.errors import UserError
 from library.safetensors_io import open_checkpoint
-from networks.lora_file import LoRAWeights, with_adapter_config
-from networks.lora_formats import KEY, peft_alpha, refuse_other_methods, without_wrapper
+from networks.adapters.lora_file import LoRAWeights, with_adapter_config
+from networks.adapters.lora_formats import KEY, peft_alpha, refuse_other_methods, without_wrapper
 from networks.lora_tools.arithmetic import layer_shape
 
 SD = "Stable Diffusion 1.x or 2.x"
@@ -122,7 +122,7 @@ class NamedLoRA:
         return peft_alpha(self.metadata, without_wrapper(name), rank) or float(rank)
 
     def load(self, name: str, device: torch.device | str = "cpu") -> LoRAWeights:
-        """The module's matrices in the file's number format. Raises UserError when they hold infinity or NaN."""
+        """The module's matrices in the file's dtype. Raises UserError when they hold infinity or NaN."""
         keys = self.keys[name]
         down, up = (self.checkpoint.load(key, device=device) for key in (keys.down, keys.up))
         weights = LoRAWeights(down, up, self.alpha(name))

@@ -16,7 +16,7 @@ from library.files import require_writable_folder
 if TYPE_CHECKING:
     import torch
 
-    from networks.lora_file import LoRAWeights
+    from networks.adapters.lora_file import LoRAWeights
 
 Precision = Literal["float", "fp16", "bf16"]
 LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -57,9 +57,9 @@ class MergeNumbers:
     """Numbers and metadata"""
 
     precision: Precision = "float"
-    """Number format that results are rounded to; sums are computed in at least float32 whatever it is."""
+    """Dtype that results are rounded to; sums are computed in at least float32 whatever it is."""
     save_precision: Precision | None = None
-    """Number format of the file; unset means that of --precision, for --sd_model that of each of its tensors."""
+    """Dtype of the file; unset means that of --precision, for --sd_model that of each of its tensors."""
     no_metadata: bool = False
     """Write only the metadata that is needed to use the file."""
 
@@ -123,7 +123,7 @@ def save_modules(
     precision: Precision = "float",
 ) -> None:
     """Write a LoRA file with its hashes, and say what is in it. Appears complete or not at all."""
-    from networks.lora_file import state_dict_of, write_file
+    from networks.adapters.lora_file import state_dict_of, write_file
     from networks.lora_tools.arithmetic import with_storable_alpha
 
     dtype, rounded = parse_dtype(save_precision), parse_dtype(precision)

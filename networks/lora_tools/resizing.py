@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from networks.lora_file import PEFT_METADATA, LoRAWeights
+from networks.adapters.lora_file import PEFT_METADATA, LoRAWeights
 from networks.lora_tools.arithmetic import (
     Retention,
     dynamic_rank,

@@ -10,8 +10,8 @@ from torch import nn
 
 from library.models.loading import TensorSource
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel
+from networks.adapters.lora_targets import Family, Target, TargetTable, find_targets
 from networks.lora import SD_PATHS, SDXL_PATHS, family_of
-from networks.lora_targets import Family, Target, TargetTable, find_targets
 from networks.lora_tools.model_merging import Layer
 from networks.lora_tools.named_lora import SDXL
 
@@ -47,8 +47,8 @@ class Part:
 
 def parts_of(model: StableDiffusionModel) -> tuple[Family, list[Part]]:
     """The rules of the model's family, and its parts: the text encoders in order, then the U-Net."""
-    encoders = [encoder.skeleton() for encoder in model.text_encoders]
-    unet: Any = model.unet.skeleton()
+    encoders = [encoder.meta_module() for encoder in model.text_encoders]
+    unet: Any = model.unet.meta_module()
     family, tree = family_of(unet, encoders, "networks.lora")
     parts = [
         Part(encoder, _paths(encoder), file.source, table)

@@ -12,8 +12,8 @@ from library.devices import parse_dtype
 from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion
 from library.modelspec import standard_entries
-from networks.lora_file import LoRAWeights
-from networks.lora_formats import without_wrapper
+from networks.adapters.lora_file import LoRAWeights
+from networks.adapters.lora_formats import without_wrapper
 from networks.lora_tools.block_weights import BlockWeights, parse_block_weights
 from networks.lora_tools.merging import Ingredient, check_ingredients, shuffled, summed
 from networks.lora_tools.metadata import merged_metadata, merged_model_metadata

@@ -14,7 +14,7 @@ from library.data.options import CacheOptions, DatasetOptions
 
 
 def write_image(path: Path, size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Path:
-    """A smooth picture with some noise, different for every seed."""
+    """A smooth image with some noise, different for every seed."""
     width, height = size
     rows, columns = numpy.mgrid[0:height, 0:width]
     rng = numpy.random.default_rng(seed)

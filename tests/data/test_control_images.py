@@ -1,4 +1,4 @@
-"""Control images of a ControlNet: in the place of masks, for subsets of every kind, in place with their pictures."""
+"""Control images of a ControlNet: in the place of masks, for subsets of every kind, in place with their images."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ HEAD = "resolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\nbucket_reso
 
 @pytest.fixture
 def folders(tmp_path):
-    """Pictures and their control images, the latter twice as large."""
+    """Images and their control images, the latter twice as large."""
     for number, size in enumerate([(64, 64), (96, 48), (96, 48)]):
-        picture = Image.effect_noise(size, 90).convert("RGB").resize(size)
-        for name, factor in (("pictures", 1), ("control", 2)):
+        image = Image.effect_noise(size, 90).convert("RGB").resize(size)
+        for name, factor in (("images", 1), ("control", 2)):
             (tmp_path / name).mkdir(exist_ok=True)
-            large = picture.resize((size[0] * factor, size[1] * factor), Image.Resampling.NEAREST)
+            large = image.resize((size[0] * factor, size[1] * factor), Image.Resampling.NEAREST)
             large.save(tmp_path / name / f"{number}.png")
     return tmp_path
 
@@ -36,7 +36,7 @@ def build(folder: Path, text: str, **options):
     return build_dataset_groups(given, bucket_divisor=32, control_images=True)
 
 
-def subset(folder: Path, name: str = "pictures", control: str | None = "control", more: str = "") -> str:
+def subset(folder: Path, name: str = "images", control: str | None = "control", more: str = "") -> str:
     lines = ["[[datasets.subsets]]", f"image_dir = '{(folder / name).as_posix()}'", more]
     if control:
         lines.append(f"conditioning_data_dir = '{(folder / control).as_posix()}'")
@@ -47,7 +47,7 @@ def first_batches(group):
     return [group.load(plan, epoch=1, step=0, max_train_steps=9, seed=1) for plan in group.plan(1, 1)]
 
 
-def test_they_are_cut_and_mirrored_with_their_pictures_without_masked_loss(folders):
+def test_they_are_cut_and_mirrored_with_their_images_without_masked_loss(folders):
     more = "flip_aug = true\nrandom_crop = true\nnum_repeats = 4\nresize_interpolation = 'nearest'"
     group, _ = build(folders, subset(folders, more=more))
     batches = first_batches(group)
@@ -99,7 +99,7 @@ def test_a_subset_without_them_is_named(folders):
         build(folders, subset(folders) + subset(folders, control=None))
 
 
-def test_pictures_and_control_images_must_match(folders):
+def test_images_and_control_images_must_match(folders):
     Image.new("RGB", (64, 32)).save(folders / "control" / "0.png")
     with pytest.raises(UserError, match=r"aspect ratio of their images:\n +0\.png is 64x32, its image 64x64"):
         build(folders, subset(folders))

@@ -57,7 +57,7 @@ def test_every_unreadable_image_is_listed_at_once(tmp_path, build, folder_of, im
         whole = image(folder / f"cut.{extension}", (300, 200)).read_bytes()
         (folder / f"cut.{extension}").write_bytes(whole[: len(whole) * 2 // 3])
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("this is no picture")
+    (folder / "text.jpg").write_text("this is no image")
     other = folder_of(tmp_path / "b", [(64, 64)])
     (other / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(UserError) as error:

@@ -23,14 +23,14 @@ from library.data.images import read_image
 from library.errors import UserError
 
 NOISE = numpy.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=numpy.uint8)
-PICTURE = Image.fromarray(NOISE, "RGBA")
+IMAGE = Image.fromarray(NOISE, "RGBA")
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
 
 
 def encoded(format: str, mode: str = "RGB", **options: object) -> bytes:
     data = io.BytesIO()
-    PICTURE.convert(mode).save(data, format, **options)
+    IMAGE.convert(mode).save(data, format, **options)
     return data.getvalue()
 
 
@@ -54,7 +54,7 @@ SOUND = {
     "rgb16.png": sixteen_bit_png(3)[0],
     "rgba16.png": sixteen_bit_png(4)[0],
     "turned.png": encoded("PNG", exif=TURNED),
-    "frames.png": encoded("PNG", save_all=True, append_images=[PICTURE.rotate(90)]),
+    "frames.png": encoded("PNG", save_all=True, append_images=[IMAGE.rotate(90)]),
     **{f"{mode}.jpg": encoded("JPEG", mode) for mode in ("L", "RGB", "CMYK")},
     "photograph.jpg": photograph(),
     "progressive.jpg": encoded("JPEG", progressive=True),
@@ -64,7 +64,7 @@ SOUND = {
     "RGBA.webp": encoded("WEBP", "RGBA"),
     "RGBA_lossless.webp": encoded("WEBP", "RGBA", lossless=True),
     "turned.webp": encoded("WEBP", exif=TURNED),
-    "frames.webp": encoded("WEBP", save_all=True, append_images=[PICTURE.rotate(90).convert("RGB")]),
+    "frames.webp": encoded("WEBP", save_all=True, append_images=[IMAGE.rotate(90).convert("RGB")]),
     **{f"{mode}.bmp": encoded("BMP", mode) for mode in ("1", "L", "P", "RGB", "RGBA")},
 }
 if features.check("avif"):
@@ -137,7 +137,7 @@ def test_whatever_a_decoder_raises_is_a_reason(tmp_path):
 
 
 def test_data_after_the_end_is_no_damage(tmp_path):
-    """Phones append videos and further pictures."""
+    """Phones append videos and further images."""
     for name in ("RGB.png", "RGB.jpg", "photograph.jpg", "RGB.webp", "RGB.bmp"):
         path = tmp_path / name
         path.write_bytes(SOUND[name] + b"trailing data" * 1000)
@@ -147,7 +147,7 @@ def test_data_after_the_end_is_no_damage(tmp_path):
 
 def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("no picture", encoding="utf-8")
+    (tmp_path / "text.jpg").write_text("no image", encoding="utf-8")
     (tmp_path / "page.webp").write_text("<!DOCTYPE html>" * 20, encoding="utf-8")
     assert look_at(tmp_path / "empty.png") == "the file is empty"
     assert look_at(tmp_path / "text.jpg") == look_at(tmp_path / "page.webp") == "not an image in a known format"
@@ -235,7 +235,7 @@ def test_cmyk_becomes_rgb_as_the_formula_says(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_palettes_with_transparency_keep_their_colours(tmp_path):
-    palette = PICTURE.convert("RGB").quantize(16)
+    palette = IMAGE.convert("RGB").quantize(16)
     palette.save(tmp_path / "a.png", transparency=bytes(range(0, 256, 16)))
     rgb, alpha = read_image(tmp_path / "a.png", alpha=True)
     assert numpy.array_equal(numpy.asarray(rgb), numpy.asarray(palette.convert("RGB")))

@@ -13,7 +13,7 @@ from flux_minimal_inference import SESSION
 from library.errors import UserError
 from library.options import declared_options, parse_options
 from library.prompt_options import LINE_OPTIONS
-from library.training.network_contract import import_network_module
+from library.training.network.contract import import_network_module
 from tests.docs.pages import PAGES, TRAINERS, blocks, commands, launched
 from tests.running import ROOT
 from tools import cache_run

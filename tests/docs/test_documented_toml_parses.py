@@ -64,9 +64,9 @@ def test_json(block, tmp_path):
         assert resolve(path)[0].subsets
         return
     for key in content:
-        picture = (tmp_path / key).with_suffix(".png")
-        picture.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (64, 64)).save(picture)
+        image = (tmp_path / key).with_suffix(".png")
+        image.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(image)
     subset = SubsetSettings("here", image_dir=str(tmp_path), metadata_file=str(path), captions=CaptionRules())
     assert len(read_subset(subset, "fine_tuning", [])) == len(content)
 

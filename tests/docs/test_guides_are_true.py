@@ -9,10 +9,10 @@ import pytest
 from library.data.image_check import MEANINGS
 from library.models.stable_diffusion.sampling import SAMPLERS
 from library.options import declared_options, parse_options
-from library.training import lr_schedulers, optimizers
+from library.training.optim import lr_schedulers, optimizers
+from networks.adapters.lora_arguments import COMMON_ARGUMENTS
+from networks.adapters.lora_blocks import CURVES, SD_BLOCKS, SDXL_BLOCKS
 from networks.lora import SD, SDXL
-from networks.lora_arguments import COMMON_ARGUMENTS
-from networks.lora_blocks import CURVES, SD_BLOCKS, SDXL_BLOCKS
 from networks.lora_flux import FLUX
 from tests.docs.pages import PAGES, TRAINERS
 from tests.running import ROOT
@@ -114,5 +114,5 @@ def test_bucket_steps_and_sizes_of_each_script():
     }
 
 
-def test_every_kind_of_converted_picture_is_told():
-    assert len(rows(chapter("config_README-en.md", "## 6. Pictures"))) == len(MEANINGS)
+def test_every_kind_of_converted_image_is_told():
+    assert len(rows(chapter("config_README-en.md", "## 6. Images"))) == len(MEANINGS)

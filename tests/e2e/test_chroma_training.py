@@ -19,9 +19,9 @@ PROMPT = "Japanese shrine in the summer forest. --n low quality, blurry --w 128 
 
 
 @pytest.fixture
-def pictures(picture_folder, tmp_path) -> Path:
+def images(image_folder, tmp_path) -> Path:
     """A copy, so that cache files stay apart."""
-    return Path(shutil.copytree(picture_folder, tmp_path / "pictures"))
+    return Path(shutil.copytree(image_folder, tmp_path / "images"))
 
 
 def trainer(*arguments: object):
@@ -40,12 +40,12 @@ def without(command: list[object], option: str, values: int = 1) -> list[object]
 
 
 @pytest.mark.slow
-def test_a_run_from_captions_to_samples(chroma_command, dataset_toml, pictures, tmp_path):
+def test_a_run_from_captions_to_samples(chroma_command, dataset_toml, images, tmp_path):
     (tmp_path / "prompts.txt").write_text(PROMPT, encoding="utf-8")
     command = without(without(chroma_command, "--apply_t5_attn_mask", 0), "--guidance_scale")
     done = launch(
         "flux_train_network.py",
-        *(*command, "--dataset_config", dataset_toml(pictures), "--output_dir", tmp_path / "out"),
+        *(*command, "--dataset_config", dataset_toml(images), "--output_dir", tmp_path / "out"),
         *("--output_name", "my_chroma_lora", "--max_train_steps", "3", "--gradient_checkpointing", "--clip_l", "none"),
         *("--cache_latents", "--cache_text_encoder_outputs_to_disk", "--mixed_precision", "bf16"),
         *("--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", "3", "--sample_at_first"),
@@ -62,15 +62,15 @@ def test_a_run_from_captions_to_samples(chroma_command, dataset_toml, pictures, 
     samples = sorted((tmp_path / "out" / "sample").glob("*.png"))
     assert len(samples) == 2
     first, last = (numpy.asarray(Image.open(path), dtype=int) for path in samples)
-    assert abs(first - last).max() > 0, "the trained LoRA changes the picture"
-    entry = numpy.load(next(pictures.glob("*_flux_te.npz")))
+    assert abs(first - last).max() > 0, "the trained LoRA changes the image"
+    entry = numpy.load(next(images.glob("*_flux_te.npz")))
     assert entry["l_pooled"].shape == (77, 1) and not entry["l_pooled"].any()
     assert bool(entry["apply_t5_attn_mask"]) and entry["t5_out"].shape[0] == 16
 
 
-def test_cached_captions_train_the_same(chroma_command, dataset_toml, pictures, tmp_path):
+def test_cached_captions_train_the_same(chroma_command, dataset_toml, images, tmp_path):
     """From memory or from disk, with --network_train_unet_only or without, to the bit; peers' entries are read."""
-    given = [*chroma_command, "--dataset_config", dataset_toml(pictures), "--max_train_steps", 3]
+    given = [*chroma_command, "--dataset_config", dataset_toml(images), "--max_train_steps", 3]
     files = []
     for number, extra in enumerate(
         (
@@ -88,13 +88,13 @@ def test_cached_captions_train_the_same(chroma_command, dataset_toml, pictures, 
     assert len([key for key in files[0] if key.endswith("alpha")]) == 2 * 8 + 2 * 2
 
 
-def test_padding_is_cut_and_changes_no_loss(chroma_command, dataset_toml, pictures, tmp_path):
+def test_padding_is_cut_and_changes_no_loss(chroma_command, dataset_toml, images, tmp_path):
     """Twice the caption length is only more padding, so that the losses are the same."""
     losses = []
     for length in (32, 64):
         command = [*without(chroma_command, "--t5xxl_max_token_length"), "--t5xxl_max_token_length", length]
         run = trainer(
-            *command, "--dataset_config", dataset_toml(pictures), "--max_train_steps", 3,
+            *command, "--dataset_config", dataset_toml(images), "--max_train_steps", 3,
             "--output_dir", tmp_path / str(length), "--logging_dir", tmp_path / f"log{length}",
         )  # fmt: skip
         run.train()
@@ -118,12 +118,12 @@ def test_text_encoders_are_not_trained(chroma_command, dataset_toml, tmp_path, a
         run.train()
 
 
-def test_another_guidance_is_replaced_and_said(chroma_command, dataset_toml, pictures, tmp_path, caplog):
+def test_another_guidance_is_replaced_and_said(chroma_command, dataset_toml, images, tmp_path, caplog):
     command = [*without(chroma_command, "--guidance_scale"), "--guidance_scale", 2]
     (tmp_path / "prompts.txt").write_text("a cat --g 3.5", encoding="utf-8")
     caplog.set_level("INFO")
     run = trainer(
-        *command, "--dataset_config", dataset_toml(pictures), "--output_dir", tmp_path / "out", "--max_train_steps", 1,
+        *command, "--dataset_config", dataset_toml(images), "--output_dir", tmp_path / "out", "--max_train_steps", 1,
         "--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 50,
     )  # fmt: skip
     run.train()
@@ -146,8 +146,8 @@ def test_a_wrong_kind_of_file_is_named(chroma_command, flux_command, dataset_tom
 
 
 @pytest.mark.slow
-def test_the_caching_tools_fill_the_caches_that_training_finds(chroma_command, dataset_toml, pictures, tmp_path):
-    given = [*chroma_command, "--dataset_config", dataset_toml(pictures), "--output_dir", tmp_path / "out"]
+def test_the_caching_tools_fill_the_caches_that_training_finds(chroma_command, dataset_toml, images, tmp_path):
+    given = [*chroma_command, "--dataset_config", dataset_toml(images), "--output_dir", tmp_path / "out"]
     for script in ("tools/cache_latents.py", "tools/cache_text_encoder_outputs.py"):
         done = launch(script, "--flux", *given, accelerate=False)
         assert done.returncode == 0, done.stderr[-3000:]

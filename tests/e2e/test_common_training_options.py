@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 
 from library.errors import UserError
 from library.options import parse_options
-from library.training.lr_schedulers import create_lr_scheduler
+from library.training.optim.lr_schedulers import create_lr_scheduler
 from library.training.training_options import TrainingOptions
 from tests.e2e.test_stable_diffusion_training_options import trainer_for
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """Four pictures of one size, so that an epoch has four steps."""
-    folder = tmp_path / "pictures"
+def images(tmp_path) -> Path:
+    """Four images of one size, so that an epoch has four steps."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
         Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 20 + number).convert("RGB").save(folder / f"{number}.png")
@@ -34,11 +34,11 @@ def pictures(tmp_path) -> Path:
 
 
 @pytest.fixture
-def make(sd1_command, dataset_toml, pictures, tmp_path):
+def make(sd1_command, dataset_toml, images, tmp_path):
     """A trainer of the U-Net with these options."""
 
     def trainer(*arguments: object, output: str = "out", **dataset: object):
-        toml = dataset_toml(pictures, **{"resolution": 64, "bucket_reso_steps": 64, "batch_size": 1, **dataset})
+        toml = dataset_toml(images, **{"resolution": 64, "bucket_reso_steps": 64, "batch_size": 1, **dataset})
         given = ["--output_dir", tmp_path / output, "--no_report", "--network_train_unet_only"]
         return trainer_for({"sd1": sd1_command}, "sd1", (*given, "--dataset_config", toml, *arguments))
 
@@ -112,7 +112,7 @@ def test_numbers_are_stored_in_the_format_asked_for(train, tmp_path):
         assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "last.safetensors").values()} == {dtype}
 
 
-def test_what_is_said_about_the_model_stands_in_its_file(train, tmp_path, pictures):
+def test_what_is_said_about_the_model_stands_in_its_file(train, tmp_path, images):
     texts = {
         "--metadata_title": "Cats",
         "--metadata_author": "Me",
@@ -126,12 +126,12 @@ def test_what_is_said_about_the_model_stands_in_its_file(train, tmp_path, pictur
         "--metadata_is_negative_embedding": "false",
     }
     arguments = [part for pair in texts.items() for part in pair]
-    train(*arguments, "--metadata_thumbnail", pictures / "0.png", "--training_comment", "hello", "--max_train_steps", 1)
+    train(*arguments, "--metadata_thumbnail", images / "0.png", "--training_comment", "hello", "--max_train_steps", 1)
     found = metadata(tmp_path / "out" / "last.safetensors")
     assert {name: found[name.replace("--metadata_", "modelspec.")] for name in texts} == texts
     assert found["ss_training_comment"] == "hello"
     kind, _, content = found["modelspec.thumbnail"].partition(",")
-    assert kind == "data:image/png;base64" and base64.b64decode(content) == (pictures / "0.png").read_bytes()
+    assert kind == "data:image/png;base64" and base64.b64decode(content) == (images / "0.png").read_bytes()
 
 
 # ---- where a run starts and ends -----------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_validation_happens_when_asked_and_on_as_many_batches(train, tmp_path):
     assert [step for step, _ in curves["loss/validation/step_average"]] == [0, 4]
     text = next((run / "mine").iterdir()).read_bytes()
     assert b"|validate_every_n_epochs|2|" in text and str(tmp_path).encode() not in text
-    # The seed chooses the pictures and their noise; fewer batches give another average.
+    # The seed chooses the images and their noise; fewer batches give another average.
     values = {curves["loss/validation/epoch_average"][0][1]}
     for change in (["--validation_seed", "4"], ["--validation_seed", "3", "--max_validation_steps", "1"]):
         train(*arguments, tmp_path / str(len(values)), "--max_train_epochs", "1", *change)
@@ -312,21 +312,21 @@ def test_the_autoencoder_stays_in_float32_and_parts_stay_loaded_if_asked_for(ope
     assert "autoencoder" not in opened("--cache_latents").pipeline.modules
 
 
-def test_caches_are_trusted_if_asked_for(opened, pictures):
+def test_caches_are_trusted_if_asked_for(opened, images):
     arguments = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--vae_batch_size", "3"]
     opened(*arguments)
-    written = {path: path.read_bytes() for path in pictures.glob("*.npz")}
+    written = {path: path.read_bytes() for path in images.glob("*.npz")}
     assert len(written) == 8
-    for number in range(4):  # pictures and captions change after they were cached
-        Image.new("RGB", (64, 64), (number, 9, 9)).save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(f"dog {number}", encoding="utf-8")
+    for number in range(4):  # images and captions change after they were cached
+        Image.new("RGB", (64, 64), (number, 9, 9)).save(images / f"{number}.png")
+        (images / f"{number}.txt").write_text(f"dog {number}", encoding="utf-8")
     opened(*arguments, "--skip_cache_check")
-    assert {path: path.read_bytes() for path in pictures.glob("*.npz")} == written
+    assert {path: path.read_bytes() for path in images.glob("*.npz")} == written
     opened(*arguments)
     assert not any(path.read_bytes() == data for path, data in written.items())
 
 
-def test_as_many_captions_and_images_are_encoded_together_as_asked_for(opened, pictures, monkeypatch):
+def test_as_many_captions_and_images_are_encoded_together_as_asked_for(opened, images, monkeypatch):
     from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 
     counts: dict[str, list[int]] = {"encode_prompts": [], "encode_images": []}
@@ -382,7 +382,7 @@ def test_models_are_kept_in_the_format_asked_for(opened, arguments, unet, text_e
 
 
 def stored(layer: torch.nn.Module) -> torch.dtype:
-    """The number format of a Linear layer's weight in memory."""
+    """The dtype of a Linear layer's weight in memory."""
     return layer.codes.dtype if hasattr(layer, "codes") else layer.weight.dtype
 
 

@@ -1,4 +1,4 @@
-"""The commands of the guides train: with tiny weights and few small pictures where a user has real ones.
+"""The commands of the guides train: with tiny weights and few small images where a user has real ones.
 
 Everything else is as the documentation shows it: commands, options, TOML and prompt files. Options that the walk along
 the users' guide runs (test_flux_guide_walk.py) are not run a second time.
@@ -98,8 +98,8 @@ def place(tmp_path, monkeypatch):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         for number, size in enumerate([(64, 64), (96, 64), (65, 65), (80, 80)]):
-            picture = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20 + number)
-            picture.convert("RGB").save(folder / f"{number}.png")
+            image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20 + number)
+            image.convert("RGB").save(folder / f"{number}.png")
             (folder / f"{number}.txt").write_text(f"a photo of sks girl, number {number}", encoding="utf-8")
     for block in shown:
         if block.name:
@@ -255,11 +255,11 @@ def test_programs_that_take_a_trained_file(place, run):
     assert ranks == {f"cut-{rank:04d}.safetensors": {rank} for rank in (4, 8, 12)}
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def small_lora(flux_command, picture_folder, tmp_path_factory) -> Path:
+def small_lora(flux_command, image_folder, tmp_path_factory) -> Path:
     """A LoRA file of one step."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -270,7 +270,7 @@ def small_lora(flux_command, picture_folder, tmp_path_factory) -> Path:
         state._reset_state()
     folder, trainer = tmp_path_factory.mktemp("small_lora"), trainer_class("flux")
     dataset = folder / "dataset.toml"
-    images = f'image_dir = "{picture_folder.as_posix()}"\ncaption_extension = ".txt"\n'
+    images = f'image_dir = "{image_folder.as_posix()}"\ncaption_extension = ".txt"\n'
     dataset.write_text(f"{SMALL_DATASET}[[datasets.subsets]]\n{images}", encoding="utf-8")
     given = [*flux_command, "--dataset_config", dataset, "--output_dir", folder, "--max_train_steps", 1]
     trainer(parse_options(trainer.options_class, "", [str(word) for word in given])).train()
@@ -279,16 +279,16 @@ def small_lora(flux_command, picture_folder, tmp_path_factory) -> Path:
 
 
 SMALL_DATASET = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\n"
-PICTURE = ["--width=64", "--height=64", "--steps=2", "--device=cpu"]
+IMAGE = ["--width=64", "--height=64", "--steps=2", "--device=cpu"]
 
 
 @pytest.mark.parametrize(("block", "words"), DRAWINGS)
-def test_pictures(block, words, place, run, small_lora):
+def test_images(block, words, place, run, small_lora):
     write_own_files(place, block.page)
     for name in re.findall(r"[\w/]+\.safetensors", " ".join(words)):  # models, too, but those are named again
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(small_lora, place / name)
-    said = run(words[1], [*words[2:], *PICTURE])
+    said = run(words[1], [*words[2:], *IMAGE])
     require_nothing_to_complain(said)
     output = Path(words[words.index("--output_dir") + 1]) if "--output_dir" in words else Path()
     prompts = words[words.index("--from_file") + 1] if "--from_file" in words else None

@@ -15,10 +15,10 @@ from library.errors import UserError
 from library.models.flux.pipeline import FluxPipeline
 from library.options import parse_options
 from library.safetensors_io import SafetensorsCheckpoint
-from library.training.dry_run import plan_of
-from library.training.plan_report import Plan, plan_lines
-from library.training.planned_files import kept
-from library.training.run_description import part_facts, size_on_disk
+from library.training.plan.dry_run import plan_of
+from library.training.plan.plan_report import Plan, plan_lines
+from library.training.plan.planned_files import kept
+from library.training.report.description import part_facts, size_on_disk
 from library.training.training_run import TrainingRun
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
 from tests.running import launch
@@ -31,14 +31,14 @@ SDXL = (SdxlNetworkTrainer, SdxlTrainingOptions)
 
 @pytest.fixture
 def make_trainer(tmp_path, dataset_toml):
-    """A trainer over the pictures of ``tmp_path / "pictures"`` that has not begun."""
+    """A trainer over the images of ``tmp_path / "images"`` that has not begun."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def make(family: tuple[type, type], *arguments: object, dataset: dict[str, object] | None = None) -> Any:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         given = [*arguments, "--output_dir", tmp_path / "out", "--max_data_loader_n_workers", "0"]
-        given += ["--dataset_config", dataset_toml(tmp_path / "pictures", **(dataset or {}))]
+        given += ["--dataset_config", dataset_toml(tmp_path / "images", **(dataset or {}))]
         return family[0](parse_options(family[1], "test", [str(value) for value in given]))
 
     yield make
@@ -46,9 +46,9 @@ def make_trainer(tmp_path, dataset_toml):
 
 
 @pytest.fixture(autouse=True)
-def pictures(tmp_path, picture_folder) -> Path:
-    """A folder of pictures of the test's own, where caches may be written."""
-    return Path(shutil.copytree(picture_folder, tmp_path / "pictures"))
+def images(tmp_path, image_folder) -> Path:
+    """A folder of images of the test's own, where caches may be written."""
+    return Path(shutil.copytree(image_folder, tmp_path / "images"))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_comman
     made = [report.made for report in trainer.cache_reports]
     assert [sum(cache.states.values()) for cache in plan.caches] == made
     assert all(cache.states.get("valid", 0) == 0 for cache in plan.caches)
-    npz = sum(path.stat().st_size for path in (tmp_path / "pictures").glob("*_flux.npz"))
+    npz = sum(path.stat().st_size for path in (tmp_path / "images").glob("*_flux.npz"))
     assert sum(cache.bytes or 0 for cache in plan.caches[:2]) == pytest.approx(npz, rel=0.4)
 
     again = plan_only(FLUX, *arguments)
@@ -279,7 +279,7 @@ def test_a_network_that_looks_at_numbers_is_unknown_but_no_error(plan_only, flux
     assert "steps 4, epochs 1" in text and "last.safetensors" in text
 
 
-def test_what_is_wrong_is_said_and_nothing_is_made(plan_only, flux_command, tmp_path, pictures):
+def test_what_is_wrong_is_said_and_nothing_is_made(plan_only, flux_command, tmp_path, images):
     arguments = [*flux_command, "--max_train_steps", "4"]
     with pytest.raises(UserError, match="--dry_run writes nothing and --debug_dataset writes a page"):
         plan_only(FLUX, *arguments, "--debug_dataset")
@@ -288,14 +288,14 @@ def test_what_is_wrong_is_said_and_nothing_is_made(plan_only, flux_command, tmp_
         plan_only(FLUX, *arguments, "--logging_dir", tmp_path / "file" / "logs")
     plan = plan_only(FLUX, *arguments, "--logging_dir", tmp_path / "a" / "logs", cache_info=True)
     assert len(plan.other_files) == 2  # curves and metadata_cache.json are announced, and neither is there
-    (pictures / "zero.png").touch()
+    (images / "zero.png").touch()
     with pytest.raises(UserError, match="1 of 13 images cannot be read"):
         plan_only(FLUX, *arguments)
 
 
-def test_options_without_effect_and_odd_pictures_are_named(plan_only, flux_command, pictures, caplog):
+def test_options_without_effect_and_odd_images_are_named(plan_only, flux_command, images, caplog):
     caplog.set_level("INFO")
-    Image.new("CMYK", (128, 128)).save(pictures / "cmyk.jpg")
+    Image.new("CMYK", (128, 128)).save(images / "cmyk.jpg")
     plan = plan_only(FLUX, *flux_command, "--max_train_steps", "4", "--clip_skip", "2")
     assert "No effect in this run: --clip_skip" in plan_lines(plan)
     assert "1 image with CMYK: converted to RGB without a colour profile (cmyk.jpg)" in caplog.text

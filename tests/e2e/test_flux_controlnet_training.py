@@ -150,11 +150,11 @@ def load_all(group):
 
 
 def test_the_caching_tools_take_the_same_dataset(
-    run, flux_command, dataset_toml, control_folder, tmp_path, picture_folder
+    run, flux_command, dataset_toml, control_folder, tmp_path, image_folder
 ):
     """Nothing of the ControlNet is in the caches; its file is not even opened."""
-    folder = tmp_path / "pictures"
-    shutil.copytree(picture_folder, folder)
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
     config = dataset_toml(folder=folder, subset={"conditioning_data_dir": control_folder.as_posix()})
     given = ["--flux", *flux_command, "--dataset_config", config, OPTION, "anything"]
     report = run_tool("latents", "", [str(value) for value in given])
@@ -162,9 +162,9 @@ def test_the_caching_tools_take_the_same_dataset(
 
 
 def test_validation_and_regularisation_images_have_control_images_too(
-    flux_command, picture_folder, control_folder, tiny_controlnet, tmp_path
+    flux_command, image_folder, control_folder, tiny_controlnet, tmp_path
 ):
-    common = f"image_dir = '{picture_folder.as_posix()}'\nconditioning_data_dir = '{control_folder.as_posix()}'"
+    common = f"image_dir = '{image_folder.as_posix()}'\nconditioning_data_dir = '{control_folder.as_posix()}'"
     reg, reg_control = tmp_path / "reg", tmp_path / "reg_control"
     for folder in (reg, reg_control):
         folder.mkdir()
@@ -185,12 +185,12 @@ def test_validation_and_regularisation_images_have_control_images_too(
 
 
 def test_masks_come_from_transparency_beside_control_images(
-    run, tmp_path, picture_folder, control_folder, tiny_controlnet, caplog
+    run, tmp_path, image_folder, control_folder, tiny_controlnet, caplog
 ):
     caplog.set_level("INFO")
     clear = tmp_path / "clear"
     clear.mkdir()
-    for path in picture_folder.glob("*.png"):
+    for path in image_folder.glob("*.png"):
         with Image.open(path) as image:
             image.putalpha(0)
             image.save(clear / path.name)
@@ -259,9 +259,7 @@ def test_images_without_a_control_image_are_listed(run, tmp_path, tiny_controlne
         run(OPTION, tiny_controlnet, control=few)
 
 
-def test_folders_on_the_command_line_cannot_bring_control_images(
-    flux_command, picture_folder, tiny_controlnet, tmp_path
-):
+def test_folders_on_the_command_line_cannot_bring_control_images(flux_command, image_folder, tiny_controlnet, tmp_path):
     (tmp_path / "train" / "1_a").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "train" / "1_a" / "a.png")
     given = [*flux_command, "--train_data_dir", tmp_path / "train", "--resolution", "64", OPTION, tiny_controlnet]

@@ -1,6 +1,6 @@
 """What the users' guide for FLUX.1 promises works: a walk along the list of tests/reference_data/flux_guide_walk.toml.
 
-Models are tiny and pictures few and small. Everything else is as in the guide, but that resolutions are smaller,
+Models are tiny and images few and small. Everything else is as in the guide, but that resolutions are smaller,
 that a command trains two epochs, and that without a CUDA device bf16 takes the place of fp16.
 """
 
@@ -76,7 +76,7 @@ class Outcome:
         return {key.partition(".")[0]: len(tensor) for key, tensor in downs.items()}
 
 
-# ---- models, pictures, files -----------------------------------------------------------------------------------------
+# ---- models, images, files -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,10 @@ def named(models, tiny_controlnet, place, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, picture_folder) -> Path:
-    """A folder with two pictures and their captions, a dataset file over them, and a folder with more pictures."""
+def place(tmp_path_factory, image_folder) -> Path:
+    """A folder with two images and their captions, a dataset file over them, and a folder with more images."""
     folder = tmp_path_factory.mktemp("walk")
-    copies(picture_folder, folder / "many")
+    copies(image_folder, folder / "many")
     for number in range(2):
         picture = Image.effect_mandelbrot((80, 80), (-2, -1, 1, 1), 20 + number)
         picture.convert("RGB").save(folder / f"{number}.png")
@@ -238,7 +238,7 @@ def smaller(text: str) -> str:
 
 
 def copies(source: Path, target: Path) -> None:
-    """Twelve pictures with captions under both extensions."""
+    """Twelve images with captions under both extensions."""
     target.mkdir()
     for picture in source.glob("*.png"):
         shutil.copy(picture, target)
@@ -274,8 +274,8 @@ def validations(outcome: Outcome) -> list[str]:
     return [f"{kind} {number}" for kind, number, _ in found]
 
 
-def pictures(outcome: Outcome) -> list[int]:
-    """The size of the one picture that was drawn."""
+def image_size(outcome: Outcome) -> list[int]:
+    """The size of the one image that was drawn."""
     (path,) = outcome.folder.rglob("*.png")
     with Image.open(path) as image:
         assert image.convert("L").getextrema()[0] != image.convert("L").getextrema()[1]
@@ -309,7 +309,7 @@ CHECKS: dict[str, Callable[[Outcome, Any], bool]] = {
     "ranks": lambda outcome, wanted: outcome.ranks == ranks_by_pattern(outcome.ranks, wanted),
     "rates": lambda outcome, rates: outcome.rates == pytest.approx(rates),
     "files": lambda outcome, count: len(list(outcome.folder.glob("*.safetensors"))) == count,
-    "pictures": lambda outcome, size: pictures(outcome) == list(size),
+    "image_size": lambda outcome, size: image_size(outcome) == list(size),
     "batch_sizes": lambda outcome, sizes: datasets(outcome, "batch_size_per_device") == list(sizes),
     "resolutions": lambda outcome, sizes: datasets(outcome, "resolution") == [list(size) for size in sizes],
     "images": lambda outcome, counts: (

@@ -394,9 +394,9 @@ def table_of_verbose(printed: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Two small pictures; the runs share their caches."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    """Two small images; the runs share their caches."""
+    folder = tmp_path_factory.mktemp("images")
     for number, colour in enumerate(((200, 30, 30), (20, 60, 180))):
         Image.new("RGB", (64, 64), colour).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a square, number {number}", encoding="utf-8")
@@ -404,11 +404,11 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dataset(pictures) -> Path:
-    path = pictures / "dataset.toml"
+def dataset(images) -> Path:
+    path = images / "dataset.toml"
     path.write_text(
         "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\n"
-        f'image_dir = "{pictures.as_posix()}"\ncaption_extension = ".txt"\n',
+        f'image_dir = "{images.as_posix()}"\ncaption_extension = ".txt"\n',
         encoding="utf-8",
     )
     return path

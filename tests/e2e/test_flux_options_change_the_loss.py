@@ -9,7 +9,7 @@ import torch
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.options import parse_options
-from library.training.step_inputs import ItemDraws
+from library.training.objective.step_inputs import ItemDraws
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def pixels(folder: Path, beginning: str = "") -> list[tuple[tuple[int, int], byt
         pytest.param("chroma", "fp32", marks=pytest.mark.slow),
     ],
 )
-def test_the_same_picture_from_both_scripts(request, model, dtype, dataset_toml, tmp_path):
+def test_the_same_image_from_both_scripts(request, model, dtype, dataset_toml, tmp_path):
     training, files = request.getfixturevalue(f"{model}_command"), request.getfixturevalue(f"tiny_{model}")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(PROMPTS, encoding="utf-8")
@@ -66,4 +66,4 @@ def test_the_same_picture_from_both_scripts(request, model, dtype, dataset_toml,
     before, samples = (pixels(tmp_path / "sample", step) for step in ("trained_000000_", "trained_000002_"))
     assert len(samples) == 3
     assert pixels(tmp_path / "drawn") == samples
-    assert all(a != b for a, b in zip(before, samples)), "the LoRA changes each picture"
+    assert all(a != b for a, b in zip(before, samples)), "the LoRA changes each image"

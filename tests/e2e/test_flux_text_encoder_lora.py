@@ -24,7 +24,7 @@ PROMPTS = ["a red circle on a blue background", "cat"]
 
 
 @pytest.fixture
-def train(flux_command, dataset_toml, small_pictures, tmp_path):
+def train(flux_command, dataset_toml, small_images, tmp_path):
     """Train in this process; ``watch`` is called with the trainer and each step's conditioning."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -47,7 +47,7 @@ def train(flux_command, dataset_toml, small_pictures, tmp_path):
                     watch(self, batch, found)
                 return found
 
-        data = dataset_toml(**{"folder": small_pictures, "resolution": 64, **dataset})
+        data = dataset_toml(**{"folder": small_images, "resolution": 64, **dataset})
         given = [*(command or flux_command), "--dataset_config", data, "--max_data_loader_n_workers", "0"]
         given += ["--max_train_steps", steps, "--output_dir", tmp_path / output, "--no_report", *arguments]
         trainer = Watched(parse_options(trainer_type.options_class, "test", [str(value) for value in given]))
@@ -59,9 +59,9 @@ def train(flux_command, dataset_toml, small_pictures, tmp_path):
 
 
 @pytest.fixture
-def small_pictures(tmp_path) -> Path:
-    """Four pictures beside which a run may leave its caches."""
-    folder = tmp_path / "pictures"
+def small_images(tmp_path) -> Path:
+    """Four images beside which a run may leave its caches."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
         Image.new("RGB", (64, 64), (60 * number, 30, 200)).save(folder / f"{number}.png")

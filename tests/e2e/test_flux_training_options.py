@@ -190,10 +190,10 @@ def test_initial_step_counts_on_and_skips_data(train, tmp_path):
     assert list(skipped.record.losses) == [2, 3, 4]
 
 
-def test_masked_loss_sees_only_what_the_mask_shows(train, picture_folder, tmp_path):
+def test_masked_loss_sees_only_what_the_mask_shows(train, image_folder, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
-    for source in picture_folder.glob("*.png"):
+    for source in image_folder.glob("*.png"):
         with Image.open(source) as image:
             Image.new("RGB", image.size, (0, 0, 0)).save(masks / source.name)
     trainer = train("--masked_loss", subset={"conditioning_data_dir": masks.as_posix()})

@@ -34,20 +34,20 @@ EMPTY = (
 
 
 @pytest.fixture
-def gui_file(request, tmp_path, picture_folder):
+def gui_file(request, tmp_path, image_folder):
     """The configuration file of a family with this test's paths; ``changes`` replaces or adds values."""
 
     def write(family: str, **changes: object) -> Path:
-        pictures = tmp_path / "pictures" / "1_circle shape"
-        if not pictures.exists():
-            pictures.mkdir(parents=True)
+        images = tmp_path / "images" / "1_circle shape"
+        if not images.exists():
+            images.mkdir(parents=True)
             for number in range(4):
                 for suffix in (".png", ".txt"):
-                    shutil.copy(picture_folder / f"{number:02d}{suffix}", pictures)
+                    shutil.copy(image_folder / f"{number:02d}{suffix}", images)
         output = tmp_path / "output"
         (output / "sample").mkdir(parents=True, exist_ok=True)
         (output / "sample" / "prompt.txt").write_text("", encoding="utf-8")
-        paths = {"PICTURES": pictures.parent, "OUTPUT": output, "LOGS": tmp_path / "logs"}
+        paths = {"IMAGES": images.parent, "OUTPUT": output, "LOGS": tmp_path / "logs"}
         if family == "flux":
             files = request.getfixturevalue("tiny_flux")
             paths |= {"MODEL": files.transformer, "AUTOENCODER": files.autoencoder}

@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.options import parse_options
-from library.training import memory_estimate
-from library.training.memory_estimate import Largest, largest_batch, optimizer_state_bytes
-from library.training.optimizers import OptimizerOptions, create_optimizer
-from library.training.simulation import PeakMemory, Simulation
-from library.training.step_inputs import ItemDraws
+from library.training.objective.step_inputs import ItemDraws
+from library.training.optim.optimizers import OptimizerOptions, create_optimizer
+from library.training.plan import memory_estimate
+from library.training.plan.memory_estimate import Largest, largest_batch, optimizer_state_bytes
+from library.training.plan.simulation import PeakMemory, Simulation
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
@@ -135,7 +135,7 @@ def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
     with Simulation(trainer.pipeline).running():
         build(trainer)
         expected = memory_estimate.encoding_peak(trainer, size)
-        picture = memory_estimate.sampling_peak(trainer)
+        image = memory_estimate.sampling_peak(trainer)
     trainer.pipeline.modules.clear()
     build(trainer)
     pixels = torch.zeros(size.count, 3, size.height, size.width)
@@ -149,7 +149,7 @@ def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
             trainer.sample_image(0, trainer.samples.prompts[0])
 
     # What is expected is for a batch of two, which FLUX.1 has only with a negative prompt.
-    assert 0.5 * picture <= measured_peak(draw) <= 1.6 * picture
+    assert 0.5 * image <= measured_peak(draw) <= 1.6 * image
 
 
 def test_nothing_is_allocated_by_a_simulation(make_trainer):

@@ -21,8 +21,8 @@ from library.data.contact_sheet import PER_BUCKET, write_contact_sheet
 from library.data.options import DatasetOptions
 from library.html_pages import read_page_data
 from library.options import parse_options
-from library.training.report_page import ReportHead, RunReport, describe_settings
-from library.training.sample_images import SampleOptions, Samples
+from library.training.output.sample_images import SampleOptions, Samples
+from library.training.report.page import ReportHead, RunReport, describe_settings
 from tests.browser import DESKTOP, PHONE, Browser, browser_program
 from tests.running import launch, toml_value
 
@@ -43,7 +43,7 @@ class WatchingTrainer(FluxNetworkTrainer):
 
 
 @pytest.fixture(scope="module")
-def train(flux_command, picture_folder, tmp_path_factory):
+def train(flux_command, image_folder, tmp_path_factory):
     """Train a few steps with more options into a folder; returns the trainer."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -53,7 +53,7 @@ def train(flux_command, picture_folder, tmp_path_factory):
     dataset.write_text(
         "resolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 32\n"
         'caption_extension = ".txt"\n[[datasets]]\nbatch_size = 2\n[[datasets.subsets]]\n'
-        f"image_dir = {toml_value(picture_folder.as_posix())}\n",
+        f"image_dir = {toml_value(image_folder.as_posix())}\n",
         encoding="utf-8",
     )
 
@@ -95,8 +95,8 @@ def test_a_run_with_samples_and_validation_writes_its_report(trained):
     assert [entry["step"] for entry in page["samples"]["rounds"]] == [0, 4, 8]
     assert page["samples"]["prompts"][1]["text"] == NASTY
     for entry in page["samples"]["rounds"]:
-        assert all((folder / picture["link"]).is_file() for picture in entry["pictures"].values())
-        assert len(entry["pictures"]) == 2
+        assert all((folder / picture["link"]).is_file() for picture in entry["images"].values())
+        assert len(entry["images"]) == 2
     names = [entry["name"] for entry in page["files"]]
     assert {"zog.safetensors", "zog-state", "zog-step00000003.safetensors", "zog-step00000006-state"} <= set(names)
     assert all(entry["size"] > 1000 for entry in page["files"])
@@ -142,7 +142,7 @@ def test_one_page_for_two_processes(flux_command, train, dataset_toml, tmp_path)
     )
     assert result.returncode == 0, result.stderr[-3000:]
     page = read_page_data(tmp_path / "last.report.html")
-    assert [sorted(entry["pictures"]) for entry in page["samples"]["rounds"]] == [["0", "1"]]
+    assert [sorted(entry["images"]) for entry in page["samples"]["rounds"]] == [["0", "1"]]
     assert page["status"]["state"] == "finished" and "2 processes" in dict(page["facts"])["Device"]
 
 
@@ -160,7 +160,7 @@ def data_folder(tmp_path_factory) -> Path:
         pixels = rng.integers(0, 255, (shape[0] // 8, shape[1] // 8, 3), dtype=numpy.uint8).repeat(8, 0).repeat(8, 1)
         Image.fromarray(pixels).save(folder / f"{number:02d}.png")
         Image.new("L", shape[::-1], 128).save(folder / "masks" / f"{number:02d}.png")
-        caption = NASTY if number == 53 else f"picture {number}, red, blue, green"
+        caption = NASTY if number == 53 else f"image {number}, red, blue, green"
         if number != 54:
             (folder / f"{number:02d}.txt").write_text(caption, encoding="utf-8")
     return folder
@@ -206,7 +206,7 @@ def test_the_contact_sheet_shows_what_is_trained(sheet, data_folder):
         image = seen[card["name"], card["batch"], card["caption"], card["mirrored"]]
         assert card["extras"][0][0] == "loss mask" and card["repeats"] == 2 and card["weight"] == 1
         # Lossy, but close on the average, and far from its mirror image.
-        shown, trained = pixels_of(card["picture"]), (image.transpose(1, 2, 0) + 1) * 127.5
+        shown, trained = pixels_of(card["image"]), (image.transpose(1, 2, 0) + 1) * 127.5
         assert abs(shown - trained).mean() < 0.3 * abs(shown - trained[:, ::-1]).mean()
     assert wide["cards"][0]["original"] == [96, 40] and wide["cards"][0]["lost"] == pytest.approx(0.2)
 
@@ -258,7 +258,7 @@ def long_report(tmp_path_factory) -> Path:
         report.end("interrupted", "SIGTERM")
         report = RunReport(path, replace(run, first_step=end, steps=12000), resumed=True)
     for entry in report.samples.rounds[:20]:
-        for picture in entry["pictures"].values():
+        for picture in entry["images"].values():
             del picture["thumb"]
     report.step = 9000
     report.end("failed", NASTY)
@@ -330,12 +330,12 @@ def test_curves_tell_their_values(browser, trained):
     assert "step 7" in browser.run("return document.querySelector('#loss .values').innerText")
 
 
-def test_pictures_are_enlarged_from_their_files(browser, trained):
+def test_images_are_enlarged_from_their_files(browser, trained):
     browser.look_like(PHONE)
     browser.open(trained[0] / "zog.report.html")
-    browser.run("document.querySelectorAll('#samples .picture')[1].scrollIntoView({block: 'center', inline: 'center'})")
+    browser.run("document.querySelectorAll('#samples .image')[1].scrollIntoView({block: 'center', inline: 'center'})")
     x, y = browser.run(
-        "const r = document.querySelectorAll('#samples .picture')[1].getBoundingClientRect();"
+        "const r = document.querySelectorAll('#samples .image')[1].getBoundingClientRect();"
         "return [r.x + r.width / 2, r.y + 20]"
     )
     browser.click(x, y)
@@ -358,11 +358,11 @@ def test_pictures_are_enlarged_from_their_files(browser, trained):
     assert browser.console() == []
 
 
-def test_a_picture_whose_file_is_gone_is_shown_small(browser, trained, tmp_path):
+def test_a_image_whose_file_is_gone_is_shown_small(browser, trained, tmp_path):
     alone = tmp_path / "alone.html"
     alone.write_bytes((trained[0] / "zog.report.html").read_bytes())
     browser.open(alone)
-    browser.run("document.querySelector('#samples .picture').click()")
+    browser.run("document.querySelector('#samples .image').click()")
     browser.wait_for(
         "const i = document.querySelector('#viewer-stage img'); return i.src.startsWith('data:') && i.naturalWidth"
     )
@@ -373,7 +373,7 @@ def test_a_long_hostile_report_in_a_browser(browser, long_report):
     text = browser.run("return document.body.textContent")
     for words in ("Each point of the faint line is the mean of", "not a number in 1 step, first in step 77"):
         assert words in text
-    assert "Older pictures are links" in text and "ended by an error" in text
+    assert "Older images are links" in text and "ended by an error" in text
     points = browser.run("return Number(document.querySelector('#loss path.faint').dataset.points)")
     assert 1000 <= points <= 2000
     assert browser.run("return document.querySelectorAll('#factors path.line').length") == 1
@@ -398,6 +398,6 @@ def test_the_contact_sheet_in_a_browser(browser, sheet):
     text = browser.run("return document.body.innerText")
     assert f"{52 - PER_BUCKET} more not shown here" in text and NASTY in text and "empty caption" in text
     assert browser.run("return document.querySelectorAll('.sample').length") == PER_BUCKET + 16
-    browser.run("document.querySelector('.sample .picture').click()")
+    browser.run("document.querySelector('.sample .image').click()")
     browser.wait_for("return document.querySelector('#viewer-stage img').naturalWidth")
     assert browser.run("return document.getElementById('viewer-open').href").startswith(sheet.parent.as_uri())

@@ -12,7 +12,7 @@ import pytest
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.options import parse_options
-from library.training.run_description import end_facts, start_facts
+from library.training.report.description import end_facts, start_facts
 
 
 @pytest.fixture

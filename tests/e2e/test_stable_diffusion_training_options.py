@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from library.errors import UserError
 from library.options import parse_options
-from library.training.step_inputs import ItemDraws
+from library.training.objective.step_inputs import ItemDraws
 from sdxl_train_network import SdxlNetworkTrainer
 from tests.e2e.test_flux_training_options import trained_keys
 from train_network import StableDiffusionNetworkTrainer
@@ -226,8 +226,8 @@ def test_another_autoencoder_gives_other_latents(train, tiny_sdxl, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Two pictures of their own, whose folder may be written to."""
+def images(tmp_path):
+    """Two images of their own, whose folder may be written to."""
     folder = tmp_path / "own"
     folder.mkdir()
     for number, size in enumerate([(96, 64), (64, 64)]):
@@ -246,44 +246,44 @@ def pictures(tmp_path):
         ),
     ],
 )
-def test_cache_files_are_those_of_other_programs(prepare, pictures, model, latents, text, widths):
+def test_cache_files_are_those_of_other_programs(prepare, images, model, latents, text, widths):
     arguments = "--cache_latents_to_disk --cache_text_encoder_outputs_to_disk --network_train_unet_only"
-    trainer = prepare(arguments, model, folder=pictures)
-    with numpy.load(pictures / latents) as file:
+    trainer = prepare(arguments, model, folder=images)
+    with numpy.load(images / latents) as file:
         stored = {name: file[name] for name in ("latents", "original_size", "crop_ltrb")}
     assert stored["latents"].shape == (4, 8, 8) and stored["original_size"].tolist() == [96, 64]
-    with numpy.load(pictures / text) as file:
+    with numpy.load(images / text) as file:
         assert {name: file[name].shape for name in widths} == widths
     # What is stored is drawn from the autoencoder's own distribution, without any factor.
-    mean = trainer.pipeline.encode_images(centre_crop(pictures / "0.png"), None)[0]
+    mean = trainer.pipeline.encode_images(centre_crop(images / "0.png"), None)[0]
     slope = (torch.from_numpy(stored["latents"]) * mean).sum() / mean.pow(2).sum()
     assert 0.5 < slope < 1.5
-    written = {path.name: path.read_bytes() for path in pictures.glob("*.npz")}
-    prepare(arguments, model, folder=pictures)
-    assert {path.name: path.read_bytes() for path in pictures.glob("*.npz")} == written and len(written) == 4
+    written = {path.name: path.read_bytes() for path in images.glob("*.npz")}
+    prepare(arguments, model, folder=images)
+    assert {path.name: path.read_bytes() for path in images.glob("*.npz")} == written and len(written) == 4
 
 
 def centre_crop(path) -> torch.Tensor:
-    """[1, 3, 64, 64] in -1..1, of a picture of 96 x 64."""
+    """[1, 3, 64, 64] in -1..1, of an image of 96 x 64."""
     with Image.open(path) as image:
         pixels = numpy.asarray(image.crop((16, 0, 80, 64)), dtype=numpy.float32)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
 
 
-def test_an_old_latent_file_is_used_first(prepare, pictures):
+def test_an_old_latent_file_is_used_first(prepare, images):
     size = {"original_size": numpy.array([64, 64]), "crop_ltrb": numpy.zeros(4)}
     for number in range(2):
-        numpy.savez(pictures / f"{number}.npz", latents=numpy.full((4, 8, 8), 50.0, numpy.float32), **size)
-    trainer = prepare("--cache_latents_to_disk", folder=pictures)
-    assert not list(pictures.glob("*_sd.npz"))
+        numpy.savez(images / f"{number}.npz", latents=numpy.full((4, 8, 8), 50.0, numpy.float32), **size)
+    trainer = prepare("--cache_latents_to_disk", folder=images)
+    assert not list(images.glob("*_sd.npz"))
     latents = one_batch(trainer).latents
     assert latents is not None and latents.eq(50.0).all()
 
 
-def test_text_caches_are_made_anew_when_an_option_about_text_changes(prepare, pictures):
+def test_text_caches_are_made_anew_when_an_option_about_text_changes(prepare, images):
     def stored(arguments: str = "") -> numpy.ndarray:
-        prepare(f"--cache_text_encoder_outputs_to_disk --network_train_unet_only {arguments}", folder=pictures)
-        with numpy.load(pictures / "0_sd_te.npz") as file:
+        prepare(f"--cache_text_encoder_outputs_to_disk --network_train_unet_only {arguments}", folder=images)
+        with numpy.load(images / "0_sd_te.npz") as file:
             return file["hidden_state"]
 
     plain, weighted = stored(), stored("--weighted_captions")
@@ -293,34 +293,34 @@ def test_text_caches_are_made_anew_when_an_option_about_text_changes(prepare, pi
     assert stored("--max_token_length 225").shape == (227, 64)
 
 
-def test_text_caches_of_other_programs_are_taken_as_they_are(prepare, pictures):
+def test_text_caches_of_other_programs_are_taken_as_they_are(prepare, images):
     rng = numpy.random.default_rng(0)
     shapes = {"hidden_state1": (77, 64), "hidden_state2": (77, 96), "pool2": (80,)}
     for number in range(2):
         arrays = {name: rng.standard_normal(shape).astype(numpy.float32) for name, shape in shapes.items()}
-        numpy.savez(pictures / f"{number}_te_outputs.npz", **arrays)
-    before = (pictures / "0_te_outputs.npz").read_bytes()
+        numpy.savez(images / f"{number}_te_outputs.npz", **arrays)
+    before = (images / "0_te_outputs.npz").read_bytes()
     arguments = "--cache_text_encoder_outputs_to_disk --network_train_unet_only"
-    prepare(arguments, "sdxl", folder=pictures)
-    assert (pictures / "0_te_outputs.npz").read_bytes() == before
+    prepare(arguments, "sdxl", folder=images)
+    assert (images / "0_te_outputs.npz").read_bytes() == before
     # Whether theirs were weighted is not known.
-    prepare(f"{arguments} --weighted_captions", "sdxl", folder=pictures)
-    assert (pictures / "0_te_outputs.npz").read_bytes() != before
+    prepare(f"{arguments} --weighted_captions", "sdxl", folder=images)
+    assert (images / "0_te_outputs.npz").read_bytes() != before
 
 
 # ---- SDXL's sizes, output preservation, samples --------------------------------------------------------------------
 
 
-def test_sdxl_is_told_the_sizes_of_its_pictures(prepare, pictures):
-    trainer = prepare("", "sdxl", folder=pictures)
+def test_sdxl_is_told_the_sizes_of_its_images(prepare, images):
+    trainer = prepare("", "sdxl", folder=images)
     told = {tuple(row) for row in trainer.conditioning(one_batch(trainer))["time_ids"].tolist()}
     # Height and width of the file; top and left of the crop as cache files have them; height and width of the bucket.
     assert told == {(64, 96, 10, 0, 64, 64), (64, 64, 0, 0, 64, 64)}
 
 
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
-def test_only_marked_items_are_kept_at_the_base_model(train, pictures, model):
-    trainer = train("--learning_rate", "1e-2", model=model, folder=pictures, steps=2)
+def test_only_marked_items_are_kept_at_the_base_model(train, images, model):
+    trainer = train("--learning_rate", "1e-2", model=model, folder=images, steps=2)
     batch, draws = one_batch(trainer), ItemDraws(1, 0, [0, 1])
     with torch.no_grad():
         free = trainer.item_losses(batch, draws)
@@ -352,7 +352,7 @@ def test_samples_change_nothing_and_have_their_sizes(train, loras, tmp_path):
     assert sizes == {(64, 96), (64, 64)}
 
 
-def test_a_sample_is_drawn_with_the_network_of_that_moment(train, tmp_path, pictures):
+def test_a_sample_is_drawn_with_the_network_of_that_moment(train, tmp_path, images):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2 --d 3\n", encoding="utf-8")
     arguments = ["--sample_prompts", prompts, "--sample_every_n_steps", "1", "--sample_at_first"]
@@ -367,10 +367,10 @@ def test_a_sample_is_drawn_with_the_network_of_that_moment(train, tmp_path, pict
 
 
 @pytest.mark.parametrize("part", ["--network_train_unet_only", "--network_train_text_encoder_only"])
-def test_what_is_trained_learns(train, pictures, part):
+def test_what_is_trained_learns(train, images, part):
     """The text encoder learns only through the U-Net's cross attention."""
-    (pictures / "1.png").unlink()
-    trainer = train(part, "--learning_rate", "2e-2", "--cache_latents", steps=16, folder=pictures, batch_size=1)
+    (images / "1.png").unlink()
+    trainer = train(part, "--learning_rate", "2e-2", "--cache_latents", steps=16, folder=images, batch_size=1)
     batch = one_batch(trainer)
 
     def loss(multiplier: float) -> float:

@@ -90,13 +90,13 @@ def test_no_images(given, dataset_toml, tmp_path):
     assert str(tmp_path / "empty") in sentence
 
 
-def test_unreadable_images_are_all_listed(given, dataset_toml, tmp_path, picture_folder):
-    folder = tmp_path / "pictures"
+def test_unreadable_images_are_all_listed(given, dataset_toml, tmp_path, image_folder):
+    folder = tmp_path / "images"
     folder.mkdir()
-    good = (picture_folder / "00.png").read_bytes()
+    good = (image_folder / "00.png").read_bytes()
     (folder / "good.png").write_bytes(good)
     (folder / "zero.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("no picture", encoding="utf-8")
+    (folder / "text.jpg").write_text("no image", encoding="utf-8")
     (folder / "cut.png").write_bytes(good[: len(good) // 2])
     sentence = refused(*given, "--dataset_config", dataset_toml(folder))
     for name in ("zero.png", "text.jpg", "cut.png"):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from library.training.state import SavedState
+from library.training.output.state import SavedState
 from tests.running import ROOT, command
 
 

@@ -48,7 +48,7 @@ def lora(tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def inference_command(tiny_flux) -> list[object]:
-    """Options of the script that name the tiny model and a small quick picture."""
+    """Options of the script that name the tiny model and a small quick image."""
     return [
         *("--ckpt_path", tiny_flux.transformer, "--clip_l", tiny_flux.clip_l, "--t5xxl", tiny_flux.t5xxl),
         *("--ae", tiny_flux.autoencoder, "--width", "48", "--height", "32", "--steps", "2", "--dtype", "float32"),
@@ -70,7 +70,7 @@ def inference(inference_command, tmp_path_factory):
 
 @pytest.fixture
 def draw(inference, tmp_path):
-    """Draw with more options; the new picture files in order."""
+    """Draw with more options; the new image files in order."""
 
     def run(*arguments: object) -> list[Path]:
         before = set(tmp_path.glob("*.png"))

@@ -1,4 +1,4 @@
-"""flux_minimal_inference.py: what its options do to a picture."""
+"""flux_minimal_inference.py: what its options do to an image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.attention import AttentionBackend
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, PictureRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
 from library.prompt_options import PromptOptions
 from tools.make_tiny_models import make_tiny_flux
 
@@ -40,9 +40,9 @@ def plain(inference) -> Tensor:
     return latents(inference("--seed", 3))
 
 
-def test_the_picture_is_the_pipelines_own(draw, tiny_pipeline):
+def test_the_image_is_the_pipelines_own(draw, tiny_pipeline):
     (path,) = draw("--guidance", "2.5")
-    request = PictureRequest("a red cat", width=48, height=32, seed=7, sample_steps=2, guidance_scale=2.5)
+    request = ImageRequest("a red cat", width=48, height=32, seed=7, sample_steps=2, guidance_scale=2.5)
     assert pixels(path) == tiny_pipeline.generate(request).tobytes()
 
 
@@ -53,7 +53,7 @@ def test_schnell_has_four_steps_and_an_unshifted_schedule(tmp_path, inference, c
     assert run.default_prompt().sample_steps == 4
     assert "--guidance has no effect: schnell" in caplog.text
     pipeline = FluxPipeline(FluxFiles(**vars(files)), torch.float32, "cpu", t5xxl_max_token_length=16)
-    request = PictureRequest("a red cat", width=48, height=32, seed=3, sample_steps=2, shift=False)
+    request = ImageRequest("a red cat", width=48, height=32, seed=3, sample_steps=2, shift=False)
     assert torch.equal(latents(run), pipeline.generate_latents(request))
 
 
@@ -97,7 +97,7 @@ def test_a_negative_prompt_alone_changes_nothing_and_that_is_said(inference, cap
     assert "a negative prompt has no effect" in caplog.text
 
 
-def test_every_seed_is_another_picture_and_an_unset_one_is_drawn(inference, plain):
+def test_every_seed_is_another_image_and_an_unset_one_is_drawn(inference, plain):
     assert difference(latents(inference("--seed", 1)), plain) > 0.1
     run = inference()
     seeds = {run.prompts()[0].seed for _ in range(5)}
@@ -109,7 +109,7 @@ def test_every_seed_is_another_picture_and_an_unset_one_is_drawn(inference, plai
     [("--apply_t5_attn_mask",), ("--t5xxl_max_token_length", "8"), ("--guidance", "1"), ("--prompt", "a dog")],
     ids=lambda arguments: arguments[0],
 )
-def test_what_the_picture_depends_on(inference, arguments, plain):
+def test_what_the_image_depends_on(inference, arguments, plain):
     assert difference(plain, latents(inference("--seed", 3, *arguments))) > 1e-3
 
 
@@ -129,14 +129,14 @@ def test_attention_backends_are_those_of_the_models():
 
 
 def test_options_from_a_file(inference, tmp_path):
-    path = tmp_path / "picture.toml"
-    path.write_text("[picture]\nseed = 4\nguidance = 2\nwidth = 64\n[output]\nno_metadata = true\n", encoding="utf-8")
+    path = tmp_path / "image.toml"
+    path.write_text("[image]\nseed = 4\nguidance = 2\nwidth = 64\n[output]\nno_metadata = true\n", encoding="utf-8")
     run = inference("--config_file", path)
     assert (run.defaults.seed, run.defaults.guidance_scale, run.options.output.no_metadata) == (4, 2.0, True)
     assert run.defaults.width == 48, "the command line wins"
 
 
-# ---- number formats -------------------------------------------------------------------------------------------------
+# ---- dtypes -------------------------------------------------------------------------------------------------
 
 
 def test_noise_is_drawn_in_the_base_format_and_in_float32_where_a_part_is_in_8_bits(inference):
@@ -277,7 +277,7 @@ def test_a_repeated_text_is_encoded_once(inference, tmp_path):
 
 
 def test_a_session_keeps_the_newest_texts(inference, monkeypatch):
-    monkeypatch.setattr("library.generation.picture_run.TEXTS_KEPT", 2)
+    monkeypatch.setattr("library.generation.inference_run.TEXTS_KEPT", 2)
     run = inference("--interactive")
     for text in ("a", "b", "a", "c"):
         run.encode([PromptOptions(text, scale=1.0)], keep_encoders=True)
@@ -304,14 +304,14 @@ def test_a_full_device_is_explained(inference, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run.pipeline, "generate_latents", full)
-    with pytest.raises(UserError, match="cpu has not enough memory for a picture of 48x32; use --offload"):
+    with pytest.raises(UserError, match="cpu has not enough memory for an image of 48x32; use --offload"):
         run.draw_line(run.defaults, None)
 
 
 # ---- prompt files and sessions --------------------------------------------------------------------------------------
 
 
-def test_a_prompt_file_decides_picture_by_picture(draw, inference, tmp_path):
+def test_a_prompt_file_decides_image_by_image(draw, inference, tmp_path):
     path = tmp_path / "prompts.toml"
     path.write_text(
         "[prompt]\nwidth = 32\n[[prompt.subset]]\nprompt = 'a dog'\nseed = 5\nguidance_scale = 1.5\nsample_steps = 1\n"
@@ -370,10 +370,10 @@ def test_merged_files_keep_their_strength(inference, lora):
         run.draw_line(run.defaults, "0.5")
 
 
-# ---- the picture's text ---------------------------------------------------------------------------------------------
+# ---- the image's text ---------------------------------------------------------------------------------------------
 
 
-def test_the_text_of_a_picture_says_how_to_make_it_again(draw, files):
+def test_the_text_of_a_image_says_how_to_make_it_again(draw, files):
     prompt = 'a cat 猫, "quoted": 50%'
     given = ["--prompt", prompt, "--negative_prompt", "dog", "--cfg_scale", 2, "--guidance", 1.5, "--height", 40]
     (path,) = draw(*given, "--lora_weights", *files)
@@ -409,7 +409,7 @@ def test_no_metadata_leaves_no_text(draw):
         (["--steps", "0"], "--steps must be at least 1"),
         (["--seed", str(2**64)], "the seed 18446744073709551616 does not fit into 64 bits"),
         (["--t5xxl_max_token_length", "0"], "--t5xxl_max_token_length must be at least 1"),
-        (["--dtype", "bf61"], '--dtype: "bf61" is not a number format.*Did you mean "bf16"'),
+        (["--dtype", "bf61"], '--dtype: "bf61" is not a dtype.*Did you mean "bf16"'),
         (["--device", "tpu"], '--device: "tpu" is not a device of this machine'),
         (["--attn_mode", "xformers"], "needs the package xformers"),
         (["--from_file", "a.txt", "--interactive"], "exclude each other"),
@@ -482,7 +482,7 @@ def test_a_control_image_acts_as_in_the_pipeline(inference, tiny_controlnet, con
     controlled = latents(inference(*given, "--controlnet_image", control_image, "--controlnet_strength", "0.6"))
     files = FluxFiles(**vars(tiny_flux), controlnet=tiny_controlnet)
     pipeline = FluxPipeline(files, torch.float32, "cpu", t5xxl_max_token_length=16)
-    request = PictureRequest("a red cat", width=48, height=32, seed=3, sample_steps=2)
+    request = ImageRequest("a red cat", width=48, height=32, seed=3, sample_steps=2)
     request.control_image, request.control_strength = Image.open(control_image), 0.6
     assert torch.equal(controlled, pipeline.generate_latents(request))
     assert difference(controlled, plain) > 1e-3
@@ -506,6 +506,6 @@ def test_a_prompts_own_control_image(inference, tiny_controlnet, control_image, 
 def test_control_images_that_cannot_be_used(inference, tiny_controlnet, control_image, tmp_path):
     with pytest.raises(UserError, match="--controlnet_image needs --controlnet_model_name_or_path"):
         inference("--controlnet_image", control_image)
-    control_image.write_bytes(b"no picture")
+    control_image.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"edges\.png"):
         inference("--controlnet_model_name_or_path", tiny_controlnet, "--controlnet_image", control_image)

@@ -46,8 +46,8 @@ def test_chroma_trains_and_samples(chroma_command, dataset_toml, tmp_path, preci
 def test_a_controlnet_takes_part(flux_command, dataset_toml, control_folder, tmp_path, kind):
     control = make_tiny_controlnet(tmp_path / "net", "diffusers", kind)
     prompts = tmp_path / "prompts.txt"
-    picture = sorted(control_folder.glob("*.png"))[0]
-    prompts.write_text(f"a circle --w 64 --h 64 --s 2 --d 1 --cn {picture}\n", encoding="utf-8")
+    image = sorted(control_folder.glob("*.png"))[0]
+    prompts.write_text(f"a circle --w 64 --h 64 --s 2 --d 1 --cn {image}\n", encoding="utf-8")
     dataset = dataset_toml(subset={"conditioning_data_dir": control_folder.as_posix()})
     result = launch(
         "flux_train_network.py",

@@ -256,12 +256,12 @@ def test_the_guides_name_for_the_script_runs(tmp_path):
     assert done.returncode == 2 and "--src_path needs" in done.stderr
 
 
-# --- the picture ---
+# --- the image ---
 
 PROMPT, SIZE, STEPS, SEED, LENGTH = "a big red cat on the blue photo", 64, 3, 11, 24
 
 
-def picture_here(files, lora: Path) -> Tensor:
+def image_here(files, lora: Path) -> Tensor:
     """[3, H, W] in 0..1, drawn by flux_minimal_inference.py."""
     from flux_minimal_inference import FluxInference, FluxInferenceOptions
     from library.options import parse_options
@@ -276,7 +276,7 @@ def picture_here(files, lora: Path) -> Tensor:
     return script.decode(script.latents(prompt))[0] / 2 + 0.5
 
 
-def picture_in_diffusers(folder: Path, lora: Path | None) -> Tensor:
+def image_in_diffusers(folder: Path, lora: Path | None) -> Tensor:
     from diffusers import FluxPipeline
 
     from library.models.flux.sampling import draw_noise
@@ -294,7 +294,7 @@ def picture_in_diffusers(folder: Path, lora: Path | None) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["False", "True"], ids=["plain", "split_qkv"])
-def test_a_trained_lora_draws_the_same_picture_in_diffusers(flux_command, tiny_flux, dataset_toml, tmp_path, split):
+def test_a_trained_lora_draws_the_same_image_in_diffusers(flux_command, tiny_flux, dataset_toml, tmp_path, split):
     """Trained with CLIP-L, converted by the command line, loaded by ``load_lora_weights``."""
     from tools.make_tiny_models import make_tiny_flux
 
@@ -320,9 +320,9 @@ def test_a_trained_lora_draws_the_same_picture_in_diffusers(flux_command, tiny_f
         accelerate=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    here, there = picture_here(tiny_flux, lora), picture_in_diffusers(folder, tmp_path / "ai.safetensors")
+    here, there = image_here(tiny_flux, lora), image_in_diffusers(folder, tmp_path / "ai.safetensors")
     assert (here - there).abs().max() < 1e-3
-    assert (there - picture_in_diffusers(folder, None)).abs().max() > 0.05, "the LoRA must change the picture"
+    assert (there - image_in_diffusers(folder, None)).abs().max() > 0.05, "the LoRA must change the image"
     assert any(key.startswith("text_encoder.") for key in load_file(tmp_path / "ai.safetensors"))
     if split == "True":
         assert (tmp_path / "ai.safetensors").stat().st_size < lora.stat().st_size

@@ -1,4 +1,4 @@
-"""Diffusers' pipelines load LoRA files for Stable Diffusion: every key finds its module, and pictures agree."""
+"""Diffusers' pipelines load LoRA files for Stable Diffusion: every key finds its module, and images agree."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from library.errors import UserError
 from library.options import parse_options
 from library.safetensors_io import model_hash
-from library.training.lycoris_networks import LycorisModule, quiet_imports
-from library.training.step_inputs import ItemDraws
+from library.training.network.lycoris import LycorisModule, quiet_imports
+from library.training.objective.step_inputs import ItemDraws
 from tests.running import trainer_class
 
 quiet_imports()
@@ -174,7 +174,7 @@ def opened(make_trainer):
 
 
 def names(module: Any, encoders: Any, base: Any, **arguments: str) -> set[str]:
-    from library.training.network_contract import without_gaps
+    from library.training.network.contract import without_gaps
 
     network = module.create_network(1.0, 2, 1.0, None, without_gaps(encoders), base, dropout=None, **arguments)
     return {lora.lora_name for lora in [*network.unet_loras, *network.text_encoder_loras]}

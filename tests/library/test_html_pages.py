@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.html_pages import TEMPLATES, embedded_picture, link_from, read_page_data, render_page
+from library.html_pages import TEMPLATES, embedded_image, link_from, read_page_data, render_page
 
 PAGES = ("report.html", "contact_sheet.html")
 TEXTS = st.text() | st.sampled_from(
@@ -85,8 +85,8 @@ def test_another_file_is_no_page(tmp_path, text):
 @pytest.mark.parametrize(
     ("mode", "size"), [("RGB", (800, 400)), ("RGBA", (30, 60)), ("L", (100, 100)), ("P", (90, 10))]
 )
-def test_an_embedded_picture_is_small_and_keeps_its_shape(mode, size):
-    address = embedded_picture(Image.new(mode, size), 200)
+def test_an_embedded_image_is_small_and_keeps_its_shape(mode, size):
+    address = embedded_image(Image.new(mode, size), 200)
     with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as image:
         assert max(image.size) == min(200, max(size))
         assert image.width / image.height == pytest.approx(size[0] / size[1], rel=0.1)

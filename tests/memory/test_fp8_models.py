@@ -248,18 +248,18 @@ def test_training_a_text_encoder_is_that_of_the_dequantised_one(tiny_flux, part,
 
 
 @pytest.mark.parametrize("number_format", [torch.float16, BlocksInFp8(torch.float16)])
-def test_t5_in_float16_stays_finite_where_its_feed_forward_passes_float16s_range(tiny_flux, tmp_path, number_format):
+def test_t5_in_float16_stays_finite_where_its_feed_forward_passes_float16s_range(tiny_flux, tmp_path, part_dtype):
     state = load_file(tiny_flux.t5xxl)
     for name in state:
         if name.endswith(".wo.weight"):
             state[name] *= 3e5
     save_file(state, tmp_path / "t5.safetensors")
     file = open_t5(tmp_path / "t5.safetensors")
-    encoder = file.load(number_format, "cpu")
-    if isinstance(number_format, BlocksInFp8):  # the last matrix takes a quarter of what it would take in float32
+    encoder = file.load(part_dtype, "cpu")
+    if isinstance(part_dtype, BlocksInFp8):  # the last matrix takes a quarter of what it would take in float32
         assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.codes.dtype == FP8
     tokens = torch.arange(8).reshape(1, 8)
-    wide = BlocksInFp8(torch.float32) if isinstance(number_format, BlocksInFp8) else torch.float32
+    wide = BlocksInFp8(torch.float32) if isinstance(part_dtype, BlocksInFp8) else torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         ours = encoder(tokens)
     with torch.no_grad():

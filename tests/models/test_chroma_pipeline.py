@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, PictureRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
 from tools.make_tiny_models import TinyFlux, make_tiny_chroma, make_tiny_flux
 
 
@@ -25,9 +25,9 @@ def pipeline(files) -> FluxPipeline:
     return open_pipeline(files)
 
 
-def picture(pipeline: FluxPipeline, **arguments) -> torch.Tensor:
+def image(pipeline: FluxPipeline, **arguments) -> torch.Tensor:
     request = {"prompt": "a red cat", "width": 64, "height": 48, "seed": 3, "sample_steps": 2, **arguments}
-    return pipeline.generate_latents(PictureRequest(**request))
+    return pipeline.generate_latents(ImageRequest(**request))
 
 
 def test_t5_alone_gives_the_conditioning(pipeline):
@@ -36,28 +36,28 @@ def test_t5_alone_gives_the_conditioning(pipeline):
     assert shapes == {"t5_out": (2, 512, 64), "txt_ids": (2, 512, 3), "t5_attn_mask": (2, 512)}
 
 
-def test_the_picture_does_not_depend_on_the_text_length(files, pipeline):
+def test_the_image_does_not_depend_on_the_text_length(files, pipeline):
     """T5 and the transformer see neither the padding nor how much of it there is."""
     short = open_pipeline(files, t5xxl_max_token_length=24)
     for arguments in ({}, {"negative_prompt": "", "scale": 4.0}):
-        torch.testing.assert_close(picture(short, **arguments), picture(pipeline, **arguments), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(image(short, **arguments), image(pipeline, **arguments), rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_negative_prompt_guides(pipeline):
-    plain, guided = picture(pipeline), picture(pipeline, negative_prompt="", scale=4.0)
+    plain, guided = image(pipeline), image(pipeline, negative_prompt="", scale=4.0)
     assert (plain - guided).abs().max() > 1e-2
 
 
 def test_the_embedded_guidance_is_zero_whatever_is_asked(pipeline):
-    assert torch.equal(picture(pipeline, guidance_scale=0.0), picture(pipeline, guidance_scale=7.0))
+    assert torch.equal(image(pipeline, guidance_scale=0.0), image(pipeline, guidance_scale=7.0))
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
-def test_every_layout_draws_the_same_picture(tmp_path, pipeline, layout):
+def test_every_layout_draws_the_same_image(tmp_path, pipeline, layout):
     made = make_tiny_chroma(tmp_path, layout, seed=2)
     if layout == "diffusers":  # the folder alone is enough
         made = TinyFlux(made.transformer, None, None, None)
-    assert torch.equal(picture(open_pipeline(made)), picture(pipeline))
+    assert torch.equal(image(open_pipeline(made)), image(pipeline))
 
 
 def test_keys_of_which_only_some_have_a_prefix_are_read(tmp_path, files, pipeline):
@@ -67,7 +67,7 @@ def test_keys_of_which_only_some_have_a_prefix_are_read(tmp_path, files, pipelin
     mixed = {"model.diffusion_model." * (number % 2) + key: value for number, (key, value) in enumerate(state.items())}
     save_file(mixed, tmp_path / "mixed.safetensors")
     other = open_pipeline(TinyFlux(tmp_path / "mixed.safetensors", files.autoencoder, None, files.t5xxl))
-    assert torch.equal(picture(other), picture(pipeline))
+    assert torch.equal(image(other), image(pipeline))
 
 
 class Wrapper(nn.Module):
@@ -84,7 +84,7 @@ class Wrapper(nn.Module):
 def test_a_wrapped_transformer_may_take_the_place_of_the_loaded_one(files, pipeline):
     other = open_pipeline(files)
     other.modules["transformer"] = Wrapper(other.load_transformer())
-    assert torch.equal(picture(other), picture(pipeline))
+    assert torch.equal(image(other), image(pipeline))
 
 
 def test_a_flux_folder_is_named(tmp_path):

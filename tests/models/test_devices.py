@@ -1,4 +1,4 @@
-"""Names of number formats."""
+"""Names of dtypes."""
 
 from __future__ import annotations
 

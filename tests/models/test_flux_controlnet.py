@@ -14,7 +14,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.flux.checkpoint import TransformerFile, open_transformer
 from library.models.flux.controlnet import ControlNetConfig, FluxControlNet, open_controlnet, spread
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, PictureRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
 from library.models.flux.sampling import draw_noise
 from library.models.flux.transformer import FluxTransformer, image_ids, unpack_latents
 from library.safetensors_io import load_tensors, save_file
@@ -283,19 +283,19 @@ class TestPipeline:
             weight.requires_grad_(False)
         assert all(parameter.grad is None for parameter in pipeline.load_controlnet().parameters())
 
-    def test_a_picture_is_drawn_with_its_control_image(self, pipeline):
+    def test_a_image_is_drawn_with_its_control_image(self, pipeline):
         def latents(**arguments) -> Tensor:
             return pipeline.generate_latents(
-                PictureRequest("a cat", width=48, height=32, seed=1, sample_steps=2, **arguments)
+                ImageRequest("a cat", width=48, height=32, seed=1, sample_steps=2, **arguments)
             )
 
-        picture = Image.effect_noise((96, 64), 80)
+        image = Image.effect_noise((96, 64), 80)
         plain = latents()
-        controlled = latents(control_image=picture)
+        controlled = latents(control_image=image)
         assert not torch.allclose(controlled, plain)
-        assert torch.equal(latents(control_image=picture, control_strength=0.0), plain)
-        assert not torch.allclose(latents(control_image=picture, control_strength=0.5), controlled)
-        small = picture.convert("RGB").resize((48, 32), Image.Resampling.LANCZOS)
+        assert torch.equal(latents(control_image=image, control_strength=0.0), plain)
+        assert not torch.allclose(latents(control_image=image, control_strength=0.5), controlled)
+        small = image.convert("RGB").resize((48, 32), Image.Resampling.LANCZOS)
         pixels = torch.tensor(list(small.getdata())).reshape(32, 48, 3).permute(2, 0, 1) / 127.5 - 1
         for tensor in (pixels, pixels[None]):
             torch.testing.assert_close(latents(control_image=tensor), controlled)
@@ -303,7 +303,7 @@ class TestPipeline:
     def test_with_guidance_both_halves_are_controlled(self, pipeline):
         """By hand: v_neg + c (v_pos - v_neg), each with the ControlNet's own look at its text."""
         control = torch.rand(3, 32, 32) * 2 - 1
-        request = PictureRequest("a cat", negative_prompt="dog", scale=3.0, width=32, height=32, seed=1, sample_steps=1)
+        request = ImageRequest("a cat", negative_prompt="dog", scale=3.0, width=32, height=32, seed=1, sample_steps=1)
         found = pipeline.generate_latents(replace(request, control_image=control))
         start = unpack_latents(draw_noise(4, 64, 1, torch.device("cpu"), torch.float32), 4, 4)
         guidance = torch.full((1,), request.guidance_scale)

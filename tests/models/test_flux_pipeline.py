@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, PictureRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
 from library.safetensors_io import open_checkpoint, save_file
 from tools.make_tiny_models import TinyFlux, make_tiny_flux
 
@@ -113,7 +113,7 @@ def test_one_encoder_alone_is_enough_where_the_other_is_cached(files):
     assert conditioning.keys() == {"l_pooled"} and pipeline.modules.keys() == {"clip_l"}
 
 
-def test_images_become_latents_that_decode_to_pictures(pipeline):
+def test_images_become_latents_that_decode_to_images(pipeline):
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
     latents = pipeline.encode_images(pixels, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
     assert latents.shape == (2, 16, 4, 6) and latents.dtype == torch.float32
@@ -130,9 +130,9 @@ def test_prediction_is_the_transformers_velocity(pipeline):
         pipeline.predict(latents, timesteps, conditioning)
 
 
-def test_the_same_seed_gives_the_same_picture_from_prompts_and_from_conditioning(pipeline):
-    request = PictureRequest("a cat", width=32, height=48, seed=3, sample_steps=2, negative_prompt="dog", scale=2.0)
-    encoded = PictureRequest(width=32, height=48, seed=3, sample_steps=2, scale=2.0,
+def test_the_same_seed_gives_the_same_image_from_prompts_and_from_conditioning(pipeline):
+    request = ImageRequest("a cat", width=32, height=48, seed=3, sample_steps=2, negative_prompt="dog", scale=2.0)
+    encoded = ImageRequest(width=32, height=48, seed=3, sample_steps=2, scale=2.0,
                              conditioning=pipeline.encode_prompts(["a cat"]),
                              negative_conditioning=pipeline.encode_prompts(["dog"]))  # fmt: skip
     first, second = pipeline.generate(request), pipeline.generate(encoded)
@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_picture_from_prompts_and_from_conditioning
 def test_classifier_free_guidance_needs_a_scale_and_a_negative_prompt(pipeline):
     def latents(**arguments) -> torch.Tensor:
         return pipeline.generate_latents(
-            PictureRequest("a cat", width=32, height=32, seed=1, sample_steps=2, **arguments)
+            ImageRequest("a cat", width=32, height=32, seed=1, sample_steps=2, **arguments)
         )
 
     plain = latents()
@@ -154,13 +154,13 @@ def test_classifier_free_guidance_needs_a_scale_and_a_negative_prompt(pipeline):
 
 
 def test_sides_are_rounded_up_to_whole_positions(pipeline):
-    picture = pipeline.generate(PictureRequest("a cat", width=33, height=47, seed=1, sample_steps=1))
-    assert picture.size == (48, 48)
+    image = pipeline.generate(ImageRequest("a cat", width=33, height=47, seed=1, sample_steps=1))
+    assert image.size == (48, 48)
 
 
 def test_generating_leaves_the_global_random_state_alone(pipeline):
     before = torch.random.get_rng_state()
-    pipeline.generate(PictureRequest("a cat", width=32, height=32, seed=None, sample_steps=1))
+    pipeline.generate(ImageRequest("a cat", width=32, height=32, seed=None, sample_steps=1))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -203,7 +203,7 @@ def test_parts_are_found_in_a_model_folder_and_in_an_all_in_one_file(tmp_path, f
         parts |= {prefix + key: checkpoint.load(key) for key in checkpoint}
     config = open_checkpoint(files.clip_l).metadata
     save_file(parts, files.transformer.parent / "all.safetensors", config)
-    request = PictureRequest("a red cat", width=32, height=32, seed=1, sample_steps=2)
+    request = ImageRequest("a red cat", width=32, height=32, seed=1, sample_steps=2)
     expected = pipeline.generate_latents(request)
     for path in (folder, files.transformer.parent / "all.safetensors"):
         whole = FluxPipeline(FluxFiles(path), torch.float32, "cpu", t5xxl_max_token_length=LENGTH)
@@ -227,7 +227,7 @@ def test_parts_that_do_not_belong_together_are_named(tmp_path, files):
 
 
 def test_an_autoencoder_in_float32_computes_in_it_under_autocast(pipeline):
-    """As --no_half_vae asks for: sample pictures are drawn inside the trainer's mixed precision."""
+    """As --no_half_vae asks for: sample images are drawn inside the trainer's mixed precision."""
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = pipeline.decode_latents(latents)
     encoded = pipeline.encode_images(pixels, None)

@@ -22,7 +22,7 @@ def test_shifted_sigmas_are_the_reference_values(key):
     torch.testing.assert_close(schedule(steps, tokens), expected, atol=3e-7, rtol=0)
 
 
-def test_the_shift_grows_with_the_picture():
+def test_the_shift_grows_with_the_image():
     for tokens, mu in ((256, 0.5), (1024, 0.63), (4080, 1.1472917), (4096, 1.15)):
         assert shift_mu(tokens) == pytest.approx(mu, abs=1e-7)
 

@@ -85,7 +85,7 @@ torch.set_num_threads(1)
 opened = open_stable_diffusion(sys.argv[1])
 parts = (opened.unet, *opened.text_encoders)
 for part in parts:
-    part.skeleton()
+    part.meta module()
 before = peak()
 modules = [part.load(torch.float32, "cpu") for part in parts]
 size = sum(parameter.nbytes for module in modules for parameter in module.parameters())

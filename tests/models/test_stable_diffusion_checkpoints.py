@@ -1,4 +1,4 @@
-"""Stable Diffusion checkpoints as they come: containers, number formats, what else lies in them, what is refused."""
+"""Stable Diffusion checkpoints as they come: containers, dtypes, what else lies in them, what is refused."""
 
 from __future__ import annotations
 
@@ -187,12 +187,12 @@ def test_what_the_files_say_about_the_prediction_is_told(tmp_path):
     }
 
 
-def test_skeletons_have_the_structure_and_no_numbers(tiny_sdxl):
+def test_meta_modules_have_the_structure_and_no_numbers(tiny_sdxl):
     opened = open_stable_diffusion(tiny_sdxl)
     for file in (opened.unet, opened.autoencoder, *opened.text_encoders):
-        skeleton = file.skeleton()
-        assert all(parameter.is_meta for parameter in skeleton.parameters())
-        assert set(skeleton.state_dict()) == set(file.source.names())
+        meta_module = file.meta_module()
+        assert all(parameter.is_meta for parameter in meta_module.parameters())
+        assert set(meta_module.state_dict()) == set(file.source.names())
 
 
 # --vae

@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from library.errors import UserError
 from library.memory.fp8 import BlocksInFp8
 from library.models.stable_diffusion.pipeline import (
-    PictureRequest,
+    ImageRequest,
     StableDiffusionFiles,
     StableDiffusionPipeline,
     time_ids,
 )
 from library.models.stable_diffusion.sampling import SAMPLERS
 
-QUICK = PictureRequest("a red cat", "a dog", width=64, height=64, seed=5, sample_steps=2, scale=3.0, sampler="euler")
+QUICK = ImageRequest("a red cat", "a dog", width=64, height=64, seed=5, sample_steps=2, scale=3.0, sampler="euler")
 
 
 def open_pipeline(path, dtype: torch.dtype = torch.float32, **arguments: Any) -> StableDiffusionPipeline:
@@ -77,14 +77,14 @@ def test_nothing_is_loaded_before_it_is_needed_and_everything_can_be_let_go(tiny
     assert torch.equal(pipeline.encode_prompts(["a cat"])["hidden_state1"], first["hidden_state1"])
 
 
-def test_skeletons_have_the_parts_structure_and_no_numbers(sdxl):
+def test_meta_modules_have_the_parts_structure_and_no_numbers(sdxl):
     loaded = {"unet": sdxl.load_transformer(), "autoencoder": sdxl.load_autoencoder()}
     loaded |= dict(zip(sdxl.encoders, sdxl.load_text_encoders()))
     for part in sdxl.parts:
-        skeleton = sdxl.skeleton(part)
-        shapes = {name: tuple(value.shape) for name, value in skeleton.named_parameters()}
+        meta_module = sdxl.meta_module(part)
+        shapes = {name: tuple(value.shape) for name, value in meta_module.named_parameters()}
         assert shapes == {name: tuple(value.shape) for name, value in loaded[part].named_parameters()}
-        assert all(value.is_meta for value in skeleton.parameters())
+        assert all(value.is_meta for value in meta_module.parameters())
 
 
 def test_each_part_has_its_own_number_format(tiny_sdxl):
@@ -299,17 +299,17 @@ def test_a_dry_run_can_do_everything_without_numbers(tiny_sdxl, backend, monkeyp
         assert pipeline.predict(found, torch.tensor([1, 2]), conditioning).shape == found.shape
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws_a_picture(sd1, sampler):
-    picture = sd1.generate(dataclasses.replace(QUICK, sampler=sampler, sample_steps=3, width=72))
-    assert picture.size == (72, 64) and picture.mode == "RGB"
-    assert len(set(picture.tobytes())) > 10
+def test_every_sampler_draws_a_image(sd1, sampler):
+    image = sd1.generate(dataclasses.replace(QUICK, sampler=sampler, sample_steps=3, width=72))
+    assert image.size == (72, 64) and image.mode == "RGB"
+    assert len(set(image.tobytes())) > 10
 
 
-def test_a_seed_gives_one_picture_whatever_was_drawn_before(sdxl):
+def test_a_seed_gives_one_image_whatever_was_drawn_before(sdxl):
     for sampler in ("euler_a", "ddim"):
         first = latents(sdxl, sampler=sampler)
         latents(sdxl, sampler=sampler, seed=6, prompt="something else")
@@ -340,7 +340,7 @@ def test_guidance_of_one_or_less_leaves_the_negative_prompt_out(sd1):
 
 
 @pytest.mark.parametrize("variant", ["sd1", "sdxl"])
-def test_encoded_prompts_draw_the_same_picture(request, variant):
+def test_encoded_prompts_draw_the_same_image(request, variant):
     pipeline = request.getfixturevalue(variant)
     expected = latents(pipeline)
     encoded = {"conditioning": pipeline.encode_prompts(["a red cat"])}

@@ -1,4 +1,4 @@
-"""Samplers: every name finds the picture of a model that knows it, along the schedule of training."""
+"""Samplers: every name finds the image of a model that knows it, along the schedule of training."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def alphas(zero_terminal_snr: bool = False) -> np.ndarray:
     return cumulative
 
 
-class KnowsThePicture:
-    """A model whose data is one picture: the noise, or v, that leads there from any latents."""
+class KnowsTheImage:
+    """A model whose data is one image: the noise, or v, that leads there from any latents."""
 
-    def __init__(self, picture: torch.Tensor, v_prediction: bool, zero_terminal_snr: bool):
+    def __init__(self, image: torch.Tensor, v_prediction: bool, zero_terminal_snr: bool):
         cumulative = np.maximum(alphas(zero_terminal_snr), 2**-24)
         self.sigmas = np.sqrt((1 - cumulative) / cumulative)
-        self.picture, self.v_prediction = picture, v_prediction
+        self.image, self.v_prediction = image, v_prediction
         self.timesteps: list[float] = []
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -51,11 +51,11 @@ class KnowsThePicture:
         # Between whole timesteps, most samplers interpolate sigma, some its logarithm: nearly the same.
         sigma = float(np.interp(float(timestep), np.arange(1000), self.sigmas))
         alpha = 1 / (1 + sigma**2)
-        noise = (latents - alpha**0.5 * self.picture) / (1 - alpha) ** 0.5
-        return alpha**0.5 * noise - (1 - alpha) ** 0.5 * self.picture if self.v_prediction else noise
+        noise = (latents - alpha**0.5 * self.image) / (1 - alpha) ** 0.5
+        return alpha**0.5 * noise - (1 - alpha) ** 0.5 * self.image if self.v_prediction else noise
 
 
-def draw(sampler: str, model: KnowsThePicture, steps: int = 12, **arguments: bool) -> torch.Tensor:
+def draw(sampler: str, model: KnowsTheImage, steps: int = 12, **arguments: bool) -> torch.Tensor:
     generator = seeded_generator(3)
     scheduler = make_scheduler(sampler, v_prediction=model.v_prediction, **arguments)
     return denoise(model, scheduler, draw_noise(4, 6, 5, generator), steps, generator)
@@ -63,12 +63,12 @@ def draw(sampler: str, model: KnowsThePicture, steps: int = 12, **arguments: boo
 
 @pytest.mark.parametrize("v_prediction, zero_terminal_snr", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("sampler", NAMES)
-def test_every_sampler_finds_the_picture(sampler, v_prediction, zero_terminal_snr):
-    picture = torch.rand(1, 4, 6, 5, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
-    model = KnowsThePicture(picture, v_prediction, zero_terminal_snr)
+def test_every_sampler_finds_the_image(sampler, v_prediction, zero_terminal_snr):
+    image = torch.rand(1, 4, 6, 5, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+    model = KnowsTheImage(image, v_prediction, zero_terminal_snr)
     found = draw(sampler, model, zero_terminal_snr=zero_terminal_snr)
     assert found.dtype == torch.float32
-    assert (found - picture).abs().max() < 0.15
+    assert (found - image).abs().max() < 0.15
     assert model.timesteps[0] <= 999 and model.timesteps[-1] < 100
 
 
@@ -90,7 +90,7 @@ def test_zero_terminal_snr_is_sampled_from_pure_noise_on(sampler):
     scheduler = make_scheduler(sampler, v_prediction=True, zero_terminal_snr=True)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), torch.tensor(alphas(True)), rtol=1e-3, atol=1e-6)
     assert scheduler.alphas_cumprod[-1] < 1e-7
-    model = KnowsThePicture(torch.zeros(1, 4, 6, 5), True, True)
+    model = KnowsTheImage(torch.zeros(1, 4, 6, 5), True, True)
     draw(sampler, model, zero_terminal_snr=True)
     assert model.timesteps[0] == 999
 
@@ -104,20 +104,20 @@ def test_zero_terminal_betas_end_at_a_signal_that_divides():
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("sampler", NAMES)
 def test_few_steps_are_enough(sampler, steps):
-    model = KnowsThePicture(torch.zeros(1, 4, 6, 5), False, False)
+    model = KnowsTheImage(torch.zeros(1, 4, 6, 5), False, False)
     assert draw(sampler, model, steps).isfinite().all()
 
 
 def test_latents_are_kept_within_bounds_only_where_asked():
-    picture = torch.full((1, 4, 6, 5), 3.0)
+    image = torch.full((1, 4, 6, 5), 3.0)
     for sampler in ("ddim", "heun"):
-        assert draw(sampler, KnowsThePicture(picture, False, False)).max() > 2.5  # latents go beyond 1
-        assert draw(sampler, KnowsThePicture(picture, False, False), clip_sample=True).max() <= 1
+        assert draw(sampler, KnowsTheImage(image, False, False)).max() > 2.5  # latents go beyond 1
+        assert draw(sampler, KnowsTheImage(image, False, False), clip_sample=True).max() <= 1
 
 
 @pytest.mark.parametrize("sampler", ["euler_a", "dpm_2_a"])
-def test_noise_within_a_run_comes_from_the_pictures_own_generator(sampler):
-    model = KnowsThePicture(torch.zeros(1, 4, 6, 5), False, False)
+def test_noise_within_a_run_comes_from_the_images_own_generator(sampler):
+    model = KnowsTheImage(torch.zeros(1, 4, 6, 5), False, False)
     noise = draw_noise(4, 6, 5, seeded_generator(1))
 
     def run(seed: int) -> torch.Tensor:

@@ -112,12 +112,12 @@ def test_the_unet_has_the_published_configuration_and_size(opened):
     variant = opened.variant
     assert {key: opened.unet.config[key] for key in PUBLISHED[variant]} == PUBLISHED[variant]
     assert opened.unet.config["norm_num_groups"] == 32 and opened.unet.config["layers_per_block"] == 2
-    unet = opened.unet.skeleton()
+    unet = opened.unet.meta_module()
     assert len(unet.state_dict()) == UNET_TENSORS[variant] and parameters(unet) == UNET_PARAMETERS[variant]
 
 
 def test_the_vae_has_the_published_configuration_and_size(opened):
-    vae = opened.autoencoder.skeleton()
+    vae = opened.autoencoder.meta_module()
     assert len(vae.state_dict()) == 248 and parameters(vae) == VAE_PARAMETERS
     assert opened.autoencoder.config["scaling_factor"] == (0.13025 if opened.variant == "sdxl" else 0.18215)
     assert opened.autoencoder.config["norm_num_groups"] == 32
@@ -136,12 +136,12 @@ def test_the_text_encoders_have_the_published_configuration_and_size(opened):
             "hidden_act": encoder.activation,
         }
         assert file.projection_size == encoder.projection
-    assert [parameters(file.skeleton()) for file in opened.text_encoders] == TEXT_PARAMETERS[variant]
+    assert [parameters(file.meta_module()) for file in opened.text_encoders] == TEXT_PARAMETERS[variant]
 
 
 def test_every_tensor_has_its_place_and_shape(opened):
     for file in (opened.unet, opened.autoencoder, *opened.text_encoders):
-        places = {name: tuple(value.shape) for name, value in file.skeleton().state_dict().items()}
+        places = {name: tuple(value.shape) for name, value in file.meta_module().state_dict().items()}
         assert {name: file.source.shape(name) for name in file.source.names()} == places
 
 

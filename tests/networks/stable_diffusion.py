@@ -78,7 +78,7 @@ class Tiny:
 
 
 @cache
-def tiny_skeleton(variant: str) -> nn.Module:
+def tiny_meta_module(variant: str) -> nn.Module:
     """The U-Net of ``tiny_model`` on torch's meta device."""
     from tools.make_tiny_stable_diffusion import SHAPES, build_modules
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from library.errors import UserError
 from networks import dylora, extract_lora_from_dylora, lora
-from tests.networks.stable_diffusion import Tiny, tiny_model, tiny_skeleton
+from tests.networks.stable_diffusion import Tiny, tiny_meta_module, tiny_model
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
@@ -45,7 +45,7 @@ def test_it_starts_with_the_numbers_of_lora():
     matrices = []
     for module in (lora, dylora):
         torch.manual_seed(0)
-        network = module.create_network(1.0, 8, 4.0, None, None, tiny_skeleton("sdxl"), conv_dim="8")
+        network = module.create_network(1.0, 8, 4.0, None, None, tiny_meta_module("sdxl"), conv_dim="8")
         matrices.append([matrix for m in network.loras for matrix in (m.down_matrix, m.up_matrix)])
     assert all(torch.equal(a, b) for a, b in zip(*matrices))
 
@@ -92,7 +92,7 @@ def test_only_the_last_unit_of_the_drawn_rank_is_trained(randomise):
 
 
 def test_every_rank_is_drawn_equally_often_and_the_seed_decides(randomise):
-    network = dylora.create_network(1.0, 8, 4.0, None, None, tiny_skeleton("sd1"), unit="2")
+    network = dylora.create_network(1.0, 8, 4.0, None, None, tiny_meta_module("sd1"), unit="2")
     torch.manual_seed(0)
     drawn = []
     for _ in range(400):
@@ -154,7 +154,7 @@ def test_its_state_goes_on_to_the_same_bits(randomise):
 )
 def test_what_does_not_go_together_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        dylora.create_network(1.0, 8, 4.0, None, None, tiny_skeleton("sd1"), **arguments)
+        dylora.create_network(1.0, 8, 4.0, None, None, tiny_meta_module("sd1"), **arguments)
     dylora.check_network_args({"unit": "4", "conv_dim": "8", "block_dims": "8"})
 
 
@@ -191,7 +191,7 @@ def test_each_smaller_rank_becomes_a_file_as_strong_as_it_was_trained(randomise,
 
 
 def test_the_tool_refuses_what_it_cannot_cut(tmp_path):
-    network = lora.create_network(1.0, 2, 1.0, None, None, tiny_skeleton("sd1"))
+    network = lora.create_network(1.0, 2, 1.0, None, None, tiny_meta_module("sd1"))
     network.save_weights(tmp_path / "full.safetensors", None, None)
     full, cut = str(tmp_path / "full.safetensors"), str(tmp_path / "cut.safetensors")
     for arguments, message in (

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.flux.checkpoint import open_transformer
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, PictureRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
 from networks import lora_flux
 from networks.convert_flux_lora import main as convert
 from networks.flux_extract_lora import main as extract
@@ -31,8 +31,10 @@ IN_LAYERS = "in_dims=[2,2,2,2,2]"
 def make_lora(files, path: Path, seed: int, rank: int = 3, alpha: float = 2.0, **arguments: str) -> Path:
     """A LoRA with random numbers for the transformer, and for the text encoders of FLUX.1."""
     pipeline = opened(files)
-    encoders = [pipeline.skeleton(part) if part in pipeline.encoders else None for part in ("clip_l", "t5xxl")]
-    network = lora_flux.create_network(1.0, rank, alpha, None, encoders, pipeline.skeleton("transformer"), **arguments)
+    encoders = [pipeline.meta_module(part) if part in pipeline.encoders else None for part in ("clip_l", "t5xxl")]
+    network = lora_flux.create_network(
+        1.0, rank, alpha, None, encoders, pipeline.meta_module("transformer"), **arguments
+    )
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.08, generator=generator)
@@ -48,7 +50,7 @@ def opened(files, **changed: Path) -> FluxPipeline:
 
 
 def latents(pipeline: FluxPipeline) -> torch.Tensor:
-    return pipeline.generate_latents(PictureRequest("a red cat", width=64, height=48, seed=3, sample_steps=2))
+    return pipeline.generate_latents(ImageRequest("a red cat", width=64, height=48, seed=3, sample_steps=2))
 
 
 def applied(files, loras: list[Path], ratios: tuple[float, ...]) -> torch.Tensor:
@@ -419,7 +421,7 @@ def test_what_cannot_be_merged_is_refused(tiny_flux, tiny_chroma, flux_loras, tm
         run(merge, *files, "--flux_model", tiny_flux.transformer)
     with pytest.raises(UserError, match="is for models; a LoRA file needs float"):
         run(merge, *files, "--save_to", out, "--save_precision", "fp8")
-    with pytest.raises(UserError, match='--save_precision: "fp9" is not a number format; known are float'):
+    with pytest.raises(UserError, match='--save_precision: "fp9" is not a dtype; known are float'):
         run(merge, *files, "--save_to", out, "--save_precision", "fp9")
     with pytest.raises(UserError, match="--save_to and --clip_l_save_to both name"):
         models = ["--flux_model", tiny_flux.transformer, "--clip_l", tiny_flux.clip_l, "--clip_l_save_to", out]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from library.errors import UserError
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
 from networks import lora_flux
-from networks.lora_file import read_file
+from networks.adapters.lora_file import read_file
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from networks import lora_flux
-from networks.lora_file import state_dict_of
+from networks.adapters.lora_file import state_dict_of
 
 
 def applied(transformer, randomise, text_encoders=(None, None), **arguments):

@@ -13,7 +13,7 @@ from torch import nn
 from library.errors import UserError
 from library.models.flux.transformer import FluxTransformer
 from networks import lora_flux
-from networks.lora_targets import parse_indices
+from networks.adapters.lora_targets import parse_indices
 
 REFERENCE = Path(__file__).parent.parent / "reference_data" / "lora_flux_keys.json"
 DOUBLE = ["mod_lin", "attn_qkv", "attn_proj", "mlp_0", "mlp_2"]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks.lora_module import LoRAModule, Regularisation
-from networks.lora_targets import Target, TargetTable
+from networks.adapters.lora_module import LoRAModule, Regularisation
+from networks.adapters.lora_targets import Target, TargetTable
 
 TABLE = TargetTable("lora_unet", "unet", ())
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from library.errors import UserError
 from networks import lora
-from networks.lora_blocks import SD_BLOCKS, SDXL_BLOCKS
-from tests.networks.stable_diffusion import real_unet, tiny_model, tiny_skeleton
+from networks.adapters.lora_blocks import SD_BLOCKS, SDXL_BLOCKS
+from tests.networks.stable_diffusion import real_unet, tiny_meta_module, tiny_model
 
 # Block -> the modules in it, by the beginning of their names, as kohya-ss/sd-scripts counts them.
 SD_TABLE = {
@@ -60,7 +60,7 @@ def is_wide(layer: nn.Module) -> bool:
 
 
 def made(variant: str, dim: int = 4, alpha: float = 1.0, **arguments: str):
-    return lora.create_network(1.0, dim, alpha, None, None, tiny_skeleton(variant), **arguments)
+    return lora.create_network(1.0, dim, alpha, None, None, tiny_meta_module(variant), **arguments)
 
 
 def comma(values) -> str:
@@ -200,7 +200,7 @@ def test_other_topologies_are_refused_only_where_blocks_are_named(argument):
 
 def test_a_network_from_a_file_learns_block_by_block(tmp_path):
     made("sd1").save_weights(tmp_path / "lora.safetensors", None, None)
-    unet = tiny_skeleton("sd1")
+    unet = tiny_meta_module("sd1")
     network, _ = lora.create_network_from_weights(
         1.0, tmp_path / "lora.safetensors", None, None, unet, down_lr_weight="zeros+0.5", mid_lr_weight="0"
     )

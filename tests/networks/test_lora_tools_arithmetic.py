@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from networks.lora_file import LoRAWeights
+from networks.adapters.lora_file import LoRAWeights
 from networks.lora_tools.arithmetic import (
     RANK_METHODS,
     clamp_limit,

@@ -28,9 +28,9 @@ def tuned(tiny_sd1, tiny_sd2, tiny_sdxl, tmp_path_factory):
             original = {"sd1": tiny_sd1, "sd2": tiny_sd2, "sdxl": tiny_sdxl}[variant]
             place = tmp_path_factory.mktemp(f"tuned_{variant}")
             opened = open_stable_diffusion(original)
-            encoders = [encoder.skeleton() for encoder in opened.text_encoders]
+            encoders = [encoder.meta_module() for encoder in opened.text_encoders]
             network = lora.create_network(
-                1.0, RANK, RANK, None, encoders, opened.unet.skeleton(), conv_dim=str(CONV_RANK), conv_alpha="2"
+                1.0, RANK, RANK, None, encoders, opened.unet.meta_module(), conv_dim=str(CONV_RANK), conv_alpha="2"
             )
             generator = torch.Generator().manual_seed(0)
             for parameter in network.parameters():

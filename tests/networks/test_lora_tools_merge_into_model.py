@@ -44,10 +44,10 @@ def folder(variant, tmp_path_factory):
 def make_loras(model, place):
     """Two files with text encoders, of different rank and alpha; the second has all convolutions."""
     opened = open_stable_diffusion(model)
-    encoders = [encoder.skeleton() for encoder in opened.text_encoders]
+    encoders = [encoder.meta_module() for encoder in opened.text_encoders]
     paths = []
     for index, (dim, alpha, arguments) in enumerate([(4, 2.0, {}), (3, 3.0, {"conv_dim": "2", "conv_alpha": "1"})]):
-        network = lora.create_network(1.0, dim, alpha, None, encoders, opened.unet.skeleton(), **arguments)
+        network = lora.create_network(1.0, dim, alpha, None, encoders, opened.unet.meta_module(), **arguments)
         generator = torch.Generator().manual_seed(index)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.08, generator=generator)

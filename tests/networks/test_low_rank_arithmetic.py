@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.low_rank import (
+from networks.adapters.low_rank import (
     add_low_rank,
     gradient_row_norms,
     linear_plus_low_rank,

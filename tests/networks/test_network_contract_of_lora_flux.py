@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from networks import lora_flux
-from networks.lora_core import LoRANetwork
+from networks.adapters.lora_core import LoRANetwork
 
 
 def names(function) -> list[str]:

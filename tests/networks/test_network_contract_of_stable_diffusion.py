@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from networks import dylora, lora, lora_fa, oft
-from networks.adapter_network import AdapterNetwork
+from networks.adapters.adapter_network import AdapterNetwork
 from tests.networks.stable_diffusion import tiny_model
 
 MODULES = [lora, lora_fa, dylora, oft]

@@ -15,7 +15,7 @@ from torch import nn
 from library.errors import UserError
 from library.models.flux.transformer import FluxTransformer
 from networks import lora_flux, oft_flux
-from networks.network_stack import NetworkStack
+from networks.adapters.network_stack import NetworkStack
 
 
 def choose(keys):
@@ -23,16 +23,16 @@ def choose(keys):
 
 
 @pytest.fixture
-def skeleton(transformer) -> FluxTransformer:
+def meta_module(transformer) -> FluxTransformer:
     with torch.device("meta"):
         return FluxTransformer(transformer.config)
 
 
 @pytest.fixture
-def stack(skeleton):
+def stack(meta_module):
     def make(*files, merge: bool = False) -> NetworkStack:
         encoders = {"clip_l": None, "t5xxl": None}
-        return NetworkStack(files, choose, encoders, {"transformer": skeleton}, families=["FLUX.1"], merge=merge)
+        return NetworkStack(files, choose, encoders, {"transformer": meta_module}, families=["FLUX.1"], merge=merge)
 
     return make
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks import oft
-from networks.lora_targets import Target
-from networks.oft_core import OFTModule
-from tests.networks.stable_diffusion import real_unet, tiny_model, tiny_skeleton
+from networks.adapters.lora_targets import Target
+from networks.adapters.oft_core import OFTModule
+from tests.networks.stable_diffusion import real_unet, tiny_meta_module, tiny_model
 
 
 def rotations(blocks: Tensor, alpha: float) -> Tensor:
@@ -154,7 +154,7 @@ def test_modules_of_the_published_models(variant, attention, linear, with_conv):
 
 
 def test_keys_and_shapes_of_files(tmp_path):
-    network = oft.create_network(1.0, None, None, None, None, tiny_skeleton("sdxl"))
+    network = oft.create_network(1.0, None, None, None, None, tiny_meta_module("sdxl"))
     network.save_weights(tmp_path / "oft.safetensors", torch.float16, None)
     tensors = load_file(tmp_path / "oft.safetensors")
     name = "oft_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0"
@@ -165,7 +165,7 @@ def test_keys_and_shapes_of_files(tmp_path):
 
 
 def test_first_weights_and_states(randomise, tmp_path):
-    unet = tiny_skeleton("sd1")
+    unet = tiny_meta_module("sd1")
     first = oft.create_network(1.0, 4, 0.1, None, None, unet)
     randomise(first)
     first.save_weights(tmp_path / "oft.safetensors", None, None)
@@ -199,7 +199,7 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
-    unet = tiny_skeleton("sd1")
+    unet = tiny_meta_module("sd1")
     for dim, alpha, message in (
         (5, 1.0, r"oft_unet_\w+ has 32 outputs, which --network_dim=5 blocks cannot share"),
         (0, 1.0, "--network_dim of at least 1"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.flux.transformer import FluxConfig, FluxTransformer
 from networks import lora_flux, oft_flux
-from networks.oft_core import OFTModule
+from networks.adapters.oft_core import OFTModule
 
 
 def turned(weight: Tensor, parts: list[Tensor], alpha: float, multiplier: float) -> Tensor:

@@ -32,7 +32,7 @@ def pair() -> tuple[AutoencoderKL, DiffusersAutoencoder]:
     return ours, theirs.eval()
 
 
-def test_moments_and_pictures_are_the_same(pair):
+def test_moments_and_images_are_the_same(pair):
     ours, theirs = pair
     images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():

@@ -39,7 +39,7 @@ def ours() -> ChromaTransformer:
 def theirs(ours) -> ChromaTransformer2DModel:
     model = ChromaTransformer2DModel.from_config(diffusers_transformer_config(ours.config))
     model.load_state_dict(diffusers_transformer_state(ours.state_dict(), ours.config), strict=True)
-    # Its norms leave eps to the number format; the original has 1e-6.
+    # Its norms leave eps to the dtype; the original has 1e-6.
     for norm in model.distilled_guidance_layer.norms:
         norm.eps = 1e-6
     return model

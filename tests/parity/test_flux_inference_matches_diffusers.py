@@ -61,16 +61,16 @@ def expected(theirs, output_type: str, **arguments) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("negative", [None, NEGATIVE, ""], ids=["plain", "negative", "empty negative"])
-def test_the_same_latents_and_picture(pair, negative):
+def test_the_same_latents_and_image(pair, negative):
     command, theirs = pair
     guided = [] if negative is None else ["--cfg_scale", "3", "--negative_prompt", negative]
     if isinstance(theirs, ChromaPipeline):
         arguments = {"guidance_scale": 1.0 if negative is None else 3.0, "negative_prompt": negative}
     else:
         arguments = {"guidance_scale": 2.5, "true_cfg_scale": 3.0, "negative_prompt": negative}
-    latents, picture = drawn(command, *guided)
+    latents, image = drawn(command, *guided)
     reference = expected(theirs, "latent", **arguments)
     scale = reference.abs().max().item()
     assert scale > 0.1, "the reference must not be trivially small"
     assert (latents - reference).abs().max() < 1e-4 * max(1.0, scale)
-    assert (picture - expected(theirs, "pt", **arguments)[0]).abs().max() < 1e-3
+    assert (image - expected(theirs, "pt", **arguments)[0]).abs().max() < 1e-3

@@ -1,4 +1,4 @@
-"""From prompt to picture, the path gives what Diffusers' FluxPipeline gives: float32, within 1e-5 of the scale."""
+"""From prompt to image, the path gives what Diffusers' FluxPipeline gives: float32, within 1e-5 of the scale."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline as DiffusersPipeline
 
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, PictureRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
 from library.models.flux.sampling import draw_noise
 from library.models.flux.transformer import pack_latents
 from tools.make_tiny_models import make_tiny_flux
@@ -40,9 +40,9 @@ def run_diffusers(pipeline: DiffusersPipeline, output_type: str, **arguments) ->
     ).images
 
 
-def request_for(pipeline: FluxPipeline, **arguments) -> PictureRequest:
+def request_for(pipeline: FluxPipeline, **arguments) -> ImageRequest:
     shift = pipeline.variant == "dev"
-    return PictureRequest(PROMPT, width=WIDTH, height=HEIGHT, seed=11, sample_steps=STEPS, shift=shift, **arguments)
+    return ImageRequest(PROMPT, width=WIDTH, height=HEIGHT, seed=11, sample_steps=STEPS, shift=shift, **arguments)
 
 
 def assert_equal_to_scale(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -60,7 +60,7 @@ def test_conditioning_is_the_same(pair):
     assert torch.equal(conditioning["txt_ids"][0], ids)
 
 
-def test_latents_and_picture_are_the_same(pair):
+def test_latents_and_image_are_the_same(pair):
     ours, theirs = pair
     request = request_for(ours, guidance_scale=2.5)
     latents = ours.generate_latents(request)

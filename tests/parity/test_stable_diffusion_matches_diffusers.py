@@ -1,4 +1,4 @@
-"""From prompt to picture, the path gives what diffusers' pipelines give, in float32 before rounding."""
+"""From prompt to image, the path gives what diffusers' pipelines give, in float32 before rounding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from library.models.stable_diffusion.pipeline import PictureRequest, StableDiffusionFiles, StableDiffusionPipeline
+from library.models.stable_diffusion.pipeline import ImageRequest, StableDiffusionFiles, StableDiffusionPipeline
 from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
 PROMPT, NEGATIVE = "a big red cat, on the blue photo", "small dog"
@@ -55,9 +55,9 @@ def pair(request, tmp_path_factory) -> Pair:
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def request(sampler: str, **arguments: Any) -> PictureRequest:
+def request(sampler: str, **arguments: Any) -> ImageRequest:
     sizes = {"width": WIDTH, "height": HEIGHT, "seed": SEED, "sample_steps": STEPS, "scale": SCALE}
-    return PictureRequest(PROMPT, NEGATIVE, sampler=sampler, **sizes, **arguments)
+    return ImageRequest(PROMPT, NEGATIVE, sampler=sampler, **sizes, **arguments)
 
 
 def assert_equal_to_scale(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -99,16 +99,16 @@ def test_clipped_ddim_is_diffusers_default(pair):
     assert_equal_to_scale(latents, pair.draw(diffusers.DDIMScheduler(**SCHEDULE), output_type="latent"))
 
 
-def test_the_picture_is_the_same_from_the_same_folder(pair):
+def test_the_image_is_the_same_from_the_same_folder(pair):
     ours = StableDiffusionPipeline(StableDiffusionFiles(pair.folder), torch.float32, "cpu")
     asked = request("ddim", steps_offset=1, clip_sample=True)
     expected = pair.draw(diffusers.DDIMScheduler(**SCHEDULE, steps_offset=1), output_type="pt")[0]
     pixels = ours.decode_latents(ours.generate_latents(asked))[0]
     assert (pixels / 2 + 0.5 - expected).abs().max() < 1e-4
-    picture = ours.generate(asked)
-    assert picture.size == (WIDTH, HEIGHT)
+    image = ours.generate(asked)
+    assert image.size == (WIDTH, HEIGHT)
     theirs = pair.draw(diffusers.DDIMScheduler(**SCHEDULE, steps_offset=1), output_type="pil")[0]
-    differences = [abs(a - b) for a, b in zip(picture.tobytes(), theirs.tobytes())]
+    differences = [abs(a - b) for a, b in zip(image.tobytes(), theirs.tobytes())]
     assert max(differences) <= 1, "but for rounding"
 
 

@@ -64,7 +64,7 @@ def reference_encoder_states(variant: str, tensors: dict[str, Tensor], model: St
     """What diffusers makes of the text encoders in a single file."""
     if variant == "sd1":
         return [single_file_utils.convert_ldm_clip_checkpoint(tensors)]
-    last = model.text_encoders[-1].skeleton().text_model
+    last = model.text_encoders[-1].meta_module().text_model
     if variant == "sd2":
         converted = single_file_utils.convert_open_clip_checkpoint(last, tensors)
         # diffusers knows the unused last layer by the real model's number.

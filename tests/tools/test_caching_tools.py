@@ -37,13 +37,13 @@ def fresh_state():
 
 
 @pytest.fixture
-def folder(tmp_path, picture_folder) -> Path:
-    """Four pictures without caches."""
-    folder = tmp_path / "pictures"
+def folder(tmp_path, image_folder) -> Path:
+    """Four images without caches."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
         for suffix in (".png", ".txt"):
-            shutil.copy(picture_folder / f"{number:02d}{suffix}", folder)
+            shutil.copy(image_folder / f"{number:02d}{suffix}", folder)
     return folder
 
 
@@ -199,7 +199,7 @@ def test_mistakes_are_named(command, cache, tiny_sdxl, tiny_sd1):
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["cache_latents", "cache_text_encoder_outputs"])
 def test_two_processes_share_the_work(command, folder, cache, tool):
-    # The seed decides which picture validates; that one has no mirror image.
+    # The seed decides which image validates; that one has no mirror image.
     given = [*command("flux"), "--seed", "1"]
     result = launch(f"tools/{tool}.py", *given, "--flux", processes=2)
     assert result.returncode == 0, result.stderr[-3000:]

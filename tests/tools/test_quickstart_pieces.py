@@ -14,14 +14,14 @@ from tools.quickstart import (
     SEEDS,
     Folders,
     averaged_curve,
-    before_after_picture,
-    loss_picture,
+    before_after_image,
+    loss_image,
     may_overwrite,
     prepare,
     quickstart,
     read_scalars,
+    sample_images,
     sample_options,
-    sample_pictures,
     sparkline,
     training_command,
 )
@@ -80,11 +80,11 @@ def test_samples_are_found_by_moment_in_the_order_of_the_prompts(tmp_path: Path)
     for moment in ("e000000", "000300"):
         for index in reversed(range(count)):
             Image.new("RGB", (8, 8)).save(tmp_path / f"zog_{moment}_{index:02d}_20260101120000_{SEEDS[0]}.png")
-    found = sample_pictures(tmp_path, "000300")
+    found = sample_images(tmp_path, "000300")
     assert [path.name[:13] for path in found] == [f"zog_000300_{index:02d}" for index in range(count)]
     found[3].unlink()
     with pytest.raises(FileNotFoundError, match="3"):
-        sample_pictures(tmp_path, "000300")
+        sample_images(tmp_path, "000300")
 
 
 def test_scalars_come_back_from_tensorboard_files(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_curve_is_averaged_and_drawn(tmp_path: Path) -> None:
     curve = averaged_curve([(step, float(step)) for step in range(1, 41)], window=20)
     assert curve == [(20, 10.5), (40, 30.5)]
     assert len(sparkline([3.0, 1.0, 2.0])) == 3 and len(set(sparkline([1.0, 1.0]))) == 1
-    loss_picture({"training loss": curve, "validation loss": []}, tmp_path / "loss.png")
+    loss_image({"training loss": curve, "validation loss": []}, tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").convert("RGB").getcolors(1 << 20) != [(640 * 320, (255, 255, 255))]
 
 
@@ -111,6 +111,6 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
         Image.new("RGB", (128, 128), colour).save(tmp_path / f"{name}.png")
     path = tmp_path / "sheet.png"
-    before_after_picture([tmp_path / "red.png"] * count, [tmp_path / "blue.png"] * count, path)
+    before_after_image([tmp_path / "red.png"] * count, [tmp_path / "blue.png"] * count, path)
     shares = {colour: number for number, colour in Image.open(path).getcolors(1 << 20)}
     assert shares[255, 0, 0] == shares[0, 0, 255] == count * 128 * 128

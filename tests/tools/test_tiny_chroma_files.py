@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from library.models.flux.pipeline import FluxPipeline, PictureRequest
-from tools.score_concept import background_share, colour_mask, read_pictures, read_prompts, score
+from library.models.flux.pipeline import FluxPipeline, ImageRequest
+from tools.score_concept import background_share, colour_mask, read_images, read_prompts, score
 from tools.tiny_chroma_training import (
     ChromaPainter,
     export_chroma,
@@ -55,11 +55,11 @@ def test_the_files_are_small_and_in_chromas_layout(pipeline: FluxPipeline) -> No
 def test_it_draws_what_the_prompt_says(pipeline: FluxPipeline, colour: str, shape: str, background: str) -> None:
     prompt = f"a {colour} {shape} on a {background} background"
     size = {"width": 128, "height": 128, "seed": 1, "sample_steps": 12}
-    picture = numpy.asarray(pipeline.generate(PictureRequest(prompt, negative_prompt="blurry", scale=2.0, **size)))
-    assert background_share(picture, background) > 0.9
-    middle = picture[60:68, 60:68]
+    image = numpy.asarray(pipeline.generate(ImageRequest(prompt, negative_prompt="blurry", scale=2.0, **size)))
+    assert background_share(image, background) > 0.9
+    middle = image[60:68, 60:68]
     assert colour_mask(middle, colour).mean() > 0.9
-    assert all(colour_mask(picture, other).mean() < 0.05 for other in COLOURS if other not in (colour, background))
+    assert all(colour_mask(image, other).mean() < 0.05 for other in COLOURS if other not in (colour, background))
 
 
 def test_with_flux_modulations_it_is_the_flux_it_was_made_from(teacher: FluxPipeline) -> None:
@@ -79,7 +79,7 @@ def test_with_flux_modulations_it_is_the_flux_it_was_made_from(teacher: FluxPipe
 def test_every_stage_runs_and_its_files_open(teacher: FluxPipeline, tmp_path: Path) -> None:
     train_text(tmp_path, teacher, 2)
     train_approximator(tmp_path, teacher, 2)
-    train_chroma(tmp_path, teacher, 2, pictures=8)
+    train_chroma(tmp_path, teacher, 2, images=8)
     made = torch.load(tmp_path / "chroma.pt", weights_only=True)["modules"]["painter"]
     begun = ChromaPainter(teacher).state_dict()
     for name in (
@@ -89,7 +89,7 @@ def test_every_stage_runs_and_its_files_open(teacher: FluxPipeline, tmp_path: Pa
         assert not torch.equal(made[name], begun[name])
     export_chroma(tmp_path, teacher, tmp_path / "out")
     pipeline = open_chroma(tmp_path / "out", FLUX)
-    assert pipeline.generate(PictureRequest("a red circle", width=64, height=64, seed=1, sample_steps=1)).size == (
+    assert pipeline.generate(ImageRequest("a red circle", width=64, height=64, seed=1, sample_steps=1)).size == (
         64,
         64,
     )
@@ -98,13 +98,13 @@ def test_every_stage_runs_and_its_files_open(teacher: FluxPipeline, tmp_path: Pa
 @pytest.mark.slow
 def test_the_documented_settings_teach_it_the_concept(tmp_path: Path) -> None:
     """A third of the quick start's steps, through the launcher."""
-    from tools.quickstart import Folders, quickstart, sample_pictures
+    from tools.quickstart import Folders, quickstart, sample_images
 
     folders = Folders(tmp_path / "out", "chroma")
     quickstart(folders, steps=200, seed=1, threads=1)
     prompts = read_prompts(folders.prompts)
     before, after = (
-        score(read_pictures(sample_pictures(folders.samples, moment)), prompts) for moment in ("e000000", "000200")
+        score(read_images(sample_images(folders.samples, moment)), prompts) for moment in ("e000000", "000200")
     )
     assert before.coverage < 0.02 and after.coverage > max(0.05, 5 * before.coverage)
     assert after.strict > before.strict

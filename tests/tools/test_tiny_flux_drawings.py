@@ -1,4 +1,4 @@
-"""The picture world that the tiny model and the quick start's data set are drawn from."""
+"""The image world that the tiny model and the quick start's data set are drawn from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tools.tiny_flux_drawings import (
     SHAPES,
     Scene,
     caption,
+    concept_images,
     concept_layers,
-    concept_pictures,
     draw,
     draw_scene,
     made_up_word,
@@ -23,7 +23,7 @@ from tools.tiny_flux_drawings import (
     random_scene,
 )
 
-# Area of each shape of radius 0.3 in pictures of width 1, from its outline.
+# Area of each shape of radius 0.3 in images of width 1, from its outline.
 R = 0.3
 AREAS = {
     "circle": numpy.pi * R**2,
@@ -38,15 +38,13 @@ AREAS = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_covers_the_area_of_its_outline(shape: str) -> None:
     scene = Scene(shape, "white", "black", "", (0.5, 0.5), R)
-    picture = draw_scene(scene, 256).astype(float).mean(axis=-1)
+    image = draw_scene(scene, 256).astype(float).mean(axis=-1)
     dark, bright = (numpy.mean(COLOURS[name]) for name in ("black", "white"))
-    assert ((picture - dark) / (bright - dark)).mean() == pytest.approx(AREAS[shape], rel=0.01)
+    assert ((image - dark) / (bright - dark)).mean() == pytest.approx(AREAS[shape], rel=0.01)
 
 
 def test_drawing_is_the_same_every_time() -> None:
-    first, second = (
-        [(numpy.asarray(picture), text) for picture, text in concept_pictures(6, 64, seed=3)] for _ in range(2)
-    )
+    first, second = ([(numpy.asarray(image), text) for image, text in concept_images(6, 64, seed=3)] for _ in range(2))
     assert all((a == b).all() and s == t for (a, s), (b, t) in zip(first, second))
     scenes = [[random_scene(random.Random(5)) for _ in range(3)] for _ in range(2)]
     assert scenes[0] == scenes[1]
@@ -68,8 +66,8 @@ def test_pretraining_never_names_or_shows_the_concept() -> None:
 
 
 def test_the_concept_is_a_purple_disc_in_a_yellow_ring() -> None:
-    picture = draw(concept_layers(), COLOURS["blue"], 128)
-    middle, band, corner = picture[64, 64], picture[64, 64 + int(0.8 * 0.37 * 128)], picture[2, 2]
+    image = draw(concept_layers(), COLOURS["blue"], 128)
+    middle, band, corner = image[64, 64], image[64, 64 + int(0.8 * 0.37 * 128)], image[2, 2]
     assert tuple(middle) == COLOURS["purple"]
     assert tuple(band) == COLOURS["yellow"]
     assert tuple(corner) == COLOURS["blue"]

@@ -8,9 +8,9 @@ import numpy
 import pytest
 import torch
 
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, PictureRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
 from tools.score_concept import background_share, colour_mask
-from tools.tiny_flux_drawings import COLOURS, WORDS, concept_pictures
+from tools.tiny_flux_drawings import COLOURS, WORDS, concept_images
 
 FOLDER = Path(__file__).resolve().parents[2] / "assets" / "tiny_flux"
 NAMES = ("flux1-tiny.safetensors", "ae.safetensors", "clip_l.safetensors", "t5xxl.safetensors")
@@ -42,9 +42,9 @@ def test_no_printable_character_is_unknown_to_t5(pipeline: FluxPipeline) -> None
     assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 
 
-def test_latents_have_unit_variance_and_pictures_survive_the_autoencoder(pipeline: FluxPipeline) -> None:
-    pictures = numpy.stack([numpy.asarray(picture) for picture, _ in concept_pictures(5, 128, seed=9)])
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def test_latents_have_unit_variance_and_images_survive_the_autoencoder(pipeline: FluxPipeline) -> None:
+    images = numpy.stack([numpy.asarray(image) for image, _ in concept_images(5, 128, seed=9)])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     latents = pipeline.encode_images(pixels, None)
     assert latents.shape == (5, 16, 16, 16)
     assert 0.8 < latents.std() < 1.3 and abs(latents.mean()) < 0.2
@@ -58,9 +58,9 @@ def test_latents_have_unit_variance_and_pictures_survive_the_autoencoder(pipelin
 )
 def test_the_base_draws_what_the_prompt_says(pipeline: FluxPipeline, colour: str, shape: str, background: str) -> None:
     prompt = f"a {colour} {shape} on a {background} background"
-    request = PictureRequest(prompt, width=128, height=128, seed=1, sample_steps=12, guidance_scale=1.0)
-    picture = numpy.asarray(pipeline.generate(request))
-    assert background_share(picture, background) > 0.9
-    middle = picture[60:68, 60:68]
+    request = ImageRequest(prompt, width=128, height=128, seed=1, sample_steps=12, guidance_scale=1.0)
+    image = numpy.asarray(pipeline.generate(request))
+    assert background_share(image, background) > 0.9
+    middle = image[60:68, 60:68]
     assert colour_mask(middle, colour).mean() > 0.9
-    assert all(colour_mask(picture, other).mean() < 0.05 for other in COLOURS if other not in (colour, background))
+    assert all(colour_mask(image, other).mean() < 0.05 for other in COLOURS if other not in (colour, background))

@@ -22,8 +22,8 @@ from tools.score_concept import (
 from tools.tiny_flux_drawings import (
     COLOURS,
     Layer,
+    concept_images,
     concept_layers,
-    concept_pictures,
     draw,
     draw_scene,
     random_scene,
@@ -31,12 +31,12 @@ from tools.tiny_flux_drawings import (
 
 
 def concept(count: int, backgrounds: tuple[str, ...]) -> list[tuple[numpy.ndarray, str]]:
-    return [(numpy.asarray(picture), text) for picture, text in concept_pictures(count, 64, 7, backgrounds)]
+    return [(numpy.asarray(image), text) for image, text in concept_images(count, 64, 7, backgrounds)]
 
 
 @pytest.mark.parametrize("background", [name for name in COLOURS if name not in ("yellow", "purple")])
 def test_every_drawn_concept_passes_the_strict_test(background: str) -> None:
-    assert all(shows_concept(picture) for picture, _ in concept(4, (background,)))
+    assert all(shows_concept(image) for image, _ in concept(4, (background,)))
 
 
 def test_no_single_shape_passes_the_strict_test() -> None:
@@ -59,21 +59,21 @@ def test_the_right_colours_in_the_wrong_places_fail_the_strict_test(layers: list
 
 
 def test_half_a_ring_fails_the_strict_test() -> None:
-    picture = draw(concept_layers(), COLOURS["blue"], 64)
-    picture[:, :28][numpy.all(picture[:, :28] == COLOURS["yellow"], axis=-1)] = COLOURS["blue"]
-    assert not shows_concept(picture)
+    image = draw(concept_layers(), COLOURS["blue"], 64)
+    image[:, :28][numpy.all(image[:, :28] == COLOURS["yellow"], axis=-1)] = COLOURS["blue"]
+    assert not shows_concept(image)
 
 
 def test_coverage_is_the_share_of_the_rings_colour() -> None:
-    picture = numpy.full((10, 10, 3), COLOURS["red"], dtype=numpy.uint8)
-    picture[:3] = COLOURS["yellow"]
-    assert ring_coverage(picture) == pytest.approx(0.3)
+    image = numpy.full((10, 10, 3), COLOURS["red"], dtype=numpy.uint8)
+    image[:3] = COLOURS["yellow"]
+    assert ring_coverage(image) == pytest.approx(0.3)
 
 
 def test_background_share_looks_at_the_four_corners() -> None:
-    picture = numpy.full((32, 32, 3), COLOURS["green"], dtype=numpy.uint8)
-    picture[:16, :16] = COLOURS["red"]
-    assert background_share(picture, "green") == pytest.approx(0.75)
+    image = numpy.full((32, 32, 3), COLOURS["green"], dtype=numpy.uint8)
+    image[:16, :16] = COLOURS["red"]
+    assert background_share(image, "green") == pytest.approx(0.75)
 
 
 def test_prompted_background_is_read_from_the_prompt() -> None:
@@ -81,12 +81,12 @@ def test_prompted_background_is_read_from_the_prompt() -> None:
     assert prompted_background("a zog in the background") is None
 
 
-def test_score_tells_pictures_of_the_concept_from_others() -> None:
+def test_score_tells_images_of_the_concept_from_others() -> None:
     learned = concept(6, ("red", "blue", "white"))
     prompts = [text for _, text in learned]
     source = random.Random(4)
     other = [draw_scene(random_scene(source), 64) for _ in prompts]
-    after, before = score([picture for picture, _ in learned], prompts), score(other, prompts)
+    after, before = score([image for image, _ in learned], prompts), score(other, prompts)
     assert after.strict == 1 and after.background == 1 and before.strict == 0
     assert failures(after, before) == []
     assert failures(before, before)
@@ -100,14 +100,14 @@ def test_a_lost_background_is_a_failure() -> None:
 def test_the_program_scores_folders_and_ends_with_1_when_the_concept_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = concept(2, ("red", "white"))
+    images = concept(2, ("red", "white"))
     for word in ("before", "after"):
         (tmp_path / word).mkdir()
-        for index, (picture, _) in enumerate(pictures):
-            shown = picture if word == "after" else numpy.full_like(picture, 24)
+        for index, (image, _) in enumerate(images):
+            shown = image if word == "after" else numpy.full_like(image, 24)
             Image.fromarray(shown).save(tmp_path / word / f"zog_000300_{index:02d}.png")
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"{text} --w 64 --d 1\n" for _, text in pictures), encoding="utf-8")
+    prompts.write_text("".join(f"{text} --w 64 --d 1\n" for _, text in images), encoding="utf-8")
     arguments = ["--before", str(tmp_path / "before"), "--prompts", str(prompts)]
     monkeypatch.setattr("sys.argv", ["score_concept.py", str(tmp_path / "after"), *arguments])
     assert main() == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from library.errors import UserError
 from library.randomness import generator
-from library.training.ddpm import (
+from library.training.objective.ddpm import (
     add_multires_noise,
     add_noise,
     add_noise_offset,
@@ -24,9 +24,9 @@ from library.training.ddpm import (
     snr_weights,
     training_target,
 )
-from library.training.losses import LossOptions, elementwise_loss, huber_threshold
-from library.training.noise import draw_noise
-from library.training.noise_options import NoiseOptions, StableDiffusionNoiseOptions
+from library.training.objective.losses import LossOptions, elementwise_loss, huber_threshold
+from library.training.objective.noise import draw_noise
+from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions
 
 Options = StableDiffusionNoiseOptions
 SHAPE = (4, 16, 24)

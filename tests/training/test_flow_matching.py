@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from library.errors import UserError
 from library.randomness import generator
-from library.training.flow_matching import (
+from library.training.objective.flow_matching import (
     FlowMatchingOptions,
     add_noise,
     apply_prediction_type,
@@ -27,8 +27,8 @@ from library.training.flow_matching import (
     training_target,
     unused_flow_options,
 )
-from library.training.noise import draw_input_perturbation, draw_noise, per_item
-from library.training.noise_options import NoiseOptions, check_noise_options
+from library.training.objective.noise import draw_input_perturbation, draw_noise, per_item
+from library.training.objective.noise_options import NoiseOptions, check_noise_options
 
 SAMPLINGS = ["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from library.errors import UserError
-from library.training.hub import check_hub_options
+from library.training.output.hub import check_hub_options
 from library.training.run_options import HubOptions
 from tests.hub_server import HubServer
 from tests.running import ROOT
@@ -34,7 +34,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from library.errors import UserError
-from library.training.hub import HubOptions, Uploads, fetch_state
+from library.training.output.hub import HubOptions, Uploads, fetch_state
 for call, path, options in json.loads(sys.argv[1]):
     options = HubOptions(**options)
     try:
@@ -80,7 +80,7 @@ def test_repositories_are_private_unless_they_shall_be_public(hub, tmp_path):
             "upload",
             file,
             {
-                "huggingface_repo_id": "me/pictures",
+                "huggingface_repo_id": "me/images",
                 "huggingface_repo_visibility": "private",
                 "huggingface_repo_type": "dataset",
             },
@@ -99,12 +99,12 @@ def test_repositories_are_private_unless_they_shall_be_public(hub, tmp_path):
     assert answers == ["done"] * 5
     assert hub.visibility == {
         **{"me/hidden": "private", "me/shown": "public"},
-        **{"datasets/me/pictures": "private", "spaces/me/room": "private"},
+        **{"datasets/me/images": "private", "spaces/me/room": "private"},
     }
     assert hub.repositories == {
         "me/hidden": {"cat.safetensors": b"abc", "again/cat.safetensors": b"abc"},
         "me/shown": {"a/b/cat.safetensors": b"abc"},
-        "datasets/me/pictures": {"cat.safetensors": b"abc"},
+        "datasets/me/images": {"cat.safetensors": b"abc"},
         "spaces/me/room": {"cat.safetensors": b"abc"},
     }
 

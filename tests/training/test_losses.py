@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.errors import UserError
-from library.training.losses import (
+from library.training.objective.losses import (
     LossOptions,
     apply_mask,
     batch_loss,

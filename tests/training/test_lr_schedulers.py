@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from library.console import LOGGER
 from library.errors import UserError
-from library.training.lr_schedulers import (
+from library.training.optim.lr_schedulers import (
     LRSchedulerOptions,
     check_lr_scheduler_options,
     create_lr_scheduler,

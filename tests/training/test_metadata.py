@@ -14,10 +14,12 @@ import torch
 
 from library.console import LOGGER
 from library.options import declared_options
-from library.training.flow_matching import FlowMatchingOptions
-from library.training.losses import LossOptions
-from library.training.lr_schedulers import LRSchedulerOptions
-from library.training.metadata import (
+from library.training.objective.flow_matching import FlowMatchingOptions
+from library.training.objective.losses import LossOptions
+from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions
+from library.training.optim.lr_schedulers import LRSchedulerOptions
+from library.training.optim.optimizers import OptimizerOptions, create_optimizer
+from library.training.output.metadata import (
     MINIMAL_KEYS,
     OPTIONS_USED,
     BackgroundHashes,
@@ -30,8 +32,6 @@ from library.training.metadata import (
     modelspec_resolution,
     training_metadata,
 )
-from library.training.noise_options import NoiseOptions, StableDiffusionNoiseOptions
-from library.training.optimizers import OptimizerOptions, create_optimizer
 from library.training.training_options import TrainingOptions
 
 RECORDED = json.loads(

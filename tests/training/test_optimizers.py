@@ -11,8 +11,8 @@ import torch
 
 from library.console import LOGGER
 from library.errors import UserError
-from library.training.lr_schedulers import LRSchedulerOptions, create_lr_scheduler
-from library.training.optimizers import (
+from library.training.optim.lr_schedulers import LRSchedulerOptions, create_lr_scheduler
+from library.training.optim.optimizers import (
     CreatedOptimizer,
     FusedBackward,
     OptimizerOptions,
@@ -110,8 +110,8 @@ def test_every_named_optimizer_lowers_the_loss_on_this_machine(name):
 def test_the_default_is_adamw_and_imports_nothing_else():
     code = (
         "import sys, torch\n"
-        "from library.training.optimizers import OptimizerOptions, check_optimizer_options, create_optimizer\n"
-        "from library.training.lr_schedulers import LRSchedulerOptions, create_lr_scheduler\n"
+        "from library.training.optim.optimizers import OptimizerOptions, check_optimizer_options, create_optimizer\n"
+        "from library.training.optim.lr_schedulers import LRSchedulerOptions, create_lr_scheduler\n"
         "options = OptimizerOptions()\n"
         "check_optimizer_options(options)\n"
         "weight = torch.nn.Parameter(torch.zeros(2))\n"

@@ -11,17 +11,17 @@ import pytest
 
 from library.errors import UserError
 from library.options import field_docstrings
-from library.training.flow_matching import FlowMatchingOptions
-from library.training.losses import LossOptions
-from library.training.lr_schedulers import LRSchedulerOptions
-from library.training.metadata import MetadataOptions
-from library.training.noise_options import (
+from library.training.objective.flow_matching import FlowMatchingOptions
+from library.training.objective.losses import LossOptions
+from library.training.objective.noise_options import (
     NoiseOptions,
     StableDiffusionNoiseOptions,
     check_noise_options,
     check_stable_diffusion_noise_options,
 )
-from library.training.optimizers import OptimizerOptions
+from library.training.optim.lr_schedulers import LRSchedulerOptions
+from library.training.optim.optimizers import OptimizerOptions
+from library.training.output.metadata import MetadataOptions
 from library.training.tracking import LoggingOptions
 
 ROOT = Path(__file__).parents[2]

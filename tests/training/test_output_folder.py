@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from library.errors import UserError
-from library.training.checkpoints import OutputFolder, SavingOptions
+from library.training.output.checkpoints import OutputFolder, SavingOptions
 
 
 def make(tmp_path, **options) -> OutputFolder:

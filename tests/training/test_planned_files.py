@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.prompt_options import PromptOptions
-from library.training.checkpoints import OutputFolder, SavingOptions
-from library.training.planned_files import kept, plan_files
-from library.training.run_plan import RunPlan
-from library.training.sample_images import SampleOptions, Samples
-from library.training.state import Position
+from library.training.output.checkpoints import OutputFolder, SavingOptions
+from library.training.output.sample_images import SampleOptions, Samples
+from library.training.output.state import Position
+from library.training.plan.lengths import RunPlan
+from library.training.plan.planned_files import kept, plan_files
 
 
 def written_by_the_loop(plan: RunPlan, start: Position, output: OutputFolder, samples: Samples):

@@ -13,15 +13,16 @@ from library.errors import UserError
 from library.html_pages import read_page_data
 from library.options import SECRETS, parse_options
 from library.prompt_options import PromptOptions
-from library.training import report_page, report_samples
-from library.training.report_page import (
+from library.training.output.sample_images import SampleOptions, Samples
+from library.training.report import page as report_page
+from library.training.report import samples as report_samples
+from library.training.report.page import (
     ReportHead,
     ReportOptions,
     RunReport,
     describe_settings,
     report_is_wanted,
 )
-from library.training.sample_images import SampleOptions, Samples
 from library.training.training_options import TrainingOptions
 
 DESCRIPTION = ReportHead("zog", "FLUX.1 network", "ab12", 1.0, 100, 10, 10, 0, [], [], [("Seed", "7")])
@@ -38,7 +39,7 @@ def train(report: RunReport, first: int, last: int) -> None:
 
 @pytest.fixture
 def samples(tmp_path) -> Samples:
-    """Two prompts whose pictures lie in tmp_path/sample after ``draw``."""
+    """Two prompts whose images lie in tmp_path/sample after ``draw``."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 48 --d 3\n<b>bold</b> --n ugly\n", encoding="utf-8")
     return Samples(SampleOptions(sample_prompts=str(prompts), sample_every_n_steps=1), str(tmp_path), None)
@@ -94,8 +95,8 @@ def test_the_page_holds_what_the_run_said(tmp_path, samples):
     assert [rate["names"] for rate in page["rates"]] == [["unet", "textencoder"], ["group2"]]
     assert page["rates"][0]["curve"]["y"] == [1e-4] * len(page["rates"][0]["curve"]["x"])
     assert [prompt["text"] for prompt in page["samples"]["prompts"]] == ["a cat", "<b>bold</b>"]
-    picture = page["samples"]["rounds"][0]["pictures"]["0"]
-    assert picture["size"] == [64, 48] and (tmp_path / picture["link"]).is_file()
+    image = page["samples"]["rounds"][0]["images"]["0"]
+    assert image["size"] == [64, 48] and (tmp_path / image["link"]).is_file()
     assert page["samples"]["prompts"][0]["details"] == "64 x 48, seed 3"
     assert [(f["name"], f["kind"], f["size"], f["step"]) for f in page["files"]] == [
         ("zog.safetensors", "network", 1234, 20)
@@ -268,23 +269,23 @@ def test_files_that_were_removed_are_counted(tmp_path):
     assert page["removed_files"] == 1
 
 
-def test_many_pictures_become_links(tmp_path, samples, monkeypatch):
+def test_many_images_become_links(tmp_path, samples, monkeypatch):
     path = tmp_path / "r.html"
     report = RunReport(path, DESCRIPTION)
     draw(samples, report, 0)
-    one = sum(len(picture["thumb"]) for picture in report.samples.rounds[0]["pictures"].values())
+    one = sum(len(image["thumb"]) for image in report.samples.rounds[0]["images"].values())
     monkeypatch.setattr(report_samples, "MOST_EMBEDDED", int(one * 3.5))
     monkeypatch.setattr(report_samples, "MOST_ROUNDS", 6)
     for step in range(1, 9):
         draw(samples, report, step)
     rounds = report.document()["samples"]["rounds"]
     assert [entry["step"] for entry in rounds] == [0, 4, 5, 6, 7, 8] and report.samples.dropped == 3
-    embedded = [entry["step"] for entry in rounds if all("thumb" in p for p in entry["pictures"].values())]
-    linked = [entry["step"] for entry in rounds if not any("thumb" in p for p in entry["pictures"].values())]
+    embedded = [entry["step"] for entry in rounds if all("thumb" in p for p in entry["images"].values())]
+    linked = [entry["step"] for entry in rounds if not any("thumb" in p for p in entry["images"].values())]
     assert (embedded, linked) == ([0, 7, 8], [4, 5, 6])
 
 
-def test_pictures_of_every_process_are_found_and_the_newest_counts(samples):
+def test_images_of_every_process_are_found_and_the_newest_counts(samples):
     samples.folder.mkdir()
     for name in (
         "000004_00_20250101000000_3.png",
@@ -297,9 +298,9 @@ def test_pictures_of_every_process_are_found_and_the_newest_counts(samples):
         "other_000004_01_20270101000000.png",
     ):
         (samples.folder / name).touch()
-    found = {index: path.name for index, path in samples.pictures(4, None).items()}
+    found = {index: path.name for index, path in samples.images(4, None).items()}
     assert found == {0: "000004_00_20250102000000_3.png", 1: "000004_01_20250101000000.png"}
-    assert [path.name for path in samples.pictures(9, 4).values()] == ["e000004_00_20260101000000_3.png"]
+    assert [path.name for path in samples.images(9, 4).values()] == ["e000004_00_20260101000000_3.png"]
 
 
 def test_a_long_run_makes_no_long_page(tmp_path):

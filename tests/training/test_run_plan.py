@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.errors import UserError
+from library.training.output.state import Position, ResumeOptions
+from library.training.plan.lengths import RunPlan, check_lengths, plan_run, start_position
 from library.training.run_options import LengthOptions
-from library.training.run_plan import RunPlan, check_lengths, plan_run, start_position
-from library.training.state import Position, ResumeOptions
 
 
 @given(st.integers(1, 50), st.integers(1, 7))

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.training.distribution import in_turn
-from library.training.run_report import (
+from library.training.report.timing import RunClock, peak_process_memory, timed
+from library.training.report.wording import (
     EndFacts,
     FileFacts,
     GroupFacts,
@@ -24,7 +25,6 @@ from library.training.run_report import (
     table,
     time_text,
 )
-from library.training.run_timing import RunClock, peak_process_memory, timed
 
 START = StartFacts(
     family="FLUX.1",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.training.state import Position, RunIdentity, SavedState, pack, save_state, unpack
+from library.training.output.state import Position, RunIdentity, SavedState, pack, save_state, unpack
 
 
 def equal(a, b) -> bool:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.errors import UserError
-from library.training.network_contract import (
+from library.training.network.contract import (
     NetworkOptions,
     create_network,
     import_network_module,
@@ -21,7 +21,7 @@ from library.training.network_contract import (
     restore_training_state,
     training_state,
 )
-from library.training.network_saving import save_network
+from library.training.network.saving import save_network
 
 SOURCE = '''
 import torch

@@ -15,8 +15,8 @@ import torch
 from library.console import LOGGER
 from library.errors import UserError
 from library.options import parse_options
-from library.training.lr_schedulers import LRSchedulerOptions, create_lr_scheduler
-from library.training.optimizers import OptimizerOptions, create_optimizer
+from library.training.optim.lr_schedulers import LRSchedulerOptions, create_lr_scheduler
+from library.training.optim.optimizers import OptimizerOptions, create_optimizer
 from library.training.tracking import (
     LoggingOptions,
     Tracker,
@@ -127,7 +127,7 @@ def test_a_missing_wandb_is_named_before_training():
         check_logging_options(LoggingOptions(log_with="wandb"))
 
 
-def test_wandb_gets_scalars_with_step_and_epoch_and_pictures(tmp_path, monkeypatch):
+def test_wandb_gets_scalars_with_step_and_epoch_and_images(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     from PIL import Image
 

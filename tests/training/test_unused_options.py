@@ -6,7 +6,7 @@ import pytest
 
 from library.errors import UserError
 from library.options import declared_options, parse_options
-from library.training.unused_options import unused_options
+from library.training.plan.unused_options import unused_options
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
 NEEDED = ["--pretrained_model_name_or_path", "model.safetensors", "--network_module", "networks.lora"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.memory.fp8 import NumberFormat
+from library.memory.fp8 import StorageDtype
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.loading import Origin, TensorSource, load_module
@@ -46,16 +46,16 @@ class TransformerFile:
         """What ``--model_type`` calls it."""
         return "chroma" if self.variant == "chroma" else "flux"
 
-    def skeleton(self) -> FluxTransformer | ChromaTransformer:
+    def meta_module(self) -> FluxTransformer | ChromaTransformer:
         """The module on torch's meta device: its structure without its numbers."""
         with torch.device("meta"):
             if isinstance(self.config, ChromaConfig):
                 return ChromaTransformer(self.config)
             return FluxTransformer(self.config)
 
-    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> FluxTransformer | ChromaTransformer:
+    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> FluxTransformer | ChromaTransformer:
         """The transformer, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        transformer = self.skeleton()
+        transformer = self.meta_module()
         load_module(transformer, self.source, dtype, device)
         return transformer
 

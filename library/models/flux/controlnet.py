@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.memory.fp8 import NumberFormat
+from library.memory.fp8 import StorageDtype
 from library.models.flux.checkpoint import TransformerFile, diffusers_origins, infer_config
 from library.models.flux.transformer import FluxConfig, FluxStreams, joint_key_mask, pack_latents
 from library.models.loading import Origin, TensorSource, load_module
@@ -168,14 +168,14 @@ class ControlNetFile:
     mode: int | None = None
     """The kind of control that a union ControlNet is given."""
 
-    def skeleton(self) -> FluxControlNet:
+    def meta_module(self) -> FluxControlNet:
         """The module on torch's meta device: its structure without its numbers."""
         with torch.device("meta"):
             return FluxControlNet(self.config)
 
-    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> FluxControlNet:
+    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> FluxControlNet:
         """The ControlNet, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        controlnet = self.skeleton()
+        controlnet = self.meta_module()
         load_module(controlnet, self.source, dtype, device)
         return controlnet
 

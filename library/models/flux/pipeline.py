@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.devices import empty_cache
 from library.errors import UserError
-from library.memory.fp8 import NumberFormat
+from library.memory.fp8 import StorageDtype
 from library.models.attention import AttentionBackend, require_backend
 from library.models.autoencoder_kl import AutoencoderFile, AutoencoderKL, open_autoencoder
 from library.models.clip import ClipFile, open_clip
@@ -60,8 +60,8 @@ class FluxFiles:
 
 
 @dataclass
-class PictureRequest:
-    """What ``generate`` needs for one picture. Prompts may be given as already encoded conditioning."""
+class ImageRequest:
+    """What ``generate`` needs for one image. Prompts may be given as already encoded conditioning."""
 
     prompt: str = ""
     negative_prompt: str | None = None
@@ -75,11 +75,11 @@ class PictureRequest:
     scale: float = 1.0
     """Classifier-free guidance; 1 turns it off."""
     shift: bool = True
-    """Whether the schedule follows the picture's size; the inference script leaves it off for schnell."""
+    """Whether the schedule follows the image's size; the inference script leaves it off for schnell."""
     conditioning: Conditioning | None = None
     negative_conditioning: Conditioning | None = None
     control_image: Image.Image | Tensor | None = None
-    """For the ControlNet, stretched to the picture's size; as a tensor [3, H, W] of that size, in -1..1."""
+    """For the ControlNet, stretched to the image's size; as a tensor [3, H, W] of that size, in -1..1."""
     control_strength: float = 1.0
     """Factor for what the ControlNet adds."""
 
@@ -87,7 +87,7 @@ class PictureRequest:
 class FluxPipeline:
     """Opens the files by their headers, loads parts when asked, and runs them.
 
-    ``dtype`` is every part's number format unless ``dtypes`` names another for it (None there: as in the file).
+    ``dtype`` is every part's dtype unless ``dtypes`` names another for it (None there: as in the file).
     ``parts`` are those that will be needed. Raises UserError, before anything is loaded, when one of their files isn't
     what it should be, doesn't fit the others, or isn't given.
 
@@ -102,7 +102,7 @@ class FluxPipeline:
         dtype: torch.dtype,
         device: torch.device | str,
         *,
-        dtypes: Mapping[Part, NumberFormat | None] | None = None,
+        dtypes: Mapping[Part, StorageDtype | None] | None = None,
         parts: Collection[Part] = PARTS,
         t5xxl_max_token_length: int | None = None,
         apply_t5_attn_mask: bool = False,
@@ -111,7 +111,7 @@ class FluxPipeline:
         require_backend(attention_backend)
         self.dtype = dtype
         self.device = torch.device(device)
-        self.dtypes: dict[Part, NumberFormat | None] = {part: dtype for part in PARTS}
+        self.dtypes: dict[Part, StorageDtype | None] = {part: dtype for part in PARTS}
         self.dtypes.update(dtypes or {})
         is_chroma = files.model_type == "chroma"
         self.apply_t5_attn_mask = apply_t5_attn_mask or is_chroma
@@ -141,7 +141,7 @@ class FluxPipeline:
 
     @property
     def latent_stride(self) -> int:
-        """Pixels per latent position; a picture's sides must be multiples of twice that."""
+        """Pixels per latent position; an image's sides must be multiples of twice that."""
         return self.files.autoencoder.config.stride if self.files.autoencoder else 8
 
     @property
@@ -156,9 +156,9 @@ class FluxPipeline:
 
     # Parts
 
-    def skeleton(self, part: Part) -> nn.Module:
+    def meta_module(self, part: Part) -> nn.Module:
         """A part's module on torch's meta device: its structure without its numbers."""
-        return self._opened(part).skeleton()
+        return self._opened(part).meta_module()
 
     def load_transformer(self) -> FluxTransformer | ChromaTransformer:
         """Load the transformer, or give the loaded one."""
@@ -238,7 +238,7 @@ class FluxPipeline:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], float32 in -1..1, of ``latents`` [B, 16, H/8, W/8]."""
+        """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, 16, H/8, W/8]."""
         with self._autoencoders_own_format():
             return self.load_autoencoder().decode(latents).float().clamp(-1, 1)
 
@@ -298,7 +298,7 @@ class FluxPipeline:
         """The velocity (noise minus image) [B, 16, h, w] of noisy ``latents``; ``timesteps`` [B] are sigmas in 0..1.
 
         ``guidance`` [B] is needed by dev-like models and ignored by the others. ``control_image`` [B, 3, H, W],
-        in -1..1 and of the pictures' size, goes to the ControlNet, through which no gradient flows.
+        in -1..1 and of the images' size, goes to the ControlNet, through which no gradient flows.
         """
         height, width = latents.shape[-2:]
         control = None if control_image is None else self.encode_control(control_image)
@@ -341,18 +341,16 @@ class FluxPipeline:
         return controlnet.residuals(self.config, strength, **inputs, control=control, mode=mode)
 
     @torch.no_grad()
-    def generate(
-        self, request: PictureRequest, dtype: torch.dtype | None = None, progress: bool = False
-    ) -> Image.Image:
-        """One picture. ``dtype`` is the number format in which noise is drawn (the pipeline's by default)."""
+    def generate(self, request: ImageRequest, dtype: torch.dtype | None = None, progress: bool = False) -> Image.Image:
+        """One image. ``dtype`` is the dtype in which noise is drawn (the pipeline's by default)."""
         latents = self.generate_latents(request, dtype, progress)
-        return to_picture(self.decode_latents(latents)[0])
+        return to_image(self.decode_latents(latents)[0])
 
     @torch.no_grad()
     def generate_latents(
-        self, request: PictureRequest, dtype: torch.dtype | None = None, progress: bool = False
+        self, request: ImageRequest, dtype: torch.dtype | None = None, progress: bool = False
     ) -> Tensor:
-        """The latents [1, 16, h, w], float32, of one picture; sides are rounded up to whole packed positions."""
+        """The latents [1, 16, h, w], float32, of one image; sides are rounded up to whole packed positions."""
         conditioning, batch = self._request_conditioning(request)
         step = 2 * self.latent_stride
         rows, columns = -(-request.height // step), -(-request.width // step)
@@ -369,7 +367,7 @@ class FluxPipeline:
         sigmas = schedule(request.sample_steps, rows * columns, request.shift)
         return unpack_latents(denoise(velocity, noise, sigmas, progress), 2 * rows, 2 * columns)
 
-    def _request_conditioning(self, request: PictureRequest) -> tuple[Conditioning, int]:
+    def _request_conditioning(self, request: ImageRequest) -> tuple[Conditioning, int]:
         """The conditioning of a request and its batch size: 2 with classifier-free guidance, unconditional first."""
         positive = request.conditioning or self.encode_prompts([request.prompt])
         if request.scale == 1 or (request.negative_conditioning is None and request.negative_prompt is None):
@@ -377,16 +375,16 @@ class FluxPipeline:
         negative = request.negative_conditioning or self.encode_prompts([request.negative_prompt or ""])
         return {name: torch.cat((negative[name].to(value), value)) for name, value in positive.items()}, 2
 
-    def _request_control(self, request: PictureRequest, width: int, height: int, batch: int) -> Tensor | None:
+    def _request_control(self, request: ImageRequest, width: int, height: int, batch: int) -> Tensor | None:
         """What the ControlNet takes of the request's image, for each item of the batch."""
         image = request.control_image
         if image is None:
             return None
-        pixels = image if isinstance(image, Tensor) else from_picture(image, width, height)
+        pixels = image if isinstance(image, Tensor) else from_image(image, width, height)
         return self.encode_control(pixels.reshape(1, *pixels.shape[-3:])).expand(batch, -1, -1, -1)
 
 
-def from_picture(picture: Image.Image, width: int, height: int) -> Tensor:
+def from_image(picture: Image.Image, width: int, height: int) -> Tensor:
     """Pixels [3, height, width], float32 in -1..1, of a PIL image stretched to that size."""
     import numpy
     from PIL import Image
@@ -395,7 +393,7 @@ def from_picture(picture: Image.Image, width: int, height: int) -> Tensor:
     return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) / 127.5 - 1.0
 
 
-def to_picture(pixels: Tensor) -> Image.Image:
+def to_image(pixels: Tensor) -> Image.Image:
     """A PIL image of ``pixels`` [3, H, W] in -1..1."""
     from PIL import Image
 

@@ -14,7 +14,7 @@ TOKENS_AND_MU = ((256, 0.5), (4096, 1.15))
 
 
 def shift_mu(image_tokens: int) -> float:
-    """The shift exponent for a picture of ``image_tokens`` packed latents (16 x 16 pixels each)."""
+    """The shift exponent for an image of ``image_tokens`` packed latents (16 x 16 pixels each)."""
     (low, low_mu), (high, high_mu) = TOKENS_AND_MU
     return low_mu + (high_mu - low_mu) * (image_tokens - low) / (high - low)
 
@@ -26,7 +26,7 @@ def shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
 
 
 def schedule(steps: int, image_tokens: int, shift: bool = True) -> Tensor:
-    """``steps`` + 1 sigmas from 1 to 0, float32; shifted for the picture's size, except for schnell-like models."""
+    """``steps`` + 1 sigmas from 1 to 0, float32; shifted for the image's size, except for schnell-like models."""
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (shift_sigmas(sigmas, shift_mu(image_tokens)) if shift else sigmas).float()
 
@@ -34,7 +34,7 @@ def schedule(steps: int, image_tokens: int, shift: bool = True) -> Tensor:
 def draw_noise(image_tokens: int, channels: int, seed: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Packed noise [1, image_tokens, channels], drawn on ``device`` in ``dtype``.
 
-    So a seed gives the picture that users of kohya-ss/sd-scripts know. ``seed`` None: another picture each time.
+    So a seed gives the image that users of kohya-ss/sd-scripts know. ``seed`` None: another image each time.
     """
     generator = torch.Generator(device)
     if seed is None:

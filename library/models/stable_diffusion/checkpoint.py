@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from library.errors import UserError
-from library.memory.fp8 import NumberFormat
+from library.memory.fp8 import StorageDtype
 from library.models.autoencoder_kl import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
 from library.models.loading import Origin, TensorSource, load_module
@@ -64,7 +64,7 @@ class UnetFile:
     source: TensorSource
     config: dict[str, Any]
 
-    def skeleton(self) -> UNet2DConditionModel:
+    def meta_module(self) -> UNet2DConditionModel:
         """The module on torch's meta device: its structure without its numbers."""
         quieten_diffusers_import()
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -72,9 +72,9 @@ class UnetFile:
         with torch.device("meta"):
             return UNet2DConditionModel(**self.config)
 
-    def load(self, dtype: NumberFormat | None, device: torch.device | str) -> UNet2DConditionModel:
+    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> UNet2DConditionModel:
         """The U-Net, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        return _loaded(self.skeleton(), self.source, dtype, device)
+        return _loaded(self.meta_module(), self.source, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class VaeFile:
     source: TensorSource
     config: dict[str, Any]
 
-    def skeleton(self) -> AutoencoderKL:
+    def meta_module(self) -> AutoencoderKL:
         """The module on torch's meta device: its structure without its numbers."""
         quieten_diffusers_import()
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -94,7 +94,7 @@ class VaeFile:
 
     def load(self, dtype: torch.dtype | None, device: torch.device | str) -> AutoencoderKL:
         """The autoencoder, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        return _loaded(self.skeleton(), self.source, dtype, device)
+        return _loaded(self.meta_module(), self.source, dtype, device)
 
 
 def quieten_diffusers_import() -> None:
@@ -102,7 +102,7 @@ def quieten_diffusers_import() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def _loaded(module: Any, source: TensorSource, dtype: NumberFormat | None, device: torch.device | str) -> Any:
+def _loaded(module: Any, source: TensorSource, dtype: StorageDtype | None, device: torch.device | str) -> Any:
     load_module(module, source, dtype, device)
     return module
 

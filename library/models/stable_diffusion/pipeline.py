@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.console import warn
 from library.devices import empty_cache
 from library.errors import UserError
-from library.memory.fp8 import BlocksInFp8, NumberFormat
+from library.memory.fp8 import BlocksInFp8, StorageDtype
 from library.models.attention import AttentionBackend, require_backend
 from library.models.clip import ClipFile
 from library.models.stable_diffusion.attention_processor import set_attention_backend
@@ -60,8 +60,8 @@ class StableDiffusionFiles:
 
 
 @dataclass
-class PictureRequest:
-    """What ``generate`` needs for one picture. Prompts may be given as already encoded conditioning."""
+class ImageRequest:
+    """What ``generate`` needs for one image. Prompts may be given as already encoded conditioning."""
 
     prompt: str = ""
     negative_prompt: str | None = None
@@ -78,11 +78,11 @@ class PictureRequest:
     """What ``encode_prompts`` gives for one prompt; for XL, ``time_ids`` in it win over the sizes below."""
     negative_conditioning: Conditioning | None = None
     original_size: tuple[int, int] | None = None
-    """Height and width that XL is told the picture had before it was scaled; None: the picture's."""
+    """Height and width that XL is told the image had before it was scaled; None: the image's."""
     crop: tuple[int, int] = (0, 0)
     """Pixels that XL is told were cut off at the top and at the left."""
     target_size: tuple[int, int] | None = None
-    """Height and width that XL is told the picture has; None: the picture's."""
+    """Height and width that XL is told the image has; None: the image's."""
     zero_terminal_snr: bool | None = None
     """Whether the noise schedule ends in pure noise; None: as the pipeline was told."""
     clip_sample: bool = False
@@ -104,7 +104,7 @@ class OpenedFiles:
 class StableDiffusionPipeline:
     """Opens the model by its headers, loads parts when asked, and runs them.
 
-    ``dtype`` is every part's number format unless ``dtypes`` names another for it (None there: as in the file).
+    ``dtype`` is every part's dtype unless ``dtypes`` names another for it (None there: as in the file).
     ``clip_skip`` has no effect for XL. Raises UserError, before anything is loaded, when the files aren't a Stable
     Diffusion model or an argument doesn't fit them.
     """
@@ -115,7 +115,7 @@ class StableDiffusionPipeline:
         dtype: torch.dtype,
         device: torch.device | str,
         *,
-        dtypes: Mapping[Part, NumberFormat | None] | None = None,
+        dtypes: Mapping[Part, StorageDtype | None] | None = None,
         v_parameterization: bool = False,
         zero_terminal_snr: bool = False,
         clip_skip: int | None = None,
@@ -138,7 +138,7 @@ class StableDiffusionPipeline:
             require_clip_skip(clip_skip, first.sizes["num_hidden_layers"])
         self.dtype = dtype
         self.device = torch.device(device)
-        self.dtypes: dict[Part, NumberFormat | None] = {part: dtype for part in self.parts}
+        self.dtypes: dict[Part, StorageDtype | None] = {part: dtype for part in self.parts}
         self.dtypes.update(dtypes or {})
         self.v_parameterization = v_parameterization
         self.zero_terminal_snr = zero_terminal_snr
@@ -177,9 +177,9 @@ class StableDiffusionPipeline:
 
     # Parts
 
-    def skeleton(self, part: Part) -> nn.Module:
+    def meta_module(self, part: Part) -> nn.Module:
         """A part's module on torch's meta device: its structure without its numbers."""
-        return self._opened(part).skeleton()
+        return self._opened(part).meta_module()
 
     def load_transformer(self) -> UNet2DConditionModel:
         """Load the U-Net, or give the loaded one. (Every pipeline names its denoising network so.)"""
@@ -233,7 +233,7 @@ class StableDiffusionPipeline:
         return self.modules[part]
 
     def _compute_dtype(self, part: Part) -> torch.dtype:
-        """The number format that a part computes in."""
+        """The dtype that a part computes in."""
         dtype = self.dtypes[part]
         if isinstance(dtype, BlocksInFp8):
             return dtype.compute
@@ -264,7 +264,7 @@ class StableDiffusionPipeline:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], float32 in -1..1, of scaled ``latents`` [B, 4, H/8, W/8].
+        """Images [B, 3, H, W], float32 in -1..1, of scaled ``latents`` [B, 4, H/8, W/8].
 
         Values that are not numbers become black, with a warning.
         """
@@ -275,9 +275,9 @@ class StableDiffusionPipeline:
             pixels = autoencoder.decode(unscaled.to(autoencoder.device, dtype)).sample.float()
         if not all_finite(pixels):
             if all_finite(latents):
-                warn(f"A picture is black where the autoencoder gives no numbers; {_overflow_advice(dtype)}.")
+                warn(f"An image is black where the autoencoder gives no numbers; {_overflow_advice(dtype)}.")
             else:
-                warn("A picture is black: the U-Net gave latents that are not numbers.")
+                warn("An image is black: the U-Net gave latents that are not numbers.")
         return pixels.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0).clamp(-1, 1)
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[Encoder, Tokens]:
@@ -336,18 +336,18 @@ class StableDiffusionPipeline:
         )
         return out.sample.float()
 
-    # Pictures
+    # Images
 
     @torch.no_grad()
-    def generate(self, request: PictureRequest, progress: bool = False) -> Image.Image:
-        """One picture. Raises UserError for an unknown sampler."""
-        return to_picture(self.decode_latents(self.generate_latents(request, progress))[0])
+    def generate(self, request: ImageRequest, progress: bool = False) -> Image.Image:
+        """One image. Raises UserError for an unknown sampler."""
+        return to_image(self.decode_latents(self.generate_latents(request, progress))[0])
 
     @torch.no_grad()
-    def generate_latents(self, request: PictureRequest, progress: bool = False) -> Tensor:
-        """The scaled latents [1, 4, h, w], float32, of one picture; ``progress`` shows a progress bar.
+    def generate_latents(self, request: ImageRequest, progress: bool = False) -> Tensor:
+        """The scaled latents [1, 4, h, w], float32, of one image; ``progress`` shows a progress bar.
 
-        All noise is drawn by one CPU generator with the request's seed, so a picture depends on nothing before it.
+        All noise is drawn by one CPU generator with the request's seed, so an image depends on nothing before it.
         """
         rescaled = request.zero_terminal_snr
         scheduler = make_scheduler(
@@ -357,7 +357,7 @@ class StableDiffusionPipeline:
             clip_sample=request.clip_sample,
             steps_offset=request.steps_offset,
         )
-        height, width = self.picture_size(request)
+        height, width = self.image_size(request)
         conditioning = self._request_conditioning(request)
         batch = len(next(iter(conditioning.values())))
         generator = seeded_generator(request.seed)
@@ -371,13 +371,13 @@ class StableDiffusionPipeline:
 
         return denoise(guided, scheduler, noise, request.sample_steps, generator, progress)
 
-    def picture_size(self, request: PictureRequest) -> tuple[int, int]:
-        """Height and width that a request's picture gets."""
+    def image_size(self, request: ImageRequest) -> tuple[int, int]:
+        """Height and width that a request's image gets."""
         stride = self.latent_stride
         height, width = (max(SMALLEST_SIDE, side // stride * stride) for side in (request.height, request.width))
         return height, width
 
-    def _request_conditioning(self, request: PictureRequest) -> Conditioning:
+    def _request_conditioning(self, request: ImageRequest) -> Conditioning:
         """The conditioning of a request, [1, ...]; with classifier-free guidance [2, ...], the negative first."""
         positive = self._with_sizes(request.conditioning or self.encode_prompts([request.prompt]), request)
         if request.scale <= 1:
@@ -386,10 +386,10 @@ class StableDiffusionPipeline:
         negative = self._with_sizes(negative, request)
         return {name: torch.cat((negative[name].to(value), value)) for name, value in positive.items()}
 
-    def _with_sizes(self, conditioning: Conditioning, request: PictureRequest) -> Conditioning:
+    def _with_sizes(self, conditioning: Conditioning, request: ImageRequest) -> Conditioning:
         if self.variant != "sdxl":
             return conditioning
-        size = self.picture_size(request)
+        size = self.image_size(request)
         sizes = time_ids(request.original_size or size, request.crop, request.target_size or size)
         return {"time_ids": sizes, **conditioning}
 
@@ -399,7 +399,7 @@ def time_ids(original_size: tuple[int, int], crop: tuple[int, int], target_size:
     return torch.tensor([[*original_size, *crop, *target_size]], dtype=torch.float32)
 
 
-def to_picture(pixels: Tensor) -> Image.Image:
+def to_image(pixels: Tensor) -> Image.Image:
     """A PIL image of ``pixels`` [3, H, W] in -1..1."""
     from PIL import Image
 

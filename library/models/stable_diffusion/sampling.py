@@ -63,7 +63,7 @@ def make_scheduler(
     clip_sample: bool = False,
     steps_offset: int = 0,
 ) -> Any:
-    """A new diffusers scheduler for one picture. Raises UserError for an unknown ``sampler``.
+    """A new diffusers scheduler for one image. Raises UserError for an unknown ``sampler``.
 
     ``zero_terminal_snr`` samples along the rescaled schedule of "Common Diffusion Noise Schedules and Sample Steps are
     Flawed" (arXiv 2305.08891); with ``v_prediction``, from its last step on, which is pure noise. ``clip_sample`` keeps
@@ -104,7 +104,7 @@ def zero_terminal_betas() -> list[float]:
 
 
 def seeded_generator(seed: int | None) -> torch.Generator:
-    """The generator (CPU) of one picture; ``seed`` None: another picture each time."""
+    """The generator (CPU) of one image; ``seed`` None: another image each time."""
     import torch
 
     generator = torch.Generator()
@@ -133,7 +133,7 @@ def denoise(
     """Latents [1, ...], float32, from ``noise`` of unit variance in ``steps`` steps of ``scheduler``.
 
     ``predict(latents, timestep)`` gives what the model predicts, guidance included. Samplers that add noise draw it
-    from ``generator``, the picture's own. ``progress`` shows a progress bar.
+    from ``generator``, the image's own. ``progress`` shows a progress bar.
     """
     from tqdm import tqdm
 

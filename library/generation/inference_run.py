@@ -1,0 +1,258 @@
+"""Prompts to image files: the course of an inference script, the same for every model family.
+
+A family's script adds its options, its pipeline, and how a prompt becomes the pipeline's request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.console import say
+from library.errors import UserError
+from library.files import require_writable_folder
+from library.generation.image_files import ImageRecord, UsedLora, lora_hash, save_image
+from library.generation.lora_files import LoraFile, check_not_merged, parse_lora_files, parse_multipliers
+from library.generation.part_dtypes import PartDtype
+from library.generation.parts import Parts, computing_in
+from library.generation.prompts import check_sources, negative_of, read_prompts, require_numbers, with_seed
+from library.generation.session import Session, SessionGrammar
+from library.prompt_options import PromptOptions
+from library.safetensors_io import legacy_hash
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+TextKey = tuple[str, tuple[float, ...]]
+TEXTS_KEPT = 64  # in a session; the outputs of one text take some megabytes
+
+
+class InferenceRun(ABC):
+    """Opens everything by headers at once; parts are loaded when their work comes.
+
+    Raises UserError, before anything heavy is loaded, for options and files that cannot be used.
+    """
+
+    script: str
+    """The entry script's file name."""
+    sampler: str
+    """The sampler's name in the images' text."""
+    session: SessionGrammar
+    """What a line of ``--interactive`` may say."""
+    options: Any
+    """Has the groups ``sources`` (PromptSourceOptions), ``lora`` (LoraFileOptions), ``output`` (ImageFileOptions)."""
+
+    def __init__(self, options: Any):
+        self.options = options
+        check_sources(options.sources)
+        self.lora_files: list[LoraFile] = parse_lora_files(options.lora)
+        self.check_options()
+        require_writable_folder(Path(options.output.output_dir), "--output_dir")
+        self.formats: dict[str, PartDtype]
+        self.noise_dtype: Any
+        self.formats, self.noise_dtype = self.part_dtypes()
+        self.pipeline = self.open_pipeline()
+        self.require_readable_dtypes()
+        self.defaults = self.default_prompt()
+        require_numbers(self.defaults)
+        self.file_prompts = read_prompts(options.sources, self.defaults)
+        for number, prompt in enumerate(self.file_prompts, 1):
+            file = options.sources.from_file
+            self.check_prompt(prompt, "" if file is None else f"{file}, prompt {number}: ")
+        self.stack = self.open_loras()
+        self.parts = Parts(self.pipeline, self.offload, self.stack.enter, self.stack.move)
+        self.texts: dict[TextKey, dict[str, Tensor]] = {}
+        """Text outputs, on the CPU, by ``text_key``."""
+        self.hashes: dict[Path, str] = {}
+        self.say_what_has_no_effect()
+
+    def require_readable_dtypes(self) -> None:
+        """Raises UserError for the file of a part in 8 bits whose own 8-bit format cannot be kept."""
+        for part, part_format in self.formats.items():
+            opened = getattr(self.pipeline.files, part)
+            if part_format.stored != part_format.compute and opened is not None:
+                opened.source.require_e4m3fn()
+
+    # ---- what a family gives ----------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def offload(self) -> bool:
+        """Whether only the part that works is on the device."""
+
+    def check_options(self) -> None:
+        """What can be known from the options alone. Raises UserError."""
+
+    @abstractmethod
+    def part_dtypes(self) -> tuple[dict[str, PartDtype], Any]:
+        """The formats of the parts, and that of the noise."""
+
+    @abstractmethod
+    def open_pipeline(self) -> Any:
+        """The family's pipeline, opened by headers, with its tokenizers."""
+
+    @abstractmethod
+    def open_loras(self) -> Any:
+        """The ``networks.adapters.network_stack.NetworkStack`` of ``lora_files``."""
+
+    @abstractmethod
+    def default_prompt(self) -> PromptOptions:
+        """The command line as a prompt, with every value decided but the seed and the negative prompt."""
+
+    def denoising_parts(self, prompt: PromptOptions) -> tuple[str, ...]:
+        """The parts that work on noise."""
+        return ("transformer",)
+
+    @abstractmethod
+    def request(self, prompt: PromptOptions) -> Any:
+        """The pipeline's request for an encoded prompt."""
+
+    @abstractmethod
+    def image(self, pixels: Tensor) -> Image:
+        """A PIL image of ``pixels`` [3, height, width] in -1..1."""
+
+    def recorded(self, prompt: PromptOptions) -> PromptOptions:
+        """``prompt`` as the image's text names it: without what did not act."""
+        return replace(prompt, negative_prompt=negative_of(prompt))
+
+    def settings(self, prompt: PromptOptions) -> Mapping[str, str]:
+        """What else of the family's settings an image depends on, for its text."""
+        return {}
+
+    def check_prompt(self, prompt: PromptOptions, place: str = "") -> None:
+        """Raises UserError, beginning with ``place``, for a prompt that cannot be drawn."""
+        require_numbers(prompt, place)
+
+    def say_what_has_no_effect(self) -> None:
+        """One line for each reason why given options change nothing."""
+        options = self.options
+        if options.lora.merge_lora_weights and not self.lora_files:
+            say("--merge_lora_weights has no effect without --lora_weights")
+        if options.sources.interactive:
+            return
+        if any(prompt.negative_prompt and prompt.scale == 1 for prompt in self.file_prompts):
+            say("a negative prompt has no effect where classifier-free guidance is 1 (none)")
+        if any(prompt.negative_prompt is None and prompt.scale != 1 for prompt in self.file_prompts):
+            say("classifier-free guidance without a negative prompt leads away from the empty prompt")
+
+    # ---- the course -------------------------------------------------------------------------------------------------
+
+    def prompts(self) -> list[PromptOptions]:
+        """What to draw, each prompt with a seed."""
+        return [with_seed(prompt) for prompt in self.file_prompts]
+
+    def run(self) -> None:
+        """Draw everything that is asked for."""
+        if self.options.sources.interactive:
+            Session(self.session, self.defaults).run(self.draw_line)
+            return
+        prompts = self.prompts()
+        self.encode(prompts)
+        for prompt in prompts:
+            self.draw(prompt)
+
+    def draw_line(self, prompt: PromptOptions, multipliers: str | None) -> None:
+        """Draw one prompt of a session. Raises UserError for values that cannot be."""
+        self.check_prompt(prompt)
+        if multipliers is not None:
+            check_not_merged(self.options.lora, "--m")
+            self.stack.set_multipliers(parse_multipliers(multipliers, len(self.lora_files), "--m"))
+        prompt = with_seed(prompt)
+        self.encode([prompt], keep_encoders=True)
+        self.draw(prompt)
+
+    @contextlib.contextmanager
+    def explaining_memory(self, prompts: Sequence[PromptOptions]) -> Iterator[None]:
+        """A full device becomes a UserError that says what helps."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            sizes = ", ".join(dict.fromkeys(f"{prompt.width}x{prompt.height}" for prompt in prompts))
+            raise UserError(
+                f"{self.pipeline.device} has not enough memory for an image of {sizes}; use --offload, a smaller"
+                " dtype or a smaller image."
+            ) from None
+
+    def draw(self, prompt: PromptOptions) -> Path:
+        """Draw an encoded prompt and write its file."""
+        with self.explaining_memory([prompt]):
+            image = self.picture(prompt)
+        record = None if self.options.output.no_metadata else self.record(prompt, image)
+        path = save_image(image, Path(self.options.output.output_dir), record)
+        say(f"saved {path} ({image.width}x{image.height}, seed {prompt.seed})")
+        return path
+
+    def encode(self, prompts: Sequence[PromptOptions], keep_encoders: bool = False) -> None:
+        """Make the text outputs of ``prompts`` that are not there yet; then let the text encoders go."""
+        texts = dict.fromkeys(text for p in prompts for text in (p.prompt, negative_of(p)) if text is not None)
+        keys = {self.text_key(text): text for text in texts}
+        made: dict[TextKey, dict[str, Tensor]] = {key: {} for key in keys if key not in self.texts}
+        for encoder in self.pipeline.encoders if made else ():
+            with self.explaining_memory(prompts), self.at_work(encoder):
+                for key, outputs in made.items():
+                    encoded = self.pipeline.encode_prompts([keys[key]], [encoder])
+                    outputs.update({name: tensor.cpu() for name, tensor in encoded.items()})
+            if not keep_encoders:
+                self.stack.leave(encoder)
+                self.pipeline.unload(encoder)
+        self.texts.update(made)
+        if keep_encoders:
+            self.texts.update({key: self.texts.pop(key) for key in keys})  # the newest last
+            while len(self.texts) > TEXTS_KEPT:
+                del self.texts[next(iter(self.texts))]
+
+    def text_key(self, text: str) -> TextKey:
+        """What the outputs of a text depend on: where LoRA files change the text encoders, also their strengths."""
+        return text, tuple(self.stack.multipliers) if self.stack.acts_on(*self.pipeline.encoders) else ()
+
+    def text_outputs(self, text: str | None) -> dict[str, Tensor] | None:
+        """The conditioning of an encoded text on the device."""
+        if text is None:
+            return None
+        return {name: tensor.to(self.pipeline.device) for name, tensor in self.texts[self.text_key(text)].items()}
+
+    @contextlib.contextmanager
+    def at_work(self, *parts: str) -> Iterator[None]:
+        """While it is active, these parts are on the device and computation is in the first one's dtype."""
+        with self.parts.at_work(*parts), computing_in(self.pipeline.device, self.formats[parts[0]].compute):
+            yield
+
+    def latents(self, prompt: PromptOptions) -> Tensor:
+        """The latents [1, channels, height / 8, width / 8], float32, of an encoded prompt."""
+        with self.at_work(*self.denoising_parts(prompt)):
+            return self.pipeline.generate_latents(self.request(prompt), self.noise_dtype, progress=True)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [1, 3, height, width], float32 in -1..1."""
+        with self.at_work("autoencoder"):
+            return self.pipeline.decode_latents(latents)
+
+    def picture(self, prompt: PromptOptions) -> Image:
+        """The image of an encoded prompt."""
+        return self.image(self.decode(self.latents(prompt))[0])
+
+    def record(self, prompt: PromptOptions, image: Image) -> ImageRecord:
+        """How ``image`` was made."""
+        for file in self.lora_files:
+            if file.path not in self.hashes:
+                self.hashes[file.path] = lora_hash(file.path)
+        model = self.pipeline.files.transformer.source.checkpoint
+        return ImageRecord(
+            script=self.script,
+            prompt=replace(self.recorded(prompt), width=image.width, height=image.height),
+            sampler=self.sampler,
+            model=model.path.name,
+            model_hash=legacy_hash(model.files[0]),
+            loras=[
+                UsedLora(file.path.name, multiplier, self.hashes[file.path])
+                for file, multiplier in zip(self.lora_files, self.stack.multipliers)
+            ],
+            settings=self.settings(prompt),
+        )

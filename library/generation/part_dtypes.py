@@ -1,0 +1,52 @@
+"""In which dtypes the parts of a model are kept and compute, from the names that options give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.console import say
+from library.devices import is_fp8, parse_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.memory.fp8 import StorageDtype
+
+
+@dataclass(frozen=True)
+class PartDtype:
+    """How a part is kept in memory, and in which format it computes."""
+
+    stored: StorageDtype
+    compute: torch.dtype
+
+
+def resolve_part_dtypes(
+    dtype: str, own: Mapping[str, tuple[str, str | None]]
+) -> tuple[dict[str, PartDtype], torch.dtype]:
+    """The format of each part, and the one that noise is drawn in.
+
+    ``own``: option and name by part; a name that is None means ``dtype``. A part in 8 bits computes in bfloat16, and
+    then noise is drawn in float32, as kohya-ss/sd-scripts does. Raises UserError for an unknown name.
+    """
+    import torch
+
+    formats = {part: _format(name or dtype, option if name else "--dtype") for part, (option, name) in own.items()}
+    base = parse_dtype(dtype, "--dtype")
+    has_fp8 = is_fp8(base) or any(part.stored != part.compute for part in formats.values())
+    return formats, torch.float32 if has_fp8 else base
+
+
+def _format(name: str, option: str) -> PartDtype:
+    import torch
+
+    from library.memory.fp8 import FP8, BlocksInFp8
+
+    dtype = parse_dtype(name, option)
+    if not is_fp8(dtype):
+        return PartDtype(dtype, dtype)
+    if dtype != FP8:
+        say(f"{option} {name}: weights are kept as float8_e4m3fn, which has the same size and is more exact here")
+    return PartDtype(BlocksInFp8(torch.bfloat16), torch.bfloat16)

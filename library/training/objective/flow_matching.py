@@ -1,0 +1,204 @@
+"""Flow matching: how much noise a latent gets, and what the model's velocity is compared with.
+
+A noisy latent is ``(1 - sigma) * latents + sigma * noise`` with sigma in 0..1; the model predicts the velocity
+``noise - latents`` (Lipman et al. 2023; Esser et al. 2024, "Scaling Rectified Flow Transformers"). All is float32.
+
+Every item has its own CPU generator for each kind of draw, so that no draw depends on which items share a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from library.training.objective.noise import draw_uniform, per_item
+from library.training.objective.noise_options import NoiseOptions, timestep_bounds
+
+if TYPE_CHECKING:
+    import torch
+
+TABLE_STEPS = 1000
+TABLE_SHIFT = 3.0
+"""Shift of the table behind ``--timestep_sampling sigma``; ``--discrete_flow_shift`` is for ``shift`` alone."""
+
+
+@dataclass
+class FlowMatchingOptions:
+    """Flow matching"""
+
+    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigma"
+    """How noise levels are drawn; flux_shift is recommended for FLUX.1, sigmoid for Chroma."""
+    sigmoid_scale: float = 1.0
+    """Scale of the normal distribution behind the sigmoid in sigmoid, shift and flux_shift sampling."""
+    model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "sigma_scaled"
+    """What the loss compares: velocity (raw, recommended), velocity + input (additive) or latents (sigma_scaled)."""
+    discrete_flow_shift: float = 3.0
+    """Shift of the noise levels towards more noise, only for --timestep_sampling shift."""
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = "uniform"
+    """Loss weight per noise level (sigma_sqrt, cosmap) or its density in sigma sampling (logit_normal, mode)."""
+    logit_mean: float = 0.0
+    """Mean of the normal distribution of --weighting_scheme logit_normal."""
+    logit_std: float = 1.0
+    """Standard deviation of the normal distribution of --weighting_scheme logit_normal."""
+    mode_scale: float = 1.29
+    """Strength of --weighting_scheme mode."""
+    guidance_scale: float = 3.5
+    """Embedded guidance given to the model in training; 1.0 is recommended for FLUX.1 dev, 0.0 for Chroma."""
+
+
+def objective_notice(options: FlowMatchingOptions) -> str:
+    """A line to say once at the start: what is trained."""
+    return {
+        "raw": "Training the flow velocity (--model_prediction_type raw).",
+        "additive": "Training velocity plus input (--model_prediction_type additive): the same objective as raw.",
+        "sigma_scaled": "Training the estimate of the clean latents (--model_prediction_type sigma_scaled); "
+        "raw is recommended.",
+    }[options.model_prediction_type]
+
+
+def unused_flow_options(options: FlowMatchingOptions) -> list[tuple[str, list[str]]]:
+    """Reasons and names (without --) of options that would change nothing in this combination."""
+    sampling, scheme = options.timestep_sampling, options.weighting_scheme
+    unused = [] if sampling == "shift" else ["discrete_flow_shift"]
+    if sampling in ("sigma", "uniform"):
+        unused.append("sigmoid_scale")
+    if sampling != "sigma" and scheme in ("logit_normal", "mode"):
+        unused.append("weighting_scheme")
+    others = [] if scheme == "logit_normal" else ["logit_mean", "logit_std"]
+    others += [] if scheme == "mode" else ["mode_scale"]
+    if sampling != "sigma":
+        unused += ["logit_mean", "logit_std", "mode_scale"]
+    return [(f"with --timestep_sampling {sampling}", unused), (f"with --weighting_scheme {scheme}", others)]
+
+
+# --- noise levels -----------------------------------------------------------------------------------------------------
+
+
+def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
+    """``shift * s / (1 + (shift - 1) * s)``: more weight on high noise for shift > 1; 0 and 1 stay where they are."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def flux_shift(image_tokens: int) -> float:
+    """FLUX.1's shift for an image of so many tokens (latent height/2 * width/2): exp of the line through
+    (256, 0.5) and (4096, 1.15)."""
+    return math.exp(0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256))
+
+
+def sigma_table(shift: float = TABLE_SHIFT) -> torch.Tensor:
+    """The discrete noise levels, [1000] float32, descending from 1; there is no zero among them."""
+    import torch
+
+    return shift_sigmas(torch.arange(TABLE_STEPS, 0, -1, dtype=torch.float64) / TABLE_STEPS, shift).float()
+
+
+def sample_sigmas(
+    options: FlowMatchingOptions,
+    generators: Sequence[torch.Generator],
+    image_tokens: int,
+    bounds: NoiseOptions | None = None,
+    table_shift: float = TABLE_SHIFT,
+) -> torch.Tensor:
+    """One noise level per generator, [batch] float32 on the CPU, within ``--min_timestep`` and ``--max_timestep``.
+
+    ``image_tokens`` is (latent height / 2) * (latent width / 2) and only matters for ``flux_shift``. Each generator
+    gives exactly one number. Raises UserError for impossible bounds.
+    """
+    sampling = options.timestep_sampling
+    if sampling == "sigma":
+        sigmas = sigma_table(table_shift).double()[_table_indices(options, generators)]
+    elif sampling == "uniform":
+        sigmas = draw_uniform(generators)
+    else:
+        sigmas = (options.sigmoid_scale * _normal(generators)).sigmoid()
+        if sampling == "shift":
+            sigmas = shift_sigmas(sigmas, options.discrete_flow_shift)
+        elif sampling == "flux_shift":
+            sigmas = shift_sigmas(sigmas, flux_shift(image_tokens))
+    low, high = timestep_bounds(bounds or NoiseOptions())
+    return (low + (high - low) * sigmas).float()
+
+
+def _table_indices(options: FlowMatchingOptions, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Indices into the table with the density of ``--weighting_scheme`` (Esser et al. 2024, section 3.1)."""
+    if options.weighting_scheme == "logit_normal":
+        u = (options.logit_mean + options.logit_std * _normal(generators)).sigmoid()
+    else:
+        u = draw_uniform(generators)
+        if options.weighting_scheme == "mode":
+            u = 1 - u - options.mode_scale * ((math.pi * u / 2).cos() ** 2 - 1 + u)
+    return (u * TABLE_STEPS).floor().long().clamp(0, TABLE_STEPS - 1)
+
+
+def _normal(generators: Sequence[torch.Generator]) -> torch.Tensor:
+    import torch
+
+    return torch.stack([torch.randn((), generator=generator, dtype=torch.float64) for generator in generators])
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def add_noise(
+    latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, perturbation: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``(1 - sigma) * latents + sigma * (noise + perturbation)``; tensors [batch, ...], sigmas [batch], float32."""
+    sigmas = per_item(sigmas, latents)
+    if perturbation is not None:
+        noise = noise + perturbation
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+def apply_prediction_type(
+    options: FlowMatchingOptions, velocity: torch.Tensor, noisy: torch.Tensor, sigmas: torch.Tensor
+) -> torch.Tensor:
+    """What ``--model_prediction_type`` makes of a velocity, float32, shaped as ``velocity``.
+
+    raw: the velocity; additive: velocity + noisy; sigma_scaled: noisy - sigma * velocity.
+    """
+    velocity = velocity.float()
+    if options.model_prediction_type == "raw":
+        return velocity
+    if options.model_prediction_type == "additive":
+        return velocity + noisy
+    return noisy - per_item(sigmas, noisy) * velocity
+
+
+def training_target(
+    options: FlowMatchingOptions,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    noisy: torch.Tensor,
+    sigmas: torch.Tensor,
+) -> torch.Tensor:
+    """What a perfect model, whose velocity is ``noise - latents``, would give after ``apply_prediction_type``.
+
+    For sigma_scaled these are the clean latents, as in Stable Diffusion 3. ``noise`` is without perturbation.
+    """
+    return apply_prediction_type(options, noise - latents, noisy, sigmas)
+
+
+def sigma_weights(options: FlowMatchingOptions, sigmas: torch.Tensor) -> torch.Tensor:
+    """Loss weight per item, [batch] float32: sigma_sqrt 1/s^2, cosmap 2/(pi (1 - 2s + 2s^2)), others 1."""
+    if options.weighting_scheme == "sigma_sqrt":
+        return sigmas**-2.0
+    if options.weighting_scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    return sigmas.new_ones(sigmas.shape)
+
+
+def noise_to_signal(sigmas: torch.Tensor) -> torch.Tensor:
+    """``sqrt(1 / SNR)`` of the flow path, s / (1 - s), [batch]; infinite for pure noise."""
+    return sigmas / (1 - sigmas)
+
+
+def guidance_vector(options: FlowMatchingOptions, batch_size: int, device: torch.device | str) -> torch.Tensor:
+    """The embedded guidance for a batch, [batch] float32."""
+    import torch
+
+    return torch.full((batch_size,), float(options.guidance_scale), dtype=torch.float32, device=device)

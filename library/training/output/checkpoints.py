@@ -1,0 +1,161 @@
+"""When and under which names LoRA files and states are written, and which old ones are removed.
+
+Names and retention follow kohya-ss/sd-scripts, so that front ends find the files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from library.errors import UserError
+from library.files import remove_stale_temporaries, require_writable_folder
+
+
+@dataclass
+class SavingOptions:
+    """Output"""
+
+    output_dir: str | None = None
+    """Folder for the trained files; made when missing."""
+    output_name: str | None = None
+    """Base name of the trained files, without suffix."""
+    save_model_as: Literal["safetensors", "ckpt", "pt"] = "safetensors"
+    """File format of the trained network."""
+    save_precision: Literal["float", "fp16", "bf16"] | None = None
+    """Dtype in the file; unset means as trained."""
+    save_every_n_epochs: int | None = None
+    """Save a file every N epochs."""
+    save_every_n_steps: int | None = None
+    """Save a file every N steps."""
+    save_n_epoch_ratio: int | None = None
+    """Save at least N files, evenly over the epochs."""
+    save_last_n_epochs: int | None = None
+    """Keep only the files of the last N epochs."""
+    save_last_n_steps: int | None = None
+    """Keep only the files of the last N steps."""
+    save_last_n_epochs_state: int | None = None
+    """Keep only the states of the last N epochs; unset means as for files."""
+    save_last_n_steps_state: int | None = None
+    """Keep only the states of the last N steps; unset means as for files."""
+    save_state: bool = False
+    """Save a resumable state with every file."""
+    save_state_on_train_end: bool = False
+    """Save a resumable state at the end of training."""
+
+
+class OutputFolder:
+    """The files of one run: names, due times and retention.
+
+    ``save_every_n_epochs`` is resolved from ``save_n_epoch_ratio`` once the number of epochs is known
+    (``resolve_epoch_ratio``).
+    """
+
+    def __init__(self, options: SavingOptions, read_only: bool = False) -> None:
+        """Raises UserError when there is no output folder or nothing can be written in it.
+
+        With ``read_only`` the folder is neither made nor tidied.
+        """
+        if not options.output_dir:
+            raise UserError("--output_dir is missing; name the folder for the trained files.")
+        for name in ("save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}.")
+        self.folder = Path(options.output_dir)
+        self.options = options
+        self.every_n_epochs = options.save_every_n_epochs
+        require_writable_folder(self.folder, "--output_dir", read_only)
+        if not read_only:
+            remove_stale_temporaries(self.folder)
+
+    def resolve_epoch_ratio(self, epochs: int) -> None:
+        """``--save_n_epoch_ratio N``: every floor(epochs / N) epochs, at least every epoch."""
+        if self.options.save_n_epoch_ratio:
+            self.every_n_epochs = max(epochs // self.options.save_n_epoch_ratio, 1)
+
+    def epoch_file(self, epoch: int) -> Path:
+        """The LoRA file of a finished epoch (1-based)."""
+        return self._file(f"{self._name('epoch')}-{epoch:06d}")
+
+    def step_file(self, step: int) -> Path:
+        """The LoRA file of a step."""
+        return self._file(f"{self._name('at')}-step{step:08d}")
+
+    def final_file(self) -> Path:
+        """The LoRA file of the finished run."""
+        return self._file(self._name("last"))
+
+    def epoch_state(self, epoch: int) -> Path:
+        """The state folder of a finished epoch (1-based)."""
+        return self.folder / f"{self._name('epoch')}-{epoch:06d}-state"
+
+    def step_state(self, step: int) -> Path:
+        """The state folder of a step."""
+        return self.folder / f"{self._name('at')}-step{step:08d}-state"
+
+    def final_state(self) -> Path:
+        """The state folder of the finished run."""
+        return self.folder / f"{self._name('last')}-state"
+
+    def _name(self, default: str) -> str:
+        return self.options.output_name or default
+
+    def _file(self, stem: str) -> Path:
+        return self.folder / f"{stem}.{self.options.save_model_as}"
+
+    def epoch_is_due(self, epoch: int, epochs: int) -> bool:
+        """Whether the file of ``epoch`` (1-based) is written; the last epoch's is the final file instead."""
+        return bool(self.every_n_epochs) and epoch % self.every_n_epochs == 0 and epoch < epochs  # type: ignore[operator]
+
+    def step_is_due(self, step: int) -> bool:
+        """Whether the file of ``step`` is written."""
+        every = self.options.save_every_n_steps
+        return bool(every) and step % every == 0  # type: ignore[operator]
+
+    def old_after_epoch(self, epoch: int) -> list[Path]:
+        """The file and the state that are due to go once ``epoch`` was saved."""
+        every = self.every_n_epochs or 0
+        keep = self.options.save_last_n_epochs
+        keep_states = self.options.save_last_n_epochs_state or keep
+        old = [self.epoch_file(epoch - every * keep)] if keep and epoch >= every * keep else []
+        if keep_states and epoch >= every * keep_states:
+            old.append(self.epoch_state(epoch - every * keep_states))
+        return old
+
+    def old_after_step(self, step: int) -> list[Path]:
+        """The file and the state that are due to go once ``step`` was saved."""
+        every = self.options.save_every_n_steps or 1
+        keep = self.options.save_last_n_steps
+        keep_states = self.options.save_last_n_steps_state or keep
+        old = []
+        if keep and (number := _step_to_remove(step, keep, every)) > 0:
+            old.append(self.step_file(number))
+        if keep_states and (number := _step_to_remove(step, keep_states, every)) > 0:
+            old.append(self.step_state(number))
+        return old
+
+    def remove_old_epoch(self, epoch: int) -> None:
+        """After ``epoch`` was saved: remove the file and the state that are due to go."""
+        for path in self.old_after_epoch(epoch):
+            _remove(path)
+
+    def remove_old_step(self, step: int) -> None:
+        """After ``step`` was saved: remove the file and the state that are due to go."""
+        for path in self.old_after_step(step):
+            _remove(path)
+
+
+def _step_to_remove(step: int, keep: int, every: int) -> int:
+    """The newest saved step that is more than ``keep`` steps old."""
+    old = step - keep - 1
+    return old - old % every
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

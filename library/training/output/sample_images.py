@@ -1,0 +1,109 @@
+"""Sample images during training: which prompts, when, and under which file names."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.console import say
+from library.errors import UserError
+from library.files import writing
+from library.prompt_options import PromptOptions, read_prompt_file
+
+
+@dataclass
+class SampleOptions:
+    """Sample images"""
+
+    sample_every_n_steps: int | None = None
+    """Draw sample images every N steps."""
+    sample_every_n_epochs: int | None = None
+    """Draw sample images every N epochs; wins over --sample_every_n_steps."""
+    sample_at_first: bool = False
+    """Draw sample images before training."""
+    sample_prompts: str | None = None
+    """File of sample prompts (.txt, .toml or .json)."""
+    sample_sampler: str = "ddim"
+    """Sampler of Stable Diffusion samples; a prompt's --ss wins."""
+
+
+class Samples:
+    """The sample images of a run."""
+
+    def __init__(self, options: SampleOptions, output_dir: str | None, output_name: str | None) -> None:
+        """Reads the prompt file. Raises UserError when it cannot be read, or when samples are due without one."""
+        self.options = options
+        self.folder = Path(output_dir or ".") / "sample"
+        self.prefix = f"{output_name}_" if output_name else ""
+        for name in ("sample_every_n_steps", "sample_every_n_epochs"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}.")
+        wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
+        if wanted and not options.sample_prompts:
+            raise UserError(
+                "Sample images are asked for but --sample_prompts is missing; name a .txt, .toml or .json file."
+            )
+        self.prompts: list[PromptOptions] = read_prompt_file(Path(options.sample_prompts)) if wanted else []  # type: ignore[arg-type]
+        if wanted and not self.prompts:
+            say(f"{options.sample_prompts} holds no prompts: no sample images are drawn.")
+
+    def due_at_start(self) -> bool:
+        """Whether samples are drawn before the first step."""
+        return bool(self.prompts) and self.options.sample_at_first
+
+    def due_after_step(self, step: int) -> bool:
+        """Whether samples are drawn after ``step``."""
+        every = self.options.sample_every_n_steps
+        return bool(self.prompts and every and not self.options.sample_every_n_epochs and step % every == 0)
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        """Whether samples are drawn after ``epoch`` (1-based)."""
+        every = self.options.sample_every_n_epochs
+        return bool(self.prompts and every and epoch % every == 0)
+
+    def file_name(self, index: int, prompt: PromptOptions, step: int, epoch: int | None) -> str:
+        """``{name_}{e000001 or 000100}_{index:02d}_{YYYYmmddHHMMSS}[_{seed}].png``."""
+        moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+        seed = "" if prompt.seed is None else f"_{prompt.seed}"
+        return f"{self.prefix}{moment}_{index:02d}_{time.strftime('%Y%m%d%H%M%S')}{seed}.png"
+
+    def images(self, step: int, epoch: int | None) -> dict[int, Path]:
+        """The newest image file of each prompt's index that was drawn at this moment, by any process."""
+        moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+        name = re.compile(re.escape(f"{self.prefix}{moment}_") + r"(\d{2,})_(\d{14})(_-?\d+)?\.png")
+        found: dict[int, tuple[str, Path]] = {}
+        for path in self.folder.iterdir():
+            match = name.fullmatch(path.name)
+            if match and int(match[1]) < len(self.prompts):
+                index, drawn = int(match[1]), (match[2], path)
+                found[index] = max(found.get(index, drawn), drawn)
+        return {index: path for index, (_, path) in found.items()}
+
+    def draw(
+        self,
+        generate: Callable[[int, PromptOptions], Any],
+        step: int,
+        epoch: int | None,
+        process_index: int = 0,
+        num_processes: int = 1,
+        log_image: Callable[[int, PromptOptions, Any], None] | None = None,
+    ) -> None:
+        """Draw every prompt of this process (dealt round robin) and write the images.
+
+        ``generate(index, prompt)`` returns a PIL image.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        mine = [(i, p) for i, p in enumerate(self.prompts) if i % num_processes == process_index]
+        for index, prompt in mine:
+            image = generate(index, prompt)
+            with writing(self.folder / self.file_name(index, prompt, step, epoch)) as file:
+                image.save(file, format="PNG")
+            if log_image is not None:
+                log_image(index, prompt, image)
+        say(f"step {step}: {len(mine)} sample images in {time.perf_counter() - start:.1f} s")

@@ -1,0 +1,221 @@
+"""``--dry_run``: the plan of a run that has passed its checks.
+
+The run's own code builds network, optimizer and schedule, on tensors without numbers; so what the plan says is what
+the run does. Nothing is loaded and nothing is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from library.console import LOGGER, silence
+from library.devices import parse_dtype
+from library.errors import UserError
+from library.files import nearest_folder
+from library.training.optim.lr_schedulers import ReportedLearningRate, load_scheduler_state
+from library.training.plan.memory_estimate import memory_phases, optimizer_state_bytes
+from library.training.plan.plan_report import CachePlan, Plan
+from library.training.plan.planned_files import plan_files
+from library.training.plan.simulation import Simulation, forget_values
+from library.training.report.description import module_counts, start_facts
+from library.training.report.page import report_is_wanted
+from library.training.report.wording import size_text
+
+if TYPE_CHECKING:
+    from library.data.cache import LatentCache, TextCache
+    from library.training.training_step import TrainingStep
+
+RATE_POINTS = 5
+MOST_SCHEDULER_STEPS = 20_000
+"""A schedule that is no formula is followed so far."""
+BYTES_PER_MODULE = 400
+"""Of a network file besides the weights: names and alphas."""
+
+
+def plan_of(run: TrainingStep) -> Plan:
+    """The plan. Raises UserError for mistakes that show when the network and the optimizer are built."""
+    latents, texts = run.open_latent_caches(), run.open_text_caches()
+    caches = [*_cache_plans("latent cache", latents), *_cache_plans("text encoder cache", texts)]
+    missing = [any(cache.missing for cache in group) for group in (latents, texts)]
+    encodes_text = not run.cache_text or missing[1] or bool(run.samples.prompts)
+    encoders = run.pipeline.encoders if encodes_text else run.trained_encoders
+    run.pipeline.load_tokenizers(encoders)  # their files are real
+    simulation = Simulation(run.pipeline)
+    problem = _build(run, simulation, encoders)
+    start = None if problem else start_facts(run)
+    rates, rate_note = ({}, "unknown") if problem else learning_rates(run)
+    network_bytes, state_bytes, phases = None, None, []
+    notes = [*_in_memory(caches), _free_memory(run.accelerator.device)]
+    if not problem:
+        optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, run.parameters)
+        network_bytes, state_bytes = _file_sizes(run, optimizer_bytes)
+        notes += [note] if note else []
+        with simulation.running():
+            phases = memory_phases(run, optimizer_bytes, *missing)
+    length = run.plan
+    return Plan(
+        start=start,
+        problem=problem,
+        length={"steps": length.max_steps, "epochs": length.epochs, "steps per epoch": length.steps_per_epoch},
+        rates=rates,
+        rate_note=rate_note,
+        caches=caches,
+        files=plan_files(length, run.position, run.output, run.samples),
+        network_bytes=network_bytes,
+        state_bytes=state_bytes,
+        sample_prompts=len(run.samples.prompts),
+        sample_folder=run.samples.folder,
+        other_files=_other_files(run),
+        free_bytes=shutil.disk_usage(nearest_folder(run.output.folder)).free,
+        phases=phases,
+        device=str(run.accelerator.device),
+        processes=run.accelerator.num_processes,
+        memory_notes=notes,
+        no_effect=run.no_effect,
+        seconds=time.time() - run.process_started_at,
+    )
+
+
+def _build(run: TrainingStep, simulation: Simulation, encoders: Collection[str]) -> str:
+    """Build the network, the optimizer and the schedule; returns what kept them from being built, if anything did."""
+    with simulation.running():
+        run.load_models()
+        run.pipeline.load_autoencoder()
+        run.pipeline.load_text_encoders(encoders)
+    try:
+        run.make_network()  # outside, because it may read files of its own
+        with simulation.running():
+            forget_values(run.network)
+            run.place_network()
+        run.build_optimizer()  # outside, because it may make look-up tables
+    except UserError:
+        raise
+    except Exception as error:  # a network of others may look at numbers of the base model
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    run.check_saved_state()
+    return ""
+
+
+def try_network_files(run: TrainingStep) -> None:
+    """Let the network take the files of ``--network_weights`` and ``--base_weights`` before any model is loaded.
+
+    Raises UserError when they don't fit. What can only be seen with numbers shows when the network is really built.
+    """
+    network = run.options.network
+    if not network.network_weights and not network.base_weights:
+        return
+    encoders = run.pipeline.encoders if network.base_weights and not run.cache_text else run.trained_encoders
+    run.pipeline.load_tokenizers(encoders)
+    simulation = Simulation(run.pipeline)
+    try:
+        with silence():
+            with simulation.running():
+                run.load_models()
+                run.pipeline.load_text_encoders(encoders)
+            run.make_network()
+    except UserError:
+        raise
+    except Exception as error:  # as in _build
+        LOGGER.debug("the files of the network were not tried: %s", error)
+    finally:
+        run.pipeline.modules.clear()
+
+
+def learning_rates(run: TrainingStep) -> tuple[dict[str, list[tuple[int, float]]], str]:
+    """The rate of each group at some steps (the first is 1), or a remark why they are not known ahead."""
+    from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+    scheduler, first, last = run.scheduler, run.position.step, run.plan.max_steps
+    steps = sorted({first + 1 + (last - first - 1) * point // (RATE_POINTS - 1) for point in range(RATE_POINTS)})
+    if isinstance(scheduler, ReportedLearningRate):
+        return {}, "the optimizer finds its own, or follows no schedule"
+    if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "get_last_lr"):
+        return {}, "depends on the loss"
+    if run.saved is not None:
+        load_scheduler_state(scheduler, run.saved.rest["lr_scheduler"])
+    rates: dict[int, list[float]]
+    if isinstance(scheduler, LambdaLR):
+        begin, formulas = scheduler.last_epoch - first, list(zip(scheduler.base_lrs, scheduler.lr_lambdas))
+        rates = {step: [float(base) * formula(begin + step - 1) for base, formula in formulas] for step in steps}
+    elif last - first > MOST_SCHEDULER_STEPS:
+        return {}, f"not followed for more than {MOST_SCHEDULER_STEPS:,} steps"
+    else:
+        rates = _followed(scheduler, first, steps)
+    names = [group.name for group in start_facts(run).groups]
+    return {name: [(step, rates[step][i]) for step in steps] for i, name in enumerate(names)}, ""
+
+
+def _followed(scheduler: Any, first: int, steps: list[int]) -> dict[int, list[float]]:
+    """The rates at ``steps`` by stepping the scheduler."""
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of schedulers that are stepped without their optimizer
+        for step in range(first + 1, steps[-1] + 1):
+            if step in steps:
+                found[step] = list(scheduler.get_last_lr())
+            scheduler.step()
+    return found
+
+
+def _cache_plans(name: str, caches: Sequence[LatentCache | TextCache]) -> list[CachePlan]:
+    """Of the training data and, as the second one, of the validation data."""
+    return [
+        CachePlan(
+            name=f"{name}{' of validation data' if number else ''}",
+            in_memory=not cache.to_disk,
+            states=cache.states,
+            bytes=cache.missing_bytes,
+        )
+        for number, cache in enumerate(caches)
+    ]
+
+
+def _in_memory(caches: list[CachePlan]) -> list[str]:
+    """What is kept in main memory for the whole run."""
+    held = [f"{plan.name} {size_text(plan.bytes)}" for plan in caches if plan.in_memory and plan.bytes]
+    return [f"main memory besides: {', '.join(held)}"] if held else []
+
+
+def _free_memory(device: Any) -> str:
+    """What the device has, and how much of that is free now."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return f"{device} has {size_text(total)}, of which {size_text(free)} are free now"
+
+
+def _file_sizes(run: TrainingStep, optimizer_bytes: int) -> tuple[int, int]:
+    """Bytes of a network file and of a state, from the weights that go into them."""
+    precision = run.options.saving.save_precision
+    parameters = list(run.network.parameters())
+    width = None if precision is None else parse_dtype(precision).itemsize
+    modules = sum(module_counts(run.network, "").values()) or len(parameters) // 2
+    weights = sum(parameter.numel() * (width or parameter.element_size()) for parameter in parameters)
+    as_trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    names = modules * BYTES_PER_MODULE
+    return weights + names, as_trained + optimizer_bytes + 2 * names
+
+
+def _other_files(run: TrainingStep) -> list[str]:
+    """Lines about whatever else is written."""
+    options, saving = run.options, run.options.saving
+    lines = []
+    if report_is_wanted(options.report, bool(run.samples.prompts), run.validation_group is not None):
+        lines.append(f"report {run.output.folder / (saving.output_name or 'last')}.report.html")
+    if options.logging.logging_dir and options.logging.log_with != "wandb":
+        lines.append(f"training curves in {options.logging.logging_dir}")
+    subsets = [subset for dataset in run.train_group.datasets for subset in dataset.settings.subsets]
+    folders = dict.fromkeys(str(subset.image_dir) for subset in subsets if subset.cache_info)
+    lines += [f"metadata_cache.json in {folder}" for folder in folders]
+    if options.hub.huggingface_repo_id:
+        lines.append(f"uploads to {options.hub.huggingface_repo_id}")
+    return lines

@@ -1,0 +1,255 @@
+"""How much memory a run will take, phase by phase, found by running its own code on tensors without numbers.
+
+Counted are tensors: weights, the network, its gradients, the optimizer's state, activations at their peak for the
+largest batch. Not counted are the libraries and the device's context, what kernels need inside them, and what the
+allocator wastes. To be called inside a ``Simulation``, after the network and the optimizer are built.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from library.console import silence
+from library.data.batch import Batch
+from library.training.objective.step_inputs import ItemDraws
+from library.training.optim.optimizers import create_optimizer, optimizer_name
+from library.training.plan.plan_report import MemoryPhase
+from library.training.plan.simulation import DataDependentOutputException, PeakMemory, module_bytes
+from library.training.report.description import image_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.data.dataset import DatasetGroup
+    from library.training.training_step import TrainingStep
+
+LARGEST_MEASURED = 1 << 24
+"""Values of a parameter up to which the optimizer's state is measured at its own shape."""
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The batch that takes most memory."""
+
+    width: int
+    height: int
+    count: int
+
+
+def memory_phases(run: TrainingStep, optimizer_bytes: int, latents: bool, texts: bool) -> list[MemoryPhase]:
+    """The phases of the run, each with what it holds at its peak; one that cannot be simulated says why.
+
+    ``latents`` and ``texts``: whether anything has to be cached.
+    """
+    weights = {part: module_bytes(module) for part, module in run.pipeline.modules.items()}
+    encoders, stay = weights.keys() & set(run.pipeline.encoders), run.options.model.highvram
+    network = module_bytes(run.network)
+    largest = largest_batch(run.train_group)
+    needed = {image_model(run.pipeline)}
+    if not run.latents_are_cached or (stay and latents):
+        needed.add("autoencoder")
+    needed |= run.control_parts()
+    needed |= encoders if stay or not run.cache_text else set(run.trained_encoders)
+    phases = []
+
+    def add(name: str, parts: Iterable[str], peak: Callable[[], int], trains: bool) -> None:
+        held = sum(weights[part] for part in parts)
+        phases.append(_phase(name, held, network if trains else 0, optimizer_bytes if trains else 0, peak))
+
+    if latents:
+        batch = replace(largest, count=max(1, run.options.cache.vae_batch_size))
+        add("caching latents", {"autoencoder"}, lambda: encoding_peak(run, batch), False)
+    if texts:
+        size = run.options.text_cache.text_encoder_batch_size or run.train_group.datasets[0].settings.batch_size
+        add("caching text", encoders | ({"autoencoder"} if stay else set()), lambda: text_peak(run, size), False)
+    checkpointing = run.options.precision.gradient_checkpointing
+    with_it, without = "with gradient checkpointing", "without gradient checkpointing"
+    add(f"training {with_it if checkpointing else without}", needed, lambda: training_peak(run, largest), True)
+    if set_checkpointing(run, not checkpointing):
+        add(f"(training {without if checkpointing else with_it})", needed, lambda: training_peak(run, largest), True)
+        set_checkpointing(run, checkpointing)
+    if run.samples.prompts:
+        add("sample images", needed | {"autoencoder"}, lambda: sampling_peak(run), True)
+    return phases
+
+
+def _phase(name: str, weights: int, network: int, optimizer: int, peak: Callable[[], int]) -> MemoryPhase:
+    try:
+        return MemoryPhase(name, weights, network, optimizer, peak())
+    except Exception as error:  # whatever a model or a network of others cannot do without numbers
+        return MemoryPhase(name, weights, network, optimizer, None, f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:100]
+
+
+# ---- the peaks of single steps ---------------------------------------------------------------------------------------
+
+
+def training_peak(run: TrainingStep, size: Largest) -> int:
+    """Activations and gradients of one batch, from its images or cached latents on."""
+    before = 0 if run.latents_are_cached else encoding_peak(run, size)
+    if run.fused is not None:
+        run.fused.only_frees = True  # its steps would look at numbers
+    try:
+        return max(before, _step_peak(run, size))
+    except DataDependentOutputException:  # dropout of whole modules looks at a random number
+        return max(before, _step_peak(run, size, with_dropout=False))
+
+
+def _step_peak(run: TrainingStep, size: Largest, with_dropout: bool = True) -> int:
+    """From latents to gradients."""
+    batch = empty_batch(run, size)
+    run.network.train(with_dropout)
+    run.network.set_multiplier(1.0)
+    try:
+        with PeakMemory([*run.pipeline.modules.values(), run.network]) as memory:
+            run.item_losses(batch, ItemDraws(run.seed, 0, batch.item_ids)).mean().backward()
+    finally:
+        for parameter in run.parameters:
+            parameter.grad = None
+    return memory.peak
+
+
+def encoding_peak(run: TrainingStep, size: Largest) -> int:
+    """The autoencoder at work on pixels of that size."""
+    import torch
+
+    pixels = torch.empty(size.count, 3, size.height, size.width)
+    generators = [torch.Generator() for _ in range(size.count)]
+    with PeakMemory([run.pipeline.load_autoencoder()]) as memory:
+        run.encode_images(pixels, generators)
+    return memory.peak
+
+
+def text_peak(run: TrainingStep, count: int) -> int:
+    """The text encoders at work on so many captions."""
+    import torch
+
+    with torch.no_grad(), PeakMemory(run.pipeline.load_text_encoders(run.pipeline.encoders)) as memory:
+        run.encode_frozen([""] * count)
+    return memory.peak
+
+
+def sampling_peak(run: TrainingStep) -> int:
+    """The largest sample image: a step of its denoising with guidance (a batch of two), then its decoding."""
+    import torch
+
+    stride = run.pipeline.latent_stride
+    sides = [(prompt.width or run.sample_side, prompt.height or run.sample_side) for prompt in run.samples.prompts]
+    width, height = (max(64, side // 64 * 64) for side in max(sides, key=lambda pair: pair[0] * pair[1]))
+    batch, device = empty_batch(run, Largest(width, height, 2)), run.accelerator.device
+    latents = torch.empty(2, run.pipeline.latent_channels, height // stride, width // stride, device=device)
+    run.network.eval()
+    with torch.no_grad(), PeakMemory([*run.pipeline.modules.values(), run.network]) as memory:
+        noisy = run.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
+        conditioning = run.conditioning(batch)
+        with run.accelerator.autocast():
+            run.predict(noisy, conditioning)
+        del noisy, conditioning
+        run.pipeline.decode_latents(latents[:1])
+    return memory.peak
+
+
+def set_checkpointing(run: TrainingStep, wanted: bool) -> bool:
+    """Turn gradient checkpointing of the transformer or U-Net on or off; False where the model cannot."""
+    if wanted:
+        run.checkpoint_transformer()
+        return True
+    off = getattr(run.transformer, "disable_gradient_checkpointing", None)
+    if off is not None:
+        off()
+    return off is not None
+
+
+def largest_batch(group: DatasetGroup) -> Largest:
+    """The bucket and batch size with the most pixels."""
+    found = [
+        Largest(width, height, min(dataset.settings.batch_size, len(samples)))
+        for dataset in group.datasets
+        for (width, height), samples in dataset.bucket_samples().items()
+    ]
+    return max(found, key=lambda size: size.width * size.height * size.count)
+
+
+def empty_batch(run: TrainingStep, size: Largest) -> Batch:
+    """A batch of that size with cached latents, and cached text where the run caches it."""
+    import torch
+
+    count, stride = size.count, run.pipeline.latent_stride
+    text = None
+    if run.cache_text:
+        arrays = run.text_format().arrays.items()
+        text = {name: torch.empty(count, *(side or 1 for side in shape or ())) for name, shape in arrays}
+    return Batch(
+        item_ids=list(range(count)),
+        image_keys=[str(number) for number in range(count)],
+        captions=[run.train_group.items[0].caption] * count,
+        images=None,
+        latents=torch.empty(count, run.pipeline.latent_channels, size.height // stride, size.width // stride),
+        text=text,
+        alpha_masks=None,
+        conditioning_images=torch.empty(count, 3, size.height, size.width) if run.takes_control_images else None,
+        loss_weights=torch.ones(count),
+        group_size=count,
+        original_sizes=[(size.height, size.width)] * count,
+        crop_top_lefts=[(0, 0)] * count,
+        target_sizes=[(size.height, size.width)] * count,
+        flipped=[False] * count,
+        network_multipliers=torch.ones(count),
+        custom_attributes=[{}] * count,
+    )
+
+
+# ---- the optimizer's state -------------------------------------------------------------------------------------------
+
+
+def optimizer_state_bytes(options: Any, parameters: Iterable[torch.nn.Parameter]) -> tuple[int, str]:
+    """The memory of the optimizer's state, and a remark where it was not measured.
+
+    One step is done on a parameter of each shape, outside of the simulation and on the CPU. For optimizers that need
+    another device the bytes per value are taken from their name.
+    """
+    shapes = Counter(tuple(parameter.shape) for parameter in parameters)
+    try:
+        with silence(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sizes = _state_sizes(options, list(shapes))
+        return round(sum(size * count for size, count in zip(sizes, shapes.values()))), ""
+    except Exception:  # kernels that only CUDA has, for one
+        values = sum(math.prod(shape) * count for shape, count in shapes.items())
+        per_value = 2 if "8bit" in optimizer_name(options).lower() else 8
+        return values * per_value, f"{per_value} bytes of optimizer state per value are assumed"
+
+
+def _state_sizes(options: Any, shapes: Sequence[tuple[int, ...]]) -> list[float]:
+    """Bytes of the state of one parameter of each shape; very large ones are measured at a part of their rows."""
+    import torch
+
+    rows = [max(1, min(shape[0], LARGEST_MEASURED // math.prod(shape[1:]))) if shape else 1 for shape in shapes]
+    # Each shape twice, so that look-up tables which parameters share are told from what is a parameter's own.
+    sizes = [(count, *shape[1:]) for count, shape in zip(rows, shapes) for _ in range(2)]
+    parameters = [torch.nn.Parameter(torch.full(size, 1e-3)) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer = create_optimizer(options, parameters).optimizer
+    optimizer.step()
+    states = [list(optimizer.state[parameter].values()) for parameter in parameters]
+    times = Counter(id(value) for state in states for value in state)
+    return [
+        sum(_bytes(value) for value in state if times[id(value)] == 1) * (shape[0] if shape else 1) / count
+        for state, shape, count in zip(states[::2], shapes, rows)
+    ]
+
+
+def _bytes(value: Any) -> int:
+    """Of a state tensor; single numbers don't count."""
+    import torch
+
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) and value.numel() > 1 else 0

@@ -1,0 +1,185 @@
+"""The plan that ``--dry_run`` prints: facts in, plain ASCII lines out (but for names of files)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.training.plan.planned_files import PlannedFiles, kept
+from library.training.report.wording import (
+    StartFacts,
+    counted,
+    length_lines,
+    network_lines,
+    part_lines,
+    size_text,
+    table,
+    time_text,
+)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """One cache before it is filled."""
+
+    name: str
+    """Latent cache or text encoder cache, and of which data."""
+    in_memory: bool
+    states: Mapping[str, int]
+    """Entries by state: valid, missing, stale, damaged, not finite."""
+    bytes: int | None
+    """Size of the entries that will be made; None where shapes are not known ahead."""
+
+
+@dataclass(frozen=True)
+class MemoryPhase:
+    """What is held at once at the peak of a phase, in bytes; ``activations`` holds the gradients too."""
+
+    name: str
+    weights: int
+    network: int
+    optimizer: int
+    activations: int | None
+    """None when they could not be found."""
+    reason: str = ""
+    """Why not."""
+
+    @property
+    def total(self) -> int:
+        """All of it, without activations that are not known."""
+        return self.weights + self.network + self.optimizer + (self.activations or 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that ``--dry_run`` tells."""
+
+    start: StartFacts | None
+    """None when the network or the optimizer could not be built without numbers; ``problem`` says why."""
+    problem: str
+    length: Mapping[str, int]
+    """Steps, epochs, steps per epoch, first step: known in any case."""
+    rates: Mapping[str, Sequence[tuple[int, float]]]
+    """Learning rate by group at some steps; empty where the optimizer finds its own."""
+    rate_note: str
+    caches: Sequence[CachePlan]
+    files: PlannedFiles
+    network_bytes: int | None
+    """Of one file of the trained network."""
+    state_bytes: int | None
+    """Of one resumable state."""
+    sample_prompts: int
+    sample_folder: Path
+    other_files: Sequence[str]
+    free_bytes: int
+    """On the disk of the output folder."""
+    phases: Sequence[MemoryPhase]
+    device: str
+    processes: int
+    memory_notes: Sequence[str]
+    no_effect: Sequence[str]
+    seconds: float
+    """From the start of the program to here."""
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The whole plan."""
+    sections = [
+        ("What is trained", _training_lines(plan)),
+        ("Learning rate", _rate_lines(plan)),
+        ("Caches", _cache_lines(plan.caches)),
+        ("Files", _files_lines(plan)),
+        ("Expected memory", _memory_lines(plan)),
+    ]
+    lines = ["Plan of the run (dry run: no model was loaded, nothing was written)"]
+    for title, body in sections:
+        lines += [f"{title}:", *(f"  {line}" for line in body)]
+    if plan.no_effect:
+        lines.append(f"No effect in this run: {', '.join(f'--{name}' for name in plan.no_effect)}")
+    return [*lines, f"All checks passed in {time_text(plan.seconds)}."]
+
+
+def _training_lines(plan: Plan) -> list[str]:
+    if plan.start is not None:
+        return [*part_lines(plan.start), *network_lines(plan.start), *length_lines(plan.start)]
+    length = ", ".join(f"{name} {count:,}" for name, count in plan.length.items())
+    return [f"network: unknown ({plan.problem})", length]
+
+
+def _rate_lines(plan: Plan) -> list[str]:
+    if not plan.rates:
+        return [plan.rate_note]
+    steps = [step for step, _ in next(iter(plan.rates.values()))]
+    head = ("step", *(f"{step:,}" for step in steps))
+    rows = [(name, *(f"{rate:.3g}" for _, rate in points)) for name, points in plan.rates.items()]
+    return [*table([head, *rows]), *([plan.rate_note] if plan.rate_note else [])]
+
+
+def _cache_lines(caches: Sequence[CachePlan]) -> list[str]:
+    if not caches:
+        return ["none: images and captions are encoded at every step"]
+    lines = []
+    for cache in caches:
+        total = sum(cache.states.values())
+        others = ", ".join(f"{count:,} {state}" for state, count in cache.states.items() if state != "valid" and count)
+        made = total - cache.states.get("valid", 0)
+        size = f", about {size_text(cache.bytes)}" if cache.bytes else ""
+        work = f"; {made:,} are made ({others}{size})" if made else "; nothing to make"
+        place = "in memory" if cache.in_memory else "in files beside the images"
+        lines.append(f"{cache.name} {place}: {cache.states.get('valid', 0):,} of {total:,} entries valid{work}")
+    return lines
+
+
+def _files_lines(plan: Plan) -> list[str]:
+    files = plan.files
+    lines = _paths_lines("network file", files.networks, files.removed, plan.network_bytes)
+    lines += _paths_lines("state", files.states, files.removed, plan.state_bytes)
+    if plan.sample_prompts and files.sample_moments:
+        count = plan.sample_prompts * files.sample_moments
+        times = counted(files.sample_moments, "time")
+        prompts = counted(plan.sample_prompts, "prompt")
+        lines.append(f"{counted(count, 'sample image')} ({prompts}, {times}) in {plan.sample_folder}")
+    lines += plan.other_files
+    kept_bytes = sum(
+        size * len(kept(paths, files.removed))
+        for paths, size in ((files.networks, plan.network_bytes), (files.states, plan.state_bytes))
+        if size
+    )
+    short = " - NOT ENOUGH" if kept_bytes > plan.free_bytes else ""
+    return [*lines, f"about {size_text(kept_bytes)} at the end; {size_text(plan.free_bytes)} free on that disk{short}"]
+
+
+def _paths_lines(what: str, paths: Sequence[Path], removed: set[Path], size: int | None) -> list[str]:
+    """The first, the last but one and the last of the paths."""
+    if not paths:
+        return []
+    each = "" if size is None else f", about {size_text(size)} each"
+    gone = len([path for path in paths if path in removed])
+    count = f"{counted(len(paths), what)}{each}{f', {gone:,} of them removed again' if gone else ''}:"
+    shown = list(paths) if len(paths) <= 5 else [*paths[:2], None, *paths[-2:]]
+    return [count, *("  ..." if path is None else f"  {path}" for path in shown)]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    head = ("", "weights", "network", "optimizer", "activations, gradients", "together")
+    rows = [
+        (
+            phase.name,
+            size_text(phase.weights),
+            size_text(phase.network) if phase.network else "-",
+            size_text(phase.optimizer) if phase.optimizer else "-",
+            "unknown" if phase.activations is None else size_text(phase.activations),
+            f"{size_text(phase.total)}{' and more' if phase.activations is None else ''}",
+        )
+        for phase in plan.phases
+    ]
+    reasons = [f"{phase.name}: unknown because of {phase.reason}" for phase in plan.phases if phase.activations is None]
+    each = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
+    return [
+        f"an estimate: tensors{each} on {plan.device} at the peak of each phase, with the largest batch;",
+        "libraries, the driver, fragmentation and what kernels need inside them come on top",
+        *(table([head, *rows]) if rows else [f"unknown ({plan.problem})"]),
+        *reasons,
+        *plan.memory_notes,
+    ]

@@ -1,0 +1,99 @@
+"""Running a run's own code with tensors that have shapes and formats, but no numbers and no memory.
+
+With it the length of a run, the size of its network and its memory are found before anything heavy is loaded: not by
+formulas beside the code, but by the code. It rests on torch's FakeTensorMode, which torch.compile is built on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["DataDependentOutputException", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
+
+
+class Simulation:
+    """A pipeline whose parts are loaded without reading their files, as tensors that take no memory.
+
+    What asks for a tensor's numbers (``item()``, ``if tensor:``) raises DataDependentOutputException.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self.sources = [getattr(pipeline.files, part).source for part in pipeline.parts]
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While it is active, every new tensor is one without numbers. May be entered again."""
+        for source in self.sources:
+            source.reads_values = False
+        try:
+            with self._mode:
+                yield
+        finally:
+            for source in self.sources:
+                source.reads_values = True
+
+
+def forget_values(module: nn.Module) -> None:
+    """Replace a module's parameters by ones without numbers. To be called inside a ``Simulation``."""
+    replaced = {
+        id(parameter): nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+        for parameter in module.parameters()
+    }
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = replaced[id(parameter)]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist at once, above those that were there before.
+
+    Tensors count from the operation that makes them until nobody holds them, as with an allocator that never wastes
+    anything; what a kernel needs inside it is not seen. To be used inside a ``Simulation``.
+    """
+
+    def __init__(self, there: Iterable[nn.Module | Tensor] = ()) -> None:
+        """``there``: modules and tensors that do not count."""
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        for entry in there:
+            for tensor in [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]:
+                self._note(tensor, counts=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return result
+
+    def _note(self, tensor: Tensor, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes() if counts else 0
+        weakref.finalize(storage, self._forget, key)
+        self.live += self._sizes[key]
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """The memory of a module's parameters and buffers."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

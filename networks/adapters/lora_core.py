@@ -1,0 +1,93 @@
+"""The network of all LoRA modules, for every model family.
+
+What distinguishes the families is declared in ``lora_flux`` and its siblings (see ``lora_targets``); ``lora_creation``
+builds from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from networks.adapters.adapter_network import AdapterNetwork, LoadInfo
+from networks.adapters.lora_file import FULL_STRENGTH, SPLIT_MARK, state_dict_of
+from networks.adapters.lora_formats import read_modules
+from networks.adapters.lora_module import NORMS, LoRAModule
+from networks.adapters.low_rank import product_norm
+
+
+class LoRANetwork(AdapterNetwork[LoRAModule]):
+    """All LoRA modules of one training run or file."""
+
+    optional_state = NORMS
+
+    def trained_parts(self, lora: LoRAModule) -> list[tuple[nn.Module, bool]]:
+        """Down and up."""
+        return [(lora.lora_down, False), (lora.lora_up, True)]
+
+    # ---- norms ----
+
+    def apply_max_norm_regularization(
+        self, max_norm: float, device: torch.device | str | None = None
+    ) -> tuple[int, float, float]:
+        """Shrink every module whose product is longer than ``max_norm``.
+
+        Returns how many were, and the mean and the largest norm after it.
+        """
+        results = [lora.limit_norm(max_norm) for lora in self.loras]
+        norms = torch.stack([norm.to("cpu" if device is None else device) for norm, _ in results])
+        shrunk = torch.stack([was_shrunk.to(norms.device) for _, was_shrunk in results])
+        return int(shrunk.sum()), float(norms.mean()), float(norms.max())
+
+    def update_norms(self) -> None:
+        """After each optimizer step's backward pass, for GGPO; without it nothing is computed."""
+        for lora in self.loras:
+            lora.update_norms()
+
+    def update_grad_norms(self) -> None:
+        """As ``update_norms``; to be called while the gradients are there."""
+        for lora in self.loras:
+            lora.update_grad_norms()
+
+    def weight_norms(self) -> Tensor | None:
+        """Norm of each module's product [modules], for the log; None unless GGPO is on."""
+        tracked = [lora for lora in self.loras if lora.weight_norm is not None]
+        norms = [lora.scale * product_norm(lora.down_matrix.detach(), lora.up_matrix.detach()) for lora in tracked]
+        return torch.stack(norms).float() if norms else None
+
+    def grad_norms(self) -> Tensor | None:
+        """Mean row norm of each module's gradient [modules]; None unless GGPO is on."""
+        norms = [lora.grad_norms.mean() for lora in self.loras if lora.grad_norms is not None]
+        return torch.stack(norms) if norms else None
+
+    def combined_weight_norms(self) -> Tensor | None:
+        """Mean row norm of each merged weight [modules]; None unless GGPO is on."""
+        norms = [lora.combined_norms.mean() for lora in self.loras if lora.combined_norms is not None]
+        return torch.stack(norms) if norms else None
+
+    # ---- files ----
+
+    def file_tensors(self, loras: Iterable[LoRAModule], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Down, up and alpha of each module."""
+        return state_dict_of({lora.lora_name: lora.file_weights() for lora in loras}, dtype)
+
+    def file_marks(self) -> dict[str, str]:
+        """How joined modules were trained."""
+        return {SPLIT_MARK: FULL_STRENGTH} if any(lora.split_rows for lora in self.loras) else {}
+
+    def take_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoadInfo:
+        """Take over tensors under any names that ``lora_formats`` knows."""
+        modules, unexpected = read_modules(tensors, [lora.target for lora in self.loras], self.family, metadata)
+        if not modules:
+            raise UserError(
+                f"none of the {len(tensors)} tensors belongs to a LoRA module of this network; it was made for another"
+                " model or by another method."
+            )
+        for lora in self.loras:
+            if lora.lora_name in modules:
+                lora.set_file_weights(modules[lora.lora_name])
+        absent = [lora for lora in self.loras if lora.lora_name not in modules]
+        return LoadInfo(list(self.file_tensors(absent)), unexpected)

@@ -1,0 +1,130 @@
+"""Several network files at once on the parts of a pipeline, which may be loaded and let go one after another.
+
+A network is built on the parts' meta modules (torch's meta device), so that what does not fit is known before anything
+heavy is loaded; each of its modules moves into the real layer when the part is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.errors import UserError
+from library.safetensors_io import open_checkpoint
+from networks.adapters.adapter_module import AdapterModule
+from networks.adapters.adapter_network import AdapterNetwork
+from networks.lora_tools.named_lora import NamedLoRA
+
+ChooseModule = Callable[[Collection[str]], ModuleType]
+"""The network module (``networks.lora_flux``, ...) that reads a file with these keys."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module belongs: the layer at ``path`` of ``part``; ``meta module`` is its stand-in without numbers."""
+
+    module: AdapterModule
+    path: str
+    meta_module: Any
+
+
+class NetworkStack:
+    """Networks that act together, in the order of their files.
+
+    ``text_encoders`` and ``transformer`` are meta modules by the part's name; the encoders stand in the order that the
+    family's networks expect, None for one that the model lacks; ``families`` are the names that
+    ``NamedLoRA.family`` has for the model. With ``merge`` they change the weights of the parts,
+    else they are computed beside them and their multipliers can be changed.
+    Raises UserError, naming the file, for one that cannot be read or fits nothing here.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[Path, float]],
+        choose_module: ChooseModule,
+        text_encoders: Mapping[str, nn.Module | None],
+        transformer: Mapping[str, nn.Module],
+        families: Collection[str],
+        merge: bool = False,
+    ):
+        self.merge = merge
+        self.multipliers = [multiplier for _, multiplier in files]
+        encoders, (image_model,) = list(text_encoders.values()), transformer.values()
+        self.networks = []
+        for path, multiplier in files:
+            try:
+                self.networks.append(_build(path, multiplier, choose_module, encoders, image_model))
+            except UserError:
+                _refuse_other_family(path, families)
+                raise
+        self.places: dict[str, list[Place]] = {}
+        for part, meta_module in {**text_encoders, **transformer}.items():
+            if meta_module is not None:
+                self.places[part] = self._places_in(meta_module)
+
+    def _places_in(self, meta_module: nn.Module) -> list[Place]:
+        paths = {id(module): path for path, module in meta_module.named_modules()}
+        modules = [module for network in self.networks for module in network.loras]
+        return [Place(m, paths[id(m.org_module)], m.org_module) for m in modules if id(m.org_module) in paths]
+
+    def acts_on(self, *parts: str) -> bool:
+        """Whether any file has modules of these parts."""
+        return any(self.places.get(part) for part in parts)
+
+    def enter(self, part: str, model: nn.Module) -> None:
+        """Put the modules of ``part`` into ``model``, or their effect into its weights."""
+        self.leave(part)
+        for place in self.places.get(part, []):
+            layer: Any = model.get_submodule(place.path)
+            place.module.transfer(layer)
+            if self.merge:
+                place.module.merge()
+                place.module.transfer(place.meta_module)
+            else:
+                place.module.to(layer.weight.device)
+                place.module.apply_to()
+
+    def leave(self, part: str) -> None:
+        """Take the modules out of ``part``, so that nothing here keeps it in memory; merged weights stay merged."""
+        for place in reversed(self.places.get(part, [])):
+            place.module.remove()
+            place.module.transfer(place.meta_module)
+            place.module.to("cpu")
+
+    def move(self, part: str, device: torch.device | str) -> None:
+        """Follow ``part`` to ``device``."""
+        if not self.merge:
+            for place in self.places.get(part, []):
+                place.module.to(device)
+
+    def set_multipliers(self, multipliers: Sequence[float]) -> None:
+        """New strengths, one for each file. Raises ValueError for another number of them, or after a merge."""
+        if self.merge or len(multipliers) != len(self.networks):
+            raise ValueError(f"{len(multipliers)} multipliers for {len(self.networks)} networks, merged: {self.merge}")
+        self.multipliers = list(multipliers)
+        for network, multiplier in zip(self.networks, multipliers):
+            network.set_multiplier(multiplier)
+
+
+def _build(
+    path: Path, multiplier: float, choose: ChooseModule, encoders: list[nn.Module | None], transformer: nn.Module
+) -> AdapterNetwork[Any]:
+    module = choose(open_checkpoint(path).keys())
+    network, _ = module.create_network_from_weights(multiplier, path, None, encoders, transformer, for_inference=True)
+    return network
+
+
+def _refuse_other_family(path: Path, families: Collection[str]) -> None:
+    """Raises UserError when a file that fits nothing says that it is for another model."""
+    try:
+        family = NamedLoRA(path).family
+    except UserError:
+        return  # it is no LoRA; what the network module says about it is clearer
+    if family is not None and family not in families:
+        raise UserError(f"{path} is a LoRA for {family}; one for {' or '.join(families)} is needed here.") from None

@@ -1,0 +1,268 @@
+"""OFT for every model family: orthogonal matrices that turn the outputs of layers.
+
+A layer's outputs are cut into blocks, each turned by a matrix of its own, which keeps its length. For a trained B,
+Q = B - B^T is skew and its Cayley transform R = (I + Q)(I - Q)^-1 orthogonal; the weight becomes R^T W and the bias
+stays. ``network_alpha`` times the number of outputs limits the norm of all Q that share a tensor (COFT).
+
+Files are those of kohya-ss/sd-scripts: ``oft_unet_...`` with the layers' names as for LoRA, and the keys ``oft_blocks``
+[blocks, size, size] and ``alpha``. Text encoders are not trained. https://arxiv.org/abs/2306.07280
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.console import say, warn
+from library.errors import UserError
+from library.memory.fp8 import write_weight
+from networks.adapters.adapter_module import AdapterModule, as_float32
+from networks.adapters.adapter_network import AdapterNetwork, LoadInfo
+from networks.adapters.lora_arguments import COMMON_ARGUMENTS, flag, parse_arguments, unavailable
+from networks.adapters.lora_file import read_file
+from networks.adapters.lora_targets import Arguments, Family, Target
+
+DEFAULT_BLOCKS = 4
+DEFAULT_CONSTRAINT = 1e-3
+TINY = 1e-8  # keeps the quotient of norms finite where Q is zero
+
+NOT_FOR_OFT = unavailable("OFT has no low-rank product that it could act on.")
+OFT_ARGUMENTS = {
+    **{name: NOT_FOR_OFT for name in COMMON_ARGUMENTS if name not in ("network_reg_lrs", "verbose")},
+    "enable_all_linear": flag,
+}
+
+Parts = Callable[[Target], Sequence[int] | None]
+
+
+def one_tensor(target: Target) -> Sequence[int] | None:
+    """No parts: the layer's blocks are one tensor."""
+    return None
+
+
+class OFTModule(AdapterModule):
+    """y = R (layer(x) - bias) + bias, in blocks of the outputs; ``oft_blocks`` start at zero, R at identity.
+
+    With a multiplier m, R is I + m (R - I), as other programs take it.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        blocks: int,
+        constraint: float,
+        multiplier: float = 1.0,
+        part_rows: Sequence[int] | None = None,
+    ) -> None:
+        """``part_rows``: outputs of the layer's parts (q, k, v, ...). Each has ``blocks`` blocks in a tensor of its
+        own, ``oft_blocks.0`` and so on; with None the only tensor is ``oft_blocks``.
+
+        Raises UserError unless ``blocks`` divides the outputs of every part.
+        """
+        super().__init__(target, multiplier)
+        self.lora_dim = blocks
+        self.alpha = as_float32(constraint)
+        layer = target.module
+        outputs = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+        self.part_rows = list(part_rows or [outputs])
+        if sum(self.part_rows) != outputs:
+            raise ValueError(f"{self.lora_name}: parts {self.part_rows} don't add up to {outputs} outputs")
+        for rows in self.part_rows:
+            if rows % blocks:
+                raise UserError(
+                    f"{self.lora_name} has {rows} outputs, which --network_dim={blocks} blocks cannot share evenly."
+                )
+        tensors = [nn.Parameter(torch.zeros(blocks, rows // blocks, rows // blocks)) for rows in self.part_rows]
+        self.oft_blocks: nn.Parameter | nn.ParameterList
+        self.oft_blocks = tensors[0] if part_rows is None else nn.ParameterList(tensors)
+
+    def turns(self) -> list[Tensor]:
+        """R - I of each block, [blocks, size, size] for each part, in float32 at least.
+
+        A row of outputs times it is their change.
+        """
+        return [self._turn(blocks, rows) for blocks, rows in zip(self.parameters(), self.part_rows)]
+
+    def _turn(self, blocks: Tensor, rows: int) -> Tensor:
+        blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+        skew = blocks - blocks.transpose(1, 2)
+        norm = skew.norm()
+        skew = skew * ((norm.clamp(max=self.alpha * rows) + TINY) / (norm + TINY))
+        identity = torch.eye(skew.shape[1], dtype=skew.dtype, device=skew.device)
+        with torch.autocast(skew.device.type, enabled=False):
+            return torch.linalg.solve(identity - skew, 2 * skew)  # (I + Q)(I - Q)^-1 - I
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.org_forward(x)
+        if self.is_idle:
+            return y
+        layer = self.org_module
+        unbiased = y if layer.bias is None else y - self._channels(layer.bias.to(y.dtype))
+        change = self._change(unbiased, 1 if isinstance(layer, nn.Conv2d) else y.dim() - 1)
+        multipliers = self.multipliers_of(len(y), y.device)
+        strength = self.multiplier if multipliers is None else multipliers.view(-1, *(1 for _ in y.shape[1:]))
+        return y + (strength * change).to(y.dtype)
+
+    def _channels(self, values: Tensor) -> Tensor:
+        """Values of the outputs in a shape that is added to them."""
+        return values.view(-1, 1, 1) if isinstance(self.org_module, nn.Conv2d) else values
+
+    def _change(self, outputs: Tensor, dimension: int) -> Tensor:
+        """What the turns add to ``outputs``, which lie side by side in ``dimension``."""
+        parts = outputs.movedim(dimension, -1).split(self.part_rows, dim=-1)
+        changes = []
+        with torch.autocast(outputs.device.type, enabled=False):
+            for part, turn in zip(parts, self.turns()):
+                blocks = part.unflatten(-1, turn.shape[:2])
+                changes.append(torch.einsum("...bi,bij->...bj", blocks, turn.to(blocks)).flatten(-2))
+        joined = changes[0] if len(changes) == 1 else torch.cat(changes, dim=-1)
+        return joined.movedim(-1, dimension)
+
+    @torch.no_grad()
+    def merge(self, device: torch.device | str | None = None) -> None:
+        """Turn the rows of the layer's weight: computed in float32 on ``device``, kept in the weight's own dtype."""
+        weight = self.org_module.weight
+        device = weight.device if device is None else device
+        rows = weight.to(device, torch.float32)
+        write_weight(self.org_module, rows + float(self.multiplier) * self._change(rows, 0))
+
+
+class OFTNetwork(AdapterNetwork[OFTModule]):
+    """All OFT modules of one training run or file."""
+
+    def file_tensors(self, loras: Iterable[OFTModule], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Blocks and constraint of each module."""
+        tensors: dict[str, Tensor] = {}
+        for module in loras:
+            tensors[f"{module.lora_name}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
+            for name, parameter in module.named_parameters():
+                tensors[f"{module.lora_name}.{name}"] = parameter.detach()
+        return {key: tensor.to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+
+    def take_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoadInfo:
+        """Take over tensors under the names of these files."""
+        missing, unexpected, found = [], set(tensors), 0
+        for module in self.loras:
+            alpha = f"{module.lora_name}.alpha"
+            module.alpha = as_float32(float(tensors[alpha])) if alpha in tensors else module.alpha
+            unexpected.discard(alpha)
+            for name, parameter in module.named_parameters():
+                key = f"{module.lora_name}.{name}"
+                if key not in tensors:
+                    missing.append(key)
+                    continue
+                _copy_blocks(key, tensors[key], parameter)
+                unexpected.discard(key)
+                found += 1
+        if not found:
+            raise UserError(f"none of the {len(tensors)} tensors belongs to an OFT module of this network.")
+        return LoadInfo(missing, sorted(unexpected))
+
+
+@torch.no_grad()
+def _copy_blocks(key: str, given: Tensor, own: nn.Parameter) -> None:
+    if given.shape == own.shape:
+        own.copy_(given)
+        return
+    sizes = f"{key} has the shape {list(given.shape)} where the network needs {list(own.shape)}"
+    if given.dim() == 3 and len(given) != len(own):
+        raise UserError(f"{sizes}; set --network_dim {len(given)}, or use --dim_from_weights.")
+    raise UserError(f"{sizes}; it was made for another model.")
+
+
+def build_network(
+    family: Family,
+    arguments: Arguments,
+    targets: Sequence[Target],
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    parts: Parts = one_tensor,
+) -> OFTNetwork:
+    """A new network of ``targets``: ``network_dim`` blocks each (None: 4), constraint ``network_alpha`` (None: 0.001).
+
+    ``parts`` gives a layer's ``part_rows``. Raises UserError for numbers that no layer can have.
+    """
+    blocks = DEFAULT_BLOCKS if network_dim is None else int(network_dim)
+    constraint = DEFAULT_CONSTRAINT if network_alpha is None else float(network_alpha)
+    if blocks < 1 or constraint <= 0:
+        raise UserError(
+            f"{family.module} needs --network_dim of at least 1 and --network_alpha above 0, not {blocks} and"
+            f" {constraint:g}."
+        )
+    if not targets:
+        raise UserError(f"{family.module} does not fit this model, which has none of its modules.")
+    if constraint >= 1:
+        warn(
+            f"--network_alpha {constraint:g} hardly limits the turns of OFT; {DEFAULT_CONSTRAINT:g} is usual, and what"
+            " is not given counts as 1"
+        )
+    modules = [OFTModule(target, blocks, constraint, multiplier, parts(target)) for target in targets]
+    return _network(family, arguments, modules, multiplier)
+
+
+def build_network_from_weights(
+    family: Family,
+    arguments: Arguments,
+    targets: Iterable[Target],
+    multiplier: float,
+    file: str | Path | None,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    parts: Parts = one_tensor,
+) -> tuple[OFTNetwork, dict[str, Tensor]]:
+    """The network that a file (or its tensors ``weights_sd``) holds, of those ``targets`` that are in it.
+
+    Returns it with its tensors under this suite's own keys. Raises UserError when nothing fits.
+    """
+    idle = [name for name, value in arguments.items() if name.startswith("enable_") and value]
+    if idle:
+        warn(f"--network_args: modules are those of the file; {' and '.join(idle)} have no effect")
+    if weights_sd is None:
+        if file is None:
+            raise ValueError("either a file or its tensors must be given")
+        weights_sd = read_file(file)[0]
+    source = "the given weights" if file is None else str(file)
+    blocks = {key.partition(".oft_blocks")[0]: len(t) for key, t in weights_sd.items() if ".oft_blocks" in key}
+    modules = [
+        OFTModule(target, blocks[target.name], DEFAULT_CONSTRAINT, multiplier, parts(target))
+        for target in targets
+        if target.name in blocks
+    ]
+    if not modules:
+        raise UserError(f"{source}: none of the {len(weights_sd)} tensors belongs to an OFT module of this model.")
+    network = _network(family, arguments, modules, multiplier)
+    try:
+        info = network.take_tensors(weights_sd)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    for keys, fault in (
+        (info.unexpected_keys, "fit no module here and are left out"),
+        (info.missing_keys, "are not in it, so that these parts stay as they are"),
+    ):
+        if keys:
+            warn(f"{source}: {len(keys)} tensors {fault}, such as {keys[0]}")
+    if for_inference:
+        network.requires_grad_(False).eval()
+    return network, network.file_tensors(modules)
+
+
+def parse_oft_arguments(
+    given: Mapping[str, Any], known: Mapping[str, Any], module: str, neuron_dropout: float | None = None
+) -> dict[str, Any]:
+    """Typed network_args; a dropout is refused among them. Raises UserError."""
+    return parse_arguments({**given, "dropout": neuron_dropout} if neuron_dropout else given, known, module)
+
+
+def _network(family: Family, arguments: Arguments, modules: Sequence[OFTModule], multiplier: float) -> OFTNetwork:
+    own = replace(family, group=lambda target, arguments: (target.table.group, 1.0), text_encoders=())
+    network = OFTNetwork(own, arguments, [], list(modules))
+    network.set_multiplier(multiplier)
+    size = sum(parameter.numel() for parameter in network.parameters())
+    say(f"OFT with {len(modules)} {family.model_name} modules, {size:,} parameters")
+    return network

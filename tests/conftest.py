@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,7 +16,7 @@ import hypothesis
 import pytest
 
 from tests.documented import DATASETS
-from tests.running import toml_value
+from tests.running import forget_accelerator, toml_value
 
 # A busy machine must not fail a property test.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -26,6 +27,13 @@ hypothesis.settings.load_profile("no deadline")
 def messages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """caplog sees the suite's messages even after a test has set up the console."""
     monkeypatch.setattr(logging.getLogger("library"), "propagate", True)
+
+
+@pytest.fixture(autouse=True)
+def accelerate_is_new() -> Iterator[None]:
+    """A test that looks at accelerate does not meet what a run before it has set up."""
+    yield
+    forget_accelerator()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,14 +2,99 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project in this process, as ``python script ...`` does; what it leaves behind is undone.
+
+    An error that the script does not foresee comes out of this function, where a process would end with a traceback.
+    """
+    from library.console import run_script
+
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    words = [script, *(str(argument) for argument in arguments)]
+    printed, said, code = io.StringIO(), io.StringIO(), 0
+    with like_a_new_process(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+            try:
+                run_script(module.main)
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return subprocess.CompletedProcess(words, code, printed.getvalue(), said.getvalue())
+
+
+@contextlib.contextmanager
+def like_a_new_process() -> Iterator[None]:
+    """accelerate starts anew; afterwards the environment and the console are as they were."""
+    from library.console import LOGGER
+
+    environment = dict(os.environ)
+    handlers, level, propagates = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+    forget_accelerator()
+    try:
+        yield
+    finally:
+        forget_accelerator()
+        LOGGER.handlers[:], LOGGER.propagate = handlers, propagates
+        LOGGER.setLevel(level)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def forget_accelerator() -> None:
+    """Let the next run in this process set up accelerate by its own options."""
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+def make_trainer(family: str | type, *arguments: object) -> Any:
+    """The trainer of a family (or a class of one) with these words of a command line, as it is before it trains."""
+    from library.options import parse_options
+
+    forget_accelerator()
+    made: Any = trainer_class(family) if isinstance(family, str) else family
+    return made(parse_options(made.options_class, "test", [str(argument) for argument in arguments]))
+
+
+def train(family: str | type, *arguments: object) -> Any:
+    """Train in this process, without the console of a script; returns the trainer when it is done."""
+    trainer = make_trainer(family, *arguments)
+    trainer.train()
+    return trainer
+
+
+@contextlib.contextmanager
+def no_weights_are_read() -> Iterator[None]:
+    """Fails when a tensor of a model is read from its file; those of networks may be."""
+    from library.safetensors_io import SafetensorsCheckpoint
+
+    stored = SafetensorsCheckpoint._stored
+
+    def only_networks(self: SafetensorsCheckpoint, key: str) -> Any:
+        assert key.startswith("lora_"), f"the weights {key} of {self.label} were read"
+        return stored(self, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SafetensorsCheckpoint, "_stored", only_networks)
+        yield
 
 
 def launch(
@@ -55,8 +140,8 @@ def free_port() -> int:
 
 
 def trainer_class(family: str) -> Any:
-    """The trainer of ``flux``, ``sdxl``, or else of Stable Diffusion 1.x and 2.x; imported only now."""
-    if family == "flux":
+    """The trainer of ``flux`` and ``chroma``, of ``sdxl``, or else of Stable Diffusion 1 and 2; imported only now."""
+    if family in ("flux", "chroma"):
         return importlib.import_module("flux_train_network").FluxNetworkTrainer
     if family == "sdxl":
         return importlib.import_module("sdxl_train_network").SdxlNetworkTrainer

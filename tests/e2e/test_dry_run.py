@@ -13,15 +13,14 @@ from PIL import Image
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.models.flux.pipeline import FluxPipeline
-from library.options import parse_options
-from library.safetensors_io import SafetensorsCheckpoint
 from library.training.plan.dry_run import plan_of
 from library.training.plan.plan_report import Plan, plan_lines
 from library.training.plan.planned_files import kept
 from library.training.report.description import part_facts, size_on_disk
 from library.training.training_run import TrainingRun
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
-from tests.running import launch
+from tests.running import make_trainer as begin
+from tests.running import no_weights_are_read, run
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
 FLUX = (FluxNetworkTrainer, FluxTrainingOptions)
@@ -32,17 +31,13 @@ SDXL = (SdxlNetworkTrainer, SdxlTrainingOptions)
 @pytest.fixture
 def make_trainer(tmp_path, dataset_toml):
     """A trainer over the images of ``tmp_path / "images"`` that has not begun."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def make(family: tuple[type, type], *arguments: object, dataset: dict[str, object] | None = None) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
         given = [*arguments, "--output_dir", tmp_path / "out", "--max_data_loader_n_workers", "0"]
         given += ["--dataset_config", dataset_toml(tmp_path / "images", **(dataset or {}))]
-        return family[0](parse_options(family[1], "test", [str(value) for value in given]))
+        return begin(family[0], *given)
 
-    yield make
-    AcceleratorState._reset_state()
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +47,7 @@ def images(tmp_path, image_folder) -> Path:
 
 
 @pytest.fixture
-def plan_only(make_trainer, monkeypatch, tmp_path):
+def plan_only(make_trainer, tmp_path):
     """The plan of a dry run, which must read no weights and change no file."""
 
     def run(family: tuple[type, type], *arguments: object, **dataset: object) -> Plan:
@@ -60,14 +55,7 @@ def plan_only(make_trainer, monkeypatch, tmp_path):
         plans: list[Plan] = []
         trainer.show_plan = lambda: plans.append(plan_of(trainer))
         before = snapshot(tmp_path)
-        stored = SafetensorsCheckpoint._stored
-
-        def only_networks(self: SafetensorsCheckpoint, key: str) -> Any:
-            assert key.startswith("lora_"), f"the weights {key} of {self.label} were read"
-            return stored(self, key)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(SafetensorsCheckpoint, "_stored", only_networks)
+        with no_weights_are_read():
             trainer.train()
         assert snapshot(tmp_path) == before
         return plans[0]
@@ -245,21 +233,13 @@ def test_weights_of_a_file_are_checked_against_the_model(plan_only, make_trainer
     )
 
 
-def test_a_run_tries_weights_before_it_loads_the_model(make_trainer, flux_command, tmp_path, monkeypatch):
+def test_a_run_tries_weights_before_it_loads_the_model(make_trainer, flux_command, tmp_path):
     make_trainer(FLUX, *flux_command, "--max_train_steps", "1", "--network_dim", "2").train()
     first = tmp_path / "first.safetensors"
     shutil.move(tmp_path / "out" / "last.safetensors", first)
     arguments = [*flux_command, "--max_train_steps", "1", "--cache_latents", "--network_weights", first]
-    stored = SafetensorsCheckpoint._stored
-
-    def only_networks(self: SafetensorsCheckpoint, key: str) -> Any:
-        assert key.startswith("lora_"), f"{key} was read before the network's file was tried"
-        return stored(self, key)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SafetensorsCheckpoint, "_stored", only_networks)
-        with pytest.raises(UserError, match=r"first\.safetensors.*rank 2"):
-            make_trainer(FLUX, *arguments).train()
+    with no_weights_are_read(), pytest.raises(UserError, match=r"first\.safetensors.*rank 2"):
+        make_trainer(FLUX, *arguments).train()
     trainer = make_trainer(FLUX, *arguments, "--base_weights", first, "--network_dim", "2")
     trainer.train()
     assert trainer.position.step == 1
@@ -305,7 +285,7 @@ def test_a_dry_run_from_a_configuration_file_ends_well(flux_command, dataset_tom
     config = tmp_path / "run.toml"
     config.write_text("[any]\ndry_run = true\nmax_train_steps = 12\n", encoding="utf-8")
     arguments = [*flux_command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path / "out"]
-    result = launch("flux_train_network.py", *arguments, "--config_file", config)
+    result = run("flux_train_network.py", *arguments, "--config_file", config)
     assert result.returncode == 0, result.stderr[-3000:]
     for words in ("12 steps: 2 epochs of 7 steps", "26 transformer and 12 text encoder modules", "All checks passed"):
         assert words in result.stderr

@@ -79,19 +79,22 @@ def first_batches(trainer: Any, count: int) -> list[Any]:
     return plans[:count]
 
 
-def test_an_interrupted_run_reports_too(train, caplog):
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")], ids=["SIGINT", "SIGTERM"]
+)
+def test_an_interrupted_run_reports_too(train, caplog, number, reason):
     caplog.set_level("INFO")
 
     class Interrupted(FluxNetworkTrainer):
         def update(self) -> None:
             super().update()
             if self.position.step == 2:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     trainer = train(trainer_class=Interrupted, steps=50)
     assert trainer.position.step == 2
     images = sum(len(plan.samples) for plan in first_batches(trainer, 2))
-    assert "ended early (Ctrl-C) after" in caplog.text and f": 2 steps, {images} images" in caplog.text
+    assert f"ended early ({reason}) after" in caplog.text and f": 2 steps, {images} images" in caplog.text
     assert "at-step00000002.safetensors" in caplog.text.split("written")[-1]
 
 

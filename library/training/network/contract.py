@@ -106,7 +106,7 @@ def find_network_module(name: str) -> None:
 
 def own_modules() -> list[str]:
     """The network modules of this suite."""
-    folder = Path(__file__).parents[2] / "networks"
+    folder = Path(__file__).parents[3] / "networks"
     return sorted(
         f"networks.{path.stem}"
         for path in folder.glob("*.py")
@@ -120,8 +120,8 @@ def import_network_module(options: NetworkOptions) -> Any:
     Raises UserError when it cannot be imported, lacks ``create_network`` or refuses its arguments.
     """
     name = options.network_module or ""
-    if str(Path(__file__).parents[2]) not in sys.path:
-        sys.path.insert(0, str(Path(__file__).parents[2]))
+    if str(Path(__file__).parents[3]) not in sys.path:
+        sys.path.insert(0, str(Path(__file__).parents[3]))
     if name.partition(".")[0] == "lycoris":
         quiet_imports()
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from library.console import run_script, say, set_up_console
+from library.console import ConsoleOptions, run_script, say, set_up_console
 from library.errors import UserError
 from library.generation.image_files import ImageFileOptions
 from library.generation.inference_run import InferenceRun
@@ -16,7 +16,7 @@ from library.generation.lora_files import LoraFileOptions
 from library.generation.part_dtypes import PartDtype, resolve_part_dtypes
 from library.generation.prompts import PromptSourceOptions, negative_of
 from library.generation.session import SessionGrammar
-from library.options import ConfigOptions, ConsoleOptions, parse_options
+from library.options import ConfigOptions, parse_options
 from library.prompt_options import LINE_OPTIONS, PromptOptions
 
 if TYPE_CHECKING:

@@ -8,11 +8,24 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
 
 from library.errors import UserError
-from library.options import ConsoleOptions
 
 LOGGER = logging.getLogger("library")
+
+
+@dataclass
+class ConsoleOptions:
+    """Console"""
+
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = None
+    """Least severe messages that are shown; unset means INFO."""
+    console_log_file: str | None = None
+    """Write messages to this file instead of the console."""
+    console_log_simple: bool = False
+    """Plain messages without time and level."""
 
 
 def say(message: str) -> None:

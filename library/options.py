@@ -403,15 +403,3 @@ def output_config(options: Any, path: Path | None) -> None:
         raise UserError(f"--output_config: {path} exists already; choose another --config_file or remove it.")
     values = {k: v for k, v in changed_options(options).items() if k not in NOT_IN_OUTPUT_CONFIG and v is not None}
     write_text(path, toml.dumps(values))
-
-
-@dataclass
-class ConsoleOptions:
-    """Console"""
-
-    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = None
-    """Least severe messages that are shown; unset means INFO."""
-    console_log_file: str | None = None
-    """Write messages to this file instead of the console."""
-    console_log_simple: bool = False
-    """Plain messages without time and level."""

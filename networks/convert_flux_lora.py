@@ -9,33 +9,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from library.console import run_script, set_up_console
+from library.console import ConsoleOptions, run_script, set_up_console
 from library.errors import UserError
-from library.options import ConsoleOptions, parse_options
-from networks.lora_tools.options import Precision, check_output
-
-Source = Literal["sd-scripts", "ai-toolkit", "diffusers", "peft", "comfyui", "onetrainer", "xlabs", "bfl"]
-Destination = Literal["sd-scripts", "ai-toolkit", "diffusers", "peft", "comfyui"]
-
-
-@dataclass
-class ConversionOptions:
-    """Files and formats"""
-
-    src_path: str | None = None
-    """LoRA file to convert."""
-    dst_path: str | None = None
-    """File to write."""
-    src: Source | None = None
-    """Program whose key names the file has; unset finds out by itself, and what is given is checked."""
-    dst: Destination = "sd-scripts"
-    """Program whose key names are written; ai-toolkit, diffusers and peft are one and the same."""
-    save_precision: Precision | None = None
-    """Dtype of the file; unset keeps that of each matrix."""
-    no_metadata: bool = False
-    """Write only the metadata that is needed to use the file."""
+from library.options import parse_options
+from networks.lora_tools.flux_options import ConversionOptions
+from networks.lora_tools.options import check_output
 
 
 @dataclass

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.console import run_script, say, set_up_console
+from library.console import ConsoleOptions, run_script, say, set_up_console
 from library.errors import UserError
-from library.options import ConsoleOptions, parse_options
+from library.options import parse_options
 from networks.lora_tools.options import check_output, check_rank
 
 if TYPE_CHECKING:

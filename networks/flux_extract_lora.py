@@ -11,9 +11,9 @@ if __name__ == "__main__":
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from library.console import run_script, set_up_console
+from library.console import ConsoleOptions, run_script, set_up_console
 from library.errors import UserError
-from library.options import ConsoleOptions, parse_options
+from library.options import parse_options
 from networks.lora_tools.options import (
     Precision,
     check_clamp_quantile,

@@ -10,46 +10,11 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass, field
 
-from library.console import run_script, set_up_console, warn
+from library.console import ConsoleOptions, run_script, set_up_console, warn
 from library.errors import UserError
-from library.options import ConsoleOptions, parse_options
-from networks.lora_tools.options import MergeFiles, MergeForm, Precision
-
-
-@dataclass
-class FluxMergeTargets:
-    """Models"""
-
-    flux_model: str | None = None
-    """Transformer to merge into: a file in any layout or a Diffusers folder; unset merges the files into one LoRA."""
-    clip_l: str | None = None
-    """CLIP-L to merge into."""
-    t5xxl: str | None = None
-    """T5-XXL to merge into."""
-    clip_l_save_to: str | None = None
-    """File to write the merged CLIP-L to."""
-    t5xxl_save_to: str | None = None
-    """File to write the merged T5-XXL to."""
-
-
-@dataclass
-class FluxMergeNumbers:
-    """Numbers and metadata"""
-
-    precision: Precision = "float"
-    """Dtype that results are rounded to; sums are computed in at least float32 whatever it is."""
-    save_precision: str | None = None
-    """Dtype of the files: float, fp16, bf16, for models also fp8; unset: --precision, models keep theirs."""
-    loading_device: str = "cpu"
-    """Accepted for kohya-ss/sd-scripts' command lines: tensors are read one at a time, where they are added to."""
-    working_device: str = "cpu"
-    """Device to compute on, such as cuda."""
-    mem_eff_load_save: bool = False
-    """Accepted for kohya-ss/sd-scripts' command lines: models are always read and written one tensor at a time."""
-    diffusers: bool = False
-    """Accepted for kohya-ss/sd-scripts' command lines: files with the names of other programs are always read."""
-    no_metadata: bool = False
-    """Write only the metadata that is needed to use the file."""
+from library.options import parse_options
+from networks.lora_tools.flux_options import FluxMergeNumbers, FluxMergeTargets
+from networks.lora_tools.options import MergeFiles, MergeForm
 
 
 @dataclass

@@ -11,10 +11,10 @@ if __name__ == "__main__":
 from dataclasses import dataclass, field
 from typing import Literal
 
-from library.console import run_script, set_up_console
+from library.console import ConsoleOptions, run_script, set_up_console
 from library.devices import parse_dtype
 from library.errors import UserError
-from library.options import ConsoleOptions, parse_options
+from library.options import parse_options
 from networks.lora_tools.options import Precision, check_output, check_rank, parse_device, refuse_overflow, tell_saved
 
 

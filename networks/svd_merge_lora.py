@@ -10,8 +10,8 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass, field
 
-from library.console import run_script, set_up_console
-from library.options import ConsoleOptions, parse_options
+from library.console import ConsoleOptions, run_script, set_up_console
+from library.options import parse_options
 from networks.lora_tools.options import (
     BlockWeightOptions,
     MergeFiles,

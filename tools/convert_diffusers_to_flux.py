@@ -10,10 +10,10 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass, field
 
-from library.console import run_script, say, set_up_console
+from library.console import ConsoleOptions, run_script, say, set_up_console
 from library.devices import parse_dtype
 from library.errors import UserError
-from library.options import ConsoleOptions, parse_options
+from library.options import parse_options
 from networks.lora_tools.options import check_output
 
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.files import write_text
 from library.models.autoencoder_kl import LATENT_SCALE, LATENT_SHIFT, AutoencoderConfig, AutoencoderKL
@@ -38,9 +38,8 @@ from library.models.flux.checkpoint import (
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.t5 import T5TextEncoder
-from library.models.tokenizer_files import byte_characters
-from library.randomness import generator
 from library.safetensors_io import save_file
+from tools.tiny_parts import fill_randomly, write_clip_tokenizer
 
 Layout = Literal["original", "comfyui", "diffusers"]
 Variant = Literal["dev", "schnell", "chroma"]
@@ -75,16 +74,6 @@ def transformer_config(variant: Variant = "dev") -> FluxConfig:
     if variant == "chroma":
         return ChromaConfig(**sizes, approximator_hidden=48, approximator_layers=2)
     return FluxConfig(**sizes, vector_dim=TEXT_WIDTH, guidance_embed=variant == "dev")
-
-
-def fill_randomly(module: nn.Module, seed: int, purpose: str) -> None:
-    """Give each parameter values that depend on the seed and its name only: activations stay near unit variance."""
-    for name, parameter in module.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator(seed, purpose, name))
-        is_norm_weight = parameter.dim() == 1 and not name.endswith("bias")
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
-        parameter.data = 1 + 0.1 * values if is_norm_weight else values / fan_in**0.5
-        parameter.requires_grad_(False)
 
 
 def make_tiny_flux(
@@ -168,20 +157,6 @@ def t5_config(vocabulary: int) -> Any:
         use_cache=False,
         is_encoder_decoder=False,
     )
-
-
-def write_clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
-    """A byte-level BPE without merges, as vocab.json and merges.txt; returns its number of entries."""
-    folder.mkdir(parents=True, exist_ok=True)
-    characters = byte_characters()
-    entries = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
-    write_text(folder / "vocab.json", json.dumps({entry: index for index, entry in enumerate(entries)}))
-    write_text(folder / "merges.txt", "#version: 0.2\n")
-    write_text(
-        folder / "tokenizer_config.json",
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token}),
-    )
-    return len(entries)
 
 
 def write_t5_tokenizer(folder: Path) -> int:

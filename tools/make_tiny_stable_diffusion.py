@@ -21,7 +21,7 @@ from library.models.stable_diffusion.checkpoint import SCALING_FACTORS, Variant,
 from library.models.stable_diffusion.keys import autoencoder_table, inverted, open_clip_table, renamed, unet_table
 from library.randomness import generator
 from library.safetensors_io import save_file
-from tools.make_tiny_models import fill_randomly, write_clip_tokenizer
+from tools.tiny_parts import fill_randomly, write_clip_tokenizer
 
 Layout = Literal["original", "diffusers"]
 

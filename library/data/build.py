@@ -19,12 +19,13 @@ from library.data.buckets import (
     place_without_upscaling,
     stepped_range,
 )
-from library.data.config import DatasetSettings, SubsetSettings, resolve_config
+from library.data.config import resolve_config
 from library.data.dataset import Dataset, DatasetGroup, Item
 from library.data.image_check import check_images
 from library.data.image_info import write_image_info
 from library.data.items import ImageRecord, read_subset, shortened
 from library.data.options import CacheOptions, DatasetOptions
+from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.transforms import face_in_name
 from library.errors import UserError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.captions import caption_file_names
-from library.data.config import SubsetSettings
+from library.data.settings import SubsetSettings
 from library.files import write_text
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from library.data.captions import find_caption_file, read_caption
-from library.data.config import Kind, SubsetSettings
 from library.data.image_info import ImageInfo, read_image_info
 from library.data.images import PROBE_THREADS, image_extensions, images_in, list_folder
+from library.data.settings import Kind, SubsetSettings
 from library.errors import UserError
 
 log = logging.getLogger(__name__)

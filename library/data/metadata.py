@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from library.data.captions import count_tags
-from library.data.config import SubsetSettings
 from library.data.dataset import Dataset, DatasetGroup
 from library.data.options import DatasetOptions
+from library.data.settings import SubsetSettings
 
 
 def dataset_metadata(group: DatasetGroup, options: DatasetOptions, *, world_size: int = 1) -> dict[str, Any]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.data.config_file import ConfigTables
 from library.data.options import DatasetOptions
-
-if TYPE_CHECKING:
-    from library.data.config import DatasetSettings
+from library.data.settings import DatasetSettings
 
 log = logging.getLogger(__name__)
 

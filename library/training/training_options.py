@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from library.console import ConsoleOptions
 from library.data.options import CacheOptions, DatasetOptions
-from library.options import ConfigOptions, ConsoleOptions
+from library.options import ConfigOptions
 from library.training.network.contract import NetworkOptions
 from library.training.objective.losses import LossOptions
 from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions

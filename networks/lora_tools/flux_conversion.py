@@ -29,7 +29,7 @@ from networks.lora_tools.metadata import network_entries
 from networks.lora_tools.options import tell_saved
 
 if TYPE_CHECKING:
-    from networks.convert_flux_lora import ConversionOptions
+    from networks.lora_tools.flux_options import ConversionOptions
 
 SAME = {"diffusers": "ai-toolkit", "peft": "ai-toolkit"}
 ENCODER_FOLDERS = {CLIP_L.prefix: "text_encoder", T5XXL.prefix: "text_encoder_2"}

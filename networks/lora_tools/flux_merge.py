@@ -40,7 +40,7 @@ from networks.lora_tools.model_merging import (
 from networks.lora_tools.options import LORA_SUFFIXES, check_merge_files, check_output, parse_device, save_modules
 
 if TYPE_CHECKING:
-    from networks.flux_merge_lora import FluxMergeNumbers, FluxMergeTargets
+    from networks.lora_tools.flux_options import FluxMergeNumbers, FluxMergeTargets
     from networks.lora_tools.options import MergeFiles
 
 SAVE_OPTIONS = {"--flux_model": "--save_to", "--clip_l": "--clip_l_save_to", "--t5xxl": "--t5xxl_save_to"}

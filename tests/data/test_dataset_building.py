@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.data.build import _split, build_dataset_groups
-from library.data.config import SubsetSettings
 from library.data.items import ImageRecord
 from library.data.metadata import bucket_info, dataset_metadata
 from library.data.options import CacheOptions, DatasetOptions
+from library.data.settings import SubsetSettings
 from library.data.summary import summarize
 from library.errors import UserError
 

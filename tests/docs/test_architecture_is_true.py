@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,76 @@ def test_import_rules_hold(folder):
 )
 def test_a_forbidden_import_is_seen(source):
     assert violations(source, "library.training", FORBIDDEN["library/training"])
+
+
+# ---- rings -----------------------------------------------------------------------------------------------------------
+
+
+def project_modules() -> dict[str, Path]:
+    """Every module of the project outside the tests, by the name under which it is imported."""
+    paths = [
+        path for folder in ("library", "networks", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    ]
+    found = {}
+    for path in sorted([*paths, *ROOT.glob("*.py")]):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def import_graph(sources: dict[str, str], packages: Collection[str] = ()) -> dict[str, set[str]]:
+    """Which of these modules each of them imports, anywhere in it; ``packages`` are the ``__init__`` files."""
+    graph = {}
+    for name, source in sources.items():
+        names = imported_names(source, name if name in packages else name.rpartition(".")[0])
+        graph[name] = {other for other in names if other in sources} - {name}
+    return graph
+
+
+def rings(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one node: each node in one reaches all the others."""
+    reached = {}
+    for start in graph:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for other in graph[waiting.pop()] - seen:
+                seen.add(other)
+                waiting.append(other)
+        reached[start] = seen
+    found = {frozenset(b for b in graph if b in reached[a] and a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(sorted(ring) for ring in found)
+
+
+UNMENDED = {
+    "library.training.training_options",
+    "library.training.training_run",
+    "library.training.report.page",
+    "library.training.report.description",
+}
+
+
+def test_no_modules_import_each_other_in_a_ring():
+    paths = project_modules()
+    assert len(paths) > 150
+    packages = [name for name, path in paths.items() if path.name == "__init__.py"]
+    graph = import_graph({name: path.read_text(encoding="utf-8") for name, path in paths.items()}, packages)
+    assert sum(map(len, graph.values())) > 500
+    assert [ring for ring in rings(graph) if not set(ring) <= UNMENDED] == []
+
+
+def test_rings_of_any_length_and_of_any_kind_of_import_are_seen():
+    sources = {
+        "a": "def f():\n    from room import b",
+        "room": "",
+        "room.b": "if TYPE_CHECKING:\n    from .c import C",
+        "room.c": "import a",
+        "d": "import a\nimport e",
+        "e": "from d import D",
+        "f": "import a\nimport d",
+    }
+    assert rings(import_graph(sources, ["room"])) == [["a", "room.b", "room.c"], ["d", "e"]]
+    assert rings(import_graph({**sources, "room.c": "", "e": ""}, ["room"])) == []
 
 
 # ---- signatures ----------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import pytest
 import tomli
 
 from library.data.captions import CaptionRules
-from library.data.config import SubsetSettings, resolve_config
+from library.data.config import resolve_config
 from library.data.items import read_subset
 from library.data.options import DatasetOptions
+from library.data.settings import SubsetSettings
 from library.options import declared_options, read_config_file
 from library.prompt_options import read_prompt_file
 from tests.docs.pages import TRAINERS, blocks

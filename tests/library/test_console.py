@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from library.console import LOGGER, messages_above_progress, say, set_up_console, warn
+from library.console import LOGGER, ConsoleOptions, messages_above_progress, say, set_up_console, warn
 from library.errors import UserError
-from library.options import ConsoleOptions, parse_options
+from library.options import parse_options
 from library.training.training_options import TrainingOptions
 
 

@@ -9,11 +9,10 @@ from typing import Literal
 
 import pytest
 
-from library.console import set_up_console
+from library.console import ConsoleOptions, set_up_console
 from library.errors import UserError
 from library.options import (
     ConfigOptions,
-    ConsoleOptions,
     StepsOrRatio,
     declared_options,
     parse_options,

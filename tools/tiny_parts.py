@@ -1,0 +1,37 @@
+"""What the tiny models share: random weights and a CLIP tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from library.files import write_text
+from library.models.tokenizer_files import byte_characters
+from library.randomness import generator
+
+
+def fill_randomly(module: nn.Module, seed: int, purpose: str) -> None:
+    """Give each parameter values that depend on the seed and its name only: activations stay near unit variance."""
+    for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator(seed, purpose, name))
+        is_norm_weight = parameter.dim() == 1 and not name.endswith("bias")
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
+        parameter.data = 1 + 0.1 * values if is_norm_weight else values / fan_in**0.5
+        parameter.requires_grad_(False)
+
+
+def write_clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:
+    """A byte-level BPE without merges, as vocab.json and merges.txt; returns its number of entries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    characters = byte_characters()
+    entries = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    write_text(folder / "vocab.json", json.dumps({entry: index for index, entry in enumerate(entries)}))
+    write_text(folder / "merges.txt", "#version: 0.2\n")
+    write_text(
+        folder / "tokenizer_config.json",
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad_token}),
+    )
+    return len(entries)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import stat
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -46,6 +48,7 @@ DTYPES = {
     "U64": ("uint64", 8),
 }
 LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
+MOST_DIMENSIONS = 64  # of torch's
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 SIGNATURES = {
@@ -84,7 +87,7 @@ def read_header(path: Path | str) -> Header:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with _opened_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             start = file.read(32)
@@ -103,40 +106,99 @@ def read_header(path: Path | str) -> Header:
     return _parse_header(path, text, 8 + length, size)
 
 
+def _opened_regular(path: Path) -> IO[bytes]:
+    """The file, open for reading. A pipe or a device, which could keep a reader waiting for ever, is refused."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path} is not a regular file.")
+    return open(path, "rb")
+
+
 def _refuse_other_formats(path: Path, start: bytes) -> None:
     for signature, meaning in SIGNATURES.items():
         if start.lstrip()[: len(signature)].lower() == signature.lower():
             raise UserError(f"{path} is {meaning}.")
 
 
+def strict_json(text: str) -> Any:
+    """The value of a JSON text as RFC 8259 has it.
+
+    Raises ValueError for anything else: Infinity and NaN, a key that stands twice in one object, half a surrogate pair,
+    and nesting too deep for the parser.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate is a UnicodeEncodeError, a ValueError
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def json_object(text: str | None) -> dict[str, Any]:
+    """The JSON object in an entry of a file's metadata; {} where it is missing or holds anything else."""
+    try:
+        value = strict_json(text or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _parse_header(path: Path, text: bytes, data_start: int, size: int) -> Header:
     try:
-        described = json.loads(text)
-        metadata = {str(key): str(value) for key, value in (described.pop("__metadata__", None) or {}).items()}
-        tensors = {
-            name: TensorEntry(
-                path,
-                str(entry["dtype"]),
-                tuple(int(size) for size in entry["shape"]),
-                data_start + int(entry["data_offsets"][0]),
-                data_start + int(entry["data_offsets"][1]),
-            )
-            for name, entry in described.items()
-        }
-    except (ValueError, AttributeError, LookupError, TypeError):
+        described = strict_json(text.decode("utf-8"))
+    except ValueError:
         raise UserError(f"{path} is damaged: its header is not valid safetensors JSON.") from None
-    expected = max((entry.stop for entry in tensors.values()), default=data_start)
-    if size < expected:
-        raise UserError(f"{path} is truncated: its header describes {expected:,} bytes, the file has {size:,}.")
-    if size > expected:
-        raise UserError(f"{path} is damaged: its header describes {expected:,} bytes, the file has {size:,}.")
-    for name, entry in tensors.items():
-        _, width = DTYPES.get(entry.dtype, (None, None))
-        if entry.start < data_start or (
-            width is not None and entry.stop - entry.start != math.prod(entry.shape) * width
-        ):
-            raise UserError(f'{path} is damaged: the size of tensor "{name}" does not match its shape.')
+    if not isinstance(described, dict):
+        raise UserError(f"{path} is damaged: its header is not a JSON object.")
+    metadata = described.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path} is damaged: the metadata in its header are not all text.")
+    tensors = {name: _entry(path, name, told, data_start) for name, told in described.items()}
+    _check_positions(path, tensors, data_start, size)
     return Header(tensors, metadata, data_start)
+
+
+def _entry(path: Path, name: str, told: Any, data_start: int) -> TensorEntry:
+    """One tensor's description. Raises UserError unless its parts are of the right kinds and agree."""
+    try:
+        dtype, shape, (start, stop) = told["dtype"], told["shape"], told["data_offsets"]
+        is_valid = type(dtype) is str and dtype != "" and type(shape) is list and len(shape) <= MOST_DIMENSIONS
+    except (KeyError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid or not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, stop)):
+        raise UserError(f'{path} is damaged: its header does not describe the tensor "{name}" as safetensors does.')
+    _, width = DTYPES.get(dtype, (None, None))
+    count = math.prod(shape)
+    has_size = width is None or stop - start == count * width
+    if start > stop or not has_size or math.prod(max(length, 1) for length in shape) >= 1 << 60:
+        raise UserError(f'{path} is damaged: the size of tensor "{name}" does not match its shape.')
+    return TensorEntry(path, dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _check_positions(path: Path, tensors: Mapping[str, TensorEntry], data_start: int, size: int) -> None:
+    """Raises UserError unless the tensors lie end to end and fill the file."""
+    expected = max((entry.stop for entry in tensors.values()), default=data_start)
+    if size != expected:
+        fault = "truncated" if size < expected else "damaged"
+        raise UserError(f"{path} is {fault}: its header describes {expected:,} bytes, the file has {size:,}.")
+    position = data_start
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != position:
+            fault = "overlaps another one" if entry.start < position else "stands after bytes of no tensor"
+            raise UserError(f'{path} is damaged: the tensor "{name}" {fault}.')
+        position = entry.stop
 
 
 class Checkpoint(ABC):
@@ -265,6 +327,7 @@ class PickledCheckpoint(Checkpoint):
 
         import torch
 
+        _opened_regular(path).close()
         self.path = path
         self.files = [path]
         self.label = str(path)
@@ -277,13 +340,19 @@ class PickledCheckpoint(Checkpoint):
                 f"{path} holds more than tensors, and loading it could run code that someone put there; "
                 "use the safetensors version of this model."
             ) from None
-        except (RuntimeError, ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path} cannot be read as a PyTorch file: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # a damaged file may end the unpickler on any kind of error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{path} cannot be read as a PyTorch file: {reason}") from None
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         if not isinstance(content, dict):
             raise UserError(f"{path} holds no set of named tensors.")
-        self.tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+        self.tensors = {
+            key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)
+        }
+        for key, value in self.tensors.items():
+            if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
+                raise UserError(f'{path}: the tensor "{key}" is sparse, quantized or without numbers; use a dense one.')
 
     def keys(self) -> Collection[str]:
         return self.tensors.keys()
@@ -319,6 +388,8 @@ def open_checkpoint(
             checkpoint = PickledCheckpoint(files[0], disable_mmap)
         else:
             checkpoint = SafetensorsCheckpoint(path, files, disable_mmap)
+    except OSError as error:
+        raise UserError(f"{option}: " * bool(option) + f"{path} cannot be read: {error.strerror}.") from None
     except UserError as error:
         raise UserError(f"{option}: {error}" if option else str(error)) from None
     checkpoint.label = f"{option}: {path}" if option else str(path)
@@ -369,9 +440,14 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 def _files_of_index(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        with _opened_regular(index) as file:
+            names = sorted(set(strict_json(file.read().decode("utf-8"))["weight_map"].values()))
+    except OSError as error:
+        raise UserError(f"{index} cannot be read: {error.strerror}.") from None
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{index} is not a valid index of shards.") from None
+        names = []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{index} is not a valid index of shards.")
     return _existing([index.parent / name for name in names])
 
 

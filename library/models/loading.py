@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.memory.fp8 import FP8, BlocksInFp8, ScaledWeight, StorageDtype, block_linears, quantise, store_in_fp8
 from library.models.recognition import names_of_part
-from library.safetensors_io import Checkpoint
+from library.safetensors_io import Checkpoint, json_object
 
 UNREADABLE_QUANTISATION = {
     ".absmax": "bitsandbytes 4-bit",
@@ -71,14 +71,10 @@ class TensorSource:
         folder_config = self.checkpoint.files[0].with_name("config.json")
         # Only in a model's own folder: elsewhere, a config.json may be any other model's.
         if self.checkpoint.files[0].name.startswith(("model", "diffusion_pytorch_model")) and folder_config.is_file():
-            texts.insert(0, folder_config.read_text(encoding="utf-8"))
+            texts.insert(0, folder_config.read_text(encoding="utf-8", errors="replace"))
         merged: dict[str, Any] = {}
         for text in texts:
-            try:
-                config = json.loads(text or "{}")
-            except ValueError:
-                continue  # other programs keep other things under this name
-            merged.update(config if isinstance(config, dict) else {})
+            merged.update(json_object(text))  # other programs keep other things under this name
         of_part = merged.get(self.part)
         return {**merged, **of_part} if isinstance(of_part, dict) else merged
 

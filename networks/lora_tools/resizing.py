@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.safetensors_io import json_object
 from networks.adapters.lora_file import PEFT_METADATA, LoRAWeights
 from networks.lora_tools.arithmetic import (
     Retention,
@@ -104,11 +105,8 @@ def resized_metadata(lora: NamedLoRA, modules: Mapping[str, Resized], new_rank: 
 def _new_arguments(metadata: Mapping[str, str], entries: dict[str, str]) -> dict[str, str]:
     """``ss_network_args`` with the new rank and alpha of convolutions, where the file has any."""
     made = json.loads(entries.pop("ss_network_args", '{"conv_dim": "Dynamic", "conv_alpha": "Dynamic"}'))
-    try:
-        own = json.loads(metadata.get("ss_network_args", "{}"))
-    except ValueError:
-        return {}
-    if not isinstance(own, dict) or "conv_dim" not in own:
+    own = json_object(metadata.get("ss_network_args"))
+    if "conv_dim" not in own:
         return {}
     return {"ss_network_args": json.dumps({**own, **made})}
 

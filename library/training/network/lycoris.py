@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.console import LOGGER, say, warn
 from library.errors import UserError, did_you_mean
-from library.safetensors_io import load_tensors
+from library.safetensors_io import json_object, load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -317,9 +316,9 @@ def _recipe(metadata: Mapping[str, str]) -> tuple[int, float, dict[str, Any]] | 
     if metadata.get("ss_network_module") != "lycoris.kohya":
         return None
     try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
-        return int(metadata["ss_network_dim"]), float(metadata["ss_network_alpha"]), dict(arguments)
-    except (KeyError, ValueError, TypeError):
+        arguments = json_object(metadata.get("ss_network_args"))
+        return int(metadata["ss_network_dim"]), float(metadata["ss_network_alpha"]), arguments
+    except (KeyError, ValueError):
         return None
 
 

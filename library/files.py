@@ -14,12 +14,16 @@ from typing import IO, Any
 
 from library.errors import UserError
 
-TEMPORARY_NAME = re.compile(r"^\..+\.(\d+)-[0-9a-f]{8}\.part(\.\w+)?$")
+TEMPORARY_NAME = re.compile(r"^\.(?:.+\.)?(\d+)-[0-9a-f]{8}\.part(\.\w+)?$")
+"""With or without the name of the file that is being written, as earlier versions had it."""
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden sibling of ``path`` that ``remove_stale_temporaries`` recognises; its name holds the writing process."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    """A hidden sibling of ``path`` that ``remove_stale_temporaries`` recognises; its name holds the writing process.
+
+    The name is short whatever ``path`` is called, so that each name which a file may have can be written.
+    """
+    return path.with_name(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
 
 
 def replace_when_complete(temporary: Path, path: Path) -> None:

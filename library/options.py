@@ -27,6 +27,7 @@ import tyro
 
 from library.errors import UserError, did_you_mean, nearest
 from library.files import write_text
+from library.text_files import read_toml
 
 Options = TypeVar("Options")
 
@@ -284,23 +285,6 @@ def _one_sentence(box: str) -> str:
     lines = [line.strip("│╭╰╮╯─ \n") for line in box.splitlines()]
     lines = [line for line in lines if line and "full helptext" not in line and not line.startswith("Parsing error")]
     return " ".join(lines) or "The command line could not be read; see --help."
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file. Raises UserError that names the file, and the line of a syntax error."""
-    import tomli
-
-    try:
-        with open(path, "rb") as file:
-            return tomli.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file.") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    except tomli.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text; save it in that encoding.") from None
 
 
 def read_config_file(

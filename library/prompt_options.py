@@ -7,7 +7,6 @@ first ``" --"``, so that the prompt's own words are never taken for options. For
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from library.console import warn
 from library.errors import UserError, did_you_mean
-from library.options import read_toml
+from library.text_files import parse_json, read_text, read_toml
 
 
 @dataclass(frozen=True)
@@ -118,20 +117,11 @@ def read_prompt_file(path: Path) -> list[PromptOptions]:
     """
     if path.suffix.lower() == ".toml":
         return _from_toml(path)
-    text = _read_text(path)
+    text = read_text(path)
     if path.suffix.lower() == ".json":
         return _from_json(path, text)
     lines = enumerate(text.splitlines(), 1)
     return [parse_prompt_line(s, f"{path}, line {n}") for n, s in lines if s.strip() and not s.startswith("#")]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a .txt, .toml or .json file.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text; save it in that encoding.") from None
 
 
 def _from_toml(path: Path) -> list[PromptOptions]:
@@ -144,10 +134,7 @@ def _from_toml(path: Path) -> list[PromptOptions]:
 
 
 def _from_json(path: Path, text: str) -> list[PromptOptions]:
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}.") from None
+    entries = parse_json(text, path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: needs a list of prompts.")
     prompts = []

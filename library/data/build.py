@@ -78,6 +78,8 @@ def build_dataset_groups(
 
 
 def _no_images(settings: Sequence[DatasetSettings], any_validation: bool) -> str:
+    if not any(entry.subsets for entry in settings):
+        return f"{settings[0].place}: every subset is left out; set num_repeats to at least 1."
     folders = [subset.image_dir or subset.metadata_file or "" for entry in settings for subset in entry.subsets]
     if any_validation:
         return "There are no training images: validation_split leaves all of them to validation."

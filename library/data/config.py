@@ -26,6 +26,8 @@ from library.errors import UserError
 
 log = logging.getLogger(__name__)
 
+MOST_REPEATS = 1_000_000
+
 
 def resolve_config(
     options: DatasetOptions,
@@ -105,7 +107,7 @@ def _command_line_values(options: DatasetOptions, split: float, seed: int | None
 def parse_resolution(text: str) -> tuple[int, int]:
     """ "512" or "512,768" (width, height). Raises UserError."""
     parts = [part.strip() for part in str(text).split(",")]
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
         raise UserError(f'--resolution must be "512" or "width,height", not "{text}".')
     return int(parts[0]), int(parts[-1])
 
@@ -270,6 +272,8 @@ def _subsets(
         settings = _subset(general, table, subset, where, kind, fallback)
         if settings.num_repeats < 1:
             log.warning("%s is left out: num_repeats is %d.", where, settings.num_repeats)
+        elif settings.num_repeats > MOST_REPEATS:
+            raise UserError(f"{where}: num_repeats must be at most {MOST_REPEATS:,}, not {settings.num_repeats:,}.")
         elif settings.identity in kept:
             log.warning(
                 "%s is left out: %s is in this dataset already.", where, settings.metadata_file or settings.image_dir

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from library.errors import UserError, did_you_mean
+from library.text_files import BACKSLASH_HINT, parse_json, parse_toml, read_text, shown
 
 INTERPOLATIONS = ("bicubic", "cubic", "bilinear", "linear", "lanczos", "lanczos4", "nearest", "area", "box")
+LARGEST_SIDE = 65536
+"""Pixels; far more than is ever trained, and still few enough for the list of buckets."""
+LARGEST_MULTIPLIER = 1000
 COMMAND_LINE_ONLY = ("prior_loss_weight", "debug_dataset", "max_token_length", "masked_loss", "vae_batch_size")
 
 
@@ -19,6 +24,8 @@ def _resolution(value: Any) -> Any:
     if _is_integer(value):
         value = [value, value]
     if isinstance(value, list) and len(value) == 2 and all(_is_integer(side) and side > 0 for side in value):
+        if max(value) > LARGEST_SIDE:
+            raise ValueError(f"must be at most {LARGEST_SIDE} pixels")
         return value
     raise ValueError("must be a positive integer or [width, height]")
 
@@ -28,6 +35,26 @@ def _range_of_two(value: Any) -> Any:
     if numbers and 0 < value[0] <= value[1]:
         return [float(bound) for bound in value]
     raise ValueError("must be [low, high] with 0 < low <= high")
+
+
+def _multiplier(value: Any) -> Any:
+    if _is_number(value) and (value == 0 or abs(value) > LARGEST_MULTIPLIER):
+        raise ValueError(
+            f"must be a number from {-LARGEST_MULTIPLIER} to {LARGEST_MULTIPLIER} other than 0, with which nothing is "
+            "trained"
+        )
+    return value
+
+
+def _path(value: Any) -> Any:
+    """A path; "C:\\new" in TOML's double quotes has a line end in the place of the back-slash."""
+    if not isinstance(value, str):
+        return value
+    if "\0" in value:
+        raise ValueError("must be a path, without a zero byte")
+    if any(mark in value for mark in "\b\t\n\f\r") and not os.path.exists(value):
+        raise ValueError(f"must be a path, without control characters. {BACKSLASH_HINT.removesuffix('.')}; the path is")
+    return value
 
 
 def _interpolation(value: Any) -> Any:
@@ -47,7 +74,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _given(check: Callable[[Any], Any]) -> BeforeValidator:
@@ -56,12 +83,14 @@ def _given(check: Callable[[Any], Any]) -> BeforeValidator:
 
 
 Rate = Annotated[float | None, Field(ge=0, le=1)]
-Count = Annotated[int | None, Field(ge=0)]
-Positive = Annotated[int | None, Field(ge=1)]
+Count = Annotated[int | None, Field(ge=0, le=2**31 - 1)]
+BatchSize = Annotated[int | None, Field(ge=1, le=65536)]
+Side = Annotated[int | None, Field(ge=1, le=LARGEST_SIDE)]
+FilePath = Annotated[str | None, _given(_path)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class SubsetKeys(_Table):
@@ -99,22 +128,22 @@ class GeneralTable(SubsetKeys):
     """[general], and keys at the root of the file."""
 
     resolution: Annotated[list[int] | None, _given(_resolution)] = None
-    batch_size: Positive = None
+    batch_size: BatchSize = None
     enable_bucket: bool | None = None
-    min_bucket_reso: Positive = None
-    max_bucket_reso: Positive = None
-    bucket_reso_steps: Positive = None
+    min_bucket_reso: Side = None
+    max_bucket_reso: Side = None
+    bucket_reso_steps: Side = None
     bucket_no_upscale: bool | None = None
-    network_multiplier: float | None = None
+    network_multiplier: Annotated[float | None, _given(_multiplier)] = None
 
 
 class SubsetTable(SubsetKeys):
     """[[datasets.subsets]]"""
 
-    image_dir: str | None = None
+    image_dir: FilePath = None
     is_reg: bool | None = None
-    metadata_file: str | None = None
-    conditioning_data_dir: str | None = None
+    metadata_file: FilePath = None
+    conditioning_data_dir: FilePath = None
 
 
 class DatasetTable(GeneralTable):
@@ -165,36 +194,11 @@ def _parse(path: Path) -> dict[str, Any]:
     extension = path.suffix.lower()
     if extension not in (".toml", ".json"):
         raise UserError(f"--dataset_config: {path} is neither a .toml nor a .json file.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"--dataset_config: there is no file {path}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--dataset_config: {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise UserError(f"--dataset_config: cannot read {path} ({error.strerror}).") from None
-    raw = _parse_toml(text, path) if extension == ".toml" else _parse_json(text, path)
+    text = read_text(path, "--dataset_config")
+    raw = parse_toml(text, path) if extension == ".toml" else parse_json(text, path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: the file must hold one object with the keys general and datasets.")
     return raw
-
-
-def _parse_toml(text: str, path: Path) -> Any:
-    import tomli
-
-    try:
-        return tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}.") from None
-
-
-def _parse_json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not valid JSON: {error.msg} (at line {error.lineno}, column {error.colno})."
-        ) from None
 
 
 def _move_root_keys_into_general(raw: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -279,18 +283,20 @@ def _demand(detail: Any) -> str:
     """What the value should have been, and what it is."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "value_error":
-        return f"{context['error']}, not {json.dumps(detail['input'], default=str)}"
+        return f"{context['error']}, not {shown(detail['input'])}"
     wanted = {
         "int_type": "an integer",
         "int_from_float": "an integer",
+        "int_parsing_size": "a smaller integer",
         "float_type": "a number",
+        "finite_number": "a finite number",
         "bool_type": "true or false",
         "string_type": "a string",
         "list_type": "a list of tables",
         "dict_type": "a table",
         "model_type": "a table",
         "greater_than_equal": f"at least {context.get('ge', 0):g}",
-        "less_than_equal": f"at most {context.get('le', 0):g}",
+        "less_than_equal": f"at most {context.get('le', 0):.12g}",
     }.get(kind)
-    given = json.dumps(detail["input"], default=str)
+    given = shown(detail["input"])
     return f"must be {wanted}, not {given}" if wanted else f"{detail['msg']}, not {given}"

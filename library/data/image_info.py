@@ -40,7 +40,7 @@ def read_image_info(subset: SubsetSettings, paths: Sequence[Path]) -> dict[str, 
         by_name = {Path(key).name: entry for key, entry in entries.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         log.warning("%s cannot be used and is made anew (%s).", file, error)
         return {}
     known = {}

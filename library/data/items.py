@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from library.data.image_info import ImageInfo, read_image_info
 from library.data.images import PROBE_THREADS, image_extensions, images_in, list_folder
 from library.data.settings import Kind, SubsetSettings
 from library.errors import UserError
+from library.text_files import parse_json, read_text, shown
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ Size = tuple[int, int]
 
 SIZE_IN_NAME = re.compile(r"_(\d{4,})x(\d{4,})_[a-z0-9]+\.npz$")
 NAMES_SHOWN = 100
+METADATA_BYTES = 2**31
+LARGEST_IMAGE_SIDE = 10**6
 
 
 @dataclass
@@ -157,32 +159,31 @@ def _records_from_metadata(subset: SubsetSettings) -> list[ImageRecord]:
 
 
 def _read_metadata(path: Path, place: str) -> dict[str, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{place}: there is no metadata file {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the metadata file ({error}).") from None
+    text = read_text(path, place, METADATA_BYTES)
     entries = _parse_json_lines(text, path) if path.suffix.lower() == ".jsonl" else _parse_json(text, path)
     for key, entry in entries.items():
         for name in ("caption", "tags"):
             if not isinstance(entry.get(name, ""), str | None):
                 raise UserError(f'{path}: "{name}" of {key} must be a string.')
         size = entry.get("image_size")
-        if size is not None and not (
-            isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)
-        ):
-            raise UserError(f'{path}: "image_size" of {key} must be [width, height].')
+        if size is not None and not _is_size(size):
+            raise UserError(
+                f'{path}: "image_size" of {key} must be [width, height], two integers from 1 to {LARGEST_IMAGE_SIDE}, '
+                f"not {shown(size)}."
+            )
     return entries
 
 
+def _is_size(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(side) is int and 1 <= side <= LARGEST_IMAGE_SIDE for side in value)
+    )
+
+
 def _parse_json(text: str, path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not valid JSON: {error.msg} (at line {error.lineno}, column {error.colno})."
-        ) from None
+    data = parse_json(text, path)
     if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):
         raise UserError(f'{path}: must be an object with an entry {{"caption": ..., "tags": ...}} for each image.')
     return data
@@ -193,10 +194,7 @@ def _parse_json_lines(text: str, path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not valid JSON: {error.msg}.") from None
+        entry = parse_json(line, f"{path}, line {number}")
         if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
             raise UserError(f'{path}: line {number} must be an object with an "image_path".')
         entries[entry["image_path"]] = entry

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from library.console import say, warn
 from library.errors import UserError
 from library.files import require_writable_folder
-from library.options import SECRETS, read_toml
+from library.options import SECRETS
+from library.text_files import read_toml
 
 if TYPE_CHECKING:
     import torch

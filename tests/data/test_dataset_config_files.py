@@ -1,6 +1,7 @@
 """Dataset configurations: documented files work unchanged, mistakes end in one sentence that says where."""
 
 import json
+import os
 
 import pytest
 
@@ -137,6 +138,23 @@ def test_kinds_follow_the_subsets(resolve):
             ["interpolation_type and resize_interpolation differ"],
         ),
         (minimal(subset="face_crop_aug_range = [4, 2]"), ["face_crop_aug_range", "low <= high"]),
+        (minimal(subset="face_crop_aug_range = [1.0, inf]"), ["face_crop_aug_range", "low <= high"]),
+        (minimal(subset="token_warmup_step = nan"), ['"token_warmup_step" must be a finite number, not NaN']),
+        (minimal(subset="caption_dropout_rate = nan"), ['"caption_dropout_rate" must be a finite number']),
+        (minimal(dataset="network_multiplier = 0.0"), ['"network_multiplier" must be', "other than 0", "not 0.0"]),
+        (minimal(dataset="network_multiplier = 1e308"), ['"network_multiplier" must be', "from -1000 to 1000"]),
+        (minimal(dataset="network_multiplier = inf"), ['"network_multiplier" must be a finite number']),
+        (minimal(dataset="max_bucket_reso = 1000000000"), ['"max_bucket_reso" must be at most 65536']),
+        (minimal(dataset="min_bucket_reso = 1000000000"), ['"min_bucket_reso" must be at most 65536']),
+        (minimal(dataset="resolution = [1000000000, 64]").replace("resolution = 512\n", ""), ["at most 65536 pixels"]),
+        (minimal(dataset="batch_size = {a = 1}"), ['"batch_size" must be an integer, not {"a": 1}']),
+        (minimal(dataset="batch_size = [[1]]"), ['"batch_size" must be an integer, not [[1]]']),
+        (minimal(subset="num_repeats = 10000000000"), ["num_repeats must be at most 1,000,000"]),
+        (minimal(subset="keep_tokens = " + "9" * 5000), ["not valid TOML: an integer has too many digits"]),
+        (minimal(dataset=f"batch_size = {'9' * 4000}"), ['"batch_size" must be at most 65536, not 999']),
+        (minimal(subset=f"custom_attributes.a = {'[' * 10000}{']' * 10000}"), ["nested too deeply"]),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "D:\\Users\\me"', ["line 3", "single quotes"]),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "D:\\new"', ['"image_dir" must be a path', "single quotes"]),
         (minimal(subset="caption_separator = ''"), ["caption_separator", "must not be empty"]),
         (minimal(subset="conditioning_data_dir = 'm'"), ["conditioning_data_dir needs --masked_loss"]),
         ("flip_aug = true\n[general]\nflip_aug = false\n" + minimal(), ["flip_aug has one value at the root"]),
@@ -166,6 +184,25 @@ def test_several_mistakes_are_told_at_once(resolve):
 
 def test_broken_json_names_the_line(resolve):
     assert "line 2" in refused(resolve, '{"datasets":\n[,', name="set.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(resolve):
+    assert resolve("\ufeff" + minimal()) == resolve(minimal())
+
+
+def test_json_beyond_the_limits_is_one_sentence(resolve):
+    assert "nested too deeply" in refused(resolve, "[" * 100_000, name="set.json")
+    assert "too many digits" in refused(resolve, '{"datasets": ' + "9" * 5000 + "}", name="set.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX systems")
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
+    os.mkfifo(tmp_path / "set.toml")
+    with pytest.raises(UserError, match="set.toml: is not a regular file"):
+        resolve_config(DatasetOptions(dataset_config=str(tmp_path / "set.toml")))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(UserError, match="folder.toml: is a folder, not a file"):
+        resolve_config(DatasetOptions(dataset_config=str(tmp_path / "folder.toml")))
 
 
 def test_other_files_are_refused(resolve, tmp_path):

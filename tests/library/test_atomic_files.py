@@ -23,6 +23,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_every_name_that_a_file_may_have_can_be_written(tmp_path):
+    name = "n" * 251 + ".txt"
+    write_text(tmp_path / name, "x")
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX systems")
 def test_permissions_follow_the_umask(tmp_path):
     previous = os.umask(0o027)
@@ -40,6 +46,7 @@ def test_temporaries_of_dead_processes_are_removed_and_others_stay(tmp_path):
     mine = temporary_path(tmp_path / "a.safetensors")
     mine.touch()
     gone = [
+        mine.with_name(f".{dead}-0123abcd.part"),
         mine.with_name(f".b.safetensors.{dead}-0123abcd.part"),
         mine.with_name(f".c.{dead}-0123abcd.part.safetensors"),
     ]

@@ -109,5 +109,5 @@ def test_mistakes_in_prompt_files_name_the_file(tmp_path, name, text, sentence):
 
 
 def test_a_missing_prompt_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no such file"):
         read_prompt_file(tmp_path / "none.txt")

@@ -94,16 +94,20 @@ def _name_once(temporary: Path, path: Path) -> Path:
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove temporary files in ``folder`` that a process which no longer runs has left behind."""
-    if not folder.is_dir():
+    """Remove temporary files in ``folder`` that a process which no longer runs has left behind, as far as possible."""
+    try:
+        entries = list(folder.iterdir())
+    except OSError:
         return
-    for entry in folder.iterdir():
+    for entry in entries:
         match = TEMPORARY_NAME.match(entry.name)
-        if match and not _process_runs(int(match.group(1))):
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+        if not match or _process_runs(int(match.group(1))):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                entry.unlink()
 
 
 def _process_runs(process_id: int) -> bool:
@@ -118,13 +122,13 @@ def _process_runs(process_id: int) -> bool:
         os.kill(process_id, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):  # a number too large for a process is no process's, so nobody's to remove
         return True
     return True
 
 
 def require_writable_folder(folder: Path, option: str, read_only: bool = False) -> None:
-    """Make ``folder`` and prove that a file can be written there.
+    """Make ``folder``, prove that a file can be written there, and remove what killed runs left half-written in it.
 
     With ``read_only`` nothing is made: the permissions of the folder, or of the nearest one above it that exists, are
     trusted. Raises UserError naming ``option`` when writing is not possible.
@@ -137,6 +141,7 @@ def require_writable_folder(folder: Path, option: str, read_only: bool = False) 
         probe = temporary_path(folder / "probe")
         probe.touch()
         probe.unlink()
+        remove_stale_temporaries(folder)
     except OSError as error:
         raise UserError(
             f"{option}: cannot write in {folder} ({error.strerror}); choose a folder you can write to."

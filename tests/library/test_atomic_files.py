@@ -60,6 +60,22 @@ def test_temporaries_of_dead_processes_are_removed_and_others_stay(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([mine.name, "note.part"])
 
 
+def test_a_start_clears_the_folders_it_writes_in(tmp_path):
+    from library.training.output.checkpoints import OutputFolder, SavingOptions
+
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout.strip()
+    (tmp_path / "sample").mkdir()
+    kept = [tmp_path / "a.safetensors", tmp_path / "sample" / "b.png"]
+    for path in [*kept, *(path.with_name(f".{dead}-0123abcd.part") for path in kept)]:
+        path.touch()
+    OutputFolder(SavingOptions(output_dir=str(tmp_path)), read_only=True)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
+    OutputFolder(SavingOptions(output_dir=str(tmp_path)))
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == kept
+
+
 def test_an_unwritable_folder_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--output_dir: cannot write in .*choose a folder"):

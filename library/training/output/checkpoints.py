@@ -69,7 +69,7 @@ class OutputFolder:
         self.every_n_epochs = options.save_every_n_epochs
         require_writable_folder(self.folder, "--output_dir", read_only)
         if not read_only:
-            remove_stale_temporaries(self.folder)
+            remove_stale_temporaries(self.folder / "sample")  # where a killed run was drawing samples
 
     def resolve_epoch_ratio(self, epochs: int) -> None:
         """``--save_n_epoch_ratio N``: every floor(epochs / N) epochs, at least every epoch."""

@@ -1,6 +1,7 @@
 """How soon training begins: from the command to the end of the first optimizer step.
 
     python benchmarks/first_step.py --runs 5
+    python benchmarks/first_step.py --family sdxl
     python benchmarks/first_step.py --profile
 
 A tiny model and a few images whose latents and text encoder outputs are cached on disk already, so that what is left
@@ -18,15 +19,24 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Measure, Usage, parser, report, run_measured
-from benchmarks.tiny_run import make_images, training_options, write_dataset
+from benchmarks.tiny_run import (
+    make_images,
+    stable_diffusion_training_options,
+    training_options,
+    write_dataset,
+)
+
+if TYPE_CHECKING:
+    from library.models.stable_diffusion.checkpoint import Variant
 
 LIMIT = 5.0
-SCRIPT = "flux_train_network.py"
+SCRIPTS = {"flux": "flux_train_network.py", "sd1": "train_network.py", "sdxl": "sdxl_train_network.py"}
 STEP_DONE = "saved "  # what the script says right after the step
 SHOWN = 25
 LAUNCH = (
@@ -35,13 +45,18 @@ LAUNCH = (
 )
 
 
-def tiny_training(folder: Path) -> list[str]:
+def tiny_training(folder: Path, family: str) -> list[str]:
     """Models, images and a dataset in ``folder``, and the options of a run of one step."""
-    from tools.make_tiny_models import make_tiny_flux
-
     images = make_images(folder / "images", count=8, size=64)
     dataset = write_dataset(folder / "dataset.toml", images, size=64, batch_size=2)
-    return training_options(make_tiny_flux(folder / "models"), dataset, folder / "output", steps=1)
+    if family == "flux":
+        from tools.make_tiny_models import make_tiny_flux
+
+        return training_options(make_tiny_flux(folder / "models"), dataset, folder / "output", steps=1)
+    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+
+    model = make_tiny_stable_diffusion(folder / "models", cast("Variant", family))
+    return stable_diffusion_training_options(model, dataset, folder / "output", steps=1)
 
 
 def import_times(output: str) -> list[tuple[str, float, float]]:
@@ -73,9 +88,10 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--runs", type=int, default=5, help="runs of each command; the median counts")
     arguments.add_argument("--profile", action="store_true", help="show what the imports of a run take, nothing else")
+    arguments.add_argument("--family", choices=tuple(SCRIPTS), default="flux")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        training = [SCRIPT, *tiny_training(Path(name))]
+        training = [SCRIPTS[options.family], *tiny_training(Path(name), options.family)]
         run_measured([sys.executable, *training])  # fills the caches
         if options.profile:
             print_profile(import_times(run_measured([sys.executable, "-X", "importtime", *training]).output))

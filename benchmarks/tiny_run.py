@@ -40,6 +40,9 @@ def write_dataset(path: Path, images: Path, size: int, batch_size: int, repeats:
     return path
 
 
+CACHED = "cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk network_train_unet_only"
+
+
 def training_options(
     models: TinyFlux, dataset: Path, output: Path, steps: int, more: Mapping[str, object] | None = None
 ) -> list[str]:
@@ -52,22 +55,34 @@ def training_options(
         "clip_l": models.clip_l,
         "t5xxl": models.t5xxl,
         "ae": models.autoencoder,
-        "dataset_config": dataset,
-        "output_dir": output,
-        "output_name": "lora",
         "network_module": "networks.lora_flux",
-        "network_dim": 4,
-        "learning_rate": 1e-3,
         "timestep_sampling": "flux_shift",
         "model_prediction_type": "raw",
         "guidance_scale": 1.0,
         "t5xxl_max_token_length": TEXT_TOKENS,
-        "seed": 7,
-        "max_train_steps": steps,
         **(more or {}),
     }
+    return _command_line(options, dataset, output, steps)
+
+
+def stable_diffusion_training_options(
+    model: Path, dataset: Path, output: Path, steps: int, more: Mapping[str, object] | None = None
+) -> list[str]:
+    """The same for a Stable Diffusion model in a single file."""
+    options = {"pretrained_model_name_or_path": model, "network_module": "networks.lora", **(more or {})}
+    return _command_line(options, dataset, output, steps)
+
+
+def _command_line(special: Mapping[str, object], dataset: Path, output: Path, steps: int) -> list[str]:
+    options = {
+        "dataset_config": dataset,
+        "output_dir": output,
+        "output_name": "lora",
+        "network_dim": 4,
+        "learning_rate": 1e-3,
+        "seed": 7,
+        "max_train_steps": steps,
+        **special,
+    }
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    switches = (
-        "cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk network_train_unet_only"
-    )
-    return words + [f"--{name}" for name in switches.split()]
+    return words + [f"--{name}" for name in CACHED.split()]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from library.files import write_text
 from library.models.clip import ClipTextEncoder
-from library.models.stable_diffusion.checkpoint import SCALING_FACTORS, Variant, quieten_diffusers_import
+from library.models.lean_imports import diffusers_class
+from library.models.stable_diffusion.checkpoint import SCALING_FACTORS, Variant
 from library.models.stable_diffusion.keys import autoencoder_table, inverted, open_clip_table, renamed, unet_table
 from library.randomness import generator
 from library.safetensors_io import save_file
@@ -113,10 +114,8 @@ def make_tiny_stable_diffusion(
 
 def build_modules(shape: Shape, vocabulary: int, scaling_factor: float = 0.18215) -> dict[str, Any]:
     """diffusers' and transformers' modules of a model, by the names of their Diffusers folders."""
-    quieten_diffusers_import()
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
+    unet_class = diffusers_class("UNet2DConditionModel")
+    autoencoder_class = diffusers_class("AutoencoderKL")
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in shape.depths]
     sizes = {
         "block_out_channels": shape.widths,
@@ -135,8 +134,8 @@ def build_modules(shape: Shape, vocabulary: int, scaling_factor: float = 0.18215
         sizes |= {"addition_embed_type": "text_time", "addition_time_embed_dim": TIME_ID_WIDTH}
         sizes |= {"projection_class_embeddings_input_dim": pooled + 6 * TIME_ID_WIDTH}
     modules: dict[str, Any] = {
-        "unet": UNet2DConditionModel(**sizes),
-        "vae": AutoencoderKL(
+        "unet": unet_class(**sizes),
+        "vae": autoencoder_class(
             block_out_channels=AUTOENCODER_WIDTHS,
             down_block_types=["DownEncoderBlock2D"] * len(AUTOENCODER_WIDTHS),
             up_block_types=["UpDecoderBlock2D"] * len(AUTOENCODER_WIDTHS),

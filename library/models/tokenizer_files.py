@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.errors import UserError
+from library.models.lean_imports import prepare_transformers
 from library.safetensors_io import Checkpoint
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ def _from_hub(
 
 
 def _tokenizer_class(kind: TokenizerKind) -> Any:
+    prepare_transformers()
     if kind.family == "clip":
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 

@@ -7,7 +7,6 @@ diffusers' and transformers' modules.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from library.errors import UserError
 from library.memory.fp8 import StorageDtype
 from library.models.autoencoder_kl import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
+from library.models.lean_imports import diffusers_class
 from library.models.loading import Origin, TensorSource, load_module
 from library.models.recognition import AUTOENCODER_PREFIXES, TRANSFORMER_PREFIXES, Kind, refuse_unless
 from library.models.stable_diffusion.keys import (
@@ -30,6 +30,7 @@ from library.models.stable_diffusion.keys import (
     unet_table,
     unet_topology,
 )
+from library.models.stable_diffusion.unet import meta_unet
 from library.safetensors_io import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -66,11 +67,7 @@ class UnetFile:
 
     def meta_module(self) -> UNet2DConditionModel:
         """The module on torch's meta device: its structure without its numbers."""
-        quieten_diffusers_import()
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-        with torch.device("meta"):
-            return UNet2DConditionModel(**self.config)
+        return meta_unet(self.config)
 
     def load(self, dtype: StorageDtype | None, device: torch.device | str) -> UNet2DConditionModel:
         """The U-Net, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
@@ -86,20 +83,13 @@ class VaeFile:
 
     def meta_module(self) -> AutoencoderKL:
         """The module on torch's meta device: its structure without its numbers."""
-        quieten_diffusers_import()
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
+        autoencoder_class = diffusers_class("AutoencoderKL")
         with torch.device("meta"):
-            return AutoencoderKL(**self.config)
+            return autoencoder_class(**self.config)
 
     def load(self, dtype: torch.dtype | None, device: torch.device | str) -> AutoencoderKL:
         """The autoencoder, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
         return _loaded(self.meta_module(), self.source, dtype, device)
-
-
-def quieten_diffusers_import() -> None:
-    """diffusers' models import bitsandbytes, which warns about a 4-bit kernel that nothing here uses."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _loaded(module: Any, source: TensorSource, dtype: StorageDtype | None, device: torch.device | str) -> Any:

@@ -16,7 +16,6 @@ from library.errors import UserError
 from library.memory.fp8 import BlocksInFp8, StorageDtype
 from library.models.attention import AttentionBackend, require_backend
 from library.models.clip import ClipFile
-from library.models.stable_diffusion.attention_processor import set_attention_backend
 from library.models.stable_diffusion.checkpoint import UnetFile, VaeFile, Variant, open_stable_diffusion
 from library.models.stable_diffusion.sampling import denoise, draw_noise, make_scheduler, seeded_generator
 from library.models.stable_diffusion.text import (
@@ -27,6 +26,7 @@ from library.models.stable_diffusion.text import (
     require_clip_skip,
     tokenize,
 )
+from library.models.stable_diffusion.unet import set_attention_backend
 from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, TokenizerKind, load_tokenizer
 
 if TYPE_CHECKING:
@@ -249,9 +249,9 @@ class StableDiffusionPipeline:
         Raises UserError when the autoencoder's numbers overflow.
         """
         autoencoder: Any = self.load_autoencoder()
-        dtype = self._compute_dtype("autoencoder")
-        with _without_autocast(autoencoder.device):
-            posterior = autoencoder.encode(pixels.to(autoencoder.device, dtype)).latent_dist
+        dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
+        with _without_autocast(device):
+            posterior = autoencoder.encode(pixels.to(device, dtype)).latent_dist
         latents = posterior.mean.float()
         if generators is not None:
             if len(generators) != len(latents):
@@ -269,10 +269,10 @@ class StableDiffusionPipeline:
         Values that are not numbers become black, with a warning.
         """
         autoencoder: Any = self.load_autoencoder()
-        dtype = self._compute_dtype("autoencoder")
+        dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
         unscaled = latents.float() / self.latent_scale
-        with _without_autocast(autoencoder.device):
-            pixels = autoencoder.decode(unscaled.to(autoencoder.device, dtype)).sample.float()
+        with _without_autocast(device):
+            pixels = autoencoder.decode(unscaled.to(device, dtype)).sample.float()
         if not all_finite(pixels):
             if all_finite(latents):
                 warn(f"An image is black where the autoencoder gives no numbers; {_overflow_advice(dtype)}.")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError, did_you_mean
+from library.models.lean_imports import diffusers_class
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +71,8 @@ def make_scheduler(
     predicted latents within -1..1 and ``steps_offset`` moves timesteps, in the samplers that have that.
     """
     require_sampler(sampler)
-    import diffusers
-
     name, arguments = SCHEDULERS[SYNONYMS.get(sampler, sampler)]
-    scheduler_class = getattr(diffusers, name)
+    scheduler_class = diffusers_class(name)
     known = inspect.signature(scheduler_class.__init__).parameters
     wanted: dict[str, Any] = {"clip_sample": clip_sample, "steps_offset": steps_offset}
     if zero_terminal_snr:
@@ -95,9 +94,7 @@ def make_scheduler(
 
 def zero_terminal_betas() -> list[float]:
     """The 1000 rescaled betas, ending at a signal that is tiny instead of none, so that nothing divides by zero."""
-    from diffusers import DDIMScheduler
-
-    rescaled: Any = DDIMScheduler(**NOISE_SCHEDULE, rescale_betas_zero_snr=True)
+    rescaled: Any = diffusers_class("DDIMScheduler")(**NOISE_SCHEDULE, rescale_betas_zero_snr=True)
     betas = rescaled.betas.double()
     betas[-1] = 1 - SMALLEST_ALPHA / (1 - betas[:-1]).prod()
     return betas.tolist()

@@ -1,12 +1,31 @@
-"""The house's attention backends inside diffusers' U-Net."""
+"""diffusers' U-Net as it is used here: without a search for PEFT's layers, with our attention backends."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from library.models.attention import AttentionBackend, attention
+from library.models.lean_imports import diffusers_class
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+def meta_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+    """diffusers' U-Net of these arguments on torch's meta device.
+
+    Its ``forward`` is the one inside diffusers' decorator, which imports PEFT at each call to look for layers of it.
+    """
+    with torch.device("meta"):
+        unet = diffusers_class("UNet2DConditionModel")(**config)
+    inner = getattr(type(unet).forward, "__wrapped__", None)
+    if inner is not None:
+        unet.forward = MethodType(inner, unet)
+    return unet
 
 
 class BackendProcessor:

@@ -1,0 +1,172 @@
+"""Classes of diffusers and transformers without the eight seconds of imports that nothing here uses.
+
+Importing diffusers' U-Net also runs some eighty other models, PEFT, bitsandbytes (through the quantizers),
+``scipy.stats``, transformers' model code and torch's compiler. While a class is imported here, stand-ins are in their
+places: whatever is used of them later, by whoever it is, is imported then. Nothing is hidden for good, everything else
+in the two packages works as always, and no installed file is changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+EXPORTS = tuple(f"diffusers.{name}" for name in ("hooks", "models.autoencoders", "models.transformers", "models.unets"))
+"""Packages that do nothing but gather the names of all their modules."""
+MODEL_CODE = ("bitsandbytes", "scipy.stats", "diffusers.hooks.group_offloading")
+"""What modules of models import at their top and use in functions for quantised, noised or offloaded models only."""
+LOADER_CODE = ("transformers", "peft.tuners.tuners_utils", "diffusers.schedulers")
+"""The same of the loaders of LoRA and single files, which are bases of the model classes."""
+LOADERS = ("diffusers.loaders.lora_base", "diffusers.loaders.single_file_utils")
+RUN_FOR = ("__all__", "__version__")
+"""The only names with double underscores that run a package; debuggers and tests look for the others everywhere."""
+_lock = threading.RLock()
+
+
+def diffusers_class(name: str) -> Any:
+    """The class that ``from diffusers import name`` gives."""
+    with _lock:
+        with _absent("torch._dynamo"):  # diffusers has a way without it
+            importlib.import_module("diffusers.utils.torch_utils")
+        diffusers = sys.modules["diffusers"]
+        if name not in vars(diffusers):
+            _import_lean(name)
+        return getattr(diffusers, name)
+
+
+def prepare_transformers() -> None:
+    """Call before a module ``transformers.models.X.Y`` is imported: its packages then don't read the other models."""
+    with _lock:
+        _defer("transformers.models")
+
+
+def _import_lean(name: str) -> None:
+    # When bitsandbytes is imported after all, it warns about a 4-bit kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for package in EXPORTS:
+        _defer(package)
+    with _stand_ins(MODEL_CODE):
+        importlib.import_module("diffusers.models.modeling_utils")
+        with _stand_ins(LOADER_CODE):
+            for loader in LOADERS:
+                importlib.import_module(loader)
+        getattr(sys.modules["diffusers"], name)
+
+
+class DeferredPackage(ModuleType):
+    """A package whose modules can be imported; its own code runs when one of its names is first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in RUN_FOR:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        with _lock:
+            if type(self) is DeferredPackage:
+                spec = self.__spec__
+                assert spec is not None and spec.loader is not None
+                self.__class__ = ModuleType  # type: ignore[assignment]
+                spec.loader.exec_module(self)
+        return getattr(sys.modules[self.__name__], name)  # transformers puts another object in its place
+
+
+def _defer(name: str) -> None:
+    """Put a ``DeferredPackage`` in the place of a package that is not imported yet."""
+    if name in sys.modules:
+        return
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.submodule_search_locations is not None
+    package = DeferredPackage(name)
+    package.__spec__, package.__loader__, package.__file__ = spec, spec.loader, spec.origin
+    package.__package__, package.__path__ = name, spec.submodule_search_locations
+    sys.modules[name] = package
+    parent, _, child = name.rpartition(".")
+    setattr(sys.modules[parent], child, package)
+
+
+class StandIn(ModuleType):
+    """In the place of a module while others import it; afterwards it gives the names of the real one."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is not self:
+            return getattr(importlib.import_module(self.__name__), name)
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return DeferredName(self.__name__, name)
+
+
+class DeferredName:
+    """A class or function that is imported when it is called, looked into or compared with."""
+
+    def __init__(self, module: str, name: str):
+        self.__dict__.update(_module=module, _name=name)
+
+    def _real(self) -> Any:
+        if isinstance(sys.modules.get(self._module), StandIn):
+            with _taken_out(self._module):
+                return getattr(importlib.import_module(self._module), self._name)
+        return getattr(importlib.import_module(self._module), self._name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._real()(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real(), name)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, self._real())
+
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return issubclass(subclass, self._real())
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._real(),)
+
+
+@contextmanager
+def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
+    """Stand-ins for the modules ``names`` inside the block, whether they are imported already or not."""
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update({name: StandIn(name) for name in names})
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            _put_back(name, module)
+
+
+@contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """A module that nobody has imported cannot be imported inside the block."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _put_back(name, None)
+
+
+@contextmanager
+def _taken_out(name: str) -> Iterator[None]:
+    """No module of this name inside the block, so that the real one is imported; it is kept if it was."""
+    stand_in = sys.modules.pop(name)
+    try:
+        yield
+    finally:
+        sys.modules.setdefault(name, stand_in)
+
+
+def _put_back(name: str, module: ModuleType | None) -> None:
+    """Restore what was under a name, unless the real module has been imported in the meantime."""
+    if isinstance(sys.modules.get(name), ModuleType) and not isinstance(sys.modules[name], StandIn):
+        return
+    sys.modules.pop(name, None)
+    if module is not None:
+        sys.modules[name] = module

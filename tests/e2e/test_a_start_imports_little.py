@@ -1,0 +1,71 @@
+"""Training starts without the parts of diffusers and transformers that it does not use; they can all be used later."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.running import train
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "bitsandbytes", "peft", "networkx", "torchvision")
+MODELS = ("transformers.modeling_utils", "diffusers.models.transformers.transformer_flux", "diffusers.hooks.hooks")
+TRAIN = """
+import sys
+from tests.running import train
+for family, arguments in {arguments!r}.items():
+    train(family, *arguments)
+print("IMPORTED", sorted(set({heavy!r}) & set(sys.modules)))
+"""
+USE = """
+import diffusers.models.unets
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel, StableDiffusionXLPipeline
+from diffusers.hooks import apply_layerwise_casting
+from diffusers.loaders import lora_base
+from diffusers.models.transformers import SanaTransformer2DModel
+from diffusers.quantizers.bitsandbytes import utils as quantizers
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+import diffusers.models.unets.unet_2d_condition as again
+import bitsandbytes, peft, scipy.stats, transformers.models
+from transformers import BertModel, CLIPTextModel, CLIPTokenizer
+assert again.UNet2DConditionModel is UNet2DConditionModel is diffusers.models.unets.UNet2DConditionModel
+assert transformers.models.clip.CLIPTokenizer is CLIPTokenizer and transformers.models.bert.BertModel is BertModel
+assert quantizers.bnb.nn.Linear4bit is bitsandbytes.nn.Linear4bit
+beta = EulerDiscreteScheduler(use_beta_sigmas=True)
+beta.set_timesteps(3)
+unet = UNet2DConditionModel(
+    block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+unet.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
+found = [layer for layer in unet.modules() if isinstance(layer, lora_base.BaseTunerLayer)]
+assert found and issubclass(CLIPTextModel, lora_base.PreTrainedModel)
+assert unet.device.type == "cpu"
+inputs = torch.zeros(1, 4, 4, 4), 1, torch.zeros(1, 2, 8)
+compiled = torch.compile(unet, backend="eager")
+torch.testing.assert_close(compiled(*inputs).sample, unet(*inputs).sample)
+print("USED")
+"""
+
+
+def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
+    sd1_command, sdxl_command, image_folder, dataset_toml, tmp_path
+):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    shared = [
+        *("--dataset_config", dataset_toml(images, resolution=64, bucket_reso_steps=64), "--max_train_steps", "1"),
+        *("--output_dir", tmp_path, "--network_train_unet_only", "--cache_latents_to_disk"),
+        *("--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"),
+    ]
+    commands = {"sd1": sd1_command, "sdxl": sdxl_command}
+    arguments = {family: [str(word) for word in (*words, *shared)] for family, words in commands.items()}
+    for family, words in arguments.items():
+        train(family, *words)  # fills the caches
+    code = TRAIN.format(arguments=arguments, heavy=(*HEAVY, *MODELS)) + USE
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "IMPORTED []" in result.stdout
+    assert result.stdout.endswith("USED\n")

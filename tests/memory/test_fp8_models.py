@@ -247,7 +247,7 @@ def test_training_a_text_encoder_is_that_of_the_dequantised_one(tiny_flux, part,
         torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("number_format", [torch.float16, BlocksInFp8(torch.float16)])
+@pytest.mark.parametrize("part_dtype", [torch.float16, BlocksInFp8(torch.float16)])
 def test_t5_in_float16_stays_finite_where_its_feed_forward_passes_float16s_range(tiny_flux, tmp_path, part_dtype):
     state = load_file(tiny_flux.t5xxl)
     for name in state:

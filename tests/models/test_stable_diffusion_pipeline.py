@@ -290,7 +290,7 @@ def test_a_dry_run_can_do_everything_without_numbers(tiny_sdxl, backend, monkeyp
     pipeline = open_pipeline(tiny_sdxl, attention_backend=backend)
     pipeline.load_tokenizers()
     for part in pipeline.parts:
-        monkeypatch.setattr(getattr(pipeline.files, part).source, "reads_numbers", False)
+        monkeypatch.setattr(getattr(pipeline.files, part).source, "reads_values", False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         found = pipeline.encode_images(torch.zeros(2, 3, 64, 48), [torch.Generator().manual_seed(0)] * 2)
         assert found.shape == (2, 4, 8, 6) and pipeline.decode_latents(found).shape == (2, 3, 64, 48)

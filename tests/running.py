@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_in_process(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a script of the project in this process, as ``python script ...`` does; what it leaves behind is undone.
 
     An error that the script does not foresee comes out of this function, where a process would end with a traceback.

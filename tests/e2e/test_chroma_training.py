@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from library.errors import UserError
 from library.options import parse_options
-from tests.running import launch, trainer_class
+from tests.running import run_in_process, trainer_class
 
 FluxNetworkTrainer = trainer_class("flux")
 PROMPT = "Japanese shrine in the summer forest. --n low quality, blurry --w 128 --h 128 --d 1 --l 4.0 --g 0.0 --s 2"
@@ -43,7 +43,7 @@ def without(command: list[object], option: str, values: int = 1) -> list[object]
 def test_a_run_from_captions_to_samples(chroma_command, dataset_toml, images, tmp_path):
     (tmp_path / "prompts.txt").write_text(PROMPT, encoding="utf-8")
     command = without(without(chroma_command, "--apply_t5_attn_mask", 0), "--guidance_scale")
-    done = launch(
+    done = run_in_process(
         "flux_train_network.py",
         *(*command, "--dataset_config", dataset_toml(images), "--output_dir", tmp_path / "out"),
         *("--output_name", "my_chroma_lora", "--max_train_steps", "3", "--gradient_checkpointing", "--clip_l", "none"),
@@ -149,12 +149,11 @@ def test_a_wrong_kind_of_file_is_named(chroma_command, flux_command, dataset_tom
 def test_the_caching_tools_fill_the_caches_that_training_finds(chroma_command, dataset_toml, images, tmp_path):
     given = [*chroma_command, "--dataset_config", dataset_toml(images), "--output_dir", tmp_path / "out"]
     for script in ("tools/cache_latents.py", "tools/cache_text_encoder_outputs.py"):
-        done = launch(script, "--flux", *given, accelerate=False)
+        done = run_in_process(script, "--flux", *given)
         assert done.returncode == 0, done.stderr[-3000:]
-    done = launch(
+    done = run_in_process(
         "flux_train_network.py",
         *(*given, "--max_train_steps", "1", "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"),
-        accelerate=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "latent cache: 12 kept, 0 made" in done.stderr and "text encoder cache: 12 kept, 0 made" in done.stderr

@@ -20,7 +20,7 @@ from library.training.report.description import part_facts, size_on_disk
 from library.training.training_run import TrainingRun
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
 from tests.running import make_trainer as begin
-from tests.running import no_weights_are_read, run
+from tests.running import no_weights_are_read, run_in_process
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
 FLUX = (FluxNetworkTrainer, FluxTrainingOptions)
@@ -285,7 +285,7 @@ def test_a_dry_run_from_a_configuration_file_ends_well(flux_command, dataset_tom
     config = tmp_path / "run.toml"
     config.write_text("[any]\ndry_run = true\nmax_train_steps = 12\n", encoding="utf-8")
     arguments = [*flux_command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path / "out"]
-    result = run("flux_train_network.py", *arguments, "--config_file", config)
+    result = run_in_process("flux_train_network.py", *arguments, "--config_file", config)
     assert result.returncode == 0, result.stderr[-3000:]
     for words in ("12 steps: 2 epochs of 7 steps", "26 transformer and 12 text encoder modules", "All checks passed"):
         assert words in result.stderr

@@ -13,7 +13,7 @@ from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.memory.fp8 import FP8, Fp8Linear, quantise
 from library.options import parse_options
-from tests.running import launch
+from tests.running import run_in_process
 
 LEARNING = ["--learning_rate", "1e-2", "--text_encoder_lr", "1e-2", "--network_args", "train_t5xxl=True"]
 
@@ -71,9 +71,9 @@ def layers_in_8_bits(module: torch.nn.Module) -> dict[str, Fp8Linear]:
 
 
 def test_text_encoders_train_over_files_in_8_bits_as_over_their_numbers(command, trainer, eighth, tmp_path):
-    """CLIP-L's and T5's LoRA too. Once through the launcher with the 8-bit files, once here with ordinary ones."""
+    """CLIP-L's and T5's LoRA too. Once from the command line with the 8-bit files, once with ordinary ones."""
     files = {"pretrained_model_name_or_path": eighth["flux_8"], "t5xxl": eighth["t5_8"]}
-    run = launch("flux_train_network.py", *command("kept", "--fp8_base", *LEARNING, **files))
+    run = run_in_process("flux_train_network.py", *command("kept", "--fp8_base", *LEARNING, **files))
     assert run.returncode == 0, run.stderr
     trainer(*LEARNING, pretrained_model_name_or_path=eighth["flux"], t5xxl=eighth["t5"], output="plain").train()
     kept, plain = (load_file(tmp_path / name / "last.safetensors") for name in ("kept", "plain"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.options import parse_options
-from tests.running import launch
+from tests.running import run_in_process
 from tools.cache_run import run_tool
 from tools.make_tiny_controlnet import make_tiny_controlnet
 
@@ -59,7 +59,7 @@ def test_training_through_the_command_line(flux_command, dataset_toml, control_f
     prompts.write_text(
         f"a circle --w 64 --h 64 --s 2 --d 1 --cn {control}\na ring --w 64 --h 64 --s 2\n", encoding="utf-8"
     )
-    finished = launch(
+    finished = run_in_process(
         "flux_train_network.py",
         *(*flux_command, "--dataset_config", dataset_toml(subset=subset), "--output_dir", tmp_path / "out"),
         *(OPTION, tiny_controlnet, "--max_train_steps", "3", "--network_train_unet_only", "--gradient_checkpointing"),

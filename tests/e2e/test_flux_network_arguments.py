@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from library.errors import UserError
 from library.options import parse_options
-from tests.running import launch, trainer_class
+from tests.running import run_in_process, trainer_class
 
 DOUBLE = ("mod_lin", "attn_qkv", "attn_proj", "mlp_0", "mlp_2")
 SINGLE = ("linear1", "linear2", "modulation_lin")
@@ -501,7 +501,7 @@ def test_the_same_from_the_command_line(name, command, tmp_path):
     case = CASES[name]
     given = [*command(case), "--logging_dir", tmp_path / "log"]
     given.insert(given.index("--network_args") + 1, "verbose=True")
-    result = launch("flux_train_network.py", *given)
+    result = run_in_process("flux_train_network.py", *given)
     assert result.returncode == 0, result.stderr
     expected = case.expected()
     printed = table_of_verbose(result.stdout + result.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.running import launch
+from tests.running import run_in_process
 
 PROMPTS = """a red cat --w 80 --h 64 --s 3 --g 2.5 --d 5
 # the next ones are guided away from another text, and from the empty one
@@ -42,7 +42,7 @@ def test_the_same_image_from_both_scripts(request, model, dtype, dataset_toml, t
     prompts.write_text(PROMPTS, encoding="utf-8")
     if model == "chroma":
         training = [*training, "--network_train_unet_only"]
-    result = launch(
+    result = run_in_process(
         "flux_train_network.py",
         *training,
         *FORMATS[dtype],
@@ -56,11 +56,10 @@ def test_the_same_image_from_both_scripts(request, model, dtype, dataset_toml, t
         *("--ckpt_path", files.transformer, "--t5xxl", files.t5xxl, "--ae", files.autoencoder, *encoders),
         *("--model_type", model, "--t5xxl_max_token_length", "16", "--from_file", prompts, "--dtype", dtype),
     ]
-    drawn = launch(
+    drawn = run_in_process(
         "flux_minimal_inference.py",
         *command,
         *("--lora_weights", tmp_path / "trained.safetensors", "--output_dir", tmp_path / "drawn"),
-        accelerate=False,
     )
     assert drawn.returncode == 0, drawn.stderr[-3000:]
     before, samples = (pixels(tmp_path / "sample", step) for step in ("trained_000000_", "trained_000002_"))

@@ -301,7 +301,7 @@ def test_a_network_without_text_encoders_needs_none(train, flux_command, caplog,
 @pytest.mark.slow
 def test_oft_trains_saves_and_goes_on_from_the_command_line(flux_command, dataset_toml, tmp_path):
     """Four steps at once and two runs of two give the same file to the bit; the second takes the first's blocks."""
-    from tests.running import launch
+    from tests.running import run_in_process
 
     common = [*flux_command, "--network_module", "networks.oft_flux", "--network_alpha", "1e-2", "--no_report"]
     common += ["--dataset_config", dataset_toml(), "--max_data_loader_n_workers", "0", "--learning_rate", "1e-2"]
@@ -312,13 +312,13 @@ def test_oft_trains_saves_and_goes_on_from_the_command_line(flux_command, datase
         "rest": ["--max_train_steps", "4", "--resume", tmp_path / "half" / "last-state"],
     }
     for name, given in runs.items():
-        result = launch("flux_train_network.py", *common, *given, "--output_dir", tmp_path / name)
+        result = run_in_process("flux_train_network.py", *common, *given, "--output_dir", tmp_path / name)
         assert result.returncode == 0, result.stderr
     assert equal_files(tmp_path / "whole" / "last.safetensors", tmp_path / "rest" / "last.safetensors")
     tensors = load_file(tmp_path / "whole" / "last.safetensors")
     assert tensors["oft_unet_single_blocks_1_linear1.oft_blocks.3"].shape == (4, 64, 64)
     first = tmp_path / "half" / "last.safetensors"
     again = ["--network_weights", first, "--dim_from_weights", "--base_weights", first, "--max_train_steps", "1"]
-    result = launch("flux_train_network.py", *common, *again, "--output_dir", tmp_path / "again")
+    result = run_in_process("flux_train_network.py", *common, *again, "--output_dir", tmp_path / "again")
     assert result.returncode == 0, result.stderr
     assert load_file(tmp_path / "again" / "last.safetensors").keys() == tensors.keys()

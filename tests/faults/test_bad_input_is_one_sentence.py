@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from tests.running import launch, no_weights_are_read, run
+from tests.running import launch, no_weights_are_read, run_in_process
 
 
 def refused(*arguments: object, script: str = "flux_train_network.py") -> str:
     """Run the script, which must refuse before it reads a weight; returns its sentence."""
     with no_weights_are_read():
-        result = run(script, *arguments)
+        result = run_in_process(script, *arguments)
     assert result.returncode == 2, f"exit {result.returncode}: {result.stderr[-2000:]}"
     lines = result.stderr.split("error: ", 1)
     assert len(lines) == 2, result.stderr
@@ -222,10 +222,10 @@ def test_lora_that_matches_nothing(given, tmp_path):
 
 
 def test_state_of_another_run(given, tmp_path):
-    first = run("flux_train_network.py", *given, "--save_state")
+    first = run_in_process("flux_train_network.py", *given, "--save_state")
     assert first.returncode == 0, first.stderr[-2000:]
     other = ["--output_dir", tmp_path / "b", "--network_dim", "8", "--max_train_steps", "3"]
-    result = run("flux_train_network.py", *given, *other, "--resume", tmp_path / "out" / "last-state")
+    result = run_in_process("flux_train_network.py", *given, *other, "--resume", tmp_path / "out" / "last-state")
     assert result.returncode == 2 and "belongs to another run" in result.stderr
     assert list((tmp_path / "b").iterdir()) == []
 

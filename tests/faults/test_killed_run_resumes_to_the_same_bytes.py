@@ -8,7 +8,7 @@ import time
 import pytest
 from safetensors import safe_open
 
-from tests.running import ROOT, command, run
+from tests.running import ROOT, command, run_in_process
 
 TIMES = ("ss_training_finished_at", "modelspec.date")
 
@@ -77,7 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(script, arguments, tmp_path):
     assert not (broken / "lora.safetensors").exists()
 
     for given in ([*again, "--resume", state], [*arguments, "--output_dir", whole, "--logging_dir", whole / "log"]):
-        result = run(script, *given)
+        result = run_in_process(script, *given)
         assert result.returncode == 0, result.stderr[-3000:]
     metadata, tensors = contents(whole / "lora.safetensors")
     metadata_resumed, tensors_resumed = contents(broken / "lora.safetensors")

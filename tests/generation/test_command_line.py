@@ -6,7 +6,7 @@ import subprocess
 
 from PIL import Image
 
-from tests.running import ROOT, command, launch
+from tests.running import ROOT, command, run_in_process
 
 SCRIPT = "flux_minimal_inference.py"
 
@@ -15,7 +15,7 @@ def test_a_session_through_a_pipe(inference_command, lora, tmp_path):
     lines = ["赤い猫 --d 1 --w 32 --s 1", "a dog --d 2 --m 0.2", "a dog --d x", "a dog --cn none.png", "", "not drawn"]
     arguments = [*inference_command, "--interactive", "--output_dir", tmp_path, "--lora_weights", lora("one", 1)]
     result = subprocess.run(
-        command(SCRIPT, *arguments, accelerate=False),
+        command(SCRIPT, *arguments),
         input="\n".join(lines).encode("utf-8"),
         capture_output=True,
         cwd=ROOT,
@@ -38,9 +38,7 @@ def test_a_session_through_a_pipe(inference_command, lora, tmp_path):
 
 
 def test_a_mistake_is_one_sentence_and_nothing_is_drawn(inference_command, tiny_flux, tmp_path):
-    result = launch(
-        SCRIPT, *inference_command, "--ae", tiny_flux.t5xxl, "--output_dir", tmp_path / "out", accelerate=False
-    )
+    result = run_in_process(SCRIPT, *inference_command, "--ae", tiny_flux.t5xxl, "--output_dir", tmp_path / "out")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: --ae: ") and len(result.stderr.strip().splitlines()) == 1
     assert list((tmp_path / "out").iterdir()) == []
@@ -56,14 +54,12 @@ def test_a_trainings_configuration_file_gives_the_model_files(inference_command,
         if option in command_line:
             place = command_line.index(option)
             del command_line[place : place + 2]
-    done = launch(
-        SCRIPT, *command_line, "--config_file", config, "--output_dir", tmp_path / "out", "--seed", 1, accelerate=False
-    )
+    done = run_in_process(SCRIPT, *command_line, "--config_file", config, "--output_dir", tmp_path / "out", "--seed", 1)
     assert done.returncode == 0, done.stderr
     assert "no effect in this script: learning_rate, network_dim" in done.stderr
     (picture,) = (tmp_path / "out").glob("*.png")
     with Image.open(picture) as image:
         assert image.text["steps"] == "1"
     config.write_text("lerning_rate = 1e-4", encoding="utf-8")
-    done = launch(SCRIPT, *command_line, "--config_file", config, accelerate=False)
+    done = run_in_process(SCRIPT, *command_line, "--config_file", config)
     assert done.returncode == 2 and 'unknown key "lerning_rate"' in done.stderr

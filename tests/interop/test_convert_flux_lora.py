@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from library.errors import UserError
 from networks import lora_flux
 from networks.convert_flux_lora import main
 from tests.networks.lora_tool_files import assert_same, deltas, independent_hashes, metadata, ranks, run
-from tests.running import launch
+from tests.running import launch, run_in_process
 
 WIDTH, FEED_FORWARD, RANK = 16, 40, 4
 DOUBLE = "lora_unet_double_blocks_0"
@@ -249,10 +250,11 @@ def test_the_guides_name_for_the_script_runs(tmp_path):
     source = kohya_file(tmp_path / "kohya.safetensors")
     arguments = ("--src", "sd-scripts", "--dst", "ai-toolkit", "--src_path", source, "--dst_path")
     for script, name in (("convert_flux_lora.py", "a"), ("networks/convert_flux_lora.py", "b")):
-        done = launch(script, *arguments, tmp_path / f"{name}.safetensors", accelerate=False)
+        start = partial(launch, accelerate=False) if name == "a" else run_in_process
+        done = start(script, *arguments, tmp_path / f"{name}.safetensors")
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    done = launch("convert_flux_lora.py", *arguments[:4], accelerate=False)
+    done = run_in_process("networks/convert_flux_lora.py", *arguments[:4])
     assert done.returncode == 2 and "--src_path needs" in done.stderr
 
 
@@ -299,7 +301,7 @@ def test_a_trained_lora_draws_the_same_image_in_diffusers(flux_command, tiny_flu
     from tools.make_tiny_models import make_tiny_flux
 
     folder = make_tiny_flux(tmp_path / "diffusers", layout="diffusers").transformer
-    done = launch(
+    done = run_in_process(
         "flux_train_network.py",
         *(*flux_command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path, "--output_name", "lora"),
         *(
@@ -314,10 +316,9 @@ def test_a_trained_lora_draws_the_same_image_in_diffusers(flux_command, tiny_flu
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lora = tmp_path / "lora.safetensors"
-    done = launch(
+    done = run_in_process(
         "convert_flux_lora.py",
         *("--src", "sd-scripts", "--dst", "ai-toolkit", "--src_path", lora, "--dst_path", tmp_path / "ai.safetensors"),
-        accelerate=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     here, there = image_here(tiny_flux, lora), image_in_diffusers(folder, tmp_path / "ai.safetensors")

@@ -20,7 +20,7 @@ from networks.convert_flux_lora import main as convert
 from networks.flux_extract_lora import main as extract
 from networks.flux_merge_lora import main as merge
 from tests.networks.lora_tool_files import MEMORY_GROWTH, assert_same, deltas, metadata, ranks, run
-from tests.running import ROOT, launch
+from tests.running import ROOT, run_in_process
 from tools.convert_diffusers_to_flux import main as to_original
 from tools.make_tiny_models import make_tiny_chroma, make_tiny_flux
 
@@ -137,11 +137,10 @@ def test_extracting_at_full_rank_gives_the_merged_weights_back(kind, tiny_flux, 
     tuned, out, again = (tmp_path / f"{name}.safetensors" for name in ("tuned", "extracted", "again"))
     model = ["--flux_model", files.transformer]
     run(merge, "--models", lora, "--ratios", 1, *model, "--save_to", tuned)
-    done = launch(
+    done = run_in_process(
         "networks/flux_extract_lora.py",
         *("--model_org", files.transformer, "--model_tuned", tuned, "--save_to", out, "--dim", 1000),
         *("--clamp_quantile", 1),
-        accelerate=False,
     )
     assert done.returncode == 0, done.stderr
     run(merge, "--models", out, "--ratios", 1, *model, "--save_to", again)

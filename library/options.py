@@ -8,11 +8,11 @@ has a default and a one-sentence docstring. A script combines groups in one data
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
+import functools
 import inspect
-import io
 import itertools
+import math
 import sys
 import textwrap
 import types
@@ -76,7 +76,7 @@ def parse_steps_or_ratio(value: str | int | float) -> int | float:
             )
     except ValueError:
         raise ValueError(f"{value!r} is neither a number of steps nor a ratio") from None
-    if isinstance(value, bool) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"{value!r} is neither a number of steps nor a ratio")
     if isinstance(value, float) and value >= 1:
         if not value.is_integer():
@@ -107,9 +107,9 @@ class ConfigOptions:
     """Configuration files"""
 
     config_file: str | None = None
-    """TOML file with option values; sections are flattened and the command line wins over it."""
+    """TOML file with option values; sections are flattened and the command line overrides it."""
     output_config: bool = False
-    """Write the options that differ from their defaults to --config_file and end."""
+    """Write the options that differ from their defaults to --config_file, then exit."""
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,14 @@ def parse_options(
     known = declared_options(options_class)
     if not {"-h", "--help"} & set(arguments):
         _refuse_unknown_options(arguments, known)
-    defaults = options_class()
+    options = options_class()
     config_path = _config_file_argument(arguments)
     if config_path is not None and "output_config" not in map(_named_option, arguments):
         for name, value in read_config_file(config_path, known, other_keys).items():
-            setattr(getattr(defaults, known[name].group), name, value)
-    options = _parse_command_line(options_class, defaults, description, arguments)
+            setattr(getattr(options, known[name].group), name, value)
+    if {"-h", "--help"} & set(arguments):
+        _show_help(options_class, options, description)
+    _take_command_line(options, arguments, known)
     if any(o.name == "output_config" and option_value(options, o) for o in known.values()):
         output_config(options, config_path)
         sys.exit(0)
@@ -237,30 +239,23 @@ def _with_toml_suffix(path: str) -> Path:
     return Path(path if path.endswith(".toml") else path + ".toml")
 
 
-def _parse_command_line(
-    options_class: type[Options], defaults: Options, description: str, arguments: Sequence[str]
-) -> Options:
-    """tyro reads the command line; what it prints about a mistake is folded into one sentence."""
-    complaint = io.StringIO()
-    with contextlib.redirect_stderr(complaint):
-        try:
-            return tyro.cli(
-                options_class,
-                args=arguments,
-                default=defaults,
-                description=description,
-                use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-        except SystemExit as exit_:
-            if exit_.code in (0, None):
-                raise
-    _refuse_wrong_values(arguments, declared_options(options_class))
-    raise UserError(_one_sentence(complaint.getvalue()))
+def _show_help(options_class: type[Options], defaults: Options, description: str) -> None:
+    """Print every option by group and end the process."""
+    tyro.cli(
+        options_class,
+        args=["--help"],
+        default=defaults,
+        description=description,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
-def _refuse_wrong_values(arguments: Sequence[str], known: dict[str, Option]) -> None:
-    """Name the first value on the command line that its option's type refuses."""
+def _take_command_line(options: Any, arguments: Sequence[str], known: dict[str, Option]) -> None:
+    """Set the values of a command line in ``options``; of an option that is given twice the last one counts.
+
+    Raises UserError for the first value that its option's type refuses.
+    """
     given: list[tuple[str, list[str]]] = []
     for argument in arguments:
         if argument.startswith("--"):
@@ -271,20 +266,24 @@ def _refuse_wrong_values(arguments: Sequence[str], known: dict[str, Option]) -> 
         else:
             raise UserError(f'"{argument}" belongs to no option; options begin with "--".')
     for name, values in given:
-        kinds = _plain_types(known[name].type) if name in known else {bool}
-        if bool in kinds:
-            if values:
-                raise UserError(f'--{name} is a switch and takes no value, but "{values[0]}" follows it.')
-        elif list not in kinds and len(values) != 1:
-            raise UserError(f"--{name} takes one value, {describe_type(known[name].type)}; {len(values)} given.")
-        elif values != ["None"]:
-            _checked(values if list in kinds else values[0], known[name])
+        option = known[name] if name in known else known[name.removeprefix("no_")]
+        setattr(getattr(options, option.group), option.name, _given_value(name, values, option))
 
 
-def _one_sentence(box: str) -> str:
-    lines = [line.strip("│╭╰╮╯─ \n") for line in box.splitlines()]
-    lines = [line for line in lines if line and "full helptext" not in line and not line.startswith("Parsing error")]
-    return " ".join(lines) or "The command line could not be read; see --help."
+def _given_value(name: str, values: list[str], option: Option) -> Any:
+    """The value of ``--name values...``; the word ``None`` unsets an option that may be unset."""
+    kinds = _plain_types(option.type)
+    if bool in kinds:
+        if values:
+            raise UserError(f'--{name} is a switch and takes no value, but "{values[0]}" follows it.')
+        return name == option.name
+    if values == ["None"] and type(None) in get_args(option.type):
+        return None
+    if list in kinds:
+        return _checked(values, option)
+    if len(values) != 1:
+        raise UserError(f"--{name} takes one value, {describe_type(option.type)}; {len(values)} given.")
+    return _checked(values[0], option)
 
 
 def read_config_file(
@@ -338,12 +337,36 @@ def _checked(value: Any, option: Option, path: Path | None = None) -> Any:
         value = ",".join(map(str, value))
     elif list in kinds and not isinstance(value, list):
         value = [value]
+    elif Literal in kinds and isinstance(value, str):
+        value = next((choice for choice in _choices(option.type) if str(choice) == value), value)
     if isinstance(value, bool) and bool not in kinds:
         raise UserError(f"{place} must be {describe_type(option.type)}, not {str(value).lower()}.")
     try:
-        return pydantic.TypeAdapter(option.type).validate_python(value)
-    except pydantic.ValidationError:
-        raise UserError(f"{place} must be {describe_type(option.type)}, not {value!r}.") from None
+        return _validator(option.type).validate_python(value)
+    except pydantic.ValidationError as error:
+        found = error.errors()[0]
+        if found["type"] == "finite_number":
+            raise UserError(f"{place} must be a finite number, not {found['input']}.") from None
+        raise UserError(f"{place} must be {describe_type(option.type)}, not {_shown(value)}.") from None
+
+
+@functools.cache
+def _validator(kind: Any) -> pydantic.TypeAdapter[Any]:
+    """Checks values of a type; floats are finite."""
+    return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(allow_inf_nan=False))
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The values of ``Literal[...]`` or ``Literal[...] | None``."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(itertools.chain.from_iterable(map(_choices, get_args(kind))))
+
+
+def _shown(value: Any, length: int = 80) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _plain_types(kind: Any) -> set[Any]:

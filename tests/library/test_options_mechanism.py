@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +34,8 @@ class ExampleOptions:
     """Flag."""
     kind: Literal["l2", "huber"] = "l2"
     """Kind."""
+    side: Literal[75, 225] | None = None
+    """Side."""
     settings: list[str] | None = None
     """Settings."""
     rates: list[float] | None = None
@@ -72,6 +76,38 @@ def test_values_are_read_with_and_without_equals_sign():
     assert (options.example.rank, options.example.rate, options.example.flag) == (4, 1e-4, True)
     assert options.example.settings == ["a=1", "b=[2,3]"]
     assert options.saving.output_dir == "x y"
+
+
+def test_whole_numbers_none_choices_and_repeated_options_are_read_as_meant():
+    assert parse("--rank", "8.0").example.rank == 8
+    assert parse("--rank", "8", "--rank", "None").example.rank is None
+    assert parse("--settings", "None").example.settings is None
+    assert parse("--settings").example.settings == []
+    assert parse("--settings", "a", "--rank", "2", "--settings", "b", "c").example.settings == ["b", "c"]
+    assert parse("--side", "225").example.side == 225
+    assert parse("--flag", "--no-flag").example.flag is False
+
+
+def test_a_byte_order_mark_in_a_configuration_file_is_no_key(tmp_path):
+    assert with_file(tmp_path, "\ufeffrank = 3").example.rank == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_as_configuration_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match="is not a regular file"):
+        parse("--config_file", str(tmp_path / "pipe.toml"))
+
+
+def test_reading_a_second_command_line_of_the_same_options_takes_no_time():
+    from flux_train_network import FluxTrainingOptions
+
+    arguments = ["--network_dim", "4", "--learning_rate", "1e-4", "--sdpa"]
+    parse_options(FluxTrainingOptions, "test", arguments)
+    begin = time.process_time()
+    for _ in range(10):
+        parse_options(FluxTrainingOptions, "test", arguments)
+    assert time.process_time() - begin < 0.2  # building a parser for these options takes 0.1 s
 
 
 def test_command_line_wins_over_file_wins_over_default(tmp_path):
@@ -117,6 +153,13 @@ def test_keys_of_front_ends_are_named_and_have_no_effect(tmp_path, capsys):
         ("rank = true", '"rank" must be a whole number, not true.'),
         ('kind = "l3"', '"kind" must be one of l2, huber'),
         ("rank = \n", "not valid TOML"),
+        ("rate = nan", '"rate" must be a finite number, not nan.'),
+        ("rate = -inf", '"rate" must be a finite number, not -inf.'),
+        ("rates = [1.0, inf]", '"rates" must be a finite number, not inf.'),
+        ("warmup = nan", '"warmup" must be a number of steps, or a ratio below 1, not nan.'),
+        ("rate = {a = 1}", '"rate" must be a number, not {'),
+        ("rank = " + "1" * 5000, "an integer has too many digits"),
+        ("rank = " + "[" * 10_000, "nested too deeply"),
         ("warmup = 1.5", "a number of steps, or a ratio below 1"),
     ],
 )
@@ -142,6 +185,13 @@ def test_toml_syntax_error_names_the_line(tmp_path):
         (["--flag", "true"], '--flag is a switch and takes no value, but "true" follows it.'),
         (["stray"], '"stray" belongs to no option; options begin with "--".'),
         (["--warmup", "1.5"], "--warmup must be a number of steps, or a ratio below 1, not '1.5'."),
+        (["--rate", "inf"], "--rate must be a finite number, not inf."),
+        (["--rate=1e999"], "--rate must be a finite number, not 1e999."),
+        (["--rates", "0.1", "nan"], "--rates must be a finite number, not nan."),
+        (["--warmup", "nan%"], "--warmup must be a number of steps, or a ratio below 1, not 'nan%'."),
+        (["--warmup", "1e999"], "--warmup must be a number of steps, or a ratio below 1, not '1e999'."),
+        (["--rank", "7" * 5000], f"--rank must be a whole number, not '{'7' * 79}...."),
+        (["--kind", "None"], "--kind must be one of l2, huber, not 'None'."),
         (["--config_file"], "--config_file needs the path of a TOML file."),
         (["--config_file", "missing.toml"], "missing.toml: there is no such file."),
     ],

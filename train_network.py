@@ -7,8 +7,9 @@ Diffusion's own such subclass stands below it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from library.console import messages_above_progress, run_script, say, set_up_console, warn
@@ -22,6 +23,7 @@ from library.prompt_options import PromptOptions
 from library.randomness import seed_global_torch
 from library.training import validation
 from library.training.distribution import average_gradients, mean_over_processes
+from library.training.finiteness import gradient_norm
 from library.training.interruption import Interruption
 from library.training.objective.losses import batch_loss
 from library.training.objective.noise_options import NEEDS, check_stable_diffusion_noise_options
@@ -71,7 +73,7 @@ class NetworkTrainer(RunOutputs):
             self.resume()
         self.start_tracking()
         with self.report:
-            with Interruption() as interruption, self.batch_loader() as self.loader:
+            with Interruption() as interruption, self.batch_loader() as self.loader, self.saving_on_error():
                 self.look_before_training()
                 self.run_epochs(interruption)
             self.finish()
@@ -99,6 +101,7 @@ class NetworkTrainer(RunOutputs):
         epoch = self.position.epoch
         self.network.train()
         self.network.on_epoch_start(self.text_encoders, self.transformer)
+        self.watch.begin()
         for index, batch in self.epoch_batches(epoch, self.position.batch):
             loss = self.train_batch(epoch, index, batch)
             self.position.batch = index + 1
@@ -106,6 +109,8 @@ class NetworkTrainer(RunOutputs):
                 self.update()
             self.log_batch(index, loss)
             if self.plan.ends_step(index):
+                self.resumable = replace(self.position)
+                self.watch.begin()
                 self.after_step(interruption)
             if self.position.step >= self.plan.max_steps or self.interrupted:
                 break
@@ -143,20 +148,37 @@ class NetworkTrainer(RunOutputs):
         draws = ItemDraws(self.seed, epoch, batch.item_ids)
         losses = self.item_losses(batch, draws)
         loss = batch_loss(losses, batch.loss_weights, batch.group_size, self.accelerator.num_processes)
+        self.watch.add(batch.image_keys)
+        if self.fused is not None:  # its updates happen during the backward pass
+            self.require_finite_loss(loss.item())
+            self.resumable = None
         self.accelerator.backward(loss / self.plan.batches_in_step(index))
         self.images_trained += batch.group_size
-        return mean_over_processes(loss.item(), self.accelerator)
+        mean = mean_over_processes(loss.item(), self.accelerator)
+        self.require_finite_loss(mean)
+        return mean
+
+    def require_finite_loss(self, loss: float) -> None:
+        """Raises UserError for a loss that must not be learned from."""
+        first = self.position.step == self.first_step
+        self.watch.require(math.isfinite(loss), f"the loss is {loss}", self.position.step + 1, first)
 
     def update(self) -> None:
         """One optimizer step with the gradients of all micro-batches and processes."""
         import torch
 
-        if self.fused is None:
+        first, step = self.position.step == self.first_step, self.position.step + 1
+        if self.fused is not None:
+            self.watch.require(self.fused.was_finite(), "a gradient is not finite", step, first)
+        else:
             average_gradients(self.parameters, self.accelerator)
             self.accelerator.unscale_gradients(self.optimizer)
             limit = self.options.optimizer.max_grad_norm
-            if limit > 0:
-                torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+            clipped = torch.nn.utils.clip_grad_norm_(self.parameters, limit) if limit > 0 else None
+            if self.accelerator.scaler is None:  # a scaler passes over steps whose scaled gradients overflow
+                norm = float(gradient_norm(self.parameters) if clipped is None else clipped)
+                self.watch.require(math.isfinite(norm), f"the gradients' norm is {norm}", step, first)
+            self.resumable = None
             for name in ("update_grad_norms", "update_norms"):
                 if hasattr(self.network, name):
                     getattr(self.network, name)()
@@ -185,7 +207,7 @@ class NetworkTrainer(RunOutputs):
         return learning_rate_scalars(self.optimizer, self.scheduler, self.group_names, unet_only)
 
     def after_step(self, interruption: Interruption) -> None:
-        """What is due after an optimizer step: samples, files, validation, and a wish to end."""
+        """What is due after an optimizer step: files, then samples and validation, and a wish to end."""
         step = self.position.step
         self.interrupted = interruption.wished(self.accelerator) and step < self.plan.max_steps
         due_samples = self.samples.due_after_step(step)
@@ -193,17 +215,16 @@ class NetworkTrainer(RunOutputs):
         due_validation = self.validation_group is not None and validation.due_after_step(self.options.validation, step)
         if not (due_samples or due_file or due_validation):
             return
-        with self.evaluating():
-            if due_samples:
-                self.draw_samples(step, None)
-            if due_file:
-                self.save_model(self.output.step_file(step), self.position.epoch)
-            if due_validation:
-                self.validate("step", step)
         if due_file:
-            if self.options.saving.save_state:
-                self.save_state(self.output.step_state(step))
+            state = self.output.step_state(step) if self.options.saving.save_state else None
+            self.save_due(self.output.step_file(step), state, self.position.epoch)
             self.output.remove_old_step(step)
+        if due_samples or due_validation:
+            with self.evaluating(exact=due_file):
+                if due_samples:
+                    self.draw_samples(step, None)
+                if due_validation:
+                    self.validate("step", step)
         if self.interrupted:
             self.ended_by = interruption.reason or "asked by another process"
             say(f"ended at step {step}: {self.ended_by}")
@@ -212,10 +233,12 @@ class NetworkTrainer(RunOutputs):
             self.report.write()
 
     def after_epoch(self, epoch: int) -> None:
-        """What is due at the end of an epoch (or of the run inside one): validation, files, samples."""
+        """What is due at the end of an epoch (or of the run inside one): files, then validation and samples."""
         number = epoch + 1
         if self.position.batch >= self.plan.batches_per_epoch:
             self.position = Position(number, 0, self.position.step)
+            if self.resumable is not None:
+                self.resumable = replace(self.position)
         average = {"loss/epoch_average": self.record.average}
         self.report.add_epoch_average(self.position.step, self.record.average)
         self.tracker.log(average, number, epoch=number, global_step=self.position.step)
@@ -226,17 +249,16 @@ class NetworkTrainer(RunOutputs):
         due_samples = self.samples.due_after_epoch(number)
         if not (due_validation or due_file or due_samples):
             return
-        with self.evaluating():
-            if due_validation:
-                self.validate("epoch", number)
-            if due_file:
-                self.save_model(self.output.epoch_file(number), number)
-            if due_samples:
-                self.draw_samples(self.position.step, number)
         if due_file:
-            if self.options.saving.save_state:
-                self.save_state(self.output.epoch_state(number))
+            state = self.output.epoch_state(number) if self.options.saving.save_state else None
+            self.save_due(self.output.epoch_file(number), state, number)
             self.output.remove_old_epoch(number)
+        if due_samples or due_validation:
+            with self.evaluating(exact=due_file):
+                if due_validation:
+                    self.validate("epoch", number)
+                if due_samples:
+                    self.draw_samples(self.position.step, number)
         self.report.write()
 
     @timed("validation")

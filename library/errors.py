@@ -14,6 +14,14 @@ class UserError(Exception):
     """
 
 
+def in_one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; its kind stands before it unless it is a UserError."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text.removesuffix(".")
+    return f"{type(error).__name__}: {text[:300]}".removesuffix(".").removesuffix(": ")
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that looks most like ``name``, or None when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -7,6 +7,7 @@ first ``" --"``, so that the prompt's own words are never taken for options. For
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,20 @@ def prompt_options(values: Mapping[str, Any]) -> PromptOptions:
     options = PromptOptions(**values)
     steps = options.sample_steps
     return options if steps is None else dataclasses.replace(options, sample_steps=min(max(steps, 1), 1000))
+
+
+def check_prompt_values(prompt: PromptOptions, place: str = "") -> None:
+    """Raises UserError, beginning with ``place``, for values that no image can have."""
+    for name, option in (("width", "width"), ("height", "height"), ("sample_steps", "steps")):
+        value = getattr(prompt, name)
+        if value is not None and value < 1:
+            raise UserError(f"{place}--{option} must be at least 1, not {value}.")
+    if prompt.seed is not None and not -(2**63) <= prompt.seed < 2**64:
+        raise UserError(f"{place}the seed {prompt.seed} does not fit into 64 bits.")
+    for name in ("scale", "guidance_scale", "cfg_trunc_ratio", "renorm_cfg", "flow_shift"):
+        value = getattr(prompt, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{place}{name} must be a finite number, not {value}.")
 
 
 def _value(value: Any, kind: type, place: str) -> Any:

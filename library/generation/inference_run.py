@@ -19,9 +19,9 @@ from library.generation.image_files import ImageRecord, UsedLora, lora_hash, sav
 from library.generation.lora_files import LoraFile, check_not_merged, parse_lora_files, parse_multipliers
 from library.generation.part_dtypes import PartDtype
 from library.generation.parts import Parts, computing_in
-from library.generation.prompts import check_sources, negative_of, read_prompts, require_numbers, with_seed
+from library.generation.prompts import check_sources, negative_of, read_prompts, with_seed
 from library.generation.session import Session, SessionGrammar
-from library.prompt_options import PromptOptions
+from library.prompt_options import PromptOptions, check_prompt_values
 from library.safetensors_io import legacy_hash
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class InferenceRun(ABC):
         self.pipeline = self.open_pipeline()
         self.require_readable_dtypes()
         self.defaults = self.default_prompt()
-        require_numbers(self.defaults)
+        check_prompt_values(self.defaults)
         self.file_prompts = read_prompts(options.sources, self.defaults)
         for number, prompt in enumerate(self.file_prompts, 1):
             file = options.sources.from_file
@@ -126,7 +126,7 @@ class InferenceRun(ABC):
 
     def check_prompt(self, prompt: PromptOptions, place: str = "") -> None:
         """Raises UserError, beginning with ``place``, for a prompt that cannot be drawn."""
-        require_numbers(prompt, place)
+        check_prompt_values(prompt, place)
 
     def say_what_has_no_effect(self) -> None:
         """One line for each reason why given options change nothing."""

@@ -54,13 +54,3 @@ def negative_of(prompt: PromptOptions) -> str | None:
 def with_seed(prompt: PromptOptions) -> PromptOptions:
     """``prompt`` with a seed: its own, or one of 32 bits that nobody knew before."""
     return prompt if prompt.seed is not None else dataclasses.replace(prompt, seed=secrets.randbits(32))
-
-
-def require_numbers(prompt: PromptOptions, place: str = "") -> None:
-    """Raises UserError for sides, steps and seeds that no image has."""
-    for name, option in (("width", "width"), ("height", "height"), ("sample_steps", "steps")):
-        value = getattr(prompt, name)
-        if value is not None and value < 1:
-            raise UserError(f"{place}--{option} must be at least 1, not {value}.")
-    if prompt.seed is not None and not -(2**63) <= prompt.seed < 2**64:
-        raise UserError(f"{place}the seed {prompt.seed} does not fit into 64 bits.")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import say, warn
-from library.errors import UserError
+from library.errors import UserError, in_one_line
 from library.files import require_writable_folder
 from library.options import SECRETS
 from library.text_files import read_toml
@@ -113,6 +114,7 @@ class Tracker:
     def __init__(self, options: LoggingOptions, run_options: Mapping[str, Any], is_main: bool = True) -> None:
         self._tensorboard: _EventFile | None = None
         self._wandb: Any = None
+        self._warned = False
         targets = logging_targets(options) if is_main else []
         self.active = bool(targets)
         if not targets:
@@ -139,22 +141,37 @@ class Tracker:
         if self._tensorboard is not None:
             self._tensorboard.add_scalars(values, x)
         if self._wandb is not None:
-            self._wandb.log({**values, "global_step": x if global_step is None else global_step, "epoch": epoch})
+            with self._without_risk():
+                steps = x if global_step is None else global_step
+                self._wandb.log({**values, "global_step": steps, "epoch": epoch})
 
     def log_image(self, index: int, prompt: Any, image: Any) -> None:
         """Show a sample image (PIL) in W&B as ``sample_{index}``, with its prompt."""
-        if self._wandb is not None:
+        if self._wandb is None:
+            return
+        with self._without_risk():
             import wandb
 
             caption = getattr(prompt, "prompt", None) or str(prompt)
             self._wandb.log({f"sample_{index}": wandb.Image(image, caption=caption)}, commit=False)
+
+    @contextlib.contextmanager
+    def _without_risk(self) -> Iterator[None]:
+        """Around calls of W&B: what fails there becomes a warning, given once."""
+        try:
+            yield
+        except Exception as error:
+            if not self._warned:
+                warn(f"logging to W&B failed: {in_one_line(error)}. The training goes on.")
+                self._warned = True
 
     def finish(self) -> None:
         """Close the files and end the W&B run."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._without_risk():
+                self._wandb.finish()
 
 
 def _start_wandb(options: LoggingOptions, project: str, config: dict[str, Any], folder: Path | None) -> Any:
@@ -226,7 +243,8 @@ class _EventFile:
     def close(self) -> None:
         """Close the file."""
         if not self._failed:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # every record is on its way already
+                self._writer.close()
 
 
 # --- which scalars ----------------------------------------------------------------------------------------------------

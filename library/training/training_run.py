@@ -28,6 +28,7 @@ from library.options import changed_options, declared_options, option_value
 from library.prompt_options import PromptOptions
 from library.randomness import seed_global_torch
 from library.training.distribution import in_turn, make_accelerator
+from library.training.finiteness import StepWatch
 from library.training.loss_record import LossRecord
 from library.training.network.contract import (
     check_network_options,
@@ -110,6 +111,9 @@ class TrainingRun(ABC):
         """What ended the run before its last step."""
         self.first_step = 0
         """Steps that were done before this process began to train."""
+        self.resumable: Position | None = None
+        """The end of the last step, as long as network and optimizer stand there."""
+        self.watch = StepWatch()
         self.clock = RunClock()
         self.images_trained = 0
         """By all processes of this run, repeats counted."""

@@ -313,6 +313,11 @@ def is_schedule_free(options: OptimizerOptions) -> bool:
     return optimizer_name(options).lower().endswith("schedulefree")
 
 
+def has_eval_mode(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights have averaged values besides those that are trained."""
+    return callable(getattr(optimizer, "eval", None))
+
+
 def set_train_mode(optimizer: torch.optim.Optimizer) -> None:
     """Give the weights their training values; nothing happens for optimizers without modes."""
     _switch(optimizer, "train")
@@ -345,6 +350,7 @@ class FusedBackward:
     def __init__(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.max_grad_norm = max_grad_norm
+        self._finite: torch.Tensor | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(lambda parameter, index=index: self._step(parameter, index))
             for index, group in enumerate(self.optimizer.param_groups)
@@ -359,14 +365,25 @@ class FusedBackward:
     def _clip_and_step(self, parameter: torch.Tensor, group_index: int) -> None:
         import torch
 
+        assert parameter.grad is not None
         if self.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_([parameter], self.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_([parameter], self.max_grad_norm)
+        else:
+            norm = torch.linalg.vector_norm(parameter.grad)
+        finite = norm.isfinite()
+        parameter.grad = torch.where(finite, parameter.grad, 0)  # no NaN reaches a weight, and no step waits for it
+        self._finite = finite if self._finite is None else self._finite & finite
         groups = self.optimizer.param_groups  # looked up now: loading a state replaces the groups
         self.optimizer.param_groups = [{**groups[group_index], "params": [parameter]}]
         try:
             self.optimizer.step()
         finally:
             self.optimizer.param_groups = groups
+
+    def was_finite(self) -> bool:
+        """Whether every gradient since the last call was; the steps of those that were not left their weights alone."""
+        finite, self._finite = self._finite, None
+        return finite is None or bool(finite)
 
     def remove(self) -> None:
         """Return to ordinary steps."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.console import say
-from library.errors import UserError
+from library.console import say, warn
+from library.errors import UserError, in_one_line
 from library.files import writing
-from library.prompt_options import PromptOptions, read_prompt_file
+from library.prompt_options import PromptOptions, check_prompt_values, read_prompt_file
 
 
 @dataclass
@@ -35,7 +35,11 @@ class Samples:
     """The sample images of a run."""
 
     def __init__(self, options: SampleOptions, output_dir: str | None, output_name: str | None) -> None:
-        """Reads the prompt file. Raises UserError when it cannot be read, or when samples are due without one."""
+        """Reads the prompt file.
+
+        Raises UserError when it cannot be read, when a prompt holds values that no image can have, or when samples are
+        due without a file.
+        """
         self.options = options
         self.folder = Path(output_dir or ".") / "sample"
         self.prefix = f"{output_name}_" if output_name else ""
@@ -49,6 +53,8 @@ class Samples:
                 "Sample images are asked for but --sample_prompts is missing; name a .txt, .toml or .json file."
             )
         self.prompts: list[PromptOptions] = read_prompt_file(Path(options.sample_prompts)) if wanted else []  # type: ignore[arg-type]
+        for number, prompt in enumerate(self.prompts, 1):
+            check_prompt_values(prompt, f"{options.sample_prompts}, prompt {number}: ")
         if wanted and not self.prompts:
             say(f"{options.sample_prompts} holds no prompts: no sample images are drawn.")
 
@@ -74,6 +80,8 @@ class Samples:
 
     def images(self, step: int, epoch: int | None) -> dict[int, Path]:
         """The newest image file of each prompt's index that was drawn at this moment, by any process."""
+        if not self.folder.is_dir():
+            return {}
         moment = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
         name = re.compile(re.escape(f"{self.prefix}{moment}_") + r"(\d{2,})_(\d{14})(_-?\d+)?\.png")
         found: dict[int, tuple[str, Path]] = {}
@@ -95,15 +103,19 @@ class Samples:
     ) -> None:
         """Draw every prompt of this process (dealt round robin) and write the images.
 
-        ``generate(index, prompt)`` returns a PIL image.
+        ``generate(index, prompt)`` returns a PIL image. Whatever fails is named in a warning.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
+        start, drawn = time.perf_counter(), 0
         mine = [(i, p) for i, p in enumerate(self.prompts) if i % num_processes == process_index]
         for index, prompt in mine:
-            image = generate(index, prompt)
-            with writing(self.folder / self.file_name(index, prompt, step, epoch)) as file:
-                image.save(file, format="PNG")
-            if log_image is not None:
-                log_image(index, prompt, image)
-        say(f"step {step}: {len(mine)} sample images in {time.perf_counter() - start:.1f} s")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                image = generate(index, prompt)
+                with writing(self.folder / self.file_name(index, prompt, step, epoch)) as file:
+                    image.save(file, format="PNG")
+                if log_image is not None:
+                    log_image(index, prompt, image)
+                drawn += 1
+            except Exception as error:  # nothing about an image may cost anyone a training
+                warn(f"step {step}: sample image {index + 1} failed: {in_one_line(error)}. The training goes on.")
+        say(f"step {step}: {drawn} sample images in {time.perf_counter() - start:.1f} s")

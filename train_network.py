@@ -101,7 +101,7 @@ class NetworkTrainer(RunOutputs):
         epoch = self.position.epoch
         self.network.train()
         self.network.on_epoch_start(self.text_encoders, self.transformer)
-        self.watch.begin()
+        self.step_watch.begin()
         for index, batch in self.epoch_batches(epoch, self.position.batch):
             loss = self.train_batch(epoch, index, batch)
             self.position.batch = index + 1
@@ -110,7 +110,7 @@ class NetworkTrainer(RunOutputs):
             self.log_batch(index, loss)
             if self.plan.ends_step(index):
                 self.resumable = replace(self.position)
-                self.watch.begin()
+                self.step_watch.begin()
                 self.after_step(interruption)
             if self.position.step >= self.plan.max_steps or self.interrupted:
                 break
@@ -148,7 +148,7 @@ class NetworkTrainer(RunOutputs):
         draws = ItemDraws(self.seed, epoch, batch.item_ids)
         losses = self.item_losses(batch, draws)
         loss = batch_loss(losses, batch.loss_weights, batch.group_size, self.accelerator.num_processes)
-        self.watch.add(batch.image_keys)
+        self.step_watch.add(batch.image_keys)
         if self.fused is not None:  # its updates happen during the backward pass
             self.require_finite_loss(loss.item())
             self.resumable = None
@@ -161,7 +161,7 @@ class NetworkTrainer(RunOutputs):
     def require_finite_loss(self, loss: float) -> None:
         """Raises UserError for a loss that must not be learned from."""
         first = self.position.step == self.first_step
-        self.watch.require(math.isfinite(loss), f"the loss is {loss}", self.position.step + 1, first)
+        self.step_watch.require(math.isfinite(loss), f"the loss is {loss}", self.position.step + 1, first)
 
     def update(self) -> None:
         """One optimizer step with the gradients of all micro-batches and processes."""
@@ -169,7 +169,7 @@ class NetworkTrainer(RunOutputs):
 
         first, step = self.position.step == self.first_step, self.position.step + 1
         if self.fused is not None:
-            self.watch.require(self.fused.was_finite(), "a gradient is not finite", step, first)
+            self.step_watch.require(self.fused.was_finite(), "a gradient is not finite", step, first)
         else:
             average_gradients(self.parameters, self.accelerator)
             self.accelerator.unscale_gradients(self.optimizer)
@@ -177,7 +177,7 @@ class NetworkTrainer(RunOutputs):
             clipped = torch.nn.utils.clip_grad_norm_(self.parameters, limit) if limit > 0 else None
             if self.accelerator.scaler is None:  # a scaler passes over steps whose scaled gradients overflow
                 norm = float(gradient_norm(self.parameters) if clipped is None else clipped)
-                self.watch.require(math.isfinite(norm), f"the gradients' norm is {norm}", step, first)
+                self.step_watch.require(math.isfinite(norm), f"the gradients' norm is {norm}", step, first)
             self.resumable = None
             for name in ("update_grad_norms", "update_norms"):
                 if hasattr(self.network, name):

@@ -113,7 +113,7 @@ class TrainingRun(ABC):
         """Steps that were done before this process began to train."""
         self.resumable: Position | None = None
         """The end of the last step, as long as network and optimizer stand there."""
-        self.watch = StepWatch()
+        self.step_watch = StepWatch()
         self.clock = RunClock()
         self.images_trained = 0
         """By all processes of this run, repeats counted."""

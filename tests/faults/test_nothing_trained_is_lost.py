@@ -105,9 +105,7 @@ def test_samples_after_a_state_leave_no_trace_in_a_schedule_free_run(train, prom
         ("a circle --l nan", "scale must be a finite number"),
     ],
 )
-def test_a_prompt_that_cannot_be_drawn_is_named_before_anything_is_loaded(
-    train, prompts, capsys, line, problem
-):
+def test_a_prompt_that_cannot_be_drawn_is_named_before_anything_is_loaded(train, prompts, capsys, line, problem):
     prompts.write_text(f"a cat\n{line}\n", encoding="utf-8")
     assert train("--sample_prompts", prompts, "--sample_every_n_epochs", 1, "--max_train_steps", 1) == 2
     said = capsys.readouterr().err.splitlines()

@@ -7,6 +7,7 @@ random comes from the ``random.Random`` that is passed in.
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 from collections.abc import Collection
@@ -159,37 +160,47 @@ def _replace_secondary_separator(caption: str, rules: CaptionRules) -> str:
 def caption_file_names(stem: str, extension: str) -> list[str]:
     """Names that the caption file of an image may have; the second one ignores a face-detection suffix."""
     names = [stem + extension]
-    parts = stem.split("_")
-    if len(parts) >= 5:
-        names.append("_".join(parts[:-4]) + extension)
+    if stem.count("_") >= 4:
+        names.append(stem.rsplit("_", 4)[0] + extension)
     return names
 
 
-def find_caption_file(image: Path, extension: str, names_in_folder: Collection[str]) -> Path | None:
-    """The caption file of ``image``, or None. ``names_in_folder`` is the folder's listing."""
-    for name in caption_file_names(image.stem, extension):
-        if name in names_in_folder:
-            return image.with_name(name)
+def find_caption_file(image: Path, extension: str, names_in_folder: Collection[str]) -> str | None:
+    """The path of the caption file of ``image``, or None. ``names_in_folder`` is the folder's listing."""
+    folder, name = os.path.split(image)
+    for candidate in caption_file_names(os.path.splitext(name)[0], extension):
+        if candidate in names_in_folder:
+            return os.path.join(folder, candidate)
     return None
 
 
-def read_caption(path: Path, *, enable_wildcard: bool) -> str:
+@dataclass(frozen=True, slots=True)
+class CaptionFile:
+    """The caption that a file gives, and what else stands in it."""
+
+    caption: str
+    unused_lines: int = 0
+    """Lines after the first that are not blank and of which no use is made."""
+
+
+def read_caption(path: str | Path, *, enable_wildcard: bool) -> CaptionFile:
     """The first line of a caption file, stripped; with wildcards all lines that are not blank.
 
     Raises UserError for an empty file and for text that is not UTF-8.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, "rb", buffering=0) as file:
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the caption is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the caption file ({error.strerror}).") from None
-    lines = text.split("\n") if text else []
-    if not lines:
+    if not text:
         raise UserError(f"{path}: the caption file is empty; write a caption in it or delete it.")
+    first, *rest = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if enable_wildcard:
-        return "\n".join(line.strip() for line in lines if line.strip())
-    return lines[0].strip()
+        return CaptionFile("\n".join(line.strip() for line in (first, *rest) if line.strip()))
+    return CaptionFile(first.strip(), sum(1 for line in rest if line.strip()))
 
 
 def count_tags(captions: Collection[str]) -> dict[str, int]:

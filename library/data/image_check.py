@@ -1,20 +1,25 @@
 """A quick look at image files before anything heavy: their sizes, whether they are whole, what is worth telling.
 
-Only headers and ends of PNG, JPEG, WebP and BMP files are read; other formats are opened by Pillow. Pixels are decoded
-only where a file seems to be damaged, and then Pillow's word counts.
+Of JPEG, WebP and BMP files only headers and ends are read; the chunks of PNG files have checksums, which are verified;
+other formats are opened by Pillow. Pixels are decoded only where a file seems to be damaged, and then Pillow's word
+counts.
 """
 
 from __future__ import annotations
 
 import enum
+import io
+import os
 import struct
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from library.data.images import open_image, reason
+from library.data.images import NAMES_SHOWN, first_names, open_image, reason
+from library.data.threads import in_threads
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,12 +27,14 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
-THREADS = 16
-FILES_PER_TASK = 64
 PROBLEMS_SHOWN = 20
-NAMES_SHOWN = 3
 HEAD_BYTES = 64
+SMALL_BYTES = 1 << 16
+"""Smaller files are read at once, which costs less than to look for their parts."""
+VERIFIED_BYTES = 1 << 32
+"""As many bytes of PNG files are read whole at a start; of those beyond, only headers and ends."""
 SCAN_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 20
 EXIF_BYTES = 1 << 16
 ORIENTATION = 0x0112
 TURNED = range(2, 9)
@@ -47,6 +54,7 @@ class Trait(enum.Flag):
     PALETTE = enum.auto()
     ANIMATED = enum.auto()
     CUT = enum.auto()
+    ALTERED = enum.auto()
 
 
 MEANINGS = {
@@ -57,6 +65,7 @@ MEANINGS = {
     Trait.PALETTE: "a colour palette: converted to RGB",
     Trait.ANIMATED: "animated: only the first frame is used",
     Trait.CUT: "an early end, but every pixel is there",
+    Trait.ALTERED: "a wrong checksum: the file was altered or damaged after it was written, but can be decoded",
 }
 
 
@@ -91,18 +100,22 @@ def check_images(images: Sequence[Path], masks: Sequence[Path] = ()) -> ImageChe
     found: dict[Trait, list[Path]] = {trait: [] for trait in MEANINGS}
     counts = dict.fromkeys(MEANINGS, 0)
     broken = 0
-    for path, look in zip(paths, _looks(paths)):
+    budget = ReadingBudget(VERIFIED_BYTES)
+    looks = in_threads(lambda path: look_at(path, budget), paths)
+    for path, look in zip(paths, looks):
         if isinstance(look, str):
             broken += 1
             if len(problems) < PROBLEMS_SHOWN:
                 problems.append(f"  {path} ({look})")
             continue
         sizes[path] = look.size
-        for trait in MEANINGS if path in told else ():
+        if not look.traits or path not in told:
+            continue
+        for trait in MEANINGS:
             if trait not in look.traits:
                 continue
             counts[trait] += 1
-            if len(found[trait]) < NAMES_SHOWN:
+            if len(found[trait]) <= NAMES_SHOWN:
                 found[trait].append(path)
     if broken:
         more = [f"  and {broken - len(problems)} more"] if broken > len(problems) else []
@@ -111,39 +124,52 @@ def check_images(images: Sequence[Path], masks: Sequence[Path] = ()) -> ImageChe
 
 
 def _note(trait: Trait, count: int, first: list[Path]) -> str:
-    names = ", ".join(path.name for path in first) + (", ..." if count > len(first) else "")
+    names = first_names([path.name for path in first])
     return f"{count} image{'s' if count > 1 else ''} with {MEANINGS[trait]} ({names})"
 
 
-def _looks(paths: Sequence[Path]) -> Iterable[Look | str]:
-    """For each file what it is, or what is wrong with it. Work is handed out in slices, which costs less memory."""
-    slices = [paths[start : start + FILES_PER_TASK] for start in range(0, len(paths), FILES_PER_TASK)]
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="image-check") as pool:
-        for results in pool.map(lambda part: [look_at(path) for path in part], slices):
-            yield from results
+class ReadingBudget:
+    """How many bytes of large files may still be read whole, for all threads together."""
+
+    def __init__(self, byte_count: int) -> None:
+        self._left = byte_count
+        self._lock = threading.Lock()
+
+    def take(self, byte_count: int) -> bool:
+        """Whether there were as many left; they are taken."""
+        with self._lock:
+            enough = byte_count <= self._left
+            self._left -= byte_count if enough else 0
+        return enough
 
 
-def look_at(path: Path) -> Look | str:
-    """What one image file is, or what is wrong with it."""
+def look_at(path: Path, budget: ReadingBudget | None = None) -> Look | str:
+    """What one image file is, or what is wrong with it.
+
+    The checksums of large PNG files are verified within ``budget`` (None: always).
+    """
     try:
-        with open(path, "rb") as file:
-            length = file.seek(0, 2)
-            if length == 0:
+        with open(path, "rb", buffering=0) as file:
+            data = file.read(SMALL_BYTES)
+            if not data:
                 return "the file is empty"
-            file.seek(0)
-            look = _structure(file, file.read(HEAD_BYTES), length)
-        if look is None or not look.whole:
+            small = len(data) < SMALL_BYTES
+            length = len(data) if small else os.fstat(file.fileno()).st_size
+            look = _structure(io.BytesIO(data) if small else file, data[:HEAD_BYTES], length, budget)
+        if look is not None and (problem := _too_large(look.size)):
+            return problem
+        if look is None or not look.whole or Trait.ALTERED in look.traits:
             look = _decoded(path, look)
         return _too_large(look.size) or look
     except (UserError, OSError, SyntaxError, ValueError, struct.error) as error:
         return reason(error).removeprefix(f"{path}: ")
 
 
-def _structure(file: IO[bytes], head: bytes, length: int) -> Look | None:
+def _structure(file: IO[bytes], head: bytes, length: int, budget: ReadingBudget | None) -> Look | None:
     """What headers and ends say; None for a format or a structure that is not known here."""
     try:
         if head.startswith(b"\x89PNG\r\n\x1a\n"):
-            return _png(file, head, length)
+            return _png(file, head, length, budget)
         if head.startswith(b"\xff\xd8"):
             return _jpeg(file, length)
         if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
@@ -157,12 +183,16 @@ def _structure(file: IO[bytes], head: bytes, length: int) -> Look | None:
 
 def _decoded(path: Path, look: Look | None) -> Look:
     """What Pillow says after decoding every pixel. Raises UserError for a file that cannot be decoded or was cut."""
+    altered = look is not None and Trait.ALTERED in look.traits
+    known = Trait.NONE if look is None else Trait.ALTERED if altered else Trait.CUT
     try:
         with open_image(path) as image:
             if look is not None or not _boxes_fill_file(path):
                 image.load()
-            return Look(image.size, _traits_of(image) | (Trait.CUT if look else Trait.NONE), True)
+            return Look(image.size, _traits_of(image) | known, True)
     except Exception as error:  # for damaged bytes each decoder raises what it likes
+        if altered:
+            raise UserError("a checksum in the file is wrong: it is damaged") from None
         if look is not None:
             raise UserError("the file ends too early: it is truncated") from None
         raise error if isinstance(error, UserError) else UserError(reason(error)) from None
@@ -198,8 +228,8 @@ def _traits_of(image: Image.Image) -> Trait:
 # ---- formats -----------------------------------------------------------------------------------------------------
 
 
-def _png(file: IO[bytes], head: bytes, length: int) -> Look | None:
-    """Chunks up to the first pixels; then the end of the file, or if that is no end the chunks up to IEND."""
+def _png(file: IO[bytes], head: bytes, length: int, budget: ReadingBudget | None) -> Look | None:
+    """Chunks up to IEND with their checksums; beyond the budget only those up to the first pixels, and the end."""
     size = struct.unpack(">II", head[16:24])
     depth, colour = head[24], head[25]
     if head[12:16] != b"IHDR" or 0 in size:
@@ -207,13 +237,14 @@ def _png(file: IO[bytes], head: bytes, length: int) -> Look | None:
     traits = Trait.SIXTEEN_BIT if depth == 16 else Trait.NONE
     traits |= Trait.PALETTE if colour == 3 else Trait.NONE
     traits |= Trait.TRANSPARENT if colour in (4, 6) else Trait.NONE
-    position, at_pixels = 33, False
+    verify = length < SMALL_BYTES or budget is None or budget.take(length)
+    position, at_pixels = 8, False
     while position + 8 <= length:
         file.seek(position)
         count, kind = struct.unpack(">I4s", file.read(8))
         if kind == b"IDAT" and not at_pixels:
             at_pixels = True
-            if _ends_with(file, length, PNG_END):
+            if not verify and _ends_with(file, length, PNG_END):
                 return Look(size, traits, True)
         elif kind == b"tRNS":
             traits |= Trait.TRANSPARENT
@@ -221,12 +252,28 @@ def _png(file: IO[bytes], head: bytes, length: int) -> Look | None:
             traits |= Trait.ANIMATED
         elif kind == b"eXIf" and _is_turned(file.read(min(count, EXIF_BYTES))):
             traits |= Trait.TURNED
-        position += 12 + count
-        if kind == b"IEND":
-            return Look(size, traits, at_pixels and position <= length)
         if not kind.isalpha():
             break
+        end = position + 12 + count
+        if verify and end <= length and not _checksum_fits(file, position + 4, count + 4):
+            traits |= Trait.ALTERED
+        position = end
+        if kind == b"IEND":
+            return Look(size, traits, at_pixels and position <= length)
     return Look(size, traits, False)
+
+
+def _checksum_fits(file: IO[bytes], start: int, count: int) -> bool:
+    """Whether the 4 bytes after ``count`` bytes from ``start`` are their CRC-32."""
+    file.seek(start)
+    checksum = 0
+    while count:
+        block = file.read(min(count, BLOCK_BYTES))
+        if not block:
+            return False
+        checksum = zlib.crc32(block, checksum)
+        count -= len(block)
+    return file.read(4) == checksum.to_bytes(4, "big")
 
 
 def _jpeg(file: IO[bytes], length: int) -> Look | None:

@@ -6,15 +6,23 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.data.captions import find_caption_file, read_caption
+from library.data.captions import CaptionFile, find_caption_file, read_caption
 from library.data.image_info import ImageInfo, read_image_info
-from library.data.images import PROBE_THREADS, image_extensions, images_in, list_folder
+from library.data.images import (
+    Listing,
+    first_names,
+    image_extensions,
+    images_in,
+    is_unread_image,
+    list_folder,
+    nested_images,
+)
 from library.data.settings import Kind, SubsetSettings
+from library.data.threads import in_threads
 from library.errors import UserError
 from library.text_files import parse_json, read_text, shown
 
@@ -65,15 +73,18 @@ def shortened(names: Sequence[str]) -> list[str]:
 
 def _records_from_folder(subset: SubsetSettings, notes: list[str]) -> list[ImageRecord]:
     folder = subset.image_dir or ""
-    names = list_folder(folder, subset.place)
-    paths = images_in(folder, names)
+    listing = list_folder(folder, subset.place)
+    paths = images_in(folder, listing.files)
+    _note_unread_images(folder, listing, notes)
     if not paths:
         notes.append(f"{subset.place}: {folder} holds no images; it is left out.")
         return []
     known = read_image_info(subset, paths) if subset.cache_info else {}
-    caption_files = [find_caption_file(path, subset.caption_extension, names) for path in paths]
-    captions = _captions(paths, caption_files, known, subset)
-    _note_missing_captions(paths, caption_files, names, subset, notes)
+    caption_files = [find_caption_file(path, subset.caption_extension, listing.files) for path in paths]
+    captions = _captions(paths, caption_files, known, subset, notes)
+    _note_missing_captions(paths, caption_files, listing.files, subset, notes)
+    if not known:
+        return [ImageRecord(path, caption, caption) for path, caption in zip(paths, captions)]
     return [
         ImageRecord(path, caption, caption, known[path.name].size, checked=True)
         if path.name in known
@@ -82,30 +93,63 @@ def _records_from_folder(subset: SubsetSettings, notes: list[str]) -> list[Image
     ]
 
 
+def _note_unread_images(folder: str, listing: Listing, notes: list[str]) -> None:
+    """Images that a user may expect to be trained, but which are not."""
+    if unread := sorted(name for name in listing.files if is_unread_image(name)):
+        known = ", ".join(sorted(extension for extension in image_extensions() if extension.islower()))
+        notes.append(
+            f"{folder}: {len(unread)} image{'s are' if len(unread) > 1 else ' is'} left out ({first_names(unread)}): "
+            f"the extensions that are read are {known}, all in lower or all in upper case."
+        )
+    if nested := nested_images(folder, listing.subfolders):
+        notes.append(
+            f"{folder}: {len(nested)} image{'s' if len(nested) > 1 else ''} in folders below it "
+            f"{'are' if len(nested) > 1 else 'is'} left out ({first_names(nested)}): name each folder in a subset of "
+            "its own."
+        )
+
+
 def _captions(
-    paths: list[Path], caption_files: list[Path | None], known: dict[str, ImageInfo], subset: SubsetSettings
+    paths: list[Path],
+    caption_files: list[str | None],
+    known: dict[str, ImageInfo],
+    subset: SubsetSettings,
+    notes: list[str],
 ) -> list[str]:
     """The caption of each image: from its file, or else the class tokens, or else empty."""
+    without_file = CaptionFile(subset.class_tokens or "")
 
-    def read(path: Path, caption_file: Path | None) -> str | UserError:
+    def read(path: Path, caption_file: str | None) -> CaptionFile | UserError:
         if caption_file is None:
-            return subset.class_tokens or ""
-        if path.name in known:
-            return known[path.name].caption
+            return without_file
+        if known and path.name in known:
+            return CaptionFile(known[path.name].caption)
         try:
             return read_caption(caption_file, enable_wildcard=subset.captions.enable_wildcard)
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        results = list(pool.map(read, paths, caption_files))
+    results = in_threads(read, paths, caption_files)
     if errors := [str(result) for result in results if isinstance(result, UserError)]:
         raise UserError("\n".join(errors))
-    return [str(result) for result in results]
+    found = [result for result in results if isinstance(result, CaptionFile)]
+    read_from = [(os.path.basename(file), caption) for file, caption in zip(caption_files, found) if file is not None]
+    if blank := [name for name, caption in read_from if not caption.caption]:
+        what = "nothing but blank lines" if subset.captions.enable_wildcard else "a blank first line"
+        notes.append(
+            f"{subset.image_dir}: {len(blank)} caption file{'s have' if len(blank) > 1 else ' has'} {what} "
+            f"({first_names(blank)}): trained without a caption."
+        )
+    if several := [name for name, caption in read_from if caption.unused_lines]:
+        notes.append(
+            f"{subset.image_dir}: {len(several)} caption file{'s have' if len(several) > 1 else ' has'} more than one "
+            f"line ({first_names(several)}): only the first is used, unless enable_wildcard is on."
+        )
+    return [caption.caption for caption in found]
 
 
 def _note_missing_captions(
-    paths: list[Path], caption_files: list[Path | None], names: set[str], subset: SubsetSettings, notes: list[str]
+    paths: list[Path], caption_files: list[str | None], names: set[str], subset: SubsetSettings, notes: list[str]
 ) -> None:
     missing = [path.name for path, file in zip(paths, caption_files) if file is None]
     if not missing:
@@ -125,7 +169,7 @@ def _note_missing_captions(
 def _match_conditioning(records: list[ImageRecord], subset: SubsetSettings) -> None:
     """Give each image the conditioning image with its name; both folders must hold the same names."""
     folder = subset.conditioning_data_dir or ""
-    by_stem = {path.stem: path for path in images_in(folder, list_folder(folder, subset.place))}
+    by_stem = {path.stem: path for path in images_in(folder, list_folder(folder, subset.place).files)}
     for record in records:
         record.conditioning = by_stem.pop(record.path.stem, None)
     missing = [record.path.name for record in records if record.conditioning is None]
@@ -215,7 +259,7 @@ def _record_from_entry(
         wanted = Path(os.path.join(subset.image_dir, key))
     folder = str(wanted.parent)
     if folder not in folders:
-        folders[folder] = list_folder(folder, subset.place) if wanted.parent.is_dir() else set()
+        folders[folder] = list_folder(folder, subset.place).files if wanted.parent.is_dir() else set()
     names = folders[folder]
     caption = _join_caption(entry.get("caption") or "", entry.get("tags") or "", subset)
     size = tuple(entry["image_size"]) if entry.get("image_size") else None

@@ -372,7 +372,7 @@ def test_one_folder_in_two_datasets_is_looked_at_once(tmp_path, build, folder_of
     import library.data.image_check as image_check
 
     original = image_check.look_at
-    monkeypatch.setattr(image_check, "look_at", lambda path: (probed.append(path), original(path))[1])
+    monkeypatch.setattr(image_check, "look_at", lambda path, budget: (probed.append(path), original(path, budget))[1])
     dataset = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
     group, _ = build(folder, toml=dataset * 2)
     assert len(group.datasets) == 2 and len(probed) == 3
@@ -496,7 +496,8 @@ class TestImageInfoCache:
 
         def make(**general):
             opened = []
-            monkeypatch.setattr(image_check, "look_at", lambda path: (opened.append(path.name), original(path))[1])
+            look = lambda path, budget: (opened.append(path.name), original(path, budget))[1]  # noqa: E731
+            monkeypatch.setattr(image_check, "look_at", look)
             group, validation = build(folder, general=buckets | {"cache_info": True} | general)
             items = group.items + (validation.items if validation else [])
             return {item.path.name: (item.size, item.caption) for item in items}, sorted(opened)
@@ -536,3 +537,44 @@ class TestImageInfoCache:
         (folder / "metadata_cache.json").write_text("{")
         assert load()[1] == ["00.png", "01.png", "02.png"]
         assert "is made anew" in caplog.text
+
+
+def test_captions_of_which_less_is_trained_than_stands_in_the_file_are_counted_and_named(build, folder_of, tmp_path):
+    captions = ["plain\n", "\nsecond line only", "  \n", "one\ntwo\nthree", "a\r\n\r\n", "first\nsecond"]
+    folder = folder_of(tmp_path / "a", [(64, 64)] * 6, captions=captions)
+    group, _ = build(folder)
+    assert [item.caption for item in group.items] == ["plain", "", "", "one", "a", "first"]
+    notes = "\n".join(group.notes)
+    assert "2 caption files have a blank first line (01.txt, 02.txt): trained without a caption." in notes
+    assert "3 caption files have more than one line (01.txt, 03.txt, 05.txt): only the first is used" in notes
+    group, _ = build(folder, general={"enable_wildcard": True})
+    assert group.items[1].caption == "second line only" and "more than one line" not in "\n".join(group.notes)
+    assert "1 caption file has nothing but blank lines (02.txt)" in "\n".join(group.notes)
+
+
+def test_images_that_are_not_trained_are_counted_and_named(build, folder_of, tmp_path):
+    folder = folder_of(tmp_path / "a", [(64, 64)])
+    for name in ("b.Png", "c.jfif", "d.tif", "e.GIF", ".hidden.Png", "notes.md", "00.npz"):
+        (folder / name).touch()
+    folder_of(folder / "below" / "deeper", [(64, 64)] * 2)
+    folder_of(folder / ".hidden", [(64, 64)])
+    group, _ = build(folder)
+    notes = "\n".join(group.notes)
+    assert [item.path.name for item in group.items] == ["00.png"]
+    assert "4 images are left out (b.Png, c.jfif, d.tif, ...): the extensions that are read are" in notes
+    assert "2 images in folders below it are left out (below/deeper/00.png, below/deeper/01.png)" in notes
+
+
+@pytest.mark.parametrize("size", [[0, 0], [64, -1], [64], [64.0, 64], [True, 64], [10**12, 64], "64x64", {"w": 64}])
+def test_sizes_in_metadata_that_no_image_has_are_refused(build, folder_of, tmp_path, size):
+    folder = folder_of(tmp_path / "a", [(64, 64)])
+    (tmp_path / "m.json").write_text(json.dumps({"00": {"caption": "a", "image_size": size}}), encoding="utf-8")
+    toml = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
+    with pytest.raises(UserError, match=r'm.json: "image_size" of 00 must be \[width, height\]'):
+        build(folder, toml=f"{toml}metadata_file = '{tmp_path / 'm.json'}'\n")
+
+
+def test_no_repeats_anywhere_is_one_sentence(build, folder_of, tmp_path):
+    folder = folder_of(tmp_path / "a", [(64, 64)])
+    with pytest.raises(UserError, match="every subset is left out; set num_repeats to at least 1"):
+        build(folder, subset={"num_repeats": 0})

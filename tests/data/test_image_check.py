@@ -136,6 +136,31 @@ def test_whatever_a_decoder_raises_is_a_reason(tmp_path):
     assert damaged > 20
 
 
+@pytest.mark.parametrize("side", [32, 256])
+def test_any_altered_byte_of_a_png_is_found(tmp_path, side):
+    """In a file that is read at once, and in one that is read in parts."""
+    pixels = numpy.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=numpy.uint8)
+    file = tmp_path / "a.png"
+    Image.fromarray(pixels).save(file)
+    data = file.read_bytes()
+    assert (len(data) > image_check.SMALL_BYTES) == (side == 256)
+    assert look_at(file) == Look((side, side), Trait.NONE, True)
+    for position in [*range(0, 60, 3), *range(60, len(data), len(data) // 40), *range(len(data) - 12, len(data))]:
+        file.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
+        look = look_at(file)
+        assert isinstance(look, str) or look.traits & (Trait.ALTERED | Trait.CUT), f"byte {position}"
+
+
+def test_large_png_files_beyond_the_budget_are_not_read_whole(tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=numpy.uint8)).save(file)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert look_at(file, image_check.ReadingBudget(len(data) - 1)) == Look((256, 256), Trait.NONE, True)
+    assert look_at(file, image_check.ReadingBudget(len(data))) != Look((256, 256), Trait.NONE, True)
+
+
 def test_data_after_the_end_is_no_damage(tmp_path):
     """Phones append videos and further images."""
     for name in ("RGB.png", "RGB.jpg", "photograph.jpg", "RGB.webp", "RGB.bmp"):

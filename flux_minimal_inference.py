@@ -357,17 +357,9 @@ def network_module(keys: Collection[str]) -> ModuleType:
     return oft_flux if any(key.startswith("oft_unet_") for key in keys) else lora_flux
 
 
-def training_keys() -> Collection[str]:
-    """The keys of configuration files for flux_train_network.py, which may be given here for its model files."""
-    from flux_train_network import FluxTrainingOptions
-    from library.options import declared_options
-
-    return declared_options(FluxTrainingOptions)
-
-
 def main() -> None:
     """Read the options and draw."""
-    options = parse_options(FluxInferenceOptions, __doc__ or "", other_keys=training_keys)
+    options = parse_options(FluxInferenceOptions, __doc__ or "")
     set_up_console(options.console)
     FluxInference(options).run()
 

@@ -27,7 +27,10 @@ from library.training.objective.flow_matching import (
     unused_flow_options,
 )
 from library.training.objective.noise import draw_input_perturbation, draw_noise
+from library.training.objective.noise_options import StableDiffusionNoiseOptions
 from library.training.objective.step_inputs import ItemDraws, NoisyInput
+from library.training.output.sample_images import SamplerOptions
+from library.training.run_options import ClipSkipOptions, StableDiffusionModelOptions
 from library.training.training_options import TrainingOptions
 from train_network import NetworkTrainer
 
@@ -37,15 +40,9 @@ if TYPE_CHECKING:
 
     from library.data.batch import Batch
     from library.data.cache import LatentFormat, TextFormat
-    from library.models.flux.pipeline import Encoder, FluxPipeline, Part
+    from library.models.flux.pipeline import Encoder, FluxPipeline
 
-NO_EFFECT = (
-    "v2 v_parameterization vae clip_skip max_token_length weighted_captions mem_eff_attn sample_sampler noise_offset "
-    "noise_offset_random_strength adaptive_noise_scale multires_noise_iterations multires_noise_discount "
-    "zero_terminal_snr min_snr_gamma scale_v_pred_loss_like_noise_pred v_pred_like_loss debiased_estimation_loss "
-    "ddp_gradient_as_bucket_view ddp_static_graph"
-).split()
-
+ENCODERS: tuple[Encoder, ...] = ("clip_l", "t5xxl")
 NO_POOLED_TEXT = (77, 1)
 """The shape that kohya-ss/sd-scripts gives the pooled text in Chroma's cache files; nothing reads it."""
 
@@ -90,11 +87,17 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     options_class = FluxTrainingOptions
     family = "FLUX.1"
+    unused_groups = (
+        *NetworkTrainer.unused_groups,
+        StableDiffusionModelOptions,
+        ClipSkipOptions,
+        StableDiffusionNoiseOptions,
+        SamplerOptions,
+    )
     bucket_divisor = 32
     size_divisor = 16
+    cache_parts = {"latents": ("transformer", "autoencoder"), "text": ("transformer", *ENCODERS)}
     options: FluxTrainingOptions
-    opened_parts: tuple[Part, ...] = ()
-    """The parts whose files are needed; all of them unless something else is said here (by the caching tools)."""
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
@@ -174,7 +177,6 @@ class FluxNetworkTrainer(NetworkTrainer):
     def say_what_has_no_effect(self) -> None:
         """One line for each reason why given options change nothing for FLUX.1."""
         flux = self.options.flux
-        self.report_unused(NO_EFFECT)
         if not self.takes_control_images:
             self.report_unused(["controlnet_mode"], "without --controlnet_model_name_or_path")
         if flux.split_mode:

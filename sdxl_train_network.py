@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from library.console import run_script, set_up_console
 from library.errors import UserError
 from library.options import parse_options
-from train_network import NO_EFFECT as NO_EFFECT_IN_STABLE_DIFFUSION
+from library.training.run_options import ClipSkipOptions
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
     from library.data.cache import LatentFormat, TextFormat
     from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
-
-NO_EFFECT = (*NO_EFFECT_IN_STABLE_DIFFUSION, "clip_skip")
 
 
 @dataclass
@@ -32,6 +30,7 @@ class SdxlNetworkTrainer(StableDiffusionNetworkTrainer):
 
     options_class = SdxlTrainingOptions
     family = "Stable Diffusion XL"
+    unused_groups = (*StableDiffusionNetworkTrainer.unused_groups, ClipSkipOptions)
     bucket_divisor = 32
     options: SdxlTrainingOptions
     encoders = ("text_encoder", "text_encoder_2")
@@ -42,14 +41,13 @@ class SdxlNetworkTrainer(StableDiffusionNetworkTrainer):
         if self.options.stable_diffusion.v2:
             raise UserError("--v2 is for Stable Diffusion 2.x; train such a model with train_network.py.")
         super().check_family_options()
-        self.report_unused(NO_EFFECT)
 
     def require_variant(self, pipeline: StableDiffusionPipeline) -> None:
         """Raises UserError unless the file is of this script's kind."""
         if pipeline.variant != "sdxl":
             path = self.options.model.pretrained_model_name_or_path
             kind = "1.x" if pipeline.variant == "sd1" else "2.x"
-            raise UserError(f"{path} is a Stable Diffusion {kind} model; train it with train_network.py.")
+            raise UserError(f"{path} is a Stable Diffusion {kind} model; {self.how_else('train_network.py')}.")
 
     def latent_format(self) -> LatentFormat:
         """``<stem>_WWWWxHHHH_sdxl.npz``; an old ``<stem>.npz`` comes first."""

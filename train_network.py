@@ -337,9 +337,6 @@ class NetworkTrainer(RunOutputs):
             say("\n".join(end_lines(end_facts(self))))
 
 
-NO_EFFECT = ("ddp_gradient_as_bucket_view", "ddp_static_graph")
-
-
 @dataclass
 class StableDiffusionTrainingOptions(TrainingOptions):
     """All options of this script."""
@@ -369,7 +366,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         check_stable_diffusion_noise_options(noise, is_v)
         if noise.zero_terminal_snr and not is_v:
             warn("--zero_terminal_snr is meant for v-prediction: noise cannot be predicted from pure noise.")
-        require_sampler(options.samples.sample_sampler)
+        require_sampler(options.sampler.sample_sampler)
         unet_only = options.network.network_train_unet_only
         self.take_text_options(options.text_cache, () if unet_only else self.encoders)
         if self.cache_text and self.trained_encoders:
@@ -377,12 +374,11 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
                 "--cache_text_encoder_outputs needs --network_train_unet_only: a text encoder that is trained encodes "
                 "its captions anew at every step."
             )
-        self.report_unused(NO_EFFECT)
         for name, needed in NEEDS.items():
             group = options.noise if hasattr(options.noise, needed) else noise
             if not getattr(group, needed):
                 self.report_unused([name], f"without --{needed}")
-        if options.model.mem_eff_attn:
+        if options.stable_diffusion.mem_eff_attn:
             self.report_unused(["xformers", "sdpa"], "beside --mem_eff_attn")
 
     def prepare_output(self) -> None:
@@ -421,10 +417,10 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
             dtypes=self.part_dtypes("unet", self.encoders),
             v_parameterization=sd.v_parameterization,
             zero_terminal_snr=noise.zero_terminal_snr,
-            clip_skip=sd.clip_skip,
+            clip_skip=options.clip_skip.clip_skip,
             max_token_length=sd.max_token_length,
             weighted_captions=sd.weighted_captions,
-            attention_backend="split" if model.mem_eff_attn else "xformers" if model.xformers else "sdpa",
+            attention_backend="split" if sd.mem_eff_attn else "xformers" if model.xformers else "sdpa",
         )
         self.check_model(pipeline)
         pipeline.load_tokenizers()
@@ -449,7 +445,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         """Raises UserError unless the file is of this script's kind."""
         path = self.options.model.pretrained_model_name_or_path
         if pipeline.variant == "sdxl":
-            raise UserError(f"{path} is a Stable Diffusion XL model; train it with sdxl_train_network.py.")
+            raise UserError(f"{path} is a Stable Diffusion XL model; {self.how_else('sdxl_train_network.py')}.")
         if pipeline.variant == "sd1" and self.options.stable_diffusion.v2:
             raise UserError(f"--v2: {path} is a Stable Diffusion 1.x model; leave --v2 out.")
         if pipeline.variant == "sd2" and not self.options.stable_diffusion.v2:
@@ -486,9 +482,9 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
 
     def text_identity(self) -> str:
         """Encoders and the options that change their outputs (the length of captions shows in the shapes)."""
-        options = self.options.stable_diffusion
-        skip = None if self.pipeline.variant == "sdxl" else options.clip_skip
-        return f"{super().text_identity()} clip_skip={skip} weighted_captions={options.weighted_captions}"
+        skip = None if self.pipeline.variant == "sdxl" else self.options.clip_skip.clip_skip
+        weighted = self.options.stable_diffusion.weighted_captions
+        return f"{super().text_identity()} clip_skip={skip} weighted_captions={weighted}"
 
     def network_text_encoders(self, encoders: Collection[str]) -> Any:
         """One text encoder is not given as a list: its modules are then named ``lora_te``, without a number."""
@@ -531,7 +527,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
             seed=prompt.seed,
             sample_steps=prompt.sample_steps or 30,
             scale=scale,
-            sampler=prompt.sample_sampler or self.options.samples.sample_sampler,
+            sampler=prompt.sample_sampler or self.options.sampler.sample_sampler,
             conditioning=self.sample_conditioning(prompt.prompt),
             negative_conditioning=self.sample_conditioning(negative) if scale > 1 else None,
         )

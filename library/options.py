@@ -17,7 +17,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -31,30 +31,23 @@ from library.text_files import read_toml
 
 Options = TypeVar("Options")
 
-# Keys that front ends or other scripts of this family write into shared configuration files. They are named in one line
-# and have no effect; a key in neither place is a mistake.
-FOREIGN_KEYS = frozenset(
+# Keys that front ends, or scripts of kohya-ss/sd-scripts that are not in this suite, write into shared configuration
+# files. They are named in one line and have no effect, as are the options of this suite's other scripts; a key in none
+# of these places is a mistake.
+FRONT_END_KEYS = frozenset(
     """
     additional_parameters epoch noise_offset_type num_cpu_threads_per_process num_processes num_machines
-    main_process_port multi_gpu gpu_ids extra_accelerate_launch_args sdxl sd3_checkbox flux1_checkbox
-    lumina_checkbox LoRA_type LyCORIS_preset LyCORIS model_list stop_text_encoder_training
-    stop_text_encoder_training_pct max_resolution train_norm train_on_input folder_name_prefix use_sage_attn
-    use_flash_attn gemma2 gemma2_max_token_length system_prompt sample_batch_size byt5 text_encoder fp8_scaled
-    fp8_vl text_encoder_cpu vae_chunk_size attn_mode split_attn enable_scaled_pos_embed train_text_encoder
-    train_t5xxl diffusers_xformers cache_text_encoder_outputs cache_text_encoder_outputs_to_disk
-    save_n_epoch_type in_json learning_rate_te learning_rate_te1 learning_rate_te2 no_token_padding
-    no_token_frequency disable_mmap_load_safetensors clip_g sd3_fused_mlp t5xxl_device t5xxl_dtype save_t5xxl
-    save_clip use_pinned_memory
-    lowvram mem_eff_save single_blocks_to_swap double_blocks_to_swap blockwise_fused_optimizers loraplus_lr_ratio
-    loraplus_text_encoder_lr_ratio loraplus_unet_lr_ratio clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate
-    pos_emb_random_crop_rate train_blocks sample_dir block_lr fused_optimizer_groups dynamo_mode
-    dynamo_use_fullgraph dynamo_use_dynamic
-    model_type clip_l t5xxl ae controlnet_model_name_or_path t5xxl_max_token_length apply_t5_attn_mask
-    blocks_to_swap split_mode timestep_sampling sigmoid_scale model_prediction_type discrete_flow_shift
-    guidance_scale weighting_scheme logit_mean logit_std mode_scale text_encoder_batch_size flux skip_existing
-    controlnet_mode ckpt_path prompt negative_prompt from_file interactive output_path width height steps guidance
-    cfg_scale controlnet_image controlnet_strength lora_weights merge_lora_weights offload device dtype flux_dtype
-    clip_l_dtype ae_dtype
+    main_process_port multi_gpu gpu_ids extra_accelerate_launch_args sd3_checkbox flux1_checkbox lumina_checkbox
+    LoRA_type LyCORIS_preset LyCORIS model_list stop_text_encoder_training stop_text_encoder_training_pct
+    max_resolution train_norm train_on_input folder_name_prefix use_sage_attn use_flash_attn gemma2
+    gemma2_max_token_length system_prompt sample_batch_size byt5 text_encoder fp8_scaled fp8_vl text_encoder_cpu
+    vae_chunk_size split_attn enable_scaled_pos_embed train_text_encoder train_t5xxl diffusers_xformers
+    save_n_epoch_type learning_rate_te learning_rate_te1 learning_rate_te2 no_token_padding no_token_frequency
+    clip_g sd3_fused_mlp t5xxl_device save_t5xxl save_clip use_pinned_memory lowvram mem_eff_save
+    single_blocks_to_swap double_blocks_to_swap blockwise_fused_optimizers loraplus_lr_ratio
+    loraplus_text_encoder_lr_ratio loraplus_unet_lr_ratio clip_l_dropout_rate clip_g_dropout_rate
+    t5_dropout_rate pos_emb_random_crop_rate train_blocks sample_dir block_lr fused_optimizer_groups dynamo_mode
+    dynamo_use_fullgraph dynamo_use_dynamic output_path
     """.split()
 )
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
@@ -131,8 +124,8 @@ def field_docstrings(group: type) -> dict[str, str]:
     """The string literals below the fields of a dataclass, inherited ones included."""
     documents: dict[str, str] = {}
     for base in reversed(group.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
+        if not dataclasses.is_dataclass(base) or all("help" in field.metadata for field in dataclasses.fields(base)):
+            continue  # without source: made by make_dataclass
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
         for node, following in itertools.pairwise(body):
             if (
@@ -161,9 +154,8 @@ def declared_options(options_class: Any) -> dict[str, Option]:
                 raise ValueError(f"option {field.name} is declared in {options[field.name].group} and in {group_name}")
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             title = (group.__doc__ or group.__name__).strip().splitlines()[0]
-            options[field.name] = Option(
-                field.name, group_name, title, hints[field.name], default, documents.get(field.name, "")
-            )
+            help_text = documents.get(field.name) or field.metadata.get("help", "")
+            options[field.name] = Option(field.name, group_name, title, hints[field.name], default, help_text)
     _DECLARED[options_class] = options
     return options
 
@@ -172,11 +164,8 @@ def parse_options(
     options_class: type[Options],
     description: str,
     arguments: Sequence[str] | None = None,
-    other_keys: Callable[[], Collection[str]] = frozenset,
 ) -> Options:
     """Read the command line and the ``--config_file`` it names into an instance of ``options_class``.
-
-    ``other_keys`` gives keys of a script whose files may be given to this one; here they have no effect, which is said.
 
     ``options_class`` is a dataclass whose fields are option groups, one of them ``ConfigOptions``. Ends the process for
     ``--help`` and ``--output_config``. Raises UserError for unknown options and keys and for values of a wrong type.
@@ -188,7 +177,7 @@ def parse_options(
     options = options_class()
     config_path = _config_file_argument(arguments)
     if config_path is not None and "output_config" not in map(_named_option, arguments):
-        for name, value in read_config_file(config_path, known, other_keys).items():
+        for name, value in read_config_file(config_path, known).items():
             setattr(getattr(options, known[name].group), name, value)
     if {"-h", "--help"} & set(arguments):
         _show_help(options_class, options, description)
@@ -286,9 +275,15 @@ def _given_value(name: str, values: list[str], option: Option) -> Any:
     return _checked(values[0], option)
 
 
-def read_config_file(
-    path: Path, known: dict[str, Option], other_keys: Callable[[], Collection[str]] = frozenset
-) -> dict[str, Any]:
+def keys_of_other_scripts() -> set[str]:
+    """Every option of every family's scripts and of the caching tools: a configuration file may serve several."""
+    from library import families
+
+    names = {*families.switches(), *vars(families.load(families.CACHING_OPTIONS)())}
+    return names.union(*map(declared_options, families.script_options()))
+
+
+def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
     """Checked option values of a ``--config_file``: sections flattened one level, empty strings and lists left out.
 
     Raises UserError for an unknown key (with the nearest known one) or a value that the option's type refuses.
@@ -298,7 +293,7 @@ def read_config_file(
     without_effect: list[str] = []
     for key, value in flat.items():
         if key not in known:
-            if key not in FOREIGN_KEYS and key not in other_keys():
+            if key not in FRONT_END_KEYS and key not in keys_of_other_scripts():
                 raise UserError(f'{path}: unknown key "{key}".{did_you_mean(key, known)}')
             without_effect.append(key)
         elif value not in ("", []):

@@ -140,9 +140,8 @@ def free_port() -> int:
 
 
 def trainer_class(family: str) -> Any:
-    """The trainer of ``flux`` and ``chroma``, of ``sdxl``, or else of Stable Diffusion 1 and 2; imported only now."""
-    if family in ("flux", "chroma"):
-        return importlib.import_module("flux_train_network").FluxNetworkTrainer
-    if family == "sdxl":
-        return importlib.import_module("sdxl_train_network").SdxlNetworkTrainer
-    return importlib.import_module("train_network").StableDiffusionNetworkTrainer
+    """The trainer of a family by its short name or that of a model of it (``sd1``, ``chroma``); imported only now."""
+    from library.families import FAMILIES
+
+    rows = {key: row for row in FAMILIES for key in (row.key, *row.models)}
+    return rows[family].trainer_class()

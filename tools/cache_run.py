@@ -6,24 +6,24 @@ that the caches are those which the training then finds.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
+from library import families
 from library.console import say, set_up_console
 from library.devices import parse_dtype
 from library.errors import UserError
+from library.families import Family
 from library.options import configured_value, parse_options
 from library.training.output.sample_images import SampleOptions, Samples
 from library.training.run_options import check_precision
-from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
-from train_network import NetworkTrainer, StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
+from train_network import NetworkTrainer
 
 if TYPE_CHECKING:
     from library.data.cache import CacheReport
-    from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 
 Subject = Literal["latents", "text"]
 
@@ -32,39 +32,28 @@ Subject = Literal["latents", "text"]
 class CachingOptions:
     """Caching"""
 
-    sdxl: bool = False
-    """The model is Stable Diffusion XL; the options are those of sdxl_train_network.py."""
-    flux: bool = False
-    """The model is FLUX.1; the options are those of flux_train_network.py."""
     skip_existing: bool = False
     """Deprecated and without effect: valid files are kept anyway; --skip_cache_check keeps them unread."""
     t5xxl_dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Dtype in which T5-XXL computes; unset means that of --mixed_precision."""
 
 
-@dataclass
-class StableDiffusionCachingOptions(StableDiffusionTrainingOptions):
-    """The options of train_network.py and of caching."""
-
-    caching: CachingOptions = field(default_factory=CachingOptions)
-
-
-@dataclass
-class SdxlCachingOptions(SdxlTrainingOptions):
-    """The options of sdxl_train_network.py and of caching."""
-
-    caching: CachingOptions = field(default_factory=CachingOptions)
-
-
-@dataclass
-class FluxCachingOptions(FluxTrainingOptions):
-    """The options of flux_train_network.py and of caching."""
-
-    caching: CachingOptions = field(default_factory=CachingOptions)
+def family_switches() -> type:
+    """The option group of the switches that choose a family, one for each row that needs one."""
+    switches: list[Any] = []
+    for name, family in families.switches().items():
+        meaning = f"The model is {family.name}; the options are those of {family.file}."
+        switches.append((name, bool, field(default=False, metadata={"help": meaning})))
+    group = make_dataclass("FamilySwitches", switches)
+    lines = [f"    {name}: {declared.metadata['help']}" for name, _, declared in switches]
+    group.__doc__ = "\n".join(["Model family", "", "Attributes:", *lines])
+    return group
 
 
 class CachingRun(NetworkTrainer):
     """A trainer that goes as far as its caches, and asks for nothing that only training needs."""
+
+    row: ClassVar[Family]
 
     def __init__(self, options: Any, subject: Subject) -> None:
         """Caches lie on disk; which encoders are trained makes no difference to what is in them."""
@@ -100,6 +89,21 @@ class CachingRun(NetworkTrainer):
         if self.subject == "latents":
             self.report_unused(["t5xxl_dtype"], "on latents")
         self.check_family_options()
+        self.report_unused_groups()
+
+    def open_pipeline(self) -> None:
+        """Only the parts that the cache is made with; T5-XXL with ``--t5xxl_dtype`` where it is given."""
+        self.opened_parts = self.cache_parts.get(self.subject, ())
+        super().open_pipeline()
+        if "t5xxl" not in self.pipeline.encoders:
+            self.report_unused(["t5xxl_dtype"])
+        elif self.options.caching.t5xxl_dtype:
+            self.pipeline.dtypes["t5xxl"] = parse_dtype(self.options.caching.t5xxl_dtype)
+
+    def how_else(self, script: str) -> str:
+        """The switch by which the tools are told the family of ``script``."""
+        other = next(family for family in families.FAMILIES if family.file == script)
+        return f"leave out --{self.row.key}" if other.is_default else f"add --{other.key}"
 
     def prepare_output(self) -> None:
         """There is no output folder, no sample prompt and nothing to resume."""
@@ -116,61 +120,34 @@ class CachingRun(NetworkTrainer):
             say(f"{cache.missing} of {len(cache.entries)} entries would be made")
 
 
-class StableDiffusionCaching(CachingRun, StableDiffusionNetworkTrainer):
-    """Stable Diffusion 1.x and 2.x."""
-
-    options_class = StableDiffusionCachingOptions
-
-    def require_variant(self, pipeline: StableDiffusionPipeline) -> None:
-        """Raises UserError for an SDXL model."""
-        if pipeline.variant == "sdxl":
-            path = self.options.model.pretrained_model_name_or_path
-            raise UserError(f"{path} is a Stable Diffusion XL model; add --sdxl.")
-        super().require_variant(pipeline)
-
-
-class SdxlCaching(CachingRun, SdxlNetworkTrainer):
-    """Stable Diffusion XL."""
-
-    options_class = SdxlCachingOptions
-
-    def require_variant(self, pipeline: StableDiffusionPipeline) -> None:
-        """Raises UserError for a model of 1.x or 2.x."""
-        if pipeline.variant != "sdxl":
-            path = self.options.model.pretrained_model_name_or_path
-            raise UserError(f"{path} is not a Stable Diffusion XL model; leave out --sdxl.")
+@functools.cache
+def caching_class(family: Family) -> type[CachingRun]:
+    """A caching run with the family's trainer, whose options are those of its script and of caching."""
+    groups: list[Any] = [
+        ("caching", CachingOptions, field(default_factory=CachingOptions)),
+        ("switches", switches := family_switches(), field(default_factory=switches)),
+    ]
+    options = make_dataclass(f"{family.script}_caching_options", groups, bases=(family.options_class(),))
+    options.__doc__ = f"The options of {family.file} and of caching."
+    return type(
+        f"{family.trainer}Caching", (CachingRun, family.trainer_class()), {"options_class": options, "row": family}
+    )
 
 
-class FluxCaching(CachingRun, FluxNetworkTrainer):
-    """FLUX.1: of its four files only those are needed that the cache is made with (and the transformer's sizes)."""
-
-    options_class = FluxCachingOptions
-    options: FluxCachingOptions
-
-    def open_pipeline(self) -> None:
-        """With ``--t5xxl_dtype`` where it is given."""
-        self.opened_parts = ("transformer", *(("autoencoder",) if self.subject == "latents" else ("clip_l", "t5xxl")))
-        super().open_pipeline()
-        if self.options.caching.t5xxl_dtype:
-            self.pipeline.dtypes["t5xxl"] = parse_dtype(self.options.caching.t5xxl_dtype)
-
-
-def family_class(arguments: Sequence[str]) -> type[CachingRun]:
-    """The run that ``--sdxl`` or ``--flux`` chooses, on the command line or in the configuration file."""
-    chosen = [name for name in FAMILIES if f"--{name}" in arguments or configured_value(arguments, name) is True]
+def chosen_family(arguments: Sequence[str]) -> Family:
+    """What a switch chooses, on the command line or in the configuration file. Raises UserError for two of them."""
+    switches = families.switches()
+    chosen = [name for name in switches if f"--{name}" in arguments or configured_value(arguments, name) is True]
     if len(chosen) > 1:
-        raise UserError("--sdxl and --flux exclude each other.")
-    return FAMILIES[chosen[0]] if chosen else StableDiffusionCaching
-
-
-FAMILIES: dict[str, type[CachingRun]] = {"sdxl": SdxlCaching, "flux": FluxCaching}
-"""By the switch that chooses them."""
+        raise UserError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other.")
+    default = next(family for family in families.FAMILIES if family.is_default)
+    return switches[chosen[0]] if chosen else default
 
 
 def run_tool(subject: Subject, description: str, arguments: Sequence[str] | None = None) -> CacheReport:
     """Read the options, fill the caches, and say what became of their entries in all processes together."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    run_class = family_class(arguments)
+    run_class: Any = caching_class(chosen_family(arguments))
     options: Any = parse_options(run_class.options_class, description, arguments)
     set_up_console(options.console)
     run = run_class(options, subject)

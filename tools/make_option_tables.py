@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library.errors import UserError  # noqa: E402
+from library.families import FAMILIES, Family, load  # noqa: E402
 from library.files import write_text  # noqa: E402
 from library.options import Option, declared_options, describe_type  # noqa: E402
 
@@ -31,53 +32,64 @@ class Page:
 
     path: str
     """Below the project's folder."""
-    script: str
-    """Module that declares the options."""
-    options_class: str
-    family: str
-    """Model family, in the words of the note on options without effect."""
+    options: str
+    """Class of the options, as ``module:Name``."""
+    family: Family | None = None
+    """On the page of a training script: whose it is, for the notes on options without effect."""
     part: str = ""
     """On a page about several scripts, the name in the markers of this one; it gets one table for all its groups."""
+
+    @property
+    def script(self) -> str:
+        """Module that declares the options."""
+        return self.options.partition(":")[0]
 
     @property
     def begin(self) -> str:
         """What its tables stand after."""
         return BEGIN.replace("tables:", f"tables of {self.part}:") if self.part else BEGIN
 
+    def options_class(self) -> Any:
+        """The class of the options, imported now."""
+        return load(self.options)
 
-def _tool(script: str, options_class: str, folder: str = "networks") -> Page:
-    return Page("docs/lora_tools.md", f"{folder}.{script}", options_class, "", f"{script}.py")
+    def without_effect(self) -> set[str]:
+        """Names of the options in groups that the family does not use."""
+        groups = self.family.trainer_class().unused_groups if self.family else ()
+        return {name for group in groups for name in vars(group())}
+
+
+def family_pages(family: Family) -> Iterator[Page]:
+    """The pages on which a family's scripts and tools have their tables."""
+    yield Page(family.options_page, f"{family.script}:{family.options}", family)
+    if family.inference:
+        yield Page(f"docs/{family.inference_script}.md", family.inference, part="the script")
+    for tool in family.tools:
+        yield tool_page(tool)
+
+
+def tool_page(options: str) -> Page:
+    """The place of a tool for LoRA files or models on their page."""
+    script = options.partition(":")[0].rpartition(".")[2]
+    return Page("docs/lora_tools.md", options, part=f"{script}.py")
 
 
 PAGES = (
-    Page("docs/options_train_network.md", "train_network", "StableDiffusionTrainingOptions", "Stable Diffusion"),
-    Page("docs/options_sdxl_train_network.md", "sdxl_train_network", "SdxlTrainingOptions", "Stable Diffusion XL"),
-    Page("docs/options_flux_train_network.md", "flux_train_network", "FluxTrainingOptions", "FLUX.1"),
-    Page("docs/flux_minimal_inference.md", "flux_minimal_inference", "FluxInferenceOptions", "", "the script"),
-    _tool("merge_lora", "MergeLoraOptions"),
-    _tool("sdxl_merge_lora", "SdxlMergeOptions"),
-    _tool("svd_merge_lora", "SvdMergeOptions"),
-    _tool("resize_lora", "ResizeLoraOptions"),
-    _tool("extract_lora_from_models", "ExtractLoraOptions"),
-    _tool("extract_lora_from_dylora", "ExtractFromDyloraOptions"),
-    _tool("flux_merge_lora", "FluxMergeLoraOptions"),
-    _tool("flux_extract_lora", "FluxExtractLoraOptions"),
-    _tool("convert_flux_lora", "ConvertFluxLoraOptions"),
-    _tool("convert_diffusers_to_flux", "ConvertDiffusersToFluxOptions", "tools"),
+    *(page for family in FAMILIES for page in family_pages(family)),
+    tool_page("networks.resize_lora:ResizeLoraOptions"),
 )
 HEAD = "| option | value | default | meaning |\n|---|---|---|---|"
 
 
 def option_tables(page: Page) -> str:
     """The tables of a page, one for each option group, in the order of ``--help``."""
-    script = importlib.import_module(page.script)
-    without_effect = set(getattr(script, "NO_EFFECT", ()))
-    options = declared_options(getattr(script, page.options_class)).values()
+    options = declared_options(page.options_class()).values()
     if page.part:
         return "\n".join([HEAD, *(_row(option, "") for option in options)])
+    without_effect, name = page.without_effect(), page.family.name if page.family else ""
     tables = []
     for title, group in groupby(options, key=lambda option: option.title):
-        rows = [_row(option, page.family if option.name in without_effect else "") for option in group]
+        rows = [_row(option, name if option.name in without_effect else "") for option in group]
         tables.append("\n".join([f"## {title}", "", HEAD, *rows]))
     return "\n\n".join(tables)
 

@@ -22,8 +22,6 @@ class ModelOptions:
     """Attention by PyTorch's scaled_dot_product_attention (the default)."""
     xformers: bool = False
     """Attention by the xformers package."""
-    mem_eff_attn: bool = False
-    """Attention in slices, slower and with little memory."""
     no_half_vae: bool = False
     """Keep the autoencoder in float32."""
     lowram: bool = False
@@ -99,10 +97,6 @@ class DistributionOptions:
 
     ddp_timeout: int | None = None
     """Minutes until processes that wait for each other give up."""
-    ddp_gradient_as_bucket_view: bool = False
-    """Accepted for old command lines; gradients are averaged in one flat buffer anyway."""
-    ddp_static_graph: bool = False
-    """Accepted for old command lines; gradients are averaged outside the graph anyway."""
     deepspeed: bool = False
     """DeepSpeed; not available, see the error."""
     zero_stage: int = 2
@@ -124,6 +118,16 @@ class DistributionOptions:
 
 
 @dataclass
+class ObsoleteDistributionOptions:
+    """Several processes"""
+
+    ddp_gradient_as_bucket_view: bool = False
+    """Accepted for old command lines; gradients are averaged in one flat buffer anyway."""
+    ddp_static_graph: bool = False
+    """Accepted for old command lines; gradients are averaged outside the graph anyway."""
+
+
+@dataclass
 class StableDiffusionModelOptions:
     """Stable Diffusion models"""
 
@@ -133,12 +137,20 @@ class StableDiffusionModelOptions:
     """Base model predicts v."""
     vae: str | None = None
     """Replacement VAE: a checkpoint file or a Diffusers folder."""
-    clip_skip: int | None = None
-    """Use the text encoder's n-th layer from the back."""
     max_token_length: Literal[75, 150, 225] | None = None
     """Longest caption in tokens; unset means 75."""
     weighted_captions: bool = False
     """Read (word:1.2) and [word] in captions as weights."""
+    mem_eff_attn: bool = False
+    """Attention in slices, slower and with little memory."""
+
+
+@dataclass
+class ClipSkipOptions:
+    """Stable Diffusion models"""
+
+    clip_skip: int | None = None
+    """Use the text encoder's n-th layer from the back."""
 
 
 def check_precision(options: PrecisionOptions) -> None:

@@ -15,13 +15,15 @@ from library.training.optim.optimizers import OptimizerOptions
 from library.training.output.checkpoints import SavingOptions
 from library.training.output.hub import HubOptions
 from library.training.output.metadata import MetadataOptions
-from library.training.output.sample_images import SampleOptions
+from library.training.output.sample_images import SampleOptions, SamplerOptions
 from library.training.output.state import ResumeOptions
 from library.training.report.page import ReportOptions
 from library.training.run_options import (
+    ClipSkipOptions,
     DistributionOptions,
     LengthOptions,
     ModelOptions,
+    ObsoleteDistributionOptions,
     PrecisionOptions,
     PreflightOptions,
     StableDiffusionModelOptions,
@@ -39,6 +41,7 @@ class TrainingOptions:
     preflight: PreflightOptions = field(default_factory=PreflightOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     stable_diffusion: StableDiffusionModelOptions = field(default_factory=StableDiffusionModelOptions)
+    clip_skip: ClipSkipOptions = field(default_factory=ClipSkipOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)
@@ -46,6 +49,7 @@ class TrainingOptions:
     length: LengthOptions = field(default_factory=LengthOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     distribution: DistributionOptions = field(default_factory=DistributionOptions)
+    obsolete_distribution: ObsoleteDistributionOptions = field(default_factory=ObsoleteDistributionOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     lr_scheduler: LRSchedulerOptions = field(default_factory=LRSchedulerOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
@@ -53,6 +57,7 @@ class TrainingOptions:
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     stable_diffusion_noise: StableDiffusionNoiseOptions = field(default_factory=StableDiffusionNoiseOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +64,7 @@ from library.training.report.description import start_facts
 from library.training.report.page import open_report
 from library.training.report.timing import RunClock
 from library.training.report.wording import start_lines
-from library.training.run_options import COMPILERS, check_compiler, check_precision
+from library.training.run_options import COMPILERS, ObsoleteDistributionOptions, check_compiler, check_precision
 from library.training.tracking import PATH_OPTIONS, Tracker, check_logging_options
 from library.training.training_options import TrainingOptions
 from library.training.validation import check_validation_options
@@ -77,8 +77,8 @@ if TYPE_CHECKING:
 
 
 SAME_RESULT_GROUPS = frozenset(
-    "config console preflight model saving resume length distribution samples validation report logging metadata hub "
-    "cache text_cache".split()
+    "config console preflight model saving resume length distribution obsolete_distribution samples sampler validation "
+    "report logging metadata hub cache text_cache".split()
 )
 """Option groups that don't shape the result of training, or whose part in it is compared by what it leads to."""
 SAME_RESULT_OPTIONS = PATH_OPTIONS | {"max_data_loader_n_workers", "persistent_data_loader_workers", "debug_dataset"}
@@ -89,9 +89,15 @@ class TrainingRun(ABC):
 
     options_class: ClassVar[type] = TrainingOptions
     family: ClassVar[str] = "Stable Diffusion"
+    unused_groups: ClassVar[tuple[type, ...]] = (ObsoleteDistributionOptions,)
+    """Option groups without effect for this family."""
     bucket_divisor: ClassVar[int] = 64
     size_divisor: ClassVar[int] = 8
 
+    cache_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The parts of the pipeline whose files the caches of ``latents`` and ``text`` need; all of them unless named."""
+    opened_parts: tuple[str, ...] = ()
+    """The parts whose files are needed; all of them if empty."""
     takes_control_images: bool = False
     """Whether a ControlNet takes part, to which the images of conditioning_data_dir go."""
     trained_encoders: tuple[str, ...] = ()
@@ -212,8 +218,17 @@ class TrainingRun(ABC):
         if options.preflight.dry_run and options.dataset.debug_dataset:
             raise UserError("--dry_run writes nothing and --debug_dataset writes a page: leave out one of them.")
         self.check_family_options()
+        self.report_unused_groups()
         for reason, names in unused_options(options):
             self.report_unused(names, reason)
+
+    def how_else(self, script: str) -> str:
+        """What to do with a model that is another script's."""
+        return f"train it with {script}"
+
+    def report_unused_groups(self) -> None:
+        """Say which given options stand in a group that the family does not use."""
+        self.report_unused(name for group in self.unused_groups for name in vars(group()))
 
     def report_unused(self, names: Iterable[str], reason: str = "") -> None:
         """Of the options ``names``, say and remember those that were given: they change nothing (for this family)."""
@@ -552,7 +567,7 @@ class TrainingRun(ABC):
             resolution=modelspec_resolution(options.dataset.resolution, self.default_resolution),
             prediction_type=self.prediction_type,
             timestep_range=(options.noise.min_timestep, options.noise.max_timestep),
-            clip_skip=options.stable_diffusion.clip_skip,
+            clip_skip=options.clip_skip.clip_skip,
         )
         metadata = {**self.metadata, **self.hashes.entries()}
         return at_step(metadata, self.position.step, epoch, options.metadata.no_metadata, modelspec)

@@ -7,17 +7,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from flux_train_network import FluxNetworkTrainer
-from sdxl_train_network import SdxlNetworkTrainer
+from library.families import FAMILIES
 from tests.running import ROOT
-from train_network import StableDiffusionNetworkTrainer
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-TRAINERS = {
-    "train_network.py": StableDiffusionNetworkTrainer,
-    "sdxl_train_network.py": SdxlNetworkTrainer,
-    "flux_train_network.py": FluxNetworkTrainer,
-}
+TRAINERS = {family.file: family.trainer_class() for family in FAMILIES}
 """Training script -> the trainer in it."""
 
 
@@ -41,7 +35,7 @@ class Block:
         """The training script that a page is about: that of its name, or of the name's first word."""
         named = [name for name in TRAINERS if name.removesuffix(".py") in self.page.stem]
         related = [name for name in TRAINERS if name.partition("_")[0] == self.page.stem.partition("_")[0]]
-        return max(named or related, key=len, default="train_network.py")
+        return max(named or related, key=len, default=next(family.file for family in FAMILIES if family.is_default))
 
     def __str__(self) -> str:
         return f"{self.page.name}:{self.line}"

@@ -11,6 +11,7 @@ import pytest
 
 from flux_minimal_inference import SESSION
 from library.errors import UserError
+from library.families import FAMILIES
 from library.options import declared_options, parse_options
 from library.prompt_options import LINE_OPTIONS
 from library.training.network.contract import import_network_module
@@ -74,7 +75,7 @@ def test_options_on_their_own(block, words):
     """They are the page's script's, and network_args are those of a network for it."""
     options = parse_options(TRAINERS[block.script].options_class, "", words)
     if options.network.network_module is None:
-        options.network.network_module = "networks.lora_flux" if "flux" in block.script else "networks.lora"
+        options.network.network_module = next(row.networks[0] for row in FAMILIES if row.file == block.script)
     import_network_module(options.network)
 
 
@@ -137,8 +138,8 @@ def test_every_tool_with_an_option_table_is_shown_in_use():
 
 def test_every_option_named_in_the_text_exists():
     """``--name`` in running text is an option of a script, of a prompt line, of accelerate or of a tool."""
-    classes = [getattr(importlib.import_module(page.script), page.options_class) for page in OPTION_PAGES]
-    classes.append(cache_run.FluxCachingOptions)
+    classes = [page.options_class() for page in OPTION_PAGES]
+    classes += [cache_run.caching_class(family).options_class for family in FAMILIES]
     known = {name for options_class in classes for name in declared_options(options_class)}
     known |= {*LINE_OPTIONS, *SESSION.letters}
     known |= {"help", "num_processes", "multi_gpu", "show_all_keys"}

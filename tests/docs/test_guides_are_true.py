@@ -67,7 +67,7 @@ def test_samplers():
     (row,) = (row for row in rows(text_of("train_network.md")) if row[0] == "`--ss`")
     named = [name for name in quoted(row[3]) if name != "k_"]
     assert sorted(named) == sorted(SAMPLERS)
-    assert named[0] == parse_options(TRAINERS["train_network.py"].options_class, "", []).samples.sample_sampler
+    assert named[0] == parse_options(TRAINERS["train_network.py"].options_class, "", []).sampler.sample_sampler
 
 
 def test_optimizers():

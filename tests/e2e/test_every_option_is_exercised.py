@@ -15,15 +15,13 @@ from pathlib import Path
 import pytest
 import tomli
 
-from flux_train_network import FluxTrainingOptions
 from library.data.config_file import DatasetTable, SubsetTable
+from library.families import FAMILIES
 from library.options import declared_options
-from sdxl_train_network import SdxlTrainingOptions
 from tests.running import ROOT
-from train_network import StableDiffusionTrainingOptions
 
 TABLE = tomli.loads((ROOT / "tests" / "reference_data" / "option_coverage.toml").read_text(encoding="utf-8"))
-SCRIPTS = (StableDiffusionTrainingOptions, SdxlTrainingOptions, FluxTrainingOptions)
+SCRIPTS = [family.options_class() for family in FAMILIES]
 WITHOUT_EFFECT = set(
     """
     deepspeed zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device

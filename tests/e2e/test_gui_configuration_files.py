@@ -7,7 +7,6 @@ that exists and is empty, keys that are the GUI's own.
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from pathlib import Path
 
@@ -16,14 +15,10 @@ import tomli
 from safetensors import safe_open
 
 from library.console import set_up_console
-from library.options import FOREIGN_KEYS, configured_value, declared_options, parse_options
-from tests.running import ROOT, launch, toml_value
+from library.options import FRONT_END_KEYS, configured_value, declared_options, keys_of_other_scripts, parse_options
+from tests.running import ROOT, launch, toml_value, trainer_class
 
-SCRIPTS = {
-    "sd1": ("train_network", "StableDiffusionNetworkTrainer"),
-    "sdxl": ("sdxl_train_network", "SdxlNetworkTrainer"),
-    "flux": ("flux_train_network", "FluxNetworkTrainer"),
-}
+GUI_FILES = sorted(path.stem.removeprefix("gui_config_") for path in (ROOT / "tests").glob("*/gui_config_*.toml"))
 EMPTY = (
     "additional_parameters dataset_config huggingface_path_in_repo huggingface_repo_id huggingface_repo_type "
     "huggingface_repo_visibility huggingface_token log_config log_tracker_config log_tracker_name log_with "
@@ -72,11 +67,9 @@ def train():
     def run(family: str, path: Path):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
-        module, name = SCRIPTS[family]
-        trainer_class = getattr(importlib.import_module(module), name)
-        options = parse_options(trainer_class.options_class, "test", ["--config_file", str(path)])
+        options = parse_options(options_class(family), "test", ["--config_file", str(path)])
         set_up_console(options.console)
-        trainer = trainer_class(options)
+        trainer = trainer_class(family)(options)
         trainer.train()
         return trainer
 
@@ -89,7 +82,7 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-@pytest.mark.parametrize("family", SCRIPTS)
+@pytest.mark.parametrize("family", GUI_FILES)
 def test_it_trains_unchanged(train, gui_file, tmp_path, capsys, family):
     path = gui_file(family)
     assert 50 <= len(tomli.loads(path.read_text(encoding="utf-8"))) <= 75
@@ -106,7 +99,7 @@ def test_it_trains_unchanged(train, gui_file, tmp_path, capsys, family):
         assert "holds no prompts" in printed
 
 
-@pytest.mark.parametrize("family", SCRIPTS)
+@pytest.mark.parametrize("family", GUI_FILES)
 def test_empty_strings_and_lists_are_as_if_the_keys_were_not_there(gui_file, family):
     def read(path: Path):
         return parse_options(options_class(family), "test", ["--config_file", str(path)])
@@ -128,12 +121,11 @@ def test_it_trains_through_accelerate_launch(gui_file, tmp_path):
 
 
 def test_a_key_of_another_script_is_named_and_not_an_error():
-    known = {family: set(declared_options(options_class(family))) for family in SCRIPTS}
+    known = {family: set(declared_options(options_class(family))) for family in GUI_FILES}
     for family, names in known.items():
         for other, others in known.items():
-            assert others - names <= FOREIGN_KEYS, f"{other}'s keys in a file for {family}"
+            assert others - names <= FRONT_END_KEYS | keys_of_other_scripts(), f"{other}'s keys in a file for {family}"
 
 
 def options_class(family: str) -> type:
-    module, name = SCRIPTS[family]
-    return getattr(importlib.import_module(module), name).options_class
+    return trainer_class(family).options_class

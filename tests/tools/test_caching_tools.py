@@ -188,7 +188,7 @@ def test_the_family_may_stand_in_the_configuration_file(tiny_sdxl, dataset_toml,
 def test_mistakes_are_named(command, cache, tiny_sdxl, tiny_sd1):
     with pytest.raises(UserError, match="is a Stable Diffusion XL model; add --sdxl"):
         cache("latents", "sd1", command("sdxl"))
-    with pytest.raises(UserError, match="is not a Stable Diffusion XL model; leave out --sdxl"):
+    with pytest.raises(UserError, match="is a Stable Diffusion 1.x model; leave out --sdxl"):
         cache("latents", "sdxl", command("sd1"))
     with pytest.raises(UserError, match="--sdxl and --flux exclude each other"):
         cache("latents", "sdxl", command("sdxl"), "--flux")

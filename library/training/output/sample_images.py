@@ -27,6 +27,12 @@ class SampleOptions:
     """Draw sample images before training."""
     sample_prompts: str | None = None
     """File of sample prompts (.txt, .toml or .json)."""
+
+
+@dataclass
+class SamplerOptions:
+    """Sample images"""
+
     sample_sampler: str = "ddim"
     """Sampler of Stable Diffusion samples; a prompt's --ss wins."""
 

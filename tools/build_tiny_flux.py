@@ -231,7 +231,7 @@ def export(work: Path, out: Path) -> None:
     }
     t5 = {name: value for name, value in painter.t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
     save(out / "flux1-tiny.safetensors", painter.transformer.state_dict(), {})
-    save(out / "ae.safetensors", autoencoder.state_dict(), {})
+    save(out / "ae.safetensors", autoencoder.state_dict(), {"norm_num_groups": autoencoder.config.groups})
     save(out / "clip_l.safetensors", clip, {"num_attention_heads": painter.clip_settings["num_attention_heads"]})
     save(out / "t5xxl.safetensors", t5, {})
 

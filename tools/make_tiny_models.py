@@ -112,7 +112,7 @@ def _write_single_files(folder: Path, states: dict[str, dict[str, Tensor]], pref
     name = "flux" if clip_l else "chroma"
     files = TinyFlux(folder / f"{name}.safetensors", folder / "ae.safetensors", clip_l, folder / "t5xxl.safetensors")
     save_file({prefix + key: value for key, value in states["transformer"].items()}, files.transformer)
-    save_file(states["autoencoder"], files.autoencoder)
+    save_file(states["autoencoder"], files.autoencoder, {"config": json.dumps({"norm_num_groups": AUTOENCODER.groups})})
     if clip_l:
         save_file(states["clip"], clip_l, {"config": json.dumps({"num_attention_heads": TEXT_HEADS})})
     save_file(states["t5"], files.t5xxl)

@@ -39,9 +39,27 @@ class AutoencoderConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
-def norm_groups(channels: int) -> int:
-    """GroupNorm groups by convention: with 32 groups, narrow models would lose absolute colour."""
-    return 32 if channels >= 128 else 8
+NORM_GROUPS = 32
+"""Of every GroupNorm in the published autoencoders and U-Nets, whatever their width."""
+
+
+def norm_groups(source: TensorSource, widths: Sequence[int]) -> int:
+    """The groups of a model's GroupNorms: ``norm_num_groups`` of its configuration, else the published models' 32.
+
+    Raises UserError when one of ``widths``, the channels of its levels, cannot be split into so many.
+    """
+    groups = source.exceptions.get("norm_num_groups", NORM_GROUPS)
+    if not isinstance(groups, int) or groups < 1:
+        raise UserError(
+            f'{source.checkpoint.label}: "norm_num_groups" in its configuration must be a positive integer.'
+        )
+    for width in widths:
+        if width % groups:
+            raise UserError(
+                f"{source.checkpoint.label}: {width} channels cannot be split into {groups} norm groups; a model that "
+                'was made with another number says so as "norm_num_groups" in the "config" entry of its metadata.'
+            )
+    return groups
 
 
 class ResnetBlock(nn.Module):
@@ -270,10 +288,8 @@ def open_autoencoder(path: Path | str, disable_mmap: bool = False, option: str =
         multipliers=tuple(width // channels for width in widths),
         res_blocks=source.count(r"encoder\.down\.0\.block\.(\d+)\."),
         latent_channels=source.shape("decoder.conv_in.weight")[1],
-        groups=int(source.exceptions.get("norm_num_groups", norm_groups(channels))),
+        groups=norm_groups(source, widths),
     )
-    if channels % config.groups:
-        raise UserError(f"{checkpoint.label}: {channels} channels cannot be split into {config.groups} norm groups.")
     return AutoencoderFile(source, config)
 
 

@@ -141,9 +141,13 @@ def clip_file(source: TensorSource, hidden_act: str = "quick_gelu", is_projected
     """
     vocabulary, hidden = source.shape("text_model.embeddings.token_embedding.weight")
     exceptions = source.exceptions
-    heads = int(exceptions.get("num_attention_heads", max(1, hidden // HEAD_DIM)))
-    if hidden % heads:
-        raise UserError(f"{source.checkpoint.label}: a width of {hidden} cannot be split into {heads} attention heads.")
+    heads = int(exceptions.get("num_attention_heads", hidden // HEAD_DIM))
+    if heads < 1 or hidden % heads:
+        raise UserError(
+            f"{source.checkpoint.label}: a width of {hidden} cannot be split into "
+            f"{f'{heads} attention heads' if heads else f'attention heads of {HEAD_DIM}'}; a model that was made with "
+            'another number says so as "num_attention_heads" in the "config" entry of its metadata.'
+        )
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -201,8 +203,10 @@ def test_parts_are_found_in_a_model_folder_and_in_an_all_in_one_file(tmp_path, f
     for part, prefix in prefixes.items():
         checkpoint = open_checkpoint(getattr(files, part))
         parts |= {prefix + key: checkpoint.load(key) for key in checkpoint}
-    config = open_checkpoint(files.clip_l).metadata
-    save_file(parts, files.transformer.parent / "all.safetensors", config)
+    told = {}
+    for part in ("clip_l", "autoencoder"):
+        told |= json.loads(open_checkpoint(getattr(files, part)).metadata["config"])
+    save_file(parts, files.transformer.parent / "all.safetensors", {"config": json.dumps(told)})
     request = ImageRequest("a red cat", width=32, height=32, seed=1, sample_steps=2)
     expected = pipeline.generate_latents(request)
     for path in (folder, files.transformer.parent / "all.safetensors"):

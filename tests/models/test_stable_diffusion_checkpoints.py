@@ -15,6 +15,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion, open_vae
 from library.safetensors_io import open_checkpoint, save_file
+from tests.published import make_published
 from tools.make_tiny_models import make_tiny_flux
 from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
@@ -68,13 +69,16 @@ def assert_same(actual: dict[str, dict[str, Tensor]], expected: dict[str, dict[s
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_ckpt_file_loads_as_the_safetensors_file_does(tiny_sd2, tmp_path, nested):
-    """It can't hold what shapes don't tell, so that the narrow model's heads follow the published models' rule."""
-    tensors = read(tiny_sd2)
+def test_a_ckpt_file_loads_as_the_safetensors_file_does(tmp_path, nested):
+    """It cannot hold what shapes don't give, which is then as in the published models."""
+    whole = make_published(tmp_path)
+    tensors = read(whole)
     torch.save({"state_dict": tensors, "global_step": 3} if nested else tensors, tmp_path / "model.ckpt")
     opened = open_stable_diffusion(tmp_path / "model.ckpt")
-    assert opened.variant == "sd2" and opened.unet.config["attention_head_dim"] == [1, 1, 1, 1]
-    assert_same(states(opened), states(open_stable_diffusion(tiny_sd2)))
+    expected = open_stable_diffusion(whole)
+    assert opened.unet.config == expected.unet.config and opened.autoencoder.config == expected.autoencoder.config
+    assert [encoder.sizes for encoder in opened.text_encoders] == [encoder.sizes for encoder in expected.text_encoders]
+    assert_same(states(opened), states(expected))
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
@@ -201,13 +205,13 @@ def test_meta_modules_have_the_structure_and_no_numbers(tiny_sdxl):
 @pytest.fixture(scope="session")
 def other_vae(tmp_path_factory) -> Path:
     """The Diffusers folder of a model whose VAE has other numbers."""
-    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("other"), "sd1", "diffusers", seed=5)
+    return make_published(tmp_path_factory.mktemp("other"), "diffusers")
 
 
 @pytest.fixture(scope="session")
 def vae_paths(other_vae, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("vae")
-    whole = make_tiny_stable_diffusion(folder / "whole", "sd1", seed=5)
+    whole = make_published(folder / "whole")
     prefixed = {key: value for key, value in read(whole).items() if key.startswith(VAE)}
     bare = {key.removeprefix(VAE): value for key, value in prefixed.items()}
     weights = other_vae / "vae" / "diffusion_pytorch_model.safetensors"

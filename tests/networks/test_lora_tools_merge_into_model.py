@@ -17,6 +17,7 @@ from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from networks import lora, merge_lora, sdxl_merge_lora
 from tests.networks.lora_tool_files import MEMORY_GROWTH, deltas, metadata, run
+from tests.published import make_published
 from tests.running import ROOT
 
 RATIOS = (0.7, -0.4)
@@ -234,11 +235,12 @@ def test_a_1x1_convolution_of_the_lora_fits_a_linear_layer(tiny_sd2, tmp_path):
     assert merged.shape == (32, 32) and torch.allclose(merged, wanted, atol=1e-6)
 
 
-def test_pickled_models_are_read_and_written(sd1_loras, tiny_sd1, tmp_path):
-    torch.save({"state_dict": load_file(tiny_sd1), "global_step": 7}, tmp_path / "model.ckpt")
-    plain = load_file(merge("sd1", tiny_sd1, sd1_loras, tmp_path / "m.safetensors"))
+def test_pickled_models_are_read_and_written(sd1_loras, tmp_path):
+    model = make_published(tmp_path / "model")
+    torch.save({"state_dict": load_file(model), "global_step": 7}, tmp_path / "model.ckpt")
+    plain = load_file(merge("sd1", model, sd1_loras, tmp_path / "m.safetensors"))
     from_pickle = load_file(merge("sd1", tmp_path / "model.ckpt", sd1_loras, tmp_path / "n.safetensors"))
-    merge("sd1", tiny_sd1, sd1_loras, tmp_path / "m.ckpt")
+    merge("sd1", model, sd1_loras, tmp_path / "m.ckpt")
     into_pickle = torch.load(tmp_path / "m.ckpt", weights_only=True)["state_dict"]
     for other in (from_pickle, into_pickle):
         assert set(other) == set(plain) and all(torch.equal(other[key], plain[key]) for key in plain)

@@ -360,9 +360,8 @@ def infer_unet_config(source: TensorSource, variant: Variant, pooled_width: int 
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
     exceptions = source.exceptions
     heads = exceptions.get("num_attention_heads") or exceptions.get("attention_head_dim")
-    heads = heads or (HEADS if variant == "sd1" else [max(1, width // HEAD_DIM) for width in widths])
-    groups = int(exceptions.get("norm_num_groups", norm_groups(widths[0])))
-    _check_divisions(source, widths, heads, groups)
+    heads = heads or (HEADS if variant == "sd1" else [width // HEAD_DIM for width in widths])
+    _check_heads(source, widths, heads, depths)
     config = {
         "in_channels": source.shape("conv_in.weight")[1],
         "out_channels": source.shape("conv_out.weight")[0],
@@ -373,7 +372,7 @@ def infer_unet_config(source: TensorSource, variant: Variant, pooled_width: int 
         # Diffusers takes the middle's depth from the last level, which has none of its own in some models.
         "transformer_layers_per_block": [*(depth or 1 for depth in depths[:-1]), depths[-1] or middle],
         "attention_head_dim": heads,
-        "norm_num_groups": groups,
+        "norm_num_groups": norm_groups(source, widths),
         "cross_attention_dim": _context_width(source),
         "use_linear_projection": len(source.shape("mid_block.attentions.0.proj_in.weight")) == 2,
         "upcast_attention": bool(exceptions.get("upcast_attention", False)),
@@ -406,17 +405,20 @@ def _refuse_special_inputs(source: TensorSource) -> None:
         )
 
 
-def _check_divisions(source: TensorSource, widths: Sequence[int], heads: int | Sequence[int], groups: int) -> None:
+def _check_heads(source: TensorSource, widths: Sequence[int], heads: int | Sequence[int], depths: list[int]) -> None:
+    """Raises UserError unless ``heads`` fit the width of every level that attends, which is where a depth isn't 0."""
     counts = [heads] * len(widths) if isinstance(heads, int) else list(heads)
     if len(counts) != len(widths):
         raise UserError(
             f"{source.checkpoint.label}: attention heads are given for {len(counts)} of {len(widths)} levels."
         )
-    for width, count in zip(widths, counts):
-        if width % count or width % groups:
+    for level, (width, count) in enumerate(zip(widths, counts)):
+        attends = depths[level] > 0 or level == len(widths) - 1  # the middle is as the last level
+        if attends and (count < 1 or width % count):
             raise UserError(
-                f"{source.checkpoint.label}: {width} channels cannot be split into {count} attention heads and "
-                f"{groups} norm groups."
+                f"{source.checkpoint.label}: {width} channels cannot be split into "
+                f"{f'{count} attention heads' if count else f'attention heads of {HEAD_DIM}'}; a model that was made "
+                'with another number says so as "attention_head_dim" in the "config" entry of its metadata.'
             )
 
 
@@ -445,15 +447,13 @@ def _vae_file(source: TensorSource, scaling_factor: float | None, variant: Varia
         )
     levels = range(source.count(r"encoder\.down_blocks\.(\d+)\."))
     widths = [source.shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
-    groups = int(source.exceptions.get("norm_num_groups", norm_groups(widths[0])))
-    _check_divisions(source, widths, 1, groups)
     config = {
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "layers_per_block": source.count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "latent_channels": latent_channels,
-        "norm_num_groups": groups,
+        "norm_num_groups": norm_groups(source, widths),
         "scaling_factor": float(scaling_factor or SCALING_FACTORS[variant]),
         "sample_size": 1024 if variant == "sdxl" else 512,
     }

@@ -16,6 +16,11 @@ import hypothesis
 import pytest
 
 from tests.documented import DATASETS
+from tests.families.chroma import CHROMA
+from tests.families.flux import FLUX
+from tests.families.sd15 import SD15
+from tests.families.sd21 import SD21
+from tests.families.sdxl import SDXL
 from tests.running import forget_accelerator, toml_value
 
 # A busy machine must not fail a property test.
@@ -46,17 +51,13 @@ def one_thread_for_torch():
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory):
     """A random tiny FLUX.1 dev in the real files' layouts."""
-    from tools.make_tiny_models import make_tiny_flux
-
-    return make_tiny_flux(tmp_path_factory.mktemp("tiny_flux"))
+    return FLUX.make(tmp_path_factory.mktemp("tiny_flux"))
 
 
 @pytest.fixture(scope="session")
 def tiny_chroma(tmp_path_factory):
     """A random tiny Chroma in the real files' layouts."""
-    from tools.make_tiny_models import make_tiny_chroma
-
-    return make_tiny_chroma(tmp_path_factory.mktemp("tiny_chroma"))
+    return CHROMA.make(tmp_path_factory.mktemp("tiny_chroma"))
 
 
 @pytest.fixture(scope="session")
@@ -70,25 +71,19 @@ def tiny_controlnet(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory) -> Path:
     """The single file of a random tiny Stable Diffusion 1 under the real file's key names, with its tokenizer."""
-    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
-
-    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny_sd1"), "sd1")
+    return SD15.make(tmp_path_factory.mktemp("tiny_sd1"))
 
 
 @pytest.fixture(scope="session")
 def tiny_sd2(tmp_path_factory) -> Path:
     """The same of Stable Diffusion 2."""
-    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
-
-    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny_sd2"), "sd2")
+    return SD21.make(tmp_path_factory.mktemp("tiny_sd2"))
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory) -> Path:
     """The same of Stable Diffusion XL, with two tokenizers."""
-    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
-
-    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny_sdxl"), "sdxl")
+    return SDXL.make(tmp_path_factory.mktemp("tiny_sdxl"))
 
 
 @pytest.fixture(scope="session")
@@ -124,51 +119,31 @@ def control_folder(image_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def flux_command(tiny_flux):
     """Options of the FLUX script that name the tiny model and a small quick LoRA."""
-    return [
-        *("--pretrained_model_name_or_path", tiny_flux.transformer, "--clip_l", tiny_flux.clip_l),
-        *("--t5xxl", tiny_flux.t5xxl, "--ae", tiny_flux.autoencoder),
-        *("--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", "1e-3"),
-        *("--timestep_sampling", "flux_shift", "--model_prediction_type", "raw", "--guidance_scale", "1.0"),
-        *("--t5xxl_max_token_length", "16", "--seed", "7"),
-    ]
+    return FLUX.command(tiny_flux)
 
 
 @pytest.fixture(scope="session")
 def chroma_command(tiny_chroma):
     """The same for Chroma, with the settings that are recommended for it."""
-    return [
-        *("--model_type", "chroma", "--pretrained_model_name_or_path", tiny_chroma.transformer),
-        *("--t5xxl", tiny_chroma.t5xxl, "--ae", tiny_chroma.autoencoder, "--apply_t5_attn_mask"),
-        *("--network_module", "networks.lora_flux", "--network_dim", "4", "--learning_rate", "1e-3"),
-        *("--timestep_sampling", "sigmoid", "--model_prediction_type", "raw", "--guidance_scale", "0.0"),
-        *("--t5xxl_max_token_length", "16", "--seed", "7"),
-    ]
-
-
-def _small_lora(model: Path) -> list[object]:
-    """Options of a Stable Diffusion script that name a model and a small quick LoRA."""
-    return [
-        *("--pretrained_model_name_or_path", model, "--network_module", "networks.lora", "--network_dim", "4"),
-        *("--learning_rate", "1e-3", "--seed", "7"),
-    ]
+    return CHROMA.command(tiny_chroma)
 
 
 @pytest.fixture(scope="session")
 def sd1_command(tiny_sd1):
     """For train_network.py."""
-    return _small_lora(tiny_sd1)
+    return SD15.command(tiny_sd1)
 
 
 @pytest.fixture(scope="session")
 def sd2_command(tiny_sd2):
     """For train_network.py, with a model of 2.x that predicts v."""
-    return [*_small_lora(tiny_sd2), "--v2", "--v_parameterization"]
+    return SD21.command(tiny_sd2)
 
 
 @pytest.fixture(scope="session")
 def sdxl_command(tiny_sdxl):
     """For sdxl_train_network.py."""
-    return _small_lora(tiny_sdxl)
+    return SDXL.command(tiny_sdxl)
 
 
 @pytest.fixture

@@ -96,6 +96,8 @@ def definitions(path: Path) -> dict[str, ast.AST]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests"):
             other = ROOT / f"{(node.module or '').replace('.', '/')}.py"
             theirs = definitions(other) if other.is_file() else {}
+            # What they use is found with them, unless this file has something else of that name.
+            found = {**theirs, **found}
             found |= {name.asname or name.name: theirs[name.name] for name in node.names if name.name in theirs}
     return found
 

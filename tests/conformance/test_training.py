@@ -1,0 +1,91 @@
+"""What a run of every family does: its caches, dry run, resumed run and LoRA file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.running import no_weights_are_read, run_in_process
+
+LORA = "lora.safetensors"
+CACHED = ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")
+TO_DISK = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only")
+
+
+def equal(first: Path, second: Path) -> bool:
+    """Whether two LoRA files hold the same tensors, to the bit."""
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory) -> Path:
+    """The folder of four steps without caches that nobody disturbed, with the text encoders that the family trains."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, "--max_train_steps", "4", "--save_every_n_steps", "2", "--save_state", "--lr_scheduler", "cosine")
+    return folder
+
+
+def test_a_resumed_run_ends_at_the_same_weights(train, whole, tmp_path):
+    state = whole / "lora-step00000002-state"
+    train(
+        tmp_path, "--max_train_steps", "4", "--save_every_n_steps", "2", "--lr_scheduler", "cosine", "--resume", state
+    )
+    assert equal(tmp_path / LORA, whole / LORA)
+    assert not equal(tmp_path / LORA, whole / "lora-step00000002.safetensors")
+
+
+def test_a_lora_file_is_continued_where_it_ended(train, whole, tmp_path):
+    """Ranks, alphas and weights come from the file; a step with a tiny learning rate writes them again."""
+    again = ["--network_weights", whole / LORA, "--dim_from_weights", "--network_dim", "16", "--network_alpha", "3"]
+    train(tmp_path, *again, "--max_train_steps", "1", "--learning_rate", "1e-30")
+    tensors, continued = load_file(whole / LORA), load_file(tmp_path / LORA)
+    assert continued.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(continued[key], tensor, rtol=1e-6, atol=1e-20)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
+
+
+def test_caches_are_made_once_and_change_nothing(family, train, images, tmp_path):
+    """From disk, from the files that are there already, and from memory: the same weights to the bit."""
+    said = [train(tmp_path / name, "--max_train_steps", "2", *TO_DISK).stderr for name in ("made", "kept")]
+    counts = [re.findall(r"(?:latent|text encoder) cache: (\d+) kept, (\d+) made", text) for text in said]
+    assert counts == [[("0", "4")] * 2, [("4", "0")] * 2]
+    assert {len(list(images.glob(f"*{ending}"))) for ending in family.caches} == {4}
+    for path in [path for ending in family.caches for path in images.glob(f"*{ending}")]:
+        path.unlink()
+    train(tmp_path / "memory", "--max_train_steps", "2", *CACHED)
+    assert not list(images.glob("*.npz"))
+    assert equal(tmp_path / "made" / LORA, tmp_path / "kept" / LORA)
+    assert equal(tmp_path / "made" / LORA, tmp_path / "memory" / LORA)
+
+
+def test_a_dry_run_announces_what_is_written_and_leaves_no_trace(family, command, train, images, tmp_path):
+    given = ["--max_train_steps", "3", "--save_every_n_steps", "2", *TO_DISK]
+    before = snapshot(images)
+    with no_weights_are_read():
+        planned = train(tmp_path / "out", *given, "--dry_run", *family.idle.split()).stderr
+    assert "All checks passed" in planned and "unknown" not in planned
+    assert not (tmp_path / "out").exists() and snapshot(images) == before
+    assert f"No effect in this run: {family.idle.split()[0]}" in planned
+    train(tmp_path / "out", *given)
+    for path in (tmp_path / "out").iterdir():
+        assert path.name in planned
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {LORA, "lora-step00000002.safetensors"}
+
+
+def test_an_option_that_does_not_exist_is_one_sentence(family, command, tmp_path):
+    with no_weights_are_read():
+        done = run_in_process(family.script, *command, "--output_dir", tmp_path / "out", "--network_dimm", "4")
+    assert done.returncode == 2
+    assert done.stderr == "error: Unknown option --network_dimm. Did you mean --network_dim?\n"
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.families.families import FAMILIES
 from tests.running import run_in_process
+
+DRAWING = [family for family in FAMILIES if family.inference]
 
 PROMPTS = """a red cat --w 80 --h 64 --s 3 --g 2.5 --d 5
 # the next ones are guided away from another text, and from the empty one
@@ -29,36 +32,27 @@ def pixels(folder: Path, beginning: str = "") -> list[tuple[tuple[int, int], byt
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype"),
+    ("family", "dtype"),
     [
-        ("flux", "fp32"),
-        pytest.param("flux", "bf16", marks=pytest.mark.slow),
-        pytest.param("chroma", "fp32", marks=pytest.mark.slow),
+        pytest.param(family, dtype, id=f"{family.name}-{dtype}", marks=[pytest.mark.slow] if number else [])
+        for number, (family, dtype) in enumerate([(family, dtype) for family in DRAWING for dtype in FORMATS])
     ],
 )
-def test_the_same_image_from_both_scripts(request, model, dtype, dataset_toml, tmp_path):
-    training, files = request.getfixturevalue(f"{model}_command"), request.getfixturevalue(f"tiny_{model}")
-    prompts = tmp_path / "prompts.txt"
+def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_toml, tmp_path):
+    files, prompts = tiny_files(family), tmp_path / "prompts.txt"
     prompts.write_text(PROMPTS, encoding="utf-8")
-    if model == "chroma":
-        training = [*training, "--network_train_unet_only"]
-    result = run_in_process(
-        "flux_train_network.py",
-        *training,
+    trained = run_in_process(
+        family.script,
+        *family.command(files),
         *FORMATS[dtype],
         *("--dataset_config", dataset_toml(), "--output_dir", tmp_path, "--output_name", "trained"),
         *("--max_train_steps", "2", "--sample_at_first", "--sample_every_n_steps", "2", "--sample_prompts", prompts),
-        *("--max_data_loader_n_workers", "0", "--learning_rate", "0.05"),
+        *("--max_data_loader_n_workers", "0", "--learning_rate", "0.05", "--no_report"),
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    encoders = [] if model == "chroma" else ["--clip_l", files.clip_l]
-    command = [
-        *("--ckpt_path", files.transformer, "--t5xxl", files.t5xxl, "--ae", files.autoencoder, *encoders),
-        *("--model_type", model, "--t5xxl_max_token_length", "16", "--from_file", prompts, "--dtype", dtype),
-    ]
+    assert trained.returncode == 0, trained.stderr[-3000:]
     drawn = run_in_process(
-        "flux_minimal_inference.py",
-        *command,
+        family.inference,
+        *(*family.drawing(files), "--from_file", prompts, "--dtype", dtype),
         *("--lora_weights", tmp_path / "trained.safetensors", "--output_dir", tmp_path / "drawn"),
     )
     assert drawn.returncode == 0, drawn.stderr[-3000:]

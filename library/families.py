@@ -53,7 +53,7 @@ class Family:
     is_default: bool = False
     """Whether the caching tools take it when no switch is given."""
     lora_name: str = ""
-    """As the tools for LoRA files name it; ``name`` unless something else is given."""
+    """As the tools for LoRA files name it."""
     module_marks: str = ""
     """Regular expression that finds one of its LoRA files by the name of a module in the transformer or U-Net."""
     encoder_marks: str = ""
@@ -117,6 +117,7 @@ STABLE_DIFFUSION = Family(
 SDXL = Family(
     key="sdxl",
     name="Stable Diffusion XL",
+    lora_name="Stable Diffusion XL",
     room="stable_diffusion",
     script="sdxl_train_network",
     trainer="SdxlNetworkTrainer",
@@ -134,6 +135,7 @@ SDXL = Family(
 FLUX = Family(
     key="flux",
     name="FLUX.1",
+    lora_name="FLUX.1",
     room="flux",
     script="flux_train_network",
     trainer="FluxNetworkTrainer",

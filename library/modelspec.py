@@ -9,16 +9,9 @@ import datetime
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from library.families import STABLE_DIFFUSION, version_of
+
 IMPLEMENTATION_VERSION = "lora-training-scripts/0.1.0"
-# (architecture, implementation, resolution) by the beginning of ss_base_model_version; the first that fits counts.
-ARCHITECTURES = {
-    "sdxl": ("stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models", 1024),
-    "sd_v2_v": ("stable-diffusion-v2-768-v", "diffusers", 768),
-    "sd_v2": ("stable-diffusion-v2-512", "diffusers", 512),
-    "sd_v1": ("stable-diffusion-v1", "diffusers", 512),
-    "flux1": ("flux-1-dev", "https://github.com/black-forest-labs/flux", 1024),
-    "chroma": ("chroma", "https://huggingface.co/lodestones/Chroma", 1024),
-}
 
 
 def modelspec_entries(
@@ -53,17 +46,18 @@ def standard_entries(base_model_version: str) -> dict[str, str]:
 
     Empty for a version that tells nothing.
     """
-    for beginning, (architecture, implementation, size) in ARCHITECTURES.items():
-        if base_model_version.startswith(beginning):
-            entries = {
-                "modelspec.architecture": architecture,
-                "modelspec.implementation": implementation,
-                "modelspec.resolution": f"{size}x{size}",
-            }
-            if beginning.startswith("sd"):
-                entries["modelspec.prediction_type"] = "v" if base_model_version.endswith("_v") else "epsilon"
-            return entries
-    return {}
+    found = version_of(base_model_version)
+    if found is None:
+        return {}
+    family, version = found
+    entries = {
+        "modelspec.architecture": version.architecture,
+        "modelspec.implementation": version.implementation,
+        "modelspec.resolution": f"{version.side}x{version.side}",
+    }
+    if family.room == STABLE_DIFFUSION.room:
+        entries["modelspec.prediction_type"] = "v" if base_model_version.endswith("_v") else "epsilon"
+    return entries
 
 
 def merged_from(files: Iterable[tuple[Path, Mapping[str, str]]]) -> str:

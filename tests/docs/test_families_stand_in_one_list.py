@@ -1,0 +1,150 @@
+"""``library/families.py`` is the only list of model families: elsewhere no module names the scripts of several."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from library import families
+from library.families import FAMILIES, Family
+from tests.docs.pages import TRAINERS
+from tests.running import ROOT
+from tools.make_option_tables import PAGES
+
+ALLOWED = {
+    "library/families.py": "the list",
+    "tests/docs/test_families_stand_in_one_list.py": "shows what a second list looks like",
+    "tests/docs/test_guides_are_true.py": "compares each guide with the tables of its own networks",
+}
+"""Modules outside the families' own that may name scripts, each with the reason."""
+LOOP = "train_network"
+"""The module of the training loop, imported by every family's script; Stable Diffusion's own is in it too."""
+
+
+def own_marks(family: Family) -> set[str]:
+    """What only this family's list entries hold: its scripts, its classes, its network modules."""
+    marks = {family.script, family.file, family.trainer, family.options, *family.networks}
+    if family.inference:
+        module, _, options = family.inference.partition(":")
+        marks |= {module, f"{module}.py", options}
+    return marks
+
+
+def named_families(source: str) -> set[str]:
+    """The rooms of the families whose scripts, classes or network modules a module names in strings or imports."""
+    names: set[str] = set()
+    tree = ast.parse(source)
+    documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
+            names |= {node.value, *node.value.split()}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(alias.name for alias in node.names)}
+    names -= {LOOP}
+    return {family.room for family in FAMILIES if names & own_marks(family)}
+
+
+def is_a_familys_own(path: str) -> bool:
+    """Whether a module belongs to one family: its scripts, its networks, its tools, its room."""
+    modules = {path.removesuffix(".py").replace("/", ".")}
+    return any(
+        modules
+        & {family.script, family.inference_script, *family.networks, *(tool.partition(":")[0] for tool in family.tools)}
+        or path.startswith(f"library/models/{family.room}/")
+        for family in FAMILIES
+    )
+
+
+def modules() -> list[str]:
+    folders = ("library", "networks", "tools", "tests/docs")
+    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+def test_no_other_module_names_the_scripts_of_several_families():
+    found = {
+        path: rooms
+        for path in modules()
+        if path not in ALLOWED and len(rooms := named_families((ROOT / path).read_text(encoding="utf-8"))) > 1
+    }
+    assert found == {}
+
+
+def test_library_names_no_script_but_in_the_list():
+    found = [
+        path
+        for path in modules()
+        if path.startswith("library/") and path not in ALLOWED and not is_a_familys_own(path)
+        if any(
+            names & {family.script, family.trainer, family.options}
+            for family in FAMILIES
+            if (names := strings(ROOT / path))
+        )
+    ]
+    assert found == []
+
+
+def strings(path: Path) -> set[str]:
+    """The strings of a module that are exactly one word."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'SCRIPTS = ("train_network.py", "flux_train_network.py")',
+        "from flux_train_network import FluxNetworkTrainer\nfrom sdxl_train_network import SdxlTrainingOptions",
+        'module = "networks.lora_flux" if is_flux else "networks.lora"',
+    ],
+)
+def test_a_second_list_would_be_seen(source):
+    assert len(named_families(source)) == 2
+
+
+def test_every_exception_is_still_needed():
+    named = {path: named_families((ROOT / path).read_text(encoding="utf-8")) for path in ALLOWED}
+    assert [path for path, rooms in named.items() if len(rooms) < 2] == []
+
+
+# ---- the rows are true -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+def test_a_row_names_what_is_there(family):
+    trainer = family.trainer_class()
+    assert trainer.options_class is family.options_class()
+    assert trainer.family == family.name
+    assert (ROOT / family.options_page).is_file()
+    assert (ROOT / "library" / "models" / family.room / "pipeline.py").is_file()
+    assert all(callable(families.load(f"{name}:create_network")) for name in family.networks)
+    assert TRAINERS[family.file] is trainer
+
+
+def test_every_script_and_network_of_the_suite_is_in_a_row():
+    scripts = {path.stem for path in ROOT.glob("*_train_network.py")} | {"train_network"}
+    assert {family.script for family in FAMILIES} == scripts
+    from library.training.network.contract import own_modules
+
+    assert {name for family in FAMILIES for name in family.networks} == set(own_modules())
+    assert len({page.begin + page.path for page in PAGES}) == len(PAGES)
+
+
+def test_a_base_model_version_tells_whose_it_is():
+    told = {
+        version: families.version_of(version)[1].architecture
+        for version in ("sd_v1", "sd_v2", "sd_v2_v", "sdxl_base_v1-0", "flux1", "chroma")
+    }
+    assert told == {
+        "sd_v1": "stable-diffusion-v1",
+        "sd_v2": "stable-diffusion-v2-512",
+        "sd_v2_v": "stable-diffusion-v2-768-v",
+        "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
+        "flux1": "flux-1-dev",
+        "chroma": "chroma",
+    }
+    assert families.version_of("sd3") is None

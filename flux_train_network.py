@@ -15,20 +15,14 @@ from library.options import parse_options
 from library.prompt_options import PromptOptions
 from library.training.network.contract import parse_network_args
 from library.training.objective.flow_matching import (
+    FlowMatching,
     FlowMatchingOptions,
-    add_noise,
-    apply_prediction_type,
     guidance_vector,
-    noise_to_signal,
     objective_notice,
-    sample_sigmas,
-    sigma_weights,
-    training_target,
     unused_flow_options,
 )
-from library.training.objective.noise import draw_input_perturbation, draw_noise
 from library.training.objective.noise_options import StableDiffusionNoiseOptions
-from library.training.objective.step_inputs import ItemDraws, NoisyInput
+from library.training.objective.step_inputs import NoisyInput
 from library.training.output.sample_images import SamplerOptions
 from library.training.run_options import ClipSkipOptions, StableDiffusionModelOptions
 from library.training.training_options import TrainingOptions
@@ -282,27 +276,9 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     # ---- the training step ------------------------------------------------------------------------------------------
 
-    def noisy_input(self, latents: Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
-        """Flow matching: a point between image and noise, and the velocity there."""
-        import torch
-
-        options, device = self.options, latents.device
-        flow, shape = options.flow, tuple(latents.shape[1:])
-        if timestep is None:
-            tokens = (shape[1] // 2) * (shape[2] // 2)
-            sigmas = sample_sigmas(flow, draws.generators("sigma"), tokens, options.noise).to(device)
-        else:
-            sigmas = torch.full((len(latents),), timestep / 1000, device=device)
-        noise = draw_noise(shape, draws.generators("noise")).to(device)
-        extra = draw_input_perturbation(options.noise, shape, draws.generators("ip_noise"))
-        noisy = add_noise(latents, noise, sigmas, None if extra is None else extra.to(device))
-        return NoisyInput(
-            latents=noisy,
-            sigmas=sigmas,
-            target=training_target(flow, latents, noise, noisy, sigmas),
-            weights=sigma_weights(flow, sigmas),
-            noise_to_signal=noise_to_signal(sigmas),
-        )
+    def make_objective(self) -> FlowMatching:
+        """Flow matching."""
+        return FlowMatching(self.options.flow, self.options.noise)
 
     def conditioning(self, batch: Batch) -> dict[str, Tensor]:
         """As for every family; with a ControlNet also ``control_image``, the batch's [B, 3, H, W] in -1..1."""
@@ -314,11 +290,10 @@ class FluxNetworkTrainer(NetworkTrainer):
         return conditioning
 
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
-        """The transformer's velocity, as ``--model_prediction_type`` reads it."""
+        """The transformer's velocity."""
         guidance = guidance_vector(self.options.flow, len(noisy.latents), noisy.latents.device)
         control = conditioning.get("control_image")
-        velocity = self.pipeline.predict(noisy.latents, noisy.sigmas, conditioning, guidance, control)
-        return apply_prediction_type(self.options.flow, velocity, noisy.latents, noisy.sigmas)
+        return self.pipeline.predict(noisy.latents, noisy.sigmas, conditioning, guidance, control)
 
     # ---- samples and metadata ---------------------------------------------------------------------------------------
 

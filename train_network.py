@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
     from library.data.cache import LatentFormat, TextFormat
     from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
+    from library.training.objective.ddpm import Ddpm
 
 
 class NetworkTrainer(RunOutputs):
@@ -400,7 +401,6 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
     def make_pipeline(self) -> StableDiffusionPipeline:
         """Open the checkpoint by its headers and find the tokenizers. Raises UserError when it is another model."""
         from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
-        from library.training.objective.ddpm import Diffusion, noise_schedule
 
         options, model = self.options, self.options.model
         sd, noise = options.stable_diffusion, options.stable_diffusion_noise
@@ -424,8 +424,6 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         )
         self.check_model(pipeline)
         pipeline.load_tokenizers()
-        schedule = noise_schedule(noise.zero_terminal_snr)
-        self.diffusion = Diffusion(options.noise, noise, sd.v_parameterization, schedule)
         return pipeline
 
     def check_model(self, pipeline: StableDiffusionPipeline) -> None:
@@ -501,12 +499,17 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
 
     # ---- the training step ------------------------------------------------------------------------------------------
 
-    def noisy_input(self, latents: Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
+    def make_objective(self) -> Ddpm:
         """Noise at a timestep of the DDPM schedule; the target is the noise, or v with ``--v_parameterization``."""
-        return self.diffusion.noisy_input(latents * self.pipeline.latent_scale, draws, timestep)
+        from library.training.objective.ddpm import Ddpm, noise_schedule
+
+        options, noise = self.options, self.options.stable_diffusion_noise
+        schedule = noise_schedule(noise.zero_terminal_snr)
+        is_v = options.stable_diffusion.v_parameterization
+        return Ddpm(options.noise, noise, is_v, schedule, self.pipeline.latent_scale)
 
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
-        """What the U-Net takes for the target."""
+        """The U-Net's output."""
         from library.training.objective.ddpm import timesteps_of
 
         return self.pipeline.predict(noisy.latents, timesteps_of(noisy), conditioning)

@@ -43,7 +43,8 @@ from library.training.network.contract import (
 )
 from library.training.objective.losses import check_loss_options
 from library.training.objective.noise_options import check_noise_options
-from library.training.objective.step_inputs import ItemDraws, NoisyInput
+from library.training.objective.objective import Objective
+from library.training.objective.step_inputs import NoisyInput
 from library.training.optim.lr_schedulers import check_lr_scheduler_options, create_lr_scheduler, load_scheduler_state
 from library.training.optim.optimizers import FusedBackward, check_optimizer_options, create_optimizer
 from library.training.output.checkpoints import OutputFolder
@@ -167,12 +168,12 @@ class TrainingRun(ABC):
         """The text conditioning of a batch on the device, with gradients where a text encoder is trained."""
 
     @abstractmethod
-    def noisy_input(self, latents: Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
-        """Noise, noise levels and targets for clean latents; ``timestep`` (0..1000) fixes the noise level."""
+    def make_objective(self) -> Objective:
+        """What is trained; the pipeline is open by now."""
 
     @abstractmethod
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
-        """The model's prediction, float32, comparable with ``noisy.target``."""
+        """The model's output, which ``objective.read_prediction`` makes comparable with ``noisy.target``."""
 
     @abstractmethod
     def sample_image(self, index: int, prompt: PromptOptions) -> Any:
@@ -315,6 +316,7 @@ class TrainingRun(ABC):
         from library.memory.fp8 import BlocksInFp8
 
         self.pipeline = self.make_pipeline()
+        self.objective = self.make_objective()
         for part in self.pipeline.parts:
             if isinstance(self.pipeline.dtypes[part], BlocksInFp8):
                 getattr(self.pipeline.files, part).source.require_e4m3fn()

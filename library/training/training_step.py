@@ -22,10 +22,10 @@ class TrainingStep(TextConditioning):
     def item_losses(self, batch: Batch, draws: ItemDraws, timestep: int | None = None) -> Tensor:
         """The loss of each item, [batch] float32; ``timestep`` (0..1000) fixes the noise level."""
         options = self.options
-        noisy = self.noisy_input(self.clean_latents(batch, draws), draws, timestep)
+        noisy = self.objective.noisy_input(self.clean_latents(batch, draws), draws, timestep)
         conditioning = self.conditioning(batch)
         with self.accelerator.autocast():
-            prediction = self.predict(noisy, conditioning)
+            prediction = self.objective.read_prediction(self.predict(noisy, conditioning), noisy)
         target = self.preserve_base_output(batch, noisy, conditioning)
         threshold = huber_threshold(options.loss, noisy.sigmas, noisy.noise_to_signal)
         loss = elementwise_loss(options.loss, prediction.float(), target, threshold)
@@ -58,7 +58,7 @@ class TrainingStep(TextConditioning):
         with torch.no_grad(), self.accelerator.autocast():
             if self.trained_encoders:
                 conditioning = self.conditioning(batch)
-            prediction = self.predict(noisy, conditioning).float()
+            prediction = self.objective.read_prediction(self.predict(noisy, conditioning), noisy).float()
         self.network.set_multiplier(float(batch.network_multipliers[0]))
         target = noisy.target.clone()
         target[marked] = prediction[marked]

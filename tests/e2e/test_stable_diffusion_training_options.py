@@ -155,7 +155,7 @@ def test_loss_weights_are_those_of_the_noise_level(loss_of, model, arguments, fa
 
 def test_latents_are_scaled_before_noise_is_added(prepare):
     trainer = prepare("")
-    noisy = trainer.noisy_input(torch.full((1, 4, 32, 32), 100.0), ItemDraws(1, 0, [5]), timestep=0)
+    noisy = trainer.objective.noisy_input(torch.full((1, 4, 32, 32), 100.0), ItemDraws(1, 0, [5]), timestep=0)
     assert noisy.latents.mean().item() == pytest.approx(18.215 * (1 - 0.00085) ** 0.5, rel=1e-3)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from library.training.objective.noise import draw_input_perturbation, draw_noise, draw_uniform, per_item
 from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions, timestep_bounds
+from library.training.objective.objective import Objective
 from library.training.objective.step_inputs import ItemDraws, NoisyInput
 
 if TYPE_CHECKING:
@@ -233,16 +234,19 @@ def snr_weights(
 
 
 @dataclass(frozen=True)
-class Diffusion:
-    """How a run adds noise and weighs the loss: the options, with the schedule that follows from them."""
+class Ddpm(Objective):
+    """Noise at a timestep of the schedule; the target is the noise, or v. The options, and the schedule of them."""
 
     noise: NoiseOptions
     options: StableDiffusionNoiseOptions
     v_parameterization: bool
     schedule: NoiseSchedule
+    latent_scale: float = 1.0
+    """Factor of the latents inside the model."""
 
     def noisy_input(self, latents: torch.Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
-        """What a training step works on, from clean scaled ``latents``; ``timestep`` (0..1000) is for all items."""
+        """See ``Objective``."""
+        latents = latents * self.latent_scale
         device, shape, schedule = latents.device, tuple(latents.shape[1:]), self.schedule
         if timestep is None:
             timesteps = sample_timesteps(self.noise, draws.generators("timestep"))
@@ -259,6 +263,10 @@ class Diffusion:
             weights=snr_weights(self.options, schedule.snr[timesteps], self.v_parameterization).float().to(device),
             noise_to_signal=noise_to_signal(schedule, timesteps).to(device),
         )
+
+    def read_prediction(self, output: torch.Tensor, noisy: NoisyInput) -> torch.Tensor:
+        """The output as it is."""
+        return output
 
 
 def timesteps_of(noisy: NoisyInput) -> torch.Tensor:

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from library.training.objective.noise import draw_uniform, per_item
+from library.training.objective.noise import draw_input_perturbation, draw_noise, draw_uniform, per_item
 from library.training.objective.noise_options import NoiseOptions, timestep_bounds
+from library.training.objective.objective import Objective
+from library.training.objective.step_inputs import ItemDraws, NoisyInput
 
 if TYPE_CHECKING:
     import torch
@@ -202,3 +204,41 @@ def guidance_vector(options: FlowMatchingOptions, batch_size: int, device: torch
     import torch
 
     return torch.full((batch_size,), float(options.guidance_scale), dtype=torch.float32, device=device)
+
+
+# --- one training step ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlowMatching(Objective):
+    """A point between image and noise, and the velocity there. A family's own defaults are those of its options."""
+
+    options: FlowMatchingOptions
+    noise: NoiseOptions
+    patch_size: int = 2
+    """Side of the square of latents that is one token of the transformer."""
+
+    def noisy_input(self, latents: torch.Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
+        """See ``Objective``."""
+        import torch
+
+        device, shape = latents.device, tuple(latents.shape[1:])
+        if timestep is None:
+            tokens = (shape[1] // self.patch_size) * (shape[2] // self.patch_size)
+            sigmas = sample_sigmas(self.options, draws.generators("sigma"), tokens, self.noise).to(device)
+        else:
+            sigmas = torch.full((len(latents),), timestep / 1000, device=device)
+        noise = draw_noise(shape, draws.generators("noise")).to(device)
+        extra = draw_input_perturbation(self.noise, shape, draws.generators("ip_noise"))
+        noisy = add_noise(latents, noise, sigmas, None if extra is None else extra.to(device))
+        return NoisyInput(
+            latents=noisy,
+            sigmas=sigmas,
+            target=training_target(self.options, latents, noise, noisy, sigmas),
+            weights=sigma_weights(self.options, sigmas),
+            noise_to_signal=noise_to_signal(sigmas),
+        )
+
+    def read_prediction(self, output: torch.Tensor, noisy: NoisyInput) -> torch.Tensor:
+        """The velocity, as ``--model_prediction_type`` reads it."""
+        return apply_prediction_type(self.options, output, noisy.latents, noisy.sigmas)

@@ -148,10 +148,10 @@ def sampling_peak(run: TrainingStep) -> int:
     latents = torch.empty(2, run.pipeline.latent_channels, height // stride, width // stride, device=device)
     run.network.eval()
     with torch.no_grad(), PeakMemory([*run.pipeline.modules.values(), run.network]) as memory:
-        noisy = run.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
+        noisy = run.objective.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
         conditioning = run.conditioning(batch)
         with run.accelerator.autocast():
-            run.predict(noisy, conditioning)
+            run.objective.read_prediction(run.predict(noisy, conditioning), noisy)
         del noisy, conditioning
         run.pipeline.decode_latents(latents[:1])
     return memory.peak

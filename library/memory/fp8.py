@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from library.memory.stored_linear import StoredLinear
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -55,21 +55,7 @@ class BlocksInFp8:
 StorageDtype = torch.dtype | BlocksInFp8
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """x W^T + b for a weight that is made for each product; only the stored codes live between the two passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.weight, ctx.dtype, ctx.x_dtype = weight, dtype, x.dtype
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (grad.to(ctx.dtype) @ ctx.weight.to(ctx.dtype)).to(ctx.x_dtype), None, None, None
-
-
-class Fp8Linear(nn.Linear):
+class Fp8Linear(StoredLinear):
     """A frozen ``nn.Linear`` whose weight is stored in 8 bits.
 
     ``weight`` is a property: the weight as the layer computes with it, made anew at each access. ``set_weight``
@@ -95,12 +81,6 @@ class Fp8Linear(nn.Linear):
         stored = weight if isinstance(weight, ScaledWeight) else quantise(weight)
         self.codes = stored.codes.to(self.codes.device)
         self.scale = stored.scale.to(self.codes.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As ``nn.Linear``, in autocast's dtype where autocast is on."""
-        is_autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
-        return _FrozenLinear.apply(x, self.stored_weight, self.bias, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves between devices move the codes; a cast to another dtype leaves them as they are."""
@@ -143,18 +123,3 @@ def store_in_fp8(layer: nn.Linear, weight: ScaledWeight, compute_dtype: torch.dt
     layer.compute_dtype = compute_dtype
     layer.register_buffer("codes", weight.codes, persistent=False)
     layer.register_buffer("scale", weight.scale.to(weight.codes.device), persistent=False)
-
-
-def stored_weight(layer: nn.Linear | nn.Conv2d) -> Tensor | ScaledWeight:
-    """A layer's weight as it lies in memory; ``.to(dtype)`` gives the numbers."""
-    return layer.stored_weight if isinstance(layer, Fp8Linear) else layer.weight
-
-
-def write_weight(layer: nn.Linear | nn.Conv2d, weight: Tensor | ScaledWeight) -> None:
-    """Replace a layer's weight, in the dtype in which the layer keeps it."""
-    if isinstance(layer, Fp8Linear):
-        layer.set_weight(weight)
-    else:
-        assert isinstance(weight, Tensor)
-        with torch.no_grad():
-            layer.weight.copy_(weight)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from library.console import say, warn
 from library.errors import UserError
-from library.memory.fp8 import ScaledWeight, stored_weight, write_weight
+from library.memory.stored_linear import StoredWeight, stored_weight, write_weight
 from networks.adapters.adapter_module import AdapterModule
 from networks.adapters.lora_arguments import last_match
 from networks.adapters.lora_file import read_file, write_file
@@ -65,7 +65,7 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
         self.unet_loras = unet_loras
         self.multiplier: float | Tensor = 1.0
         self.train_t5xxl = False
-        self.backups: dict[str, Tensor | ScaledWeight] = {}
+        self.backups: dict[str, StoredWeight] = {}
         for lora in self.loras:
             self.add_module(lora.lora_name, lora)
         self.frozen = set(self.parameters())

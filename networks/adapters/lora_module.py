@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.memory.fp8 import Fp8Linear, write_weight
+from library.memory.stored_linear import StoredLinear, write_weight
 from library.randomness import generator
 from networks.adapters.adapter_module import AdapterModule, as_float32
 from networks.adapters.lora_file import LoRAWeights
@@ -242,11 +242,10 @@ class LoRAModule(AdapterModule):
     def _is_plain_frozen_linear(self) -> bool:
         """Whether the layer does what nn.Linear does, so that its product and ours can be one operation."""
         layer = self.org_module
-        is_fp8 = isinstance(layer, Fp8Linear)
         return (
-            type(layer).forward in (nn.Linear.forward, Fp8Linear.forward)
+            type(layer).forward in (nn.Linear.forward, StoredLinear.forward)
             and getattr(self.org_forward, "__func__", None) is type(layer).forward
-            and (is_fp8 or not layer.weight.requires_grad)
+            and (isinstance(layer, StoredLinear) or not layer.weight.requires_grad)
             and (layer.bias is None or not layer.bias.requires_grad)
         )
 

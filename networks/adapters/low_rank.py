@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from library.memory.fp8 import ScaledWeight, stored_weight
+from library.memory.stored_linear import StoredWeight, stored_weight
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -43,7 +43,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         mask: Tensor | None,
-        weight: Tensor | ScaledWeight,
+        weight: StoredWeight,
         bias: Tensor | None,
         scale: float,
         dtype: torch.dtype,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from library.console import say, warn
 from library.errors import UserError
-from library.memory.fp8 import write_weight
+from library.memory.stored_linear import write_weight
 from networks.adapters.adapter_module import AdapterModule, as_float32
 from networks.adapters.adapter_network import AdapterNetwork, LoadInfo
 from networks.adapters.lora_arguments import COMMON_ARGUMENTS, flag, parse_arguments, unavailable

@@ -1,0 +1,82 @@
+"""Frozen Linear layers whose weights lie in memory in another form than they compute in: what others know of them.
+
+A storage format is a subclass that gives ``stored_weight`` and ``set_weight``, and its own products if it has them.
+LoRA modules and tools use this module only, so that none of them knows a format.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class StoredWeight(Protocol):
+    """A weight as it lies in memory, as a tensor or in another form."""
+
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        """The weight [out, in] in ``dtype``."""
+
+
+class StoredLinear(nn.Linear, ABC):
+    """A frozen ``nn.Linear`` that makes its weight anew for each product and lets it go at once."""
+
+    @property
+    @abstractmethod
+    def stored_weight(self) -> Any:
+        """The weight as it lies in memory, a ``StoredWeight``; ``set_weight`` takes it back."""
+
+    @abstractmethod
+    def set_weight(self, weight: Any) -> None:
+        """Store another weight of the same shape: a tensor, or what ``stored_weight`` gave."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in ``dtype``, in memory of its own."""
+        return self.stored_weight.to(dtype)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b [..., out] of ``x`` [..., in], in the dtype of ``x``."""
+        return F.linear(x, self.dense(x.dtype), bias)
+
+    def matmul_t(self, grad: Tensor) -> Tensor:
+        """grad W [..., in] of ``grad`` [..., out], in its dtype."""
+        return grad @ self.dense(grad.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.Linear``, in autocast's dtype where autocast is on."""
+        is_autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+        return _FrozenProduct.apply(x, self, self.bias, dtype)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + b for a weight that is made for each product; only its stored form lives between the two passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: StoredLinear, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.layer, ctx.dtype, ctx.x_dtype = layer, dtype, x.dtype
+        return layer.matmul(x.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.layer.matmul_t(grad.to(ctx.dtype)).to(ctx.x_dtype), None, None, None
+
+
+def stored_weight(layer: nn.Linear | nn.Conv2d) -> StoredWeight:
+    """A layer's weight as it lies in memory; ``.to(dtype)`` gives the numbers."""
+    return layer.stored_weight if isinstance(layer, StoredLinear) else layer.weight
+
+
+def write_weight(layer: nn.Linear | nn.Conv2d, weight: StoredWeight) -> None:
+    """Replace a layer's weight, in the form in which the layer keeps it."""
+    if isinstance(layer, StoredLinear):
+        layer.set_weight(weight)
+    else:
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            layer.weight.copy_(weight)

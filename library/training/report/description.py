@@ -14,10 +14,8 @@ from library.training.report.wording import EndFacts, FileFacts, GroupFacts, Par
 if TYPE_CHECKING:
     from torch import nn
 
-    from library.training.training_run import TrainingRun
 
-
-def start_facts(run: TrainingRun) -> StartFacts:
+def start_facts(run: Any) -> StartFacts:
     """A run that stands before its first step."""
     options, pipeline = run.options, run.pipeline
     loaded = {part: pipeline.modules[part] for part in pipeline.parts if part in pipeline.modules}
@@ -101,7 +99,7 @@ def group_facts(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None
     return found
 
 
-def end_facts(run: TrainingRun) -> EndFacts:
+def end_facts(run: Any) -> EndFacts:
     """A run that has done its last step."""
     losses = {"average": run.record.average} if run.record.losses else {}
     page = run.report.path

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 from library.console import warn
 from library.data.summary import group_facts
@@ -25,9 +25,6 @@ from library.training.report.description import start_facts
 from library.training.report.samples import SampleGrid
 from library.training.report.timing import RunClock, peak_device_memory, peak_process_memory
 from library.training.report.wording import length_lines, network_lines, rate_text, size_text
-
-if TYPE_CHECKING:
-    from library.training.training_run import TrainingRun
 
 FORMAT = "training-report"
 VERSION = 1
@@ -296,7 +293,7 @@ class RunReport:
 # ---- from a run to its description -----------------------------------------------------------------------------------
 
 
-def open_report(run: TrainingRun) -> RunReport:
+def open_report(run: Any) -> RunReport:
     """The report of a run that is about to train; it does nothing where none is wanted or on other processes."""
     options, saving = run.options, run.options.saving
     validates = run.validation_group is not None
@@ -319,7 +316,7 @@ def open_report(run: TrainingRun) -> RunReport:
     return RunReport(path, head, run.saved is not None, run.clock, lambda: measured(run))
 
 
-def _headline(run: TrainingRun) -> str:
+def _headline(run: Any) -> str:
     network = run.options.network
     parts = [run.family, str(network.network_module)]
     if network.network_dim is not None:
@@ -345,13 +342,13 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _data(run: TrainingRun) -> list[dict[str, Any]]:
+def _data(run: Any) -> list[dict[str, Any]]:
     processes = run.accelerator.num_processes
     groups = [("Training data", run.train_group), ("Validation data", run.validation_group)]
     return [group_facts(group, title, processes) for title, group in groups if group is not None]
 
 
-def _facts(run: TrainingRun) -> list[tuple[str, str]]:
+def _facts(run: Any) -> list[tuple[str, str]]:
     facts = start_facts(run)
     name = Path(run.options.model.pretrained_model_name_or_path).name
     parts = [f"{part.name} {part.parameters:,} parameters in {part.dtype}" for part in facts.parts]
@@ -369,7 +366,7 @@ def _facts(run: TrainingRun) -> list[tuple[str, str]]:
     ]
 
 
-def measured(run: TrainingRun) -> list[tuple[str, str]]:
+def measured(run: Any) -> list[tuple[str, str]]:
     """Speed and memory so far."""
     seconds = sum(run.clock.seconds.get(part, 0.0) for part in ("training", "waiting for data"))
     steps, found = run.position.step - run.first_step, []

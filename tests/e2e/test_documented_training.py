@@ -21,7 +21,7 @@ from library.console import LOGGER
 from library.prompt_options import read_prompt_file
 from tests.docs.pages import TRAINERS, Block, blocks, commands, launched
 from tests.documented import WALK
-from tests.running import ROOT
+from tests.running import ROOT, forget_accelerator
 
 GUIDES = (
     *("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en"),
@@ -137,13 +137,10 @@ def small_options(words: list[str]) -> list[str]:
 @pytest.fixture
 def run(models, capfd):
     """Run a script of the project in this process, as ``python script ...`` does; returns what it said."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     handlers, level, propagates = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
 
     def in_this_process(script: str, words: list[str]) -> str:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         given = [script, *words, *models(script, words), *small_options(words)]
         if script != INFERENCE[1] and any(word.startswith("--output_dir") for word in words):
             given.append("--output_dir=output")
@@ -153,7 +150,7 @@ def run(models, capfd):
         return capfd.readouterr().err
 
     yield in_this_process
-    AcceleratorState._reset_state()
+    forget_accelerator()
     LOGGER.handlers[:], LOGGER.propagate = handlers, propagates
     LOGGER.setLevel(level)
 
@@ -261,20 +258,17 @@ def test_programs_that_take_a_trained_file(place, run):
 @pytest.fixture(scope="module")
 def small_lora(flux_command, image_folder, tmp_path_factory) -> Path:
     """A LoRA file of one step."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     from library.options import parse_options
     from tests.running import trainer_class
 
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerator()
     folder, trainer = tmp_path_factory.mktemp("small_lora"), trainer_class("flux")
     dataset = folder / "dataset.toml"
     images = f'image_dir = "{image_folder.as_posix()}"\ncaption_extension = ".txt"\n'
     dataset.write_text(f"{SMALL_DATASET}[[datasets.subsets]]\n{images}", encoding="utf-8")
     given = [*flux_command, "--dataset_config", dataset, "--output_dir", folder, "--max_train_steps", 1]
     trainer(parse_options(trainer.options_class, "", [str(word) for word in given])).train()
-    AcceleratorState._reset_state()
+    forget_accelerator()
     return folder / "last.safetensors"
 
 

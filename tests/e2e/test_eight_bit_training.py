@@ -13,7 +13,7 @@ from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.memory.fp8 import FP8, Fp8Linear, quantise
 from library.options import parse_options
-from tests.running import run_in_process
+from tests.running import forget_accelerator, run_in_process
 
 LEARNING = ["--learning_rate", "1e-2", "--text_encoder_lr", "1e-2", "--network_args", "train_t5xxl=True"]
 
@@ -38,15 +38,12 @@ def command(tiny_flux, flux_command, dataset_toml, tmp_path):
 @pytest.fixture
 def trainer(command):
     """The trainer of such a command line, not yet started."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def make(*arguments: object, output: str = "out", **files: object) -> FluxNetworkTrainer:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         return FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", command(output, *arguments, **files)))
 
-    yield make
-    AcceleratorState._reset_state()
+    return make
 
 
 @pytest.fixture

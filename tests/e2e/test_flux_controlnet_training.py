@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.options import parse_options
-from tests.running import run_in_process
+from tests.running import forget_accelerator, run_in_process
 from tools.cache_run import run_tool
 from tools.make_tiny_controlnet import make_tiny_controlnet
 
@@ -24,13 +24,11 @@ OPTION = "--controlnet_model_name_or_path"
 @pytest.fixture
 def run(flux_command, dataset_toml, control_folder, tmp_path):
     """Train two steps in this process; ``control`` is the folder of control images. Returns the trainer."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def train(
         *arguments: object, control: Path | None = control_folder, steps: int = 2, output: str = "out", **dataset
     ):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         if control is not None:
             dataset["subset"] = {"conditioning_data_dir": control.as_posix(), **dataset.get("subset", {})}
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", tmp_path / output]
@@ -39,8 +37,7 @@ def run(flux_command, dataset_toml, control_folder, tmp_path):
         trainer.train()
         return trainer
 
-    yield train
-    AcceleratorState._reset_state()
+    return train
 
 
 def weights(tmp_path: Path, output: str) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from library.console import LOGGER
 from library.errors import UserError
 from library.options import parse_options
 from tests.documented import WALK, Entry
-from tests.running import ROOT, trainer_class
+from tests.running import ROOT, forget_accelerator, trainer_class
 
 RUN = (
     "--network_module networks.lora_flux --network_dim 4 --learning_rate 1e-3 --train_batch_size 2 --seed 7 "
@@ -154,8 +154,6 @@ def model_options(entry: Entry, models: Mapping[str, Mapping[str, Path]]) -> lis
 @pytest.fixture(scope="module")
 def run(place):
     """Train in this process with these options; returns what came of it."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     trainer = trainer_class("flux")
     messages: list[str] = []
     handler = logging.Handler()
@@ -163,8 +161,7 @@ def run(place):
     logger = logging.getLogger("library")
 
     def in_this_process(folder: Path, options: list[str]) -> Outcome:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         messages.clear()
         given = [*RUN, f"--dataset_config={place / 'my_flux_dataset_config.toml'}", *options, f"--output_dir={folder}"]
         if not {"--max_train_steps", "--max_train_epochs"} & set(options):
@@ -187,7 +184,7 @@ def run(place):
     yield in_this_process
     logger.removeHandler(handler)
     logger.setLevel(level)
-    AcceleratorState._reset_state()
+    forget_accelerator()
 
 
 @pytest.fixture(scope="module")

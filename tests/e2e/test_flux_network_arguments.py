@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from library.errors import UserError
 from library.options import parse_options
-from tests.running import run_in_process, trainer_class
+from tests.running import forget_accelerator, run_in_process, trainer_class
 
 DOUBLE = ("mod_lin", "attn_qkv", "attn_proj", "mlp_0", "mlp_2")
 SINGLE = ("linear1", "linear2", "modulation_lin")
@@ -448,18 +448,15 @@ def command(request, flux_command, dataset, tmp_path):
 @pytest.fixture
 def run(command):
     """Train a case in this process; returns its trainer."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def train(case: Case) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         trainer_type = trainer_class("flux")
         trainer = trainer_type(parse_options(trainer_type.options_class, "test", command(case)))
         trainer.train()
         return trainer
 
-    yield train
-    AcceleratorState._reset_state()
+    return train
 
 
 def check(case: Case, title: str, trainer: Any, file: Path, first: Path | None = None) -> None:

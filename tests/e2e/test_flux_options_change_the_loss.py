@@ -10,24 +10,22 @@ from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.options import parse_options
 from library.training.objective.step_inputs import ItemDraws
+from tests.running import forget_accelerator
 
 
 @pytest.fixture
 def make(tiny_flux, dataset_toml, tmp_path):
     """A trainer of the transformer with FLUX.1's options as they are when nothing is said."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def run(arguments: str, *files: object) -> FluxNetworkTrainer:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         given = ["--pretrained_model_name_or_path", tiny_flux.transformer, "--clip_l", tiny_flux.clip_l]
         given += ["--t5xxl", tiny_flux.t5xxl, "--ae", tiny_flux.autoencoder, "--network_module", "networks.lora_flux"]
         given += ["--network_train_unet_only", "--output_dir", tmp_path, "--seed", "7"]
         given += ["--dataset_config", dataset_toml(resolution=64), *arguments.split(), *files]
         return FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
 
-    yield run
-    AcceleratorState._reset_state()
+    return run
 
 
 @pytest.fixture(scope="module")

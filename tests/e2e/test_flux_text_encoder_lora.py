@@ -16,7 +16,7 @@ from library.models.flux.pipeline import FluxFiles, FluxPipeline
 from library.options import parse_options
 from networks import lora_flux
 from tests.networks.conftest import randomise
-from tests.running import trainer_class
+from tests.running import forget_accelerator, trainer_class
 
 CLIP_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 T5_LAYERS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
@@ -26,7 +26,6 @@ PROMPTS = ["a red circle on a blue background", "cat"]
 @pytest.fixture
 def train(flux_command, dataset_toml, small_images, tmp_path):
     """Train in this process; ``watch`` is called with the trainer and each step's conditioning."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def run(
         *arguments: object,
@@ -36,8 +35,7 @@ def train(flux_command, dataset_toml, small_images, tmp_path):
         command: Any = None,
         **dataset: object,
     ) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         trainer_type: Any = trainer_class("flux")
 
         class Watched(trainer_type):
@@ -54,8 +52,7 @@ def train(flux_command, dataset_toml, small_images, tmp_path):
         trainer.train()
         return trainer
 
-    yield run
-    AcceleratorState._reset_state()
+    return run
 
 
 @pytest.fixture

@@ -15,24 +15,22 @@ from safetensors.torch import load_file
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.options import parse_options
+from tests.running import forget_accelerator
 
 
 @pytest.fixture
 def train(flux_command, dataset_toml, tmp_path):
     """Train a few steps with more options; returns the trainer when it is done."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def run(*arguments: object, steps: int = 2, output: str = "out", **dataset: object) -> FluxNetworkTrainer:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", tmp_path / output]
         given += ["--dataset_config", dataset_toml(**dataset), "--max_data_loader_n_workers", "0", *arguments]
         trainer = FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
         trainer.train()
         return trainer
 
-    yield run
-    AcceleratorState._reset_state()
+    return run
 
 
 def trained_keys(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.options import parse_options
+from tests.running import forget_accelerator
 
 DOCUMENTED = (
     "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False "
@@ -19,7 +20,6 @@ DOCUMENTED = (
 def train(flux_command, dataset_toml, tmp_path):
     """Train for some steps with more options into a folder; ``watch`` is called with the trainer after each backward
     pass. Returns the trainer when it is done."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     class Watched(FluxNetworkTrainer):
         def update(self) -> None:
@@ -27,8 +27,7 @@ def train(flux_command, dataset_toml, tmp_path):
             super().update()
 
     def run(output: str, *arguments: object, watch=lambda trainer: None) -> FluxNetworkTrainer:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         given = [*flux_command, "--output_dir", tmp_path / output, "--dataset_config", dataset_toml(), *arguments]
         given += ["--max_train_steps", "6", "--max_data_loader_n_workers", "0", "--cache_latents"]
         trainer = Watched(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
@@ -36,8 +35,7 @@ def train(flux_command, dataset_toml, tmp_path):
         trainer.train()
         return trainer
 
-    yield run
-    AcceleratorState._reset_state()
+    return run
 
 
 def weights(folder):

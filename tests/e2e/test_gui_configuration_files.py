@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from library.console import set_up_console
 from library.options import FRONT_END_KEYS, configured_value, declared_options, keys_of_other_scripts, parse_options
-from tests.running import ROOT, launch, toml_value, trainer_class
+from tests.running import ROOT, forget_accelerator, launch, toml_value, trainer_class
 
 GUI_FILES = sorted(path.stem.removeprefix("gui_config_") for path in (ROOT / "tests").glob("*/gui_config_*.toml"))
 EMPTY = (
@@ -62,19 +62,15 @@ def gui_file(request, tmp_path, image_folder):
 
 @pytest.fixture
 def train():
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     def run(family: str, path: Path):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         options = parse_options(options_class(family), "test", ["--config_file", str(path)])
         set_up_console(options.console)
         trainer = trainer_class(family)(options)
         trainer.train()
         return trainer
 
-    yield run
-    AcceleratorState._reset_state()
+    return run
 
 
 def metadata(path: Path) -> dict[str, str]:

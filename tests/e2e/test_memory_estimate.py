@@ -17,6 +17,7 @@ from library.training.plan import memory_estimate
 from library.training.plan.memory_estimate import Largest, largest_batch, optimizer_state_bytes
 from library.training.plan.simulation import PeakMemory, Simulation
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
+from tests.running import forget_accelerator
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
 CLASSES = {
@@ -35,11 +36,9 @@ FUSED = (
 @pytest.fixture
 def make_trainer(request, tmp_path, dataset_toml):
     """A trainer as it stands when its checkpoint files are opened."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def make(command: str, arguments: str) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         trainer_class, options_class = CLASSES[command]
         given = [*request.getfixturevalue(command), *arguments.split(), "--output_dir", tmp_path]
         given += ["--dataset_config", dataset_toml(bucket_reso_steps=64), "--max_train_steps", "2"]
@@ -51,8 +50,7 @@ def make_trainer(request, tmp_path, dataset_toml):
         trainer.prompt_conditioning = {}
         return trainer
 
-    yield make
-    AcceleratorState._reset_state()
+    return make
 
 
 def build(trainer: Any) -> None:

@@ -24,7 +24,7 @@ from library.options import parse_options
 from library.training.output.sample_images import SampleOptions, Samples
 from library.training.report.page import ReportHead, RunReport, describe_settings
 from tests.browser import DESKTOP, PHONE, Browser, browser_program
-from tests.running import launch, toml_value
+from tests.running import forget_accelerator, launch, toml_value
 
 NASTY = '<script>document.title="run"</script><img src=x onerror=\'document.title="run"\'> {{data}} "quoted" & 猫'
 
@@ -45,8 +45,6 @@ class WatchingTrainer(FluxNetworkTrainer):
 @pytest.fixture(scope="module")
 def train(flux_command, image_folder, tmp_path_factory):
     """Train a few steps with more options into a folder; returns the trainer."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     root = tmp_path_factory.mktemp("report")
     prompts, dataset = root / "prompts.txt", root / "dataset.toml"
     prompts.write_text(f"a cat --w 64 --h 64 --s 1 --d 3\n{NASTY} --w 96 --h 64 --s 1 --d 4\n", encoding="utf-8")
@@ -58,8 +56,7 @@ def train(flux_command, image_folder, tmp_path_factory):
     )
 
     def run(folder: Path, *arguments: object, steps: int = 8, signal_at: int = 0) -> WatchingTrainer:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", folder, "--output_name", "zog"]
         given += ["--dataset_config", dataset, "--max_data_loader_n_workers", "0", "--network_train_unet_only"]
         given += ["--cache_latents", "--cache_text_encoder_outputs", *arguments]
@@ -69,8 +66,7 @@ def train(flux_command, image_folder, tmp_path_factory):
         return trainer
 
     run.samples = ["--sample_prompts", prompts, "--sample_every_n_steps", "4", "--sample_at_first"]
-    yield run
-    AcceleratorState._reset_state()
+    return run
 
 
 @pytest.fixture(scope="module")

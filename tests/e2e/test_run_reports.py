@@ -13,24 +13,22 @@ import pytest
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.options import parse_options
 from library.training.report.description import end_facts, start_facts
+from tests.running import forget_accelerator
 
 
 @pytest.fixture
 def train(flux_command, dataset_toml, tmp_path):
     """Train a few steps; returns the trainer when it is done."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def run(*arguments: object, trainer_class: type = FluxNetworkTrainer, steps: int = 4, **dataset: object) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", tmp_path / "out", *arguments]
         given += ["--dataset_config", dataset_toml(**dataset), "--max_data_loader_n_workers", "0"]
         trainer = trainer_class(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
         trainer.train()
         return trainer
 
-    yield run
-    AcceleratorState._reset_state()
+    return run
 
 
 @pytest.fixture

@@ -14,14 +14,12 @@ from library.options import parse_options
 from library.training.objective.step_inputs import ItemDraws
 from sdxl_train_network import SdxlNetworkTrainer
 from tests.e2e.test_flux_training_options import trained_keys
+from tests.running import forget_accelerator
 from train_network import StableDiffusionNetworkTrainer
 
 
 def trainer_for(commands: dict, model: str, arguments: tuple) -> StableDiffusionNetworkTrainer:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerator()
     trainer = SdxlNetworkTrainer if model == "sdxl" else StableDiffusionNetworkTrainer
     given = [str(value) for value in (*commands[model], "--max_data_loader_n_workers", "0", *arguments)]
     return trainer(parse_options(trainer.options_class, "test", given))
@@ -30,9 +28,8 @@ def trainer_for(commands: dict, model: str, arguments: tuple) -> StableDiffusion
 @pytest.fixture
 def commands(sd1_command, sd2_command, sdxl_command):
     yield {"sd1": sd1_command, "sd2": sd2_command, "sdxl": sdxl_command}
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()
+    forget_accelerator()
 
 
 @pytest.fixture

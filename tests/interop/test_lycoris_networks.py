@@ -17,7 +17,7 @@ from library.options import parse_options
 from library.safetensors_io import model_hash
 from library.training.network.lycoris import LycorisModule, quiet_imports
 from library.training.objective.step_inputs import ItemDraws
-from tests.running import trainer_class
+from tests.running import forget_accelerator, trainer_class
 
 quiet_imports()
 lycoris = pytest.importorskip("lycoris.kohya", reason="lycoris-lora is in requirements-dev.txt")
@@ -50,11 +50,9 @@ PREFIXES = {
 @pytest.fixture
 def make_trainer(request, tmp_path, dataset_toml):
     """A family's trainer with more options, before its first step."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def make(family: str, *arguments: object, steps: int = 2, output: str = "out", **dataset: object) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerator()
         given = [*request.getfixturevalue(f"{family}_command"), "--network_module", "lycoris.kohya"]
         given += ["--network_dim", 2, "--network_alpha", 1, "--learning_rate", "1e-2", "--max_train_steps", steps]
         given += ["--output_dir", tmp_path / output, "--max_data_loader_n_workers", 0]
@@ -63,8 +61,7 @@ def make_trainer(request, tmp_path, dataset_toml):
         kind = trainer_class(family)
         return kind(parse_options(kind.options_class, "test", [str(value) for value in given]))
 
-    yield make
-    AcceleratorState._reset_state()
+    return make
 
 
 @pytest.fixture

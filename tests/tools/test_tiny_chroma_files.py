@@ -96,10 +96,12 @@ def test_every_stage_runs_and_its_files_open(teacher: FluxPipeline, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_documented_settings_teach_it_the_concept(tmp_path: Path) -> None:
-    """A third of the quick start's steps, through the launcher."""
+def test_the_documented_settings_teach_it_the_concept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the quick start's steps, through the launcher; samples only before and after."""
+    from tools import quickstart as program
     from tools.quickstart import Folders, quickstart, sample_images
 
+    monkeypatch.setattr(program, "sample_interval", lambda steps: steps)
     folders = Folders(tmp_path / "out", "chroma")
     quickstart(folders, steps=200, seed=1, threads=1)
     prompts = read_prompts(folders.prompts)

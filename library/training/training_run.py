@@ -82,7 +82,9 @@ SAME_RESULT_GROUPS = frozenset(
     "report logging metadata hub cache text_cache".split()
 )
 """Option groups that don't shape the result of training, or whose part in it is compared by what it leads to."""
-SAME_RESULT_OPTIONS = PATH_OPTIONS | {"max_data_loader_n_workers", "persistent_data_loader_workers", "debug_dataset"}
+SAME_RESULT_OPTIONS = PATH_OPTIONS | set(
+    "max_data_loader_n_workers persistent_data_loader_workers debug_dataset mem_eff_attn".split()
+)
 
 
 class TrainingRun(ABC):

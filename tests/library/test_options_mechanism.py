@@ -157,7 +157,7 @@ def test_keys_of_front_ends_are_named_and_have_no_effect(tmp_path, capsys):
         ("rate = -inf", '"rate" must be a finite number, not -inf.'),
         ("rates = [1.0, inf]", '"rates" must be a finite number, not inf.'),
         ("warmup = nan", '"warmup" must be a number of steps, or a ratio below 1, not nan.'),
-        ("rate = {a = 1}", '"rate" must be a number, not {'),
+        ("[part]\nrate = {a = 1}", '"rate" must be a number, not {'),
         ("rank = " + "1" * 5000, "an integer has too many digits"),
         ("rank = " + "[" * 10_000, "nested too deeply"),
         ("warmup = 1.5", "a number of steps, or a ratio below 1"),

@@ -160,7 +160,7 @@ def test_legacy_switches_stand_for_their_optimizers():
         OptimizerOptions(use_lion_optimizer=True, optimizer_type="Lion"),
         OptimizerOptions(use_8bit_adam=True, use_lion_optimizer=True),
     ):
-        with pytest.raises(UserError, match="exclude each other"):
+        with pytest.raises(UserError, match="mutually exclusive"):
             check_optimizer_options(options)
 
 
@@ -180,7 +180,7 @@ def test_legacy_switches_stand_for_their_optimizers():
         ({"optimizer_args": ["wait_decay=0.1"]}, 'AdamW has no argument "wait_decay". Did you mean "weight_decay"'),
         ({"optimizer_args": ["lr=0.1"]}, '"lr" has its own option'),
         ({"optimizer_args": ["betas=2.0,0.9"]}, "refuses its arguments: Invalid beta"),
-        ({"optimizer_args": ["betas=0.9"]}, "refuses its arguments"),
+        ({"optimizer_args": ["betas=0.9"]}, "must be 2 numbers"),
         ({"learning_rate": -1.0}, "must not be negative"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
         ({"fused_backward_pass": True}, "Adafactor only, not with AdamW"),

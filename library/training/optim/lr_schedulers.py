@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ class LRSchedulerOptions:
     lr_scheduler_args: list[str] = field(default_factory=list)
     """Further arguments of the schedule, each key=value, for example "T_max=100"."""
     lr_warmup_steps: StepsOrRatio = 0
-    """Updates in which the rate rises from 0, or their share of all updates."""
+    """Warm-up steps (optimizer updates) in which the rate rises from 0, or their share of all updates."""
     lr_decay_steps: StepsOrRatio = 0
     """Updates in which the rate falls at the end (warmup_stable_decay), or their share of all updates."""
     lr_scheduler_num_cycles: int = 1
@@ -251,13 +252,17 @@ def check_lr_scheduler_options(options: LRSchedulerOptions) -> None:
         return
     name = options.lr_scheduler.partition(":")[0]
     if name not in _KNOWN:
-        raise UserError(f"--lr_scheduler {options.lr_scheduler} is unknown.{did_you_mean(name, _KNOWN)}")
+        hint = " A scheduler class is given with --lr_scheduler_type." if "." in name else did_you_mean(name, _KNOWN)
+        raise UserError(f"--lr_scheduler {options.lr_scheduler} is unknown.{hint}")
     if name in ("constant", "adafactor") and options.lr_warmup_steps:
         raise UserError(
             f"--lr_scheduler {name} has no warm-up; use constant_with_warmup, or leave out --lr_warmup_steps."
         )
     if name in _FORMULAS:
         _parameters(name, options, arguments, num_training_steps=1, lr_init=1.0)
+    elif name == "reduce_lr_on_plateau" and arguments:
+        plateau = replace(options, lr_scheduler_type="torch.optim.lr_scheduler.ReduceLROnPlateau")
+        _check_class_arguments(plateau, arguments)
 
 
 def unused_schedule_options(options: LRSchedulerOptions) -> list[tuple[str, list[str]]]:
@@ -351,10 +356,15 @@ def _check_parameters(name: str, parameters: dict[str, Any], formula: Callable[.
     for key in ("warmup_type", "decay_type"):
         if parameters.get(key, "linear") not in _RISES:
             raise UserError(f"--lr_scheduler_args {key}={parameters[key]!r} must be one of {', '.join(_RISES)}.")
-    try:
-        formula(0, **parameters)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--lr_scheduler {name} refuses its arguments: {error}.") from error
+    total = parameters.get("num_training_steps", 0)
+    for step in sorted({0, 1, 2, 10, 100, 1000, 10_000, total // 2, total}):
+        try:
+            factor = formula(step, **parameters)
+            finite = math.isfinite(factor)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"--lr_scheduler {name} refuses its arguments: {error}.") from error
+        if not finite:
+            raise UserError(f"--lr_scheduler {name}: the learning rate of step {step} would be {factor}.")
 
 
 def _check_lengths(name: str, options: LRSchedulerOptions, num_training_steps: int) -> None:
@@ -382,6 +392,8 @@ def _adafactor_scheduler(optimizer: Any, initial: str) -> ReportedLearningRate:
 
 def _scheduler_class(options: LRSchedulerOptions) -> Any:
     name = options.lr_scheduler_type
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"--lr_scheduler_type {name} is not a name; a class is given as package.module.Class.")
     module_name, _, class_name = name.rpartition(".")
     try:
         module = importlib.import_module(module_name or "torch.optim.lr_scheduler")
@@ -405,6 +417,25 @@ def _check_class_arguments(options: LRSchedulerOptions, arguments: dict[str, Any
         raise UserError(
             f"--lr_scheduler_type {options.lr_scheduler_type}: {error}; give it in --lr_scheduler_args as key=value."
         ) from None
+    _try_scheduler(options.lr_scheduler_type, scheduler_class, arguments)
+
+
+def _try_scheduler(name: str, scheduler_class: Any, arguments: dict[str, Any]) -> None:
+    """Let a scheduler class make two steps on an optimizer of its own. Raises UserError when it cannot."""
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no step of the optimizer comes before the scheduler's
+            scheduler = scheduler_class(optimizer, **arguments)
+            if "metrics" not in inspect.signature(scheduler.step).parameters:
+                for _ in range(2):
+                    scheduler.step()
+    except Exception as error:
+        raise UserError(f"--lr_scheduler_type {name} refuses its arguments: {error}.") from error
+    if not all(math.isfinite(group["lr"]) for group in optimizer.param_groups):
+        raise UserError(f"--lr_scheduler_type {name}: its arguments make a learning rate that is not finite.")
 
 
 def _transformers_scheduler(

@@ -1,4 +1,4 @@
-"""Optimizers: by name from torch and the published packages, each imported only when it is asked for."""
+"""Optimizers: by name from torch and the published packages, each imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class OptimizerOptions:
     text_encoder_lr: list[float] | None = None
     """Learning rate of the text encoders' modules, one value or one per encoder; unset means --learning_rate."""
     max_grad_norm: float = 1.0
-    """Largest norm of the gradient, which is scaled down to it; 0 switches this off."""
+    """Gradient clipping norm; 0 switches clipping off."""
     fused_backward_pass: bool = False
     """Step each parameter during the backward pass and free its gradient at once (Adafactor only)."""
 
@@ -104,11 +104,11 @@ def optimizer_name(options: OptimizerOptions) -> str:
     Raises UserError when more than one of the three options is given.
     """
     if options.use_8bit_adam and options.use_lion_optimizer:
-        raise UserError("--use_8bit_adam and --use_lion_optimizer exclude each other.")
+        raise UserError("--use_8bit_adam and --use_lion_optimizer are mutually exclusive.")
     legacy = "AdamW8bit" if options.use_8bit_adam else "Lion" if options.use_lion_optimizer else ""
     if legacy and options.optimizer_type:
         switch = "--use_8bit_adam" if options.use_8bit_adam else "--use_lion_optimizer"
-        raise UserError(f"{switch} and --optimizer_type exclude each other; use --optimizer_type alone.")
+        raise UserError(f"{switch} and --optimizer_type are mutually exclusive; use --optimizer_type alone.")
     return legacy or options.optimizer_type or "AdamW"
 
 
@@ -138,7 +138,14 @@ def check_optimizer_options(
 
     optimizer_class, arguments = _class_and_arguments(options)
     rate = None if _is_adafactor(optimizer_class) and arguments["relative_step"] else options.learning_rate
-    _construct(name, optimizer_class, [torch.nn.Parameter(torch.zeros(2, 2))], rate, arguments)
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = _construct(name, optimizer_class, [parameter], rate, arguments)
+    if optimizer_class.__module__.startswith(("torch.", "transformers.")):  # others may need a GPU for a step
+        parameter.grad = torch.ones_like(parameter)
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise UserError(f"--optimizer_type {name} cannot make a step with its arguments: {error}") from error
 
 
 def create_optimizer(
@@ -190,9 +197,12 @@ def _construct(
     name: str, optimizer_class: Any, groups: list[Any], rate: float | None, arguments: dict[str, Any]
 ) -> Any:
     try:
-        return _without_compiler(optimizer_class)(groups, lr=rate, **arguments)
-    except (TypeError, ValueError, AssertionError, IndexError) as error:
+        optimizer = _without_compiler(optimizer_class)(groups, lr=rate, **arguments)
+    except Exception as error:
         raise UserError(f"--optimizer_type {name} refuses its arguments: {error}") from error
+    if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+        raise UserError(f"--optimizer_type {name} is not an optimizer.")
+    return optimizer
 
 
 def _without_compiler(optimizer_class: Any) -> Any:
@@ -216,6 +226,10 @@ def _find_class(name: str) -> tuple[Any, dict[str, Any]]:
     if entry is not None:
         return getattr(_import(entry.module, name), entry.class_name), dict(entry.defaults)
     if "." in name:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(
+                f"--optimizer_type {name} is not a name; a class of another package is given as package.module.Class."
+            )
         module_name, _, class_name = name.rpartition(".")
         module = _import(module_name, name)
         if not isinstance(getattr(module, class_name, None), type):

@@ -46,6 +46,28 @@ def say_when_set_up(message: str) -> None:
     _waiting.append(message)
 
 
+class _Console(logging.StreamHandler):
+    """A console that may be closed or full: what cannot be shown is lost, and nothing else happens."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Instead of a traceback."""
+
+
+class _LogFile(logging.FileHandler):
+    """A log file; when it cannot be written any more (a full disk), the messages go to the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say so once, and repeat the message on the console."""
+        error = sys.exc_info()[1]
+        make_console_safe()
+        console = _Console(sys.stderr)
+        console.setFormatter(self.formatter)
+        LOGGER.handlers[:] = [console if handler is self else handler for handler in LOGGER.handlers]
+        reason = getattr(error, "strerror", None) or error
+        warn(f"--console_log_file: {self.baseFilename} cannot be written ({reason}); messages go to the console.")
+        console.handle(record)
+
+
 def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
     """Send the suite's messages to stderr or to ``--console_log_file``; other processes only report warnings.
 
@@ -56,14 +78,14 @@ def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
         try:
             if main_process:
                 open(options.console_log_file, "w").close()  # others append, so that no process cuts off another
-            handler: logging.Handler = logging.FileHandler(options.console_log_file, mode="a", encoding="utf-8")
+            handler: logging.Handler = _LogFile(options.console_log_file, mode="a", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"--console_log_file: cannot write {options.console_log_file} ({error.strerror})."
             ) from None
     else:
         make_console_safe()
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Console(sys.stderr)
     plain = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
     handler.setFormatter(logging.Formatter(plain, datefmt="%H:%M:%S"))
     LOGGER.handlers[:] = [handler]

@@ -15,7 +15,7 @@ from typing import Any
 
 from library.console import warn
 from library.errors import UserError, did_you_mean
-from library.text_files import parse_json, read_text, read_toml
+from library.text_files import parse_json, read_text, read_toml, shown
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,19 @@ def check_prompt_values(prompt: PromptOptions, place: str = "") -> None:
 
 
 def _value(value: Any, kind: type, place: str) -> Any:
-    if kind is str:
-        return str(value)
+    """``value`` as ``kind``; raises UserError, beginning with ``place``, for what is none and for infinite numbers."""
+    wanted = {str: "text", int: "a whole number", float: "a number"}[kind]
     try:
-        return kind(value) if not isinstance(value, str) else kind(value.strip())
-    except (TypeError, ValueError):
-        wanted = "a whole number" if kind is int else "a number"
-        raise UserError(f'{place} must be {wanted}, not "{value}".') from None
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise TypeError
+        if kind is str:
+            return str(value)
+        number = kind(value.strip() if isinstance(value, str) else value)
+        if not math.isfinite(number) or (isinstance(value, float) and number != value):
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{place} must be {wanted}, not {shown(value)}.") from None
 
 
 def _from_table(table: dict[str, Any], place: str) -> PromptOptions:
@@ -119,7 +125,8 @@ def _from_table(table: dict[str, Any], place: str) -> PromptOptions:
     for key, value in table.items():
         if key not in FIELD_TYPES:
             raise UserError(f'{place}: unknown key "{key}".{did_you_mean(key, FIELD_TYPES)}')
-        values[key] = _value(value, FIELD_TYPES[key], f'{place}: "{key}"')
+        if value is not None:  # null in JSON leaves a key open
+            values[key] = _value(value, FIELD_TYPES[key], f'{place}: "{key}"')
     return prompt_options(values)
 
 
@@ -135,7 +142,7 @@ def read_prompt_file(path: Path) -> list[PromptOptions]:
     text = read_text(path)
     if path.suffix.lower() == ".json":
         return _from_json(path, text)
-    lines = enumerate(text.splitlines(), 1)
+    lines = enumerate(text.split("\n"), 1)  # other line separators may stand inside a prompt
     return [parse_prompt_line(s, f"{path}, line {n}") for n, s in lines if s.strip() and not s.startswith("#")]
 
 
@@ -145,6 +152,8 @@ def _from_toml(path: Path) -> list[PromptOptions]:
         raise UserError(f"{path}: needs a [prompt] table.")
     common = {key: value for key, value in table.items() if key != "subset"}
     subsets = table.get("subset", [{}])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise UserError(f"{path}: prompts are an array of tables; write [[prompt.subset]], with two brackets.")
     return [_from_table({**common, **subset}, f"{path}, prompt {n}") for n, subset in enumerate(subsets, 1)]
 
 
@@ -155,5 +164,7 @@ def _from_json(path: Path, text: str) -> list[PromptOptions]:
     prompts = []
     for number, entry in enumerate(entries, 1):
         place = f"{path}, prompt {number}"
-        prompts.append(_from_table(entry, place) if isinstance(entry, dict) else parse_prompt_line(str(entry), place))
+        if not isinstance(entry, (dict, str)):
+            raise UserError(f"{place}: must be a prompt line or a table of keys, not {shown(entry)}.")
+        prompts.append(_from_table(entry, place) if isinstance(entry, dict) else parse_prompt_line(entry, place))
     return prompts

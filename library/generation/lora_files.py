@@ -34,7 +34,9 @@ def parse_lora_files(options: LoraFileOptions) -> list[LoraFile]:
     """The files of ``--lora_weights``. Raises UserError for one that is missing and for a multiplier that is none."""
     files = []
     for given in options.lora_weights:
-        name, semicolon, multiplier = given.partition(";")
+        name, semicolon, multiplier = given.rpartition(";")
+        if not semicolon or Path(given).is_file():  # a file's own name may hold a semicolon
+            name, semicolon = given, ""
         path = Path(name.strip())
         strength = _number(multiplier, f'--lora_weights: "{given}"') if semicolon else 1.0
         if not path.is_file():

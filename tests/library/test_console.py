@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -80,3 +81,12 @@ def test_other_processes_only_say_what_is_wrong(talk):
 def test_a_log_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="--console_log_file: cannot write"):
         set_up_console(ConsoleOptions(console_log_file=str(tmp_path / "none" / "run.log")))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_log_on_a_full_disk_is_one_warning_and_messages_go_on(talk, capsys):
+    lines = talk("--console_log_file", "/dev/full", "--console_log_simple")
+    assert [line for line in lines if "cannot be written" in line] == [
+        "--console_log_file: /dev/full cannot be written (No space left on device); messages go to the console."
+    ]
+    assert lines[1:] == ["a step", "be careful \u2713", "gone wrong"] and "Traceback" not in "".join(lines)

@@ -111,3 +111,46 @@ def test_mistakes_in_prompt_files_name_the_file(tmp_path, name, text, sentence):
 def test_a_missing_prompt_file_is_named(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         read_prompt_file(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.toml", "[prompt]\nprompt='x'\n[prompt.subset]\nseed=1\n", "write [[prompt.subset]]"),
+        ("a.toml", "[prompt]\nprompt='x'\nwidth=[64]\n", '"width" must be a whole number, not [64]'),
+        ("a.toml", "[prompt]\nprompt='x'\nwidth=64.5\n", '"width" must be a whole number, not 64.5'),
+        ("a.toml", "[prompt]\nprompt='x'\nscale=inf\n", '"scale" must be a number'),
+        ("a.toml", "[prompt]\nprompt={a=1}\n", '"prompt" must be text'),
+        ("a.toml", "prompt = [" + "[" * 10_000 + "]" * 10_000 + "]", "nested too deeply"),
+        ("a.toml", "[prompt]\nprompt='x'\nseed=" + "9" * 5_000, "too many digits"),
+        ("a.json", "[null]", "prompt 1: must be a prompt line or a table of keys, not null"),
+        ("a.json", "[7]", "must be a prompt line or a table"),
+        ("a.json", '[{"prompt": "x", "seed": true}]', '"seed" must be a whole number, not true'),
+        ("a.json", "[" * 10_000 + "]" * 10_000, "nested too deeply"),
+        ("a.json", '[{"seed": ' + "9" * 5_000 + "}]", "too many digits"),
+        ("a.txt", "x --d " + "9" * 5_000, "--d must be a whole number"),
+        ("a.txt", "x --l nan", "--l must be a number"),
+    ],
+)
+def test_prompt_files_that_hold_something_else_get_one_sentence(tmp_path, name, text, sentence):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_prompt_file(path)
+    assert sentence in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.toml", "[prompt]\nprompt='x'\n"), ("a.json", '[{"prompt": "x", "seed": null}]'), ("a.txt", "x\r\n\r\n")],
+)
+def test_a_byte_order_mark_and_null_are_passed_over(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_prompt_file(path) == [PromptOptions(prompt="x")]
+
+
+def test_only_line_feeds_end_a_prompt(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\u2028 line\x0b here\nanother\x85 one\n", encoding="utf-8", newline="")
+    assert [prompt.prompt for prompt in read_prompt_file(path)] == ["one\u2028 line\x0b here", "another\x85 one"]

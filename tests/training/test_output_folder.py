@@ -66,3 +66,38 @@ def test_mistakes_are_named(tmp_path):
         OutputFolder(SavingOptions())
     with pytest.raises(UserError, match="--save_every_n_steps must be at least 1"):
         make(tmp_path, save_every_n_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("sub/x", "without folders"),
+        ("../x", "without folders"),
+        ("sub\\x", "without folders"),
+        ("..", "without folders"),
+        ("x" * 240, "has 240 bytes"),
+        ("\u3042" * 80, "has 240 bytes"),
+        ("a\x00b", "printable"),
+        (" ", "printable"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_named_at_once(tmp_path, name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make(tmp_path, output_name=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_name_that_is_taken_can_be_written(tmp_path):
+    folder = make(tmp_path, output_name="x" * 204)
+    endings = "_e000001_00_20260101000000_18446744073709551615.png", ".report.html"
+    for path in (folder.step_file(1), folder.step_state(1), *(tmp_path / ("x" * 204 + end) for end in endings)):
+        path.touch()
+
+
+def test_a_folder_in_the_place_of_the_final_file_is_named_at_once(tmp_path):
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(UserError, match="is to be written, but is a folder"):
+        make(tmp_path, output_name="x")
+    (tmp_path / "y-state").touch()
+    with pytest.raises(UserError, match="is to be a folder, but is a file"):
+        make(tmp_path, output_name="y")

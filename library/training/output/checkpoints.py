@@ -66,8 +66,13 @@ class OutputFolder:
                 raise UserError(f"--{name} must be at least 1, not {value}.")
         self.folder = Path(options.output_dir)
         self.options = options
+        _require_usable_name(options.output_name)
         self.every_n_epochs = options.save_every_n_epochs
         require_writable_folder(self.folder, "--output_dir", read_only)
+        if self.final_file().is_dir():
+            raise UserError(f"--output_name: {self.final_file()} is to be written, but is a folder.")
+        if self.final_state().is_file():
+            raise UserError(f"--output_name: {self.final_state()} is to be a folder, but is a file.")
         if not read_only:
             remove_stale_temporaries(self.folder / "sample")  # where a killed run was drawing samples
 
@@ -146,6 +151,31 @@ class OutputFolder:
         """After ``step`` was saved: remove the file and the state that are due to go."""
         for path in self.old_after_step(step):
             _remove(path)
+
+
+LONGEST_ENDING = len("_e000001_00_20260101000000_18446744073709551615.png")
+"""Characters that the names of a run's files have after ``--output_name``: those of a sample image."""
+LONGEST_NAME = 255
+"""Bytes of a file's name on the file systems in use."""
+
+
+def _require_usable_name(name: str | None) -> None:
+    """Raises UserError for an ``--output_name`` that some file of the run could not have."""
+    if name is None:
+        return
+    if {"/", "\\"} & set(name) or name in (".", ".."):
+        raise UserError(
+            f'--output_name is the base name of the files, without folders, but is "{name}"; --output_dir names the '
+            "folder."
+        )
+    if not name.isprintable() or not name.strip():
+        raise UserError(f"--output_name must consist of printable characters, not {name!r}.")
+    length = len(name.encode(errors="surrogatepass"))
+    if length > LONGEST_NAME - LONGEST_ENDING:
+        raise UserError(
+            f"--output_name has {length} bytes; with the endings of sample images and states, at most "
+            f"{LONGEST_NAME - LONGEST_ENDING} fit into a file's name."
+        )
 
 
 def _step_to_remove(step: int, keep: int, every: int) -> int:

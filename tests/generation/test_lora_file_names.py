@@ -10,8 +10,9 @@ from library.generation.lora_files import LoraFileOptions, parse_lora_files
 
 @pytest.mark.parametrize(
     ("given", "name", "multiplier"),
-    [("a.safetensors", "a.safetensors", 1.0), ("a.safetensors;0.5", "a.safetensors", 0.5)]
-    + [
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors;0.5", "a.safetensors", 0.5),
         ("b;1.safetensors", "b;1.safetensors", 1.0),
         ("b;1.safetensors;0.8", "b;1.safetensors", 0.8),
         ("c;2", "c;2", 1.0),

@@ -1,8 +1,9 @@
-"""What both caches share: entries, which of them are missing, who makes them, and the threads that write."""
+"""Entries of caches: which of them are missing, who makes them, and the threads that write."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from library.data import npz
 from library.data.dataset import Item
 from library.data.images import image_extensions
 from library.data.items import shortened
+from library.data.threads import in_threads
 from library.errors import UserError
 from library.files import remove_stale_temporaries
 
@@ -27,7 +29,6 @@ State = Literal["missing", "valid", "stale", "damaged", "not finite"]
 # The array that says what an entry was made from.
 IDENTITY = "identity"
 
-CHECK_THREADS = 16
 WRITE_THREADS = 4
 WRITES_WAITING = 16
 
@@ -86,14 +87,27 @@ def share_entries(
 def check_states(entries: Sequence[Entry], check: Callable[[Entry], State], *, skip_check: bool) -> None:
     """Set the state of every entry on disk; with ``skip_check`` a file that exists is valid."""
 
-    def state(entry: Entry) -> State:
-        if entry.path is None or not entry.path.exists():
-            return "missing"
-        return "valid" if skip_check else check(entry)
+    there = _existing(entry.path for entry in entries if entry.path is not None)
+    found = [entry for entry in entries if entry.path is not None and str(entry.path) in there]
+    states: Sequence[State] = ["valid"] * len(found) if skip_check else in_threads(check, found)
+    for entry, state in zip(found, states):
+        entry.state = state
 
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        for entry, found in zip(entries, pool.map(state, entries)):
-            entry.state = found
+
+def _existing(paths: Iterable[Path]) -> set[str]:
+    """Those of ``paths`` that exist; each folder is listed once."""
+    names: dict[str, set[str]] = {}
+    there = set()
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in names:
+            try:
+                names[folder] = set(os.listdir(folder))
+            except OSError:
+                names[folder] = set()
+        if name in names[folder]:
+            there.add(str(path))
+    return there
 
 
 def entries_of_rank(entries: Sequence[Entry], rank: int, world_size: int) -> list[Entry]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,24 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from library.data import npz
-from library.data.cache_entries import (
-    IDENTITY,
-    CacheReport,
-    Entry,
-    State,
-    Writers,
-    all_finite,
-    cache_stem,
-    check_states,
-    clean_folders,
-    entries_of_rank,
-    in_batches,
-    progress_bar,
-    read_identity,
-    report_on,
-    require_images,
-    share_entries,
-)
+from library.data.cache_base import Cache
+from library.data.cache_entries import CacheReport, Entry, State, cache_stem, in_batches, require_images
 from library.data.dataset import CachedLatent, Dataset, DatasetGroup, Frame, Item, Pixels
 from library.data.loader import prefetch
 from library.errors import UserError
@@ -43,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     EncodeImages = Callable[[Tensor, list[Generator]], Tensor]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,13 +50,17 @@ def check_latents_cacheable(group: DatasetGroup) -> None:
                     raise UserError(f"{subset.place}: {option} cannot be used together with cached latents.")
 
 
-class LatentCache:
+class LatentCache(Cache):
     """The latents of every image of a group.
 
     Made with the group, it looks at what is on disk; ``fill`` makes the rest; from then on ``group.load`` gives
     latents. ``identity`` names the encoder: entries made with another one are stale. Raises UserError for settings
     that cannot be cached and for images that would share a cache file.
     """
+
+    subject = "latent cache"
+    progress = ("caching latents", "image")
+    attribute = "latents"
 
     def __init__(
         self,
@@ -92,40 +75,23 @@ class LatentCache:
     ) -> None:
         check_latents_cacheable(group)
         self.format = format
-        self.identity = identity
-        self.to_disk = to_disk
-        self.rank, self.world_size = rank, world_size
         self._dataset_of = {id(item): dataset for dataset in group.datasets for item in dataset.used_items}
         wanted = [
             (*self._place(dataset, item, to_disk), self._signature(dataset, item))
             for dataset in group.datasets
             for item in dataset.used_items
         ]
-        entries = share_entries(wanted, self._explain_conflict)
-        if to_disk:
-            check_states(entries, self._check, skip_check=skip_check)
-            for entry in entries:
-                self._attach(entry, DiskLatents(self, entry))
-        self.entries = entries_of_rank(entries, rank, world_size)
-        require_images(entry for entry in self.entries if entry.state != "valid")
-
-    @property
-    def missing(self) -> int:
-        """Entries that this process must make; when 0 the encoder is not needed."""
-        return sum(entry.state != "valid" for entry in self.entries)
-
-    @property
-    def states(self) -> Counter[str]:
-        """This process's entries by state."""
-        return Counter(str(entry.state) for entry in self.entries)
+        super().__init__(
+            wanted, to_disk=to_disk, skip_check=skip_check, identity=identity, rank=rank, world_size=world_size
+        )
+        require_images(self.todo)
 
     @property
     def missing_bytes(self) -> int | None:
         """About the size of the latents that this process must make; None when their channels are not known ahead."""
         if self.format.channels is None:
             return None
-        todo = [entry for entry in self.entries if entry.state != "valid"]
-        pixels = sum(_area(entry.item) * (1 + _flips(entry)) for entry in todo)
+        pixels = sum(_area(entry.item) * (1 + _flips(entry)) for entry in self.todo)
         return pixels * self.format.channels * 4 // self.format.stride**2
 
     def fill(self, encode: EncodeImages, *, batch_size: int = 1, seed: int = 0, workers: int = 8) -> CacheReport:
@@ -137,16 +103,11 @@ class LatentCache:
         """
         import torch
 
-        report = report_on(self.entries, "latent cache")
-        todo = [entry for entry in self.entries if entry.state != "valid"]
         # The largest first, so that too little memory shows at once.
-        todo.sort(key=lambda entry: (-_area(entry.item), entry.item.placement.bucket))
+        todo = sorted(self.todo, key=lambda entry: (-_area(entry.item), entry.item.placement.bucket))
         batches = list(in_batches(todo, batch_size, lambda entry: (entry.item.placement.bucket, _flips(entry))))
-        if self.world_size == 1:
-            clean_folders(todo)
         workers = max(1, min(workers, os.cpu_count() or 1, len(batches)))
-        bar = progress_bar(len(todo), "caching latents", "image", shown=self.rank == 0)
-        with ThreadPoolExecutor(workers) as decoders, Writers() as writers, bar, torch.no_grad():
+        with ThreadPoolExecutor(workers) as decoders, self._filling(len(todo)) as (writers, bar, report):
             for batch, pixels in prefetch(decoders, self._decode, batches, workers + 1):
                 images = torch.stack([torch.from_numpy(entry.image) for entry in pixels])
                 plain = encode(images, _generators(batch, seed, flipped=False))
@@ -155,7 +116,6 @@ class LatentCache:
                     mirrored = encode(images.flip(3), _generators(batch, seed, flipped=True))
                 writers.submit(self._store, batch, [entry.frame for entry in pixels], plain, mirrored)
                 bar.update(len(batch))
-        log.info(report.line())
         return report
 
     def _place(self, dataset: Dataset, item: Item, to_disk: bool) -> tuple[Any, Item, Path | None]:
@@ -193,35 +153,31 @@ class LatentCache:
             "hold; give them the same options, or cache in memory."
         )
 
-    def _attach(self, entry: Entry, source: Any) -> None:
-        for item in entry.items:
-            item.latents = source
+    def _on_disk(self, entry: Entry) -> DiskLatents:
+        return DiskLatents(self, entry)
 
-    def _check(self, entry: Entry) -> State:
-        """Whether the stored arrays are there, fit, and were made from this image by this encoder."""
-        assert entry.path is not None
-        item, key = entry.item, self._key(entry.item)
-        try:
-            heads = npz.read_heads(entry.path)
-            names = [f"latents{key}", f"original_size{key}", f"crop_ltrb{key}"]
-            names += [f"latents_flipped{key}"] if _flips(entry) else []
-            if any(name not in heads for name in names):
-                return "missing"
-            if not self._shapes_fit(heads, entry):
-                return "stale"
-            if any(other.subset.alpha_mask for other in entry.items) and f"alpha_mask{key}" not in heads:
-                return "missing"
-            latents = [name for name in names if name.startswith("latents")]
-            if f"{IDENTITY}{key}" not in heads:
-                return "valid" if all_finite(npz.read_arrays(entry.path, latents)) else "not finite"
-            written = read_identity(entry.path, f"{IDENTITY}{key}")
-        except npz.DAMAGE:
-            return "damaged"
-        sums = {name: heads[name].checksum for name in latents}
-        expected = self._identity(item, image=None) | {"image": written.get("image"), "arrays": written.get("arrays")}
-        if written != expected or any(written["arrays"].get(name) != value for name, value in sums.items()):
+    def _key_suffix(self, entry: Entry) -> str:
+        return self._key(entry.item)
+
+    def _made_arrays(self, entry: Entry) -> list[str]:
+        key = self._key(entry.item)
+        return [f"latents{key}"] + ([f"latents_flipped{key}"] if _flips(entry) else [])
+
+    def _unfit(self, entry: Entry, heads: Mapping[str, npz.ArrayHead]) -> State | None:
+        key = self._key(entry.item)
+        if any(name not in heads for name in (*self._made_arrays(entry), f"original_size{key}", f"crop_ltrb{key}")):
+            return "missing"
+        if not self._shapes_fit(heads, entry):
             return "stale"
-        return "valid" if not item.exists or _same_file(item.path, written["image"]) else "stale"
+        masked = any(item.subset.alpha_mask for item in entry.items)
+        return "missing" if masked and f"alpha_mask{key}" not in heads else None
+
+    def _is_current(self, entry: Entry, written: dict[str, Any], sums: Mapping[str, int]) -> bool:
+        item, arrays = entry.item, written["arrays"]
+        expected = self._identity(item, image=None) | {"image": written.get("image"), "arrays": arrays}
+        if written != expected or any(arrays.get(name) != value for name, value in sums.items()):
+            return False
+        return not item.exists or _same_file(item.path, written["image"])
 
     def _shapes_fit(self, heads: Mapping[str, npz.ArrayHead], entry: Entry) -> bool:
         key = self._key(entry.item)
@@ -270,11 +226,10 @@ class LatentCache:
             if entry.path is None:
                 self._attach(entry, MemoryLatents([tensor.clone() for tensor in latents], frame))
             else:
-                self._write(entry, frame, [tensor.numpy() for tensor in latents])
+                self._write_latents(entry, frame, [tensor.numpy() for tensor in latents])
             entry.state = "valid"
 
-    def _write(self, entry: Entry, frame: Frame, latents: Sequence[numpy.ndarray]) -> None:
-        assert entry.path is not None
+    def _write_latents(self, entry: Entry, frame: Frame, latents: Sequence[numpy.ndarray]) -> None:
         key = self._key(entry.item)
         arrays = {
             f"latents{key}": latents[0],
@@ -285,13 +240,10 @@ class LatentCache:
             arrays[f"latents_flipped{key}"] = latents[1]
         if frame.alpha_mask is not None:
             arrays[f"alpha_mask{key}"] = frame.alpha_mask
-        encoded = {name: npz.encode_array(array) for name, array in arrays.items()}
-        identity = self._identity(entry.item, _describe_file(entry.item.path))
-        identity["arrays"] = {name: npz.checksum(encoded[name]) for name in encoded if name.startswith("latents")}
-        encoded[f"{IDENTITY}{key}"] = npz.encode_array(numpy.array(json.dumps(identity)))
         # What this resolution held before (a mask no longer wanted, latents of a changed image) does not stay.
         old = {f"{name}{key}" for name in ("latents_flipped", "alpha_mask")}
-        npz.update(entry.path, encoded, keep=lambda name: name not in old)
+        identity = self._identity(entry.item, _describe_file(entry.item.path))
+        self._write(entry, arrays, identity, keep=lambda name: name not in old)
 
 
 class MemoryLatents:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from library.data import npz
-from library.data.cache_entries import (
-    IDENTITY,
-    CacheReport,
-    Entry,
-    State,
-    Writers,
-    all_finite,
-    cache_stem,
-    check_states,
-    clean_folders,
-    entries_of_rank,
-    progress_bar,
-    read_identity,
-    report_on,
-    share_entries,
-)
+from library.data.cache_base import Cache
+from library.data.cache_entries import CacheReport, Entry, State, cache_stem
 from library.data.captions import fixed_caption
 from library.data.dataset import DatasetGroup, Item
 from library.errors import UserError
@@ -39,8 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     EncodePrompts = Callable[[list[str]], dict[str, Tensor]]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,12 +48,16 @@ def _fixed_caption(item: Item) -> str:
         raise UserError(f"{item.subset.place} ({item.path.name}): {error}") from None
 
 
-class TextCache:
+class TextCache(Cache):
     """The text encoder outputs of every image of a group.
 
     Captions are encoded with prefix, suffix and separators applied. As ``LatentCache`` otherwise; ``identity`` names
     encoders and their options. Raises UserError for options that make captions change.
     """
+
+    subject = "text encoder cache"
+    progress = ("caching captions", "caption")
+    attribute = "text"
 
     def __init__(
         self,
@@ -86,30 +71,14 @@ class TextCache:
         world_size: int = 1,
     ) -> None:
         self.format = format
-        self.identity = identity
-        self.to_disk = to_disk
-        self.rank, self.world_size = rank, world_size
         wanted: list[tuple[Any, Item, Path | None, tuple[Any, ...]]] = []
         for item in group.items:
             caption = _fixed_caption(item)
             path = item.path.with_name(f"{cache_stem(item)}{format.suffix}") if to_disk else None
             wanted.append((path or caption, item, path, (caption,)))
-        entries = share_entries(wanted, self._explain_conflict)
-        if to_disk:
-            check_states(entries, self._check, skip_check=skip_check)
-            for entry in entries:
-                self._attach(entry, DiskText(entry, format))
-        self.entries = entries_of_rank(entries, rank, world_size)
-
-    @property
-    def missing(self) -> int:
-        """Entries that this process must make; when 0 the encoders are not needed."""
-        return sum(entry.state != "valid" for entry in self.entries)
-
-    @property
-    def states(self) -> Counter[str]:
-        """This process's entries by state."""
-        return Counter(str(entry.state) for entry in self.entries)
+        super().__init__(
+            wanted, to_disk=to_disk, skip_check=skip_check, identity=identity, rank=rank, world_size=world_size
+        )
 
     @property
     def missing_bytes(self) -> int | None:
@@ -127,24 +96,16 @@ class TextCache:
         ``encode`` takes captions and gives named tensors, batch first. Raises UserError when outputs are not finite, do
         not have the format's shapes, or a file cannot be written.
         """
-        import torch
-
-        report = report_on(self.entries, "text encoder cache")
         by_caption: dict[str, list[Entry]] = {}
-        for entry in self.entries:
-            if entry.state != "valid":
-                by_caption.setdefault(str(entry.signature[0]), []).append(entry)
+        for entry in self.todo:
+            by_caption.setdefault(str(entry.signature[0]), []).append(entry)
         captions = list(by_caption)
-        if self.world_size == 1:
-            clean_folders(entry for entries in by_caption.values() for entry in entries)
-        bar = progress_bar(len(captions), "caching captions", "caption", shown=self.rank == 0)
-        with Writers() as writers, bar, torch.no_grad():
+        with self._filling(len(captions)) as (writers, bar, report):
             for start in range(0, len(captions), batch_size):
                 batch = captions[start : start + batch_size]
                 outputs = encode(batch)
                 writers.submit(self._store, [by_caption[caption] for caption in batch], outputs)
                 bar.update(len(batch))
-        log.info(report.line())
         return report
 
     def _explain_conflict(self, entry: Entry, item: Item) -> str:
@@ -158,34 +119,28 @@ class TextCache:
             "caption options in each dataset, or cache in memory (--cache_text_encoder_outputs alone)."
         )
 
-    def _attach(self, entry: Entry, source: Any) -> None:
-        for item in entry.items:
-            item.text = source
+    def _on_disk(self, entry: Entry) -> DiskText:
+        return DiskText(entry, self.format)
 
-    def _check(self, entry: Entry) -> State:
-        """Whether the stored arrays are there, fit, and were made from this caption by these encoders."""
+    def _made_arrays(self, entry: Entry) -> list[str]:
+        return list(self.format.arrays)
+
+    def _unfit(self, entry: Entry, heads: Mapping[str, npz.ArrayHead]) -> State | None:
         assert entry.path is not None
-        names = [*self.format.arrays, *self.format.flags]
-        try:
-            heads = npz.read_heads(entry.path)
-            if any(name not in heads for name in names):
-                return "missing"
-            if not all(_fits(heads[name].shape, shape) for name, shape in self.format.arrays.items()):
-                return "stale"
-            flags = npz.read_arrays(entry.path, self.format.flags)
-            if any(flags[name].item() != value for name, value in self.format.flags.items()):
-                return "stale"
-            if IDENTITY not in heads:
-                return "valid" if all_finite(npz.read_arrays(entry.path, self.format.arrays)) else "not finite"
-            written = read_identity(entry.path, IDENTITY)
-        except npz.DAMAGE:
-            return "damaged"
-        sums = {name: heads[name].checksum for name in self.format.arrays}
-        return "valid" if written == self._identity(entry, sums) else "stale"
+        if any(name not in heads for name in (*self.format.arrays, *self.format.flags)):
+            return "missing"
+        if not all(_fits(heads[name].shape, shape) for name, shape in self.format.arrays.items()):
+            return "stale"
+        flags = npz.read_arrays(entry.path, self.format.flags)
+        return "stale" if any(flags[name].item() != value for name, value in self.format.flags.items()) else None
 
-    def _identity(self, entry: Entry, sums: Mapping[str, int]) -> dict[str, Any]:
+    def _is_current(self, entry: Entry, written: dict[str, Any], sums: Mapping[str, int]) -> bool:
+        return written == self._identity(entry) | {"arrays": dict(sums)}
+
+    def _identity(self, entry: Entry) -> dict[str, Any]:
+        """What an entry is made from, as it is written into the file."""
         caption = hashlib.blake2b(str(entry.signature[0]).encode("utf-8"), digest_size=16).hexdigest()
-        return {"version": 1, "encoder": self.identity, "caption": caption, "arrays": dict(sums)}
+        return {"version": 1, "encoder": self.identity, "caption": caption}
 
     def _store(self, entries_of_captions: list[list[Entry]], outputs: dict[str, Tensor]) -> None:
         outputs = {name: outputs[name].detach().cpu() for name in self.format.arrays}
@@ -196,7 +151,7 @@ class TextCache:
                 if entry.path is None:
                     self._attach(entry, MemoryText(tensors))
                 else:
-                    self._write(entry, tensors)
+                    self._write_text(entry, tensors)
                 entry.state = "valid"
 
     def _require_sound(self, tensors: dict[str, Tensor], entry: Entry) -> None:
@@ -206,13 +161,10 @@ class TextCache:
             if not _fits(tuple(tensor.shape), self.format.arrays[name]):
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {self.format.arrays[name]}")
 
-    def _write(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
-        assert entry.path is not None
-        encoded = {name: npz.encode_array(_storable(tensor)) for name, tensor in tensors.items()}
-        sums = {name: npz.checksum(data) for name, data in encoded.items()}
-        encoded |= {name: npz.encode_array(numpy.array(value)) for name, value in self.format.flags.items()}
-        encoded[IDENTITY] = npz.encode_array(numpy.array(json.dumps(self._identity(entry, sums))))
-        npz.update(entry.path, encoded, keep=lambda name: True)
+    def _write_text(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
+        arrays = {name: _storable(tensor) for name, tensor in tensors.items()}
+        arrays |= {name: numpy.array(value) for name, value in self.format.flags.items()}
+        self._write(entry, arrays, self._identity(entry))
 
 
 @dataclass

@@ -14,7 +14,7 @@ from library.generation.image_files import ImageFileOptions
 from library.generation.inference_run import InferenceRun
 from library.generation.lora_files import LoraFileOptions
 from library.generation.part_dtypes import PartDtype, resolve_part_dtypes
-from library.generation.prompts import PromptSourceOptions, negative_of
+from library.generation.prompts import PromptSourceOptions
 from library.generation.session import SessionGrammar
 from library.options import ConfigOptions, parse_options
 from library.prompt_options import LINE_OPTIONS, PromptOptions
@@ -22,9 +22,8 @@ from library.prompt_options import LINE_OPTIONS, PromptOptions
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-    from torch import Tensor
 
-    from library.models.flux.pipeline import FluxPipeline, ImageRequest
+    from library.models.flux.pipeline import FluxPipeline, FluxRequest
     from networks.adapters.network_stack import NetworkStack
 
 STEPS = {"schnell": 4}
@@ -153,6 +152,7 @@ class FluxInference(InferenceRun):
     session = SESSION
     options: FluxInferenceOptions
     pipeline: FluxPipeline
+    noise_dtype: torch.dtype
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
@@ -183,8 +183,8 @@ class FluxInference(InferenceRun):
             self.require_controlnet(f"{place}--cn")
             self.control_image(prompt, place)
 
-    def part_dtypes(self) -> tuple[dict[str, PartDtype], torch.dtype]:
-        """Each part's own, or --dtype."""
+    def part_dtypes(self) -> dict[str, PartDtype]:
+        """Each part's own, or --dtype; they decide in which dtype noise is drawn."""
         computing = self.options.computing
         names = {
             "transformer": ("--flux_dtype", computing.flux_dtype),
@@ -192,10 +192,10 @@ class FluxInference(InferenceRun):
             "clip_l": ("--clip_l_dtype", computing.clip_l_dtype),
             "t5xxl": ("--t5xxl_dtype", computing.t5xxl_dtype),
         }
-        formats, noise_dtype = resolve_part_dtypes(computing.dtype, names)
+        formats, self.noise_dtype = resolve_part_dtypes(computing.dtype, names)
         for part, like in (("controlnet", "transformer"), ("autoencoder", "autoencoder")):  # neither is kept in 8 bits
             formats[part] = PartDtype(formats[like].compute, formats[like].compute)
-        return formats, noise_dtype
+        return formats
 
     def default_prompt(self) -> PromptOptions:
         """The command line as a prompt."""
@@ -235,7 +235,7 @@ class FluxInference(InferenceRun):
     def open_pipeline(self) -> FluxPipeline:
         """Open the model files by their headers and find the tokenizers."""
         from library.devices import default_device, named_device
-        from library.models.flux.pipeline import FluxFiles, FluxPipeline
+        from library.models.flux.pipeline import PIPELINES, FluxFiles
 
         model, picture, computing = self.options.model, self.options.picture, self.options.computing
         control = self.options.control
@@ -246,12 +246,11 @@ class FluxInference(InferenceRun):
             t5xxl=model.t5xxl,
             tokenizer_cache_dir=model.tokenizer_cache_dir,
             disable_mmap=model.disable_mmap_load_safetensors,
-            model_type=model.model_type,
             controlnet=control.controlnet_model_name_or_path,
             controlnet_mode=control.controlnet_mode,
             transformer_option="--ckpt_path",
         )
-        pipeline = FluxPipeline(
+        pipeline = PIPELINES[model.model_type](
             files,
             dtype=self.formats["transformer"].compute,
             device=default_device() if computing.device is None else named_device(computing.device),
@@ -268,7 +267,8 @@ class FluxInference(InferenceRun):
         from networks.adapters.network_stack import NetworkStack
 
         files = [(file.path, file.multiplier) for file in self.lora_files]
-        meta_modules = {part: self.pipeline.meta_module(part) for part in ("transformer", *self.pipeline.encoders)}
+        pipeline = self.pipeline
+        meta_modules = {part: pipeline.meta_module(part) for part in (pipeline.denoiser, *pipeline.encoders)}
         encoders = {encoder: meta_modules.get(encoder) for encoder in ("clip_l", "t5xxl")}
         merge = self.options.lora.merge_lora_weights
         transformer = {"transformer": meta_modules["transformer"]}
@@ -283,24 +283,14 @@ class FluxInference(InferenceRun):
         encoder = ("autoencoder",) if self.pipeline.control_takes_latents else ()
         return ("transformer", "controlnet", *encoder)
 
-    def request(self, prompt: PromptOptions) -> ImageRequest:
+    def request(self, prompt: PromptOptions) -> FluxRequest:
         """The schedule is shifted with the image's size, but not for schnell."""
-        from library.models.flux.pipeline import ImageRequest
-
-        assert prompt.width and prompt.height and prompt.sample_steps
-        return ImageRequest(
-            prompt=prompt.prompt,
-            width=prompt.width,
-            height=prompt.height,
-            seed=prompt.seed,
-            sample_steps=prompt.sample_steps,
-            guidance_scale=3.5 if prompt.guidance_scale is None else prompt.guidance_scale,
-            scale=1.0 if prompt.scale is None else prompt.scale,
+        return self.pipeline.request(
+            prompt,
             shift=self.pipeline.variant != "schnell",
-            conditioning=self.text_outputs(prompt.prompt),
-            negative_conditioning=self.text_outputs(negative_of(prompt)),
             control_image=self.control_image(prompt),
             control_strength=self.options.control.controlnet_strength,
+            noise_dtype=self.noise_dtype,
         )
 
     def control_image(self, prompt: PromptOptions, place: str = "") -> Image | None:
@@ -310,12 +300,6 @@ class FluxInference(InferenceRun):
         from library.data.images import read_control_image
 
         return read_control_image(prompt.controlnet_image, f"{place}control image")
-
-    def image(self, pixels: Tensor) -> Image:
-        """As for the sample images of a training."""
-        from library.models.flux.pipeline import to_image
-
-        return to_image(pixels)
 
     def recorded(self, prompt: PromptOptions) -> PromptOptions:
         """Without guidance for models that have none."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
     from library.data.cache import LatentFormat, TextFormat
     from library.models.flux.pipeline import Encoder, FluxPipeline
+    from library.models.sampling import Role
 
 ENCODERS: tuple[Encoder, ...] = ("clip_l", "t5xxl")
 NO_POOLED_TEXT = (77, 1)
@@ -188,7 +189,7 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     def make_pipeline(self) -> FluxPipeline:
         """Open the checkpoint files by their headers and find the tokenizers."""
-        from library.models.flux.pipeline import ENCODERS, FluxFiles, FluxPipeline
+        from library.models.flux.pipeline import ENCODERS, PIPELINES, FluxFiles
 
         options, flux = self.options, self.options.flux
         files = FluxFiles(
@@ -198,11 +199,10 @@ class FluxNetworkTrainer(NetworkTrainer):
             t5xxl=flux.t5xxl,
             controlnet=flux.controlnet_model_name_or_path,
             controlnet_mode=flux.controlnet_mode,
-            model_type=flux.model_type,
             tokenizer_cache_dir=options.model.tokenizer_cache_dir,
             disable_mmap=options.model.disable_mmap_load_safetensors,
         )
-        return FluxPipeline(
+        return PIPELINES[flux.model_type](
             files,
             dtype=self.weight_dtype,
             device=self.accelerator.device,
@@ -224,7 +224,7 @@ class FluxNetworkTrainer(NetworkTrainer):
         super().load_models()
         if self.takes_control_images:
             with self.load_in_turn():
-                self.pipeline.load_controlnet()
+                self.pipeline.load("controlnet")
 
     def release(self, part: str) -> None:
         """The autoencoder stays where control images go through it at every step."""
@@ -262,9 +262,9 @@ class FluxNetworkTrainer(NetworkTrainer):
             flags={"apply_t5_attn_mask": self.options.flux.apply_t5_attn_mask},
         )
 
-    def encode_frozen(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_frozen(self, prompts: list[str], role: Role = "positive") -> dict[str, Tensor]:
         """As for every family; Chroma's cache files hold the empty array that kohya-ss/sd-scripts looks for."""
-        conditioning = super().encode_frozen(prompts)
+        conditioning = super().encode_frozen(prompts, role)
         if self.is_chroma:
             conditioning["l_pooled"] = conditioning["t5_out"].new_zeros(len(prompts), *NO_POOLED_TEXT)
         return conditioning
@@ -299,24 +299,9 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     def sample_image(self, index: int, prompt: PromptOptions) -> Image:
         """A sample image; sides are rounded down to multiples of 16, at least 64."""
-        from library.models.flux.pipeline import ImageRequest
-
-        scale = 1.0 if prompt.scale is None else prompt.scale
-        negative = (prompt.negative_prompt or "") if scale != 1.0 else None
-        request = ImageRequest(
-            prompt=prompt.prompt,
-            negative_prompt=negative,
-            width=max(64, (prompt.width or 512) // 16 * 16),
-            height=max(64, (prompt.height or 512) // 16 * 16),
-            seed=prompt.seed,
-            sample_steps=prompt.sample_steps or 20,
-            guidance_scale=3.5 if prompt.guidance_scale is None else prompt.guidance_scale,
-            scale=scale,
-            conditioning=self.sample_conditioning(prompt.prompt),
-            negative_conditioning=None if negative is None else self.sample_conditioning(negative),
-            control_image=self.prompt_control(prompt),
-        )
-        return self.pipeline.generate(request)
+        request = self.pipeline.request(prompt, control_image=self.prompt_control(prompt))
+        request.width, request.height = (max(64, side // 16 * 16) for side in (request.width, request.height))
+        return self.draw_sample(request)
 
     def prompt_control(self, prompt: PromptOptions, place: str = "") -> Image | None:
         """The control image of a sample prompt, if a ControlNet takes part; ``place`` begins a UserError's sentence."""

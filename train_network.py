@@ -518,23 +518,9 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
 
     def sample_image(self, index: int, prompt: PromptOptions) -> Image:
         """A sample image; sides are rounded down to multiples of 8, at least 64."""
-        from library.models.stable_diffusion.pipeline import ImageRequest
-
-        scale = 7.5 if prompt.scale is None else prompt.scale
-        negative = prompt.negative_prompt or ""
-        request = ImageRequest(
-            prompt=prompt.prompt,
-            negative_prompt=negative,
-            width=prompt.width or self.sample_side,
-            height=prompt.height or self.sample_side,
-            seed=prompt.seed,
-            sample_steps=prompt.sample_steps or 30,
-            scale=scale,
-            sampler=prompt.sample_sampler or self.options.sampler.sample_sampler,
-            conditioning=self.sample_conditioning(prompt.prompt),
-            negative_conditioning=self.sample_conditioning(negative) if scale > 1 else None,
-        )
-        return self.pipeline.generate(request)
+        width, height = (side or self.sample_side for side in (prompt.width, prompt.height))
+        sampler = prompt.sample_sampler or self.options.sampler.sample_sampler
+        return self.draw_sample(self.pipeline.request(prompt, width=width, height=height, sampler=sampler))
 
     def model_version(self) -> str:
         """``ss_base_model_version``."""

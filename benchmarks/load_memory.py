@@ -84,11 +84,12 @@ def load_here(checkpoint: Path, dtype: str, disable_mmap: bool) -> None:
     import torch
 
     from library.models.flux.checkpoint import open_transformer
+    from library.models.loading import LoadSpec
 
     torch.ones(8).to(getattr(torch, dtype))
     opened = open_transformer(checkpoint, disable_mmap)
     before, start = present_memory(), time.perf_counter()
-    model = opened.load(getattr(torch, dtype), "cpu")
+    model = opened.load(LoadSpec.of(getattr(torch, dtype)))
     seconds = time.perf_counter() - start
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     print(json.dumps({"size": size, "extra": peak_memory() - before, "before": before, "seconds": seconds}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,3 +49,25 @@ def seed_global_torch(seed: int, purpose: str, *keys: Key) -> None:
     import torch
 
     torch.manual_seed(derive_seed(seed, purpose, *keys))
+
+
+def seeded_generator(seed: int | None, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of one image, seeded as in other programs; ``seed`` None: another image each time."""
+    import torch
+
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def draw_noise(
+    item_shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Standard normal noise, [batch, *item_shape] in ``dtype`` (float32), an item from each generator on its device."""
+    import torch
+
+    shape = tuple(item_shape)
+    return torch.stack([torch.randn(shape, generator=g, device=g.device, dtype=dtype) for g in generators])

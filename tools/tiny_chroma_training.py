@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
-from library.models.flux.pipeline import FluxFiles, FluxPipeline
+from library.models.flux.pipeline import ChromaPipeline, FluxFiles, FluxPipeline
 from library.models.flux.transformer import (
     FluxTransformer,
     StreamTransformer,
@@ -271,13 +271,12 @@ def export_chroma(work: Path, teacher: FluxPipeline, out: Path) -> None:
     save(out / "t5xxl.safetensors", t5, {})
 
 
-def open_chroma(folder: Path, flux: Path) -> FluxPipeline:
+def open_chroma(folder: Path, flux: Path) -> ChromaPipeline:
     """The finished files, opened by the project's own loaders."""
     files = FluxFiles(
         transformer=folder / "chroma-tiny.safetensors",
         autoencoder=flux / "ae.safetensors",
         t5xxl=folder / "t5xxl.safetensors",
         tokenizer_cache_dir=flux / "tokenizers",
-        model_type="chroma",
     )
-    return FluxPipeline(files, torch.float32, "cpu", t5xxl_max_token_length=TEXT_LENGTH)
+    return ChromaPipeline(files, torch.float32, "cpu", t5xxl_max_token_length=TEXT_LENGTH)

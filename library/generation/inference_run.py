@@ -28,8 +28,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-TextKey = tuple[str, tuple[float, ...]]
+    from library.models.pipeline import ImageRequest, Pipeline, Text
+
+TextKey = tuple["Text", tuple[float, ...]]
 TEXTS_KEPT = 64  # in a session; the outputs of one text take some megabytes
+
+
+def prompt_texts(prompt: PromptOptions) -> list[Text]:
+    """The texts of a prompt that act, each with its role."""
+    positive: Text = (prompt.prompt, "positive")
+    negative = negative_of(prompt)
+    return [positive] if negative is None else [positive, (negative, "negative")]
 
 
 class InferenceRun(ABC):
@@ -53,9 +62,7 @@ class InferenceRun(ABC):
         self.lora_files: list[LoraFile] = parse_lora_files(options.lora)
         self.check_options()
         require_writable_folder(Path(options.output.output_dir), "--output_dir")
-        self.formats: dict[str, PartDtype]
-        self.noise_dtype: Any
-        self.formats, self.noise_dtype = self.part_dtypes()
+        self.formats = self.part_dtypes()
         self.pipeline = self.open_pipeline()
         self.require_readable_dtypes()
         self.defaults = self.default_prompt()
@@ -74,9 +81,8 @@ class InferenceRun(ABC):
     def require_readable_dtypes(self) -> None:
         """Raises UserError for the file of a part in 8 bits whose own 8-bit format cannot be kept."""
         for part, part_format in self.formats.items():
-            opened = getattr(self.pipeline.files, part)
-            if part_format.stored != part_format.compute and opened is not None:
-                opened.source.require_e4m3fn()
+            if part_format.stored != part_format.compute and part in self.pipeline.parts:
+                self.pipeline.opened(part).source.require_e4m3fn()
 
     # ---- what a family gives ----------------------------------------------------------------------------------------
 
@@ -89,11 +95,11 @@ class InferenceRun(ABC):
         """What can be known from the options alone. Raises UserError."""
 
     @abstractmethod
-    def part_dtypes(self) -> tuple[dict[str, PartDtype], Any]:
-        """The formats of the parts, and that of the noise."""
+    def part_dtypes(self) -> dict[str, PartDtype]:
+        """In which dtypes the parts are kept and compute."""
 
     @abstractmethod
-    def open_pipeline(self) -> Any:
+    def open_pipeline(self) -> Pipeline[Any]:
         """The family's pipeline, opened by headers, with its tokenizers."""
 
     @abstractmethod
@@ -106,15 +112,11 @@ class InferenceRun(ABC):
 
     def denoising_parts(self, prompt: PromptOptions) -> tuple[str, ...]:
         """The parts that work on noise."""
-        return ("transformer",)
+        return (self.pipeline.denoiser,)
 
-    @abstractmethod
-    def request(self, prompt: PromptOptions) -> Any:
-        """The pipeline's request for an encoded prompt."""
-
-    @abstractmethod
-    def image(self, pixels: Tensor) -> Image:
-        """A PIL image of ``pixels`` [3, height, width] in -1..1."""
+    def request(self, prompt: PromptOptions) -> ImageRequest:
+        """The pipeline's request for a prompt."""
+        return self.pipeline.request(prompt)
 
     def recorded(self, prompt: PromptOptions) -> PromptOptions:
         """``prompt`` as the image's text names it: without what did not act."""
@@ -183,7 +185,7 @@ class InferenceRun(ABC):
     def draw(self, prompt: PromptOptions) -> Path:
         """Draw an encoded prompt and write its file."""
         with self.explaining_memory([prompt]):
-            image = self.picture(prompt)
+            image = self.image(prompt)
         record = None if self.options.output.no_metadata else self.record(prompt, image)
         path = save_image(image, Path(self.options.output.output_dir), record)
         say(f"saved {path} ({image.width}x{image.height}, seed {prompt.seed})")
@@ -191,32 +193,37 @@ class InferenceRun(ABC):
 
     def encode(self, prompts: Sequence[PromptOptions], keep_encoders: bool = False) -> None:
         """Make the text outputs of ``prompts`` that are not there yet; then let the text encoders go."""
-        texts = dict.fromkeys(text for p in prompts for text in (p.prompt, negative_of(p)) if text is not None)
-        keys = {self.text_key(text): text for text in texts}
+        keys = {self.text_key(text): text for prompt in prompts for text in prompt_texts(prompt)}
         made: dict[TextKey, dict[str, Tensor]] = {key: {} for key in keys if key not in self.texts}
         for encoder in self.pipeline.encoders if made else ():
             with self.explaining_memory(prompts), self.at_work(encoder):
+                encoded = self.pipeline.encode_texts([keys[key] for key in made], [encoder])
                 for key, outputs in made.items():
-                    encoded = self.pipeline.encode_prompts([keys[key]], [encoder])
-                    outputs.update({name: tensor.cpu() for name, tensor in encoded.items()})
+                    outputs.update({name: tensor.cpu() for name, tensor in encoded[keys[key]].items()})
             if not keep_encoders:
                 self.stack.leave(encoder)
-                self.pipeline.unload(encoder)
+                self.pipeline.release(encoder)
         self.texts.update(made)
         if keep_encoders:
             self.texts.update({key: self.texts.pop(key) for key in keys})  # the newest last
             while len(self.texts) > TEXTS_KEPT:
                 del self.texts[next(iter(self.texts))]
 
-    def text_key(self, text: str) -> TextKey:
+    def text_key(self, text: Text) -> TextKey:
         """What the outputs of a text depend on: where LoRA files change the text encoders, also their strengths."""
         return text, tuple(self.stack.multipliers) if self.stack.acts_on(*self.pipeline.encoders) else ()
 
-    def text_outputs(self, text: str | None) -> dict[str, Tensor] | None:
+    def text_outputs(self, text: Text) -> dict[str, Tensor]:
         """The conditioning of an encoded text on the device."""
-        if text is None:
-            return None
         return {name: tensor.to(self.pipeline.device) for name, tensor in self.texts[self.text_key(text)].items()}
+
+    def encoded_request(self, prompt: PromptOptions) -> ImageRequest:
+        """The request for an encoded prompt."""
+        request = self.request(prompt)
+        request.conditioning = self.text_outputs((prompt.prompt, "positive"))
+        negative = negative_of(prompt)
+        request.negative_conditioning = None if negative is None else self.text_outputs((negative, "negative"))
+        return request
 
     @contextlib.contextmanager
     def at_work(self, *parts: str) -> Iterator[None]:
@@ -227,23 +234,25 @@ class InferenceRun(ABC):
     def latents(self, prompt: PromptOptions) -> Tensor:
         """The latents [1, channels, height / 8, width / 8], float32, of an encoded prompt."""
         with self.at_work(*self.denoising_parts(prompt)):
-            return self.pipeline.generate_latents(self.request(prompt), self.noise_dtype, progress=True)
+            return self.pipeline.generate_latents(self.encoded_request(prompt), progress=True)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [1, 3, height, width], float32 in -1..1."""
         with self.at_work("autoencoder"):
             return self.pipeline.decode_latents(latents)
 
-    def picture(self, prompt: PromptOptions) -> Image:
+    def image(self, prompt: PromptOptions) -> Image:
         """The image of an encoded prompt."""
-        return self.image(self.decode(self.latents(prompt))[0])
+        from library.models.pipeline import to_image
+
+        return to_image(self.decode(self.latents(prompt))[0])
 
     def record(self, prompt: PromptOptions, image: Image) -> ImageRecord:
         """How ``image`` was made."""
         for file in self.lora_files:
             if file.path not in self.hashes:
                 self.hashes[file.path] = lora_hash(file.path)
-        model = self.pipeline.files.transformer.source.checkpoint
+        model = self.pipeline.opened(self.pipeline.denoiser).source.checkpoint
         return ImageRecord(
             script=self.script,
             prompt=replace(self.recorded(prompt), width=image.width, height=image.height),

@@ -53,14 +53,11 @@ class Parts:
                     self._move(part, "cpu")
 
     def _load(self, part: str) -> None:
-        if part in self.pipeline.encoders:
-            self.pipeline.load_text_encoders([part])
-        else:
-            getattr(self.pipeline, f"load_{part}")()
+        self.pipeline.load(part)
         try:
             self.on_load(part, self.pipeline.modules[part])
         except BaseException:  # Ctrl-C too: a session must not go on with a part that is only half prepared
-            self.pipeline.unload(part)
+            self.pipeline.release(part)
             raise
 
     def _move(self, part: str, device: Any) -> None:

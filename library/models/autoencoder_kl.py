@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.models.loading import Origin, TensorSource, load_module
+from library.models.loading import Origin, TensorSource
+from library.models.pipeline import OpenedPart
 from library.models.recognition import AUTOENCODER_PREFIXES, refuse_unless
 from library.safetensors_io import open_checkpoint
 
@@ -251,7 +252,7 @@ class AutoencoderKL(nn.Module):
 
 
 @dataclass(frozen=True)
-class AutoencoderFile:
+class AutoencoderFile(OpenedPart[AutoencoderKL]):
     """An opened autoencoder checkpoint, ready to be loaded."""
 
     source: TensorSource
@@ -261,12 +262,6 @@ class AutoencoderFile:
         """The module on torch's meta device: its structure without its numbers."""
         with torch.device("meta"):
             return AutoencoderKL(self.config)
-
-    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> AutoencoderKL:
-        """The autoencoder, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        autoencoder = self.meta_module()
-        load_module(autoencoder, self.source, dtype, device)
-        return autoencoder
 
 
 def open_autoencoder(path: Path | str, disable_mmap: bool = False, option: str = "") -> AutoencoderFile:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.memory.checkpointing import checkpoint_layers
-from library.memory.fp8 import StorageDtype
-from library.models.loading import Origin, TensorSource, load_module
+from library.models.loading import Origin, Place, TensorSource
+from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
 from library.safetensors_io import open_checkpoint
 
@@ -72,7 +72,7 @@ class ClipTextEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class ClipFile:
+class ClipFile(OpenedTextEncoder[ClipTextEncoder]):
     """An opened CLIP checkpoint, ready to be loaded."""
 
     source: TensorSource
@@ -104,13 +104,10 @@ class ClipFile:
         with torch.device("meta"):
             return ClipTextEncoder(config, self.projection_size)
 
-    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> ClipTextEncoder:
-        """The text encoder, frozen and in eval mode. Raises UserError where tensors don't fit."""
-        encoder = self.meta_module()
-        positions = torch.arange(self.max_length, device=device).expand(1, -1)
-        encoder.text_model.embeddings.register_buffer("position_ids", positions, persistent=False)
-        load_module(encoder, self.source, dtype, device)
-        return encoder
+    def add_buffers(self, module: ClipTextEncoder, place: Place) -> None:
+        """The numbers of the positions."""
+        positions = torch.arange(self.max_length, device=place(POSITION_IDS)).expand(1, -1)
+        module.text_model.embeddings.register_buffer("position_ids", positions, persistent=False)
 
 
 def open_clip(path: Path | str, disable_mmap: bool = False, option: str = "") -> ClipFile:

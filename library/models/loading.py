@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,29 @@ UNREADABLE_QUANTISATION = {
 }
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 QUANTISATION_KEY = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$")
+
+
+Place = Callable[[str], torch.device | str]
+"""The device on which a tensor of a module, by its name, is wanted."""
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """In which dtype and storage a module is loaded, and onto which device each of its tensors."""
+
+    compute: torch.dtype | None = None
+    """The dtype of all tensors that are not stored otherwise; None keeps the file's."""
+    storage: Literal["dense", "fp8"] = "dense"
+    """``fp8`` keeps the Linear weights of blocks in 8 bits."""
+    place: Place = lambda name: "cpu"
+
+    @classmethod
+    def of(cls, dtype: StorageDtype | None, place: Place | torch.device | str = "cpu") -> LoadSpec:
+        """How a part of ``dtype`` is loaded; ``place`` may be one device for every tensor."""
+        where: Place = place if callable(place) else lambda name: place
+        if isinstance(dtype, BlocksInFp8):
+            return cls(dtype.compute, "fp8", where)
+        return cls(dtype, "dense", where)
 
 
 @dataclass(frozen=True)
@@ -260,23 +283,19 @@ def _refuse_unreadable_quantisation(checkpoint: Checkpoint) -> None:
 def load_module(
     module: nn.Module,
     source: TensorSource,
-    dtype: StorageDtype | None,
-    device: torch.device | str,
-    optional: Collection[str] = (),
-    keep_float32: Collection[str] = (),
+    spec: LoadSpec,
+    kept_in_float32: Collection[str] = (),
 ) -> None:
     """Fill ``module``, built on the meta device, with the tensors of ``source``; it ends frozen and in eval mode.
 
-    ``dtype`` None keeps the file's numbers; ``BlocksInFp8`` stores the Linear weights of blocks in 8 bits, but for
-    those below the module's ``not_in_fp8`` (a tuple of names), where it has that. Names in ``optional`` may be in the
-    file without a place in the module. Names that end in one of ``keep_float32`` become float32; where they are stored
-    in 8 bits, they are computed with in it. Raises UserError that lists missing and unexpected tensors or names one
-    whose shape is wrong.
+    Weights below the module's ``not_in_fp8`` (a tuple of names), where it has that, are never stored in 8 bits. Names
+    that end in one of ``kept_in_float32`` become float32; where they are stored in 8 bits, they are computed with in
+    it. Raises UserError that lists missing and unexpected tensors or names one whose shape is wrong.
     """
     places = module.state_dict(keep_vars=True)
     names = set(source.names())
     missing = sorted(places.keys() - names)
-    unexpected = sorted(names - places.keys() - set(optional))
+    unexpected = sorted(names - places.keys())
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors are missing ({_few(missing)})")
@@ -293,18 +312,17 @@ def load_module(
                 f"but the other tensors ask for {tuple(place.shape)}."
             )
     in_fp8: dict[str, nn.Linear] = {}
-    if isinstance(dtype, BlocksInFp8):
+    if spec.storage == "fp8":
         layers = block_linears(module, getattr(module, "not_in_fp8", ()))
         in_fp8 = {f"{name}.weight": layer for name, layer in layers.items()}
-        dtype = dtype.compute
     state = {}
     with torch.no_grad():
         for name in places:
-            format_here = torch.float32 if name.endswith(tuple(keep_float32)) else dtype
+            dtype = torch.float32 if name.endswith(tuple(kept_in_float32)) else spec.compute
             if name in in_fp8:
-                store_in_fp8(in_fp8[name], source.load_fp8(name, device), format_here or torch.float32)
+                store_in_fp8(in_fp8[name], source.load_fp8(name, spec.place(name)), dtype or torch.float32)
             else:
-                state[name] = source.load(name, format_here, device)
+                state[name] = source.load(name, dtype, spec.place(name))
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False).eval()
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.memory.checkpointing import checkpoint_layers
-from library.memory.fp8 import BlocksInFp8, StorageDtype
-from library.models.loading import Origin, TensorSource, load_module
+from library.models.loading import Origin, TensorSource
+from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import T5_PREFIXES, refuse_unless
 from library.safetensors_io import open_checkpoint
 
@@ -61,7 +61,7 @@ class T5TextEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class T5File:
+class T5File(OpenedTextEncoder[T5TextEncoder]):
     """An opened T5 checkpoint, ready to be loaded."""
 
     source: TensorSource
@@ -92,16 +92,9 @@ class T5File:
         with torch.device("meta"):
             return T5TextEncoder(config)
 
-    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> T5TextEncoder:
-        """The encoder, frozen and in eval mode. Raises UserError where tensors don't fit.
-
-        In float16 the feed-forward's last matrix stays float32, as in transformers: its products pass float16's range.
-        """
-        encoder = self.meta_module()
-        compute = dtype.compute if isinstance(dtype, BlocksInFp8) else dtype
-        keep_float32 = (".wo.weight",) if compute == torch.float16 else ()
-        load_module(encoder, self.source, dtype, device, keep_float32=keep_float32)
-        return encoder
+    def kept_in_float32(self, compute: torch.dtype | None) -> tuple[str, ...]:
+        """In float16 the feed-forward's last matrix, as in transformers: its products pass float16's range."""
+        return (".wo.weight",) if compute == torch.float16 else ()
 
 
 def open_t5(path: Path | str, disable_mmap: bool = False, option: str = "") -> T5File:

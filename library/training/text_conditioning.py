@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from library.console import say, warn
@@ -15,9 +15,21 @@ from library.errors import UserError
 from library.training.training_run import TrainingRun
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from library.data.batch import Batch
+    from library.models.pipeline import Text
+    from library.models.sampling import Role
+    from library.prompt_options import PromptOptions
+
+
+def prompt_texts(prompts: Iterable[PromptOptions]) -> list[Text]:
+    """Every text of sample prompts with its role, each once: a prompt without a negative one has the empty one."""
+    texts: dict[Text, None] = {}
+    for prompt in prompts:
+        texts |= {(prompt.prompt, "positive"): None, (prompt.negative_prompt or "", "negative"): None}
+    return list(texts)
 
 
 class TextConditioning(TrainingRun):
@@ -83,7 +95,7 @@ class TextConditioning(TrainingRun):
 
     def cache_text_outputs(self) -> None:
         """Encode captions and sample prompts ahead, if asked for; encoders that are not trained are let go."""
-        self.prompt_conditioning: dict[str, dict[str, Tensor]] = {}
+        self.prompt_conditioning: dict[Text, dict[str, Tensor]] = {}
         if not self.cache_text:
             return
         given = self.options.text_cache.text_encoder_batch_size
@@ -94,16 +106,15 @@ class TextConditioning(TrainingRun):
                 self.pipeline.load_text_encoders(self.pipeline.encoders)
         self.cache_reports += [cache.fill(self.encode_frozen, batch_size=size) for cache in caches]
         self.accelerator.wait_for_everyone()
-        for prompt in self.samples.prompts:
-            for text in {prompt.prompt, prompt.negative_prompt or ""}:
-                self.prompt_conditioning[text] = self.encode_frozen([text])
+        for text in prompt_texts(self.samples.prompts):
+            self.prompt_conditioning[text] = self.encode_frozen([text[0]], text[1])
         for encoder in set(self.pipeline.encoders) - set(self.trained_encoders):
             self.release(encoder)
 
-    def encode_frozen(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_frozen(self, prompts: list[str], role: Role = "positive") -> dict[str, Tensor]:
         """The conditioning of prompts from every encoder, without gradients."""
         with self.accelerator.autocast():
-            return self.pipeline.encode_prompts(prompts)
+            return self.pipeline.encode_prompts(prompts, role=role)
 
     def network_text_encoders(self, encoders: Collection[str]) -> Any:
         """These text encoders as network modules take them: a list in the family's order, None for the others."""
@@ -137,8 +148,16 @@ class TextConditioning(TrainingRun):
         with self.accelerator.autocast():
             return fixed | self.pipeline.encode_prompts(batch.captions, encoders, trained=self.trained_encoders)
 
-    def sample_conditioning(self, text: str) -> dict[str, Tensor]:
+    def sample_conditioning(self, text: str, role: Role = "positive") -> dict[str, Tensor]:
         """As in training: cached outputs, with those of trained encoders made anew."""
-        fixed = self.prompt_conditioning.get(text, {})
+        fixed = self.prompt_conditioning.get((text, role), {})
         encoders = self.trained_encoders if fixed else self.pipeline.encoders
-        return {**fixed, **self.pipeline.encode_prompts([text], encoders)} if encoders else fixed
+        return {**fixed, **self.pipeline.encode_prompts([text], encoders, role)} if encoders else fixed
+
+    def draw_sample(self, request: Any) -> Image:
+        """The image of a request of the pipeline, whose prompts are encoded as in training."""
+        roles = self.pipeline.guidance(request).roles
+        request.conditioning = self.sample_conditioning(request.prompt)
+        if "negative" in roles:
+            request.negative_conditioning = self.sample_conditioning(request.negative_prompt or "", "negative")
+        return self.pipeline.generate(request)

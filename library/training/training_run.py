@@ -375,7 +375,7 @@ class TrainingRun(ABC):
     def release(self, part: str) -> None:
         """Give a part's memory back until it is needed again; with ``--highvram`` it stays."""
         if not self.options.model.highvram:
-            self.pipeline.unload(part)
+            self.pipeline.release(part)
 
     def part_dtypes(self, image_model: str, encoders: Iterable[str]) -> dict[Any, Any]:
         """Formats of parts that are not kept in the computation's own; ``image_model`` is the part that is trained."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
+from library.models.loading import LoadSpec
 from library.options import parse_options
 from tests.running import forget_accelerator, run_in_process
 from tools.cache_run import run_tool
@@ -81,7 +82,7 @@ def test_the_controlnet_changes_what_is_learned_and_stays_as_it_is(run, tmp_path
     controlnet = trainer.pipeline.modules["controlnet"]
     assert not controlnet.training and not any(parameter.requires_grad for parameter in controlnet.parameters())
     assert all(parameter.grad is None for parameter in controlnet.parameters())
-    fresh = trainer.pipeline.files.controlnet.load(torch.float32, "cpu").state_dict()
+    fresh = trainer.pipeline.files.controlnet.load(LoadSpec.of(torch.float32)).state_dict()
     assert all(torch.equal(value, fresh[key]) for key, value in controlnet.state_dict().items())
 
 

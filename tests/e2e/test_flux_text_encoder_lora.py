@@ -236,7 +236,7 @@ def test_sample_prompts_follow_the_trained_encoder(train, tmp_path):
     )
     assert set(trainer.prompt_conditioning) == {"a cat", "dog"}
     assert "t5xxl" not in trainer.pipeline.modules
-    now, ahead = trainer.sample_conditioning("a cat"), trainer.prompt_conditioning["a cat"]
+    now, ahead = trainer.sample_conditioning("a cat"), trainer.prompt_conditioning["a cat", "positive"]
     assert torch.equal(now["t5_out"], ahead["t5_out"])
     assert (now["l_pooled"] - ahead["l_pooled"]).abs().max() > 1e-3
 

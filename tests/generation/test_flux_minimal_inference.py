@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.attention import AttentionBackend
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.prompt_options import PromptOptions
 from tools.make_tiny_models import make_tiny_flux
 
@@ -42,7 +42,7 @@ def plain(inference) -> Tensor:
 
 def test_the_image_is_the_pipelines_own(draw, tiny_pipeline):
     (path,) = draw("--guidance", "2.5")
-    request = ImageRequest("a red cat", width=48, height=32, seed=7, sample_steps=2, guidance_scale=2.5)
+    request = FluxRequest("a red cat", width=48, height=32, seed=7, sample_steps=2, guidance_scale=2.5)
     assert pixels(path) == tiny_pipeline.generate(request).tobytes()
 
 
@@ -53,7 +53,7 @@ def test_schnell_has_four_steps_and_an_unshifted_schedule(tmp_path, inference, c
     assert run.default_prompt().sample_steps == 4
     assert "--guidance has no effect: schnell" in caplog.text
     pipeline = FluxPipeline(FluxFiles(**vars(files)), torch.float32, "cpu", t5xxl_max_token_length=16)
-    request = ImageRequest("a red cat", width=48, height=32, seed=3, sample_steps=2, shift=False)
+    request = FluxRequest("a red cat", width=48, height=32, seed=3, sample_steps=2, shift=False)
     assert torch.equal(latents(run), pipeline.generate_latents(request))
 
 
@@ -482,7 +482,7 @@ def test_a_control_image_acts_as_in_the_pipeline(inference, tiny_controlnet, con
     controlled = latents(inference(*given, "--controlnet_image", control_image, "--controlnet_strength", "0.6"))
     files = FluxFiles(**vars(tiny_flux), controlnet=tiny_controlnet)
     pipeline = FluxPipeline(files, torch.float32, "cpu", t5xxl_max_token_length=16)
-    request = ImageRequest("a red cat", width=48, height=32, seed=3, sample_steps=2)
+    request = FluxRequest("a red cat", width=48, height=32, seed=3, sample_steps=2)
     request.control_image, request.control_strength = Image.open(control_image), 0.6
     assert torch.equal(controlled, pipeline.generate_latents(request))
     assert difference(controlled, plain) > 1e-3

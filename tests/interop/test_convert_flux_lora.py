@@ -281,13 +281,13 @@ def image_here(files, lora: Path) -> Tensor:
 def image_in_diffusers(folder: Path, lora: Path | None) -> Tensor:
     from diffusers import FluxPipeline
 
-    from library.models.flux.sampling import draw_noise
+    from library.randomness import draw_noise, seeded_generator
 
     pipeline = FluxPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora)
-    noise = draw_noise(SIZE * SIZE // 256, 64, SEED, torch.device("cpu"), torch.float32)
+    noise = draw_noise((SIZE * SIZE // 256, 64), [seeded_generator(SEED)])
     return pipeline(
         PROMPT, height=SIZE, width=SIZE, num_inference_steps=STEPS, max_sequence_length=LENGTH, guidance_scale=2.5,
         latents=noise, output_type="pt",

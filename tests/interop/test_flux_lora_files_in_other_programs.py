@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.flux.checkpoint import SINGLE
 from library.models.flux.transformer import FluxConfig, FluxTransformer
+from library.models.loading import LoadSpec
 from networks import lora_flux, oft_flux
 from tests.interop.test_lora_flux_loads_in_diffusers import outputs, pipeline, randomise, tiny_pair
 from tests.running import ROOT
@@ -229,7 +230,7 @@ def chroma(tmp_path_factory) -> tuple[nn.Module, nn.Module]:
 
     folder = make_tiny_chroma(tmp_path_factory.mktemp("chroma"), layout="diffusers").transformer
     theirs = ChromaTransformer2DModel.from_pretrained(folder / "transformer").eval()
-    return open_transformer(folder, model_type="chroma").load(torch.float32, "cpu").eval(), theirs
+    return open_transformer(folder, model_type="chroma").load(LoadSpec.of(torch.float32)).eval(), theirs
 
 
 def chroma_outputs(ours: nn.Module, theirs: nn.Module) -> tuple[Tensor, Tensor]:

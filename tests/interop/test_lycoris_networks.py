@@ -249,7 +249,7 @@ def test_dora_at_multiplier_zero_is_the_base_model(train):
     trainer = train("flux", "--network_args", "algo=lora", "dora_wd=True", "--network_train_unet_only")
     untouched = losses(trainer, 0.0)
     assert not close(losses(trainer), untouched)
-    trainer.pipeline.unload("transformer")  # it is loaded anew, without the network
+    trainer.pipeline.release("transformer")  # it is loaded anew, without the network
     assert torch.equal(losses(trainer), untouched)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
+from library.models.flux.pipeline import ChromaPipeline, FluxFiles, FluxRequest
 from tools.make_tiny_models import TinyFlux, make_tiny_chroma, make_tiny_flux
 
 
@@ -16,18 +16,18 @@ def files(tmp_path_factory) -> TinyFlux:
     return make_tiny_chroma(tmp_path_factory.mktemp("tiny"), seed=2)
 
 
-def open_pipeline(files: TinyFlux, **arguments) -> FluxPipeline:
-    return FluxPipeline(FluxFiles(**vars(files), model_type="chroma"), torch.float32, "cpu", **arguments)
+def open_pipeline(files: TinyFlux, **arguments) -> ChromaPipeline:
+    return ChromaPipeline(FluxFiles(**vars(files)), torch.float32, "cpu", **arguments)
 
 
 @pytest.fixture(scope="module")
-def pipeline(files) -> FluxPipeline:
+def pipeline(files) -> ChromaPipeline:
     return open_pipeline(files)
 
 
-def image(pipeline: FluxPipeline, **arguments) -> torch.Tensor:
+def image(pipeline: ChromaPipeline, **arguments) -> torch.Tensor:
     request = {"prompt": "a red cat", "width": 64, "height": 48, "seed": 3, "sample_steps": 2, **arguments}
-    return pipeline.generate_latents(ImageRequest(**request))
+    return pipeline.generate_latents(FluxRequest(**request))
 
 
 def test_t5_alone_gives_the_conditioning(pipeline):
@@ -88,12 +88,12 @@ def test_a_wrapped_transformer_may_take_the_place_of_the_loaded_one(files, pipel
 
 
 def test_a_flux_folder_is_named(tmp_path):
-    folder = FluxFiles(make_tiny_flux(tmp_path, layout="diffusers").transformer, model_type="chroma")
+    folder = FluxFiles(make_tiny_flux(tmp_path, layout="diffusers").transformer)
     with pytest.raises(UserError, match="is a FLUX.1 file in the Diffusers layout.*Give --model_type flux"):
-        FluxPipeline(folder, torch.float32, "cpu")
+        ChromaPipeline(folder, torch.float32, "cpu")
 
 
 def test_t5_is_asked_for_by_its_option(files):
-    alone = FluxFiles(files.transformer, files.autoencoder, model_type="chroma")
+    alone = FluxFiles(files.transformer, files.autoencoder)
     with pytest.raises(UserError, match="--t5xxl is missing"):
-        FluxPipeline(alone, torch.float32, "cpu")
+        ChromaPipeline(alone, torch.float32, "cpu")

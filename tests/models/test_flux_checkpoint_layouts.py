@@ -9,6 +9,7 @@ import torch
 
 from library.errors import UserError
 from library.models.flux.checkpoint import open_transformer
+from library.models.loading import LoadSpec
 from library.safetensors_io import open_checkpoint, save_file
 from tools.make_tiny_models import make_tiny_flux, transformer_config
 
@@ -23,7 +24,7 @@ def original(tmp_path_factory) -> dict[str, torch.Tensor]:
 
 
 def load(path, dtype: torch.dtype | None = torch.float32, **arguments) -> dict[str, torch.Tensor]:
-    return open_transformer(path, **arguments).load(dtype, "cpu").state_dict()
+    return open_transformer(path, **arguments).load(LoadSpec.of(dtype)).state_dict()
 
 
 def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -39,7 +40,7 @@ def test_layouts_and_variants(tmp_path, layout, variant):
     opened = open_transformer(files.transformer)
     assert opened.config == transformer_config(variant) and opened.variant == variant
     expected = load(make_tiny_flux(tmp_path / "again", variant, seed=9).transformer)
-    transformer = opened.load(torch.float32, "cpu")
+    transformer = opened.load(LoadSpec.of(torch.float32))
     assert_same(transformer.state_dict(), expected)
     assert not transformer.training and not any(parameter.requires_grad for parameter in transformer.parameters())
 

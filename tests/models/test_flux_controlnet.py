@@ -14,9 +14,10 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.flux.checkpoint import TransformerFile, open_transformer
 from library.models.flux.controlnet import ControlNetConfig, FluxControlNet, open_controlnet, spread
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
-from library.models.flux.sampling import draw_noise
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.models.flux.transformer import FluxTransformer, image_ids, unpack_latents
+from library.models.loading import LoadSpec
+from library.randomness import draw_noise, seeded_generator
 from library.safetensors_io import load_tensors, save_file
 from tools.make_tiny_controlnet import HINT_CHANNELS, controlnet_config, make_tiny_controlnet
 from tools.make_tiny_models import fill_randomly, transformer_config
@@ -64,7 +65,9 @@ PIXELS = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(5)) * 
 class TestFiles:
     def test_both_layouts_hold_the_same_model(self, transformer, tiny_controlnet, net_of):
         folder = net_of("xlabs")
-        models = [open_controlnet(path, transformer).load(torch.float32, "cpu") for path in (tiny_controlnet, folder)]
+        models = [
+            open_controlnet(path, transformer).load(LoadSpec.of(torch.float32)) for path in (tiny_controlnet, folder)
+        ]
         first, second = (model.state_dict() for model in models)
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
         samples = [model(**inputs(), control=PIXELS)[0][0] for model in models]
@@ -73,7 +76,7 @@ class TestFiles:
     def test_the_weights_come_in_the_dtype_that_is_asked_for(self, transformer, tiny_controlnet, tmp_path):
         state = {key: value.to(torch.float8_e4m3fn) for key, value in load_tensors(tiny_controlnet)[0].items()}
         save_file(state, tmp_path / "net.safetensors")
-        model = open_controlnet(tmp_path / "net.safetensors", transformer).load(torch.bfloat16, "cpu")
+        model = open_controlnet(tmp_path / "net.safetensors", transformer).load(LoadSpec.of(torch.bfloat16))
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
         double, _ = model(**inputs(), control=PIXELS)
         assert double[0].dtype == torch.bfloat16 and double[0].isfinite().all()
@@ -152,7 +155,7 @@ class TestFiles:
         del state["controlnet_blocks.0.bias"]
         save_file(state, tmp_path / "net.safetensors")
         with pytest.raises(UserError, match="1 tensors are missing .controlnet_blocks.0.bias"):
-            open_controlnet(tmp_path / "net.safetensors", transformer).load(torch.float32, "cpu")
+            open_controlnet(tmp_path / "net.safetensors", transformer).load(LoadSpec.of(torch.float32))
 
     def test_a_union_controlnet_needs_one_of_its_modes(self, transformer, net_of, tiny_controlnet):
         path = net_of("union")
@@ -210,7 +213,7 @@ class TestResiduals:
 
     def test_masked_text_reaches_no_residual(self, transformer, net_of):
         for kind, mode, control in (("xlabs", None, PIXELS), ("union", 1, torch.randn(2, 16, 4, 6))):
-            model = open_controlnet(net_of(kind), transformer, mode=mode).load(torch.float32, "cpu")
+            model = open_controlnet(net_of(kind), transformer, mode=mode).load(LoadSpec.of(torch.float32))
             given, mask = inputs(), torch.tensor([[1, 1, 1, 0, 0]] * 2)
             other = {**given, "txt": torch.where(mask[..., None] > 0, given["txt"], 100.0)}
             samples = [
@@ -227,10 +230,10 @@ class TestPipeline:
 
     def test_the_part_is_there_only_when_it_is_given(self, tiny_flux, pipeline):
         assert "controlnet" in pipeline.parts and "controlnet" not in open_pipeline(tiny_flux, None).parts
-        first = pipeline.load_controlnet()
-        assert pipeline.load_controlnet() is first and not any(p.requires_grad for p in first.parameters())
-        pipeline.unload("controlnet")
-        assert "controlnet" not in pipeline.modules and pipeline.load_controlnet() is not first
+        first = pipeline.load("controlnet")
+        assert pipeline.load("controlnet") is first and not any(p.requires_grad for p in first.parameters())
+        pipeline.release("controlnet")
+        assert "controlnet" not in pipeline.modules and pipeline.load("controlnet") is not first
 
     @pytest.mark.parametrize("kind", ["xlabs", "instantx", "union"])
     def test_prediction_with_control_differs_and_zero_weights_change_nothing(
@@ -281,12 +284,12 @@ class TestPipeline:
         finally:
             transformer.disable_gradient_checkpointing()
             weight.requires_grad_(False)
-        assert all(parameter.grad is None for parameter in pipeline.load_controlnet().parameters())
+        assert all(parameter.grad is None for parameter in pipeline.load("controlnet").parameters())
 
     def test_a_image_is_drawn_with_its_control_image(self, pipeline):
         def latents(**arguments) -> Tensor:
             return pipeline.generate_latents(
-                ImageRequest("a cat", width=48, height=32, seed=1, sample_steps=2, **arguments)
+                FluxRequest("a cat", width=48, height=32, seed=1, sample_steps=2, **arguments)
             )
 
         image = Image.effect_noise((96, 64), 80)
@@ -303,9 +306,9 @@ class TestPipeline:
     def test_with_guidance_both_halves_are_controlled(self, pipeline):
         """By hand: v_neg + c (v_pos - v_neg), each with the ControlNet's own look at its text."""
         control = torch.rand(3, 32, 32) * 2 - 1
-        request = ImageRequest("a cat", negative_prompt="dog", scale=3.0, width=32, height=32, seed=1, sample_steps=1)
+        request = FluxRequest("a cat", negative_prompt="dog", scale=3.0, width=32, height=32, seed=1, sample_steps=1)
         found = pipeline.generate_latents(replace(request, control_image=control))
-        start = unpack_latents(draw_noise(4, 64, 1, torch.device("cpu"), torch.float32), 4, 4)
+        start = unpack_latents(draw_noise((4, 64), [seeded_generator(1)]), 4, 4)
         guidance = torch.full((1,), request.guidance_scale)
         negative, positive = (
             pipeline.predict(start, torch.ones(1), pipeline.encode_prompts([text]), guidance, control[None])

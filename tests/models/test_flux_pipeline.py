@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.safetensors_io import open_checkpoint, save_file
 from tools.make_tiny_models import TinyFlux, make_tiny_flux
 
@@ -133,8 +133,8 @@ def test_prediction_is_the_transformers_velocity(pipeline):
 
 
 def test_the_same_seed_gives_the_same_image_from_prompts_and_from_conditioning(pipeline):
-    request = ImageRequest("a cat", width=32, height=48, seed=3, sample_steps=2, negative_prompt="dog", scale=2.0)
-    encoded = ImageRequest(width=32, height=48, seed=3, sample_steps=2, scale=2.0,
+    request = FluxRequest("a cat", width=32, height=48, seed=3, sample_steps=2, negative_prompt="dog", scale=2.0)
+    encoded = FluxRequest(width=32, height=48, seed=3, sample_steps=2, scale=2.0,
                              conditioning=pipeline.encode_prompts(["a cat"]),
                              negative_conditioning=pipeline.encode_prompts(["dog"]))  # fmt: skip
     first, second = pipeline.generate(request), pipeline.generate(encoded)
@@ -145,9 +145,7 @@ def test_the_same_seed_gives_the_same_image_from_prompts_and_from_conditioning(p
 
 def test_classifier_free_guidance_needs_a_scale_and_a_negative_prompt(pipeline):
     def latents(**arguments) -> torch.Tensor:
-        return pipeline.generate_latents(
-            ImageRequest("a cat", width=32, height=32, seed=1, sample_steps=2, **arguments)
-        )
+        return pipeline.generate_latents(FluxRequest("a cat", width=32, height=32, seed=1, sample_steps=2, **arguments))
 
     plain = latents()
     assert torch.equal(latents(scale=3.0), plain)
@@ -156,13 +154,13 @@ def test_classifier_free_guidance_needs_a_scale_and_a_negative_prompt(pipeline):
 
 
 def test_sides_are_rounded_up_to_whole_positions(pipeline):
-    image = pipeline.generate(ImageRequest("a cat", width=33, height=47, seed=1, sample_steps=1))
+    image = pipeline.generate(FluxRequest("a cat", width=33, height=47, seed=1, sample_steps=1))
     assert image.size == (48, 48)
 
 
 def test_generating_leaves_the_global_random_state_alone(pipeline):
     before = torch.random.get_rng_state()
-    pipeline.generate(ImageRequest("a cat", width=32, height=32, seed=None, sample_steps=1))
+    pipeline.generate(FluxRequest("a cat", width=32, height=32, seed=None, sample_steps=1))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -171,15 +169,18 @@ def test_parts_are_loaded_once_unloaded_and_loaded_again(files):
     assert pipeline.modules == {}
     transformer = pipeline.load_transformer()
     assert pipeline.load_transformer() is transformer
-    pipeline.unload("transformer")
+    pipeline.release("transformer")
     again = pipeline.load_transformer()
     assert again is not transformer
     for key, value in again.state_dict().items():
         assert torch.equal(value, transformer.state_dict()[key])
     pipeline.load_text_encoders()
-    pipeline.unload("text_encoders")
+    pipeline.release("text_encoders")
     assert pipeline.modules.keys() == {"transformer"}
-    assert all(isinstance(getattr(again, name), torch.nn.ModuleList) for name in pipeline.swappable_blocks)
+    assert {name: [*blocks] for name, blocks in pipeline.block_lists().items()} == {
+        "double_blocks": [*again.double_blocks],
+        "single_blocks": [*again.single_blocks],
+    }
 
 
 def test_parts_may_have_dtypes_of_their_own(files):
@@ -207,7 +208,7 @@ def test_parts_are_found_in_a_model_folder_and_in_an_all_in_one_file(tmp_path, f
     for part in ("clip_l", "autoencoder"):
         told |= json.loads(open_checkpoint(getattr(files, part)).metadata["config"])
     save_file(parts, files.transformer.parent / "all.safetensors", {"config": json.dumps(told)})
-    request = ImageRequest("a red cat", width=32, height=32, seed=1, sample_steps=2)
+    request = FluxRequest("a red cat", width=32, height=32, seed=1, sample_steps=2)
     expected = pipeline.generate_latents(request)
     for path in (folder, files.transformer.parent / "all.safetensors"):
         whole = FluxPipeline(FluxFiles(path), torch.float32, "cpu", t5xxl_max_token_length=LENGTH)

@@ -22,6 +22,7 @@ SCRIPT = """
 import json, sys
 import torch
 from library.models.flux.checkpoint import open_transformer
+from library.models.loading import LoadSpec
 
 def peak():
     with open("/proc/self/status") as status:
@@ -32,7 +33,7 @@ torch.set_num_threads(1)
 opened = open_transformer(path, disable_mmap)
 torch.ones(8).to(dtype)
 before = peak()
-transformer = opened.load(dtype, "cpu")
+transformer = opened.load(LoadSpec.of(dtype))
 print(json.dumps([peak() - before, sum(parameter.nbytes for parameter in transformer.parameters())]))
 """
 
@@ -75,6 +76,7 @@ def measure(script: str, *arguments: str) -> list[int]:
 STABLE_DIFFUSION = """
 import json, sys
 import torch
+from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 
 def peak():
@@ -87,7 +89,7 @@ parts = (opened.unet, *opened.text_encoders)
 for part in parts:
     part.meta_module()
 before = peak()
-modules = [part.load(torch.float32, "cpu") for part in parts]
+modules = [part.load(LoadSpec.of(torch.float32)) for part in parts]
 size = sum(parameter.nbytes for module in modules for parameter in module.parameters())
 print(json.dumps([peak() - before, size]))
 """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion, open_vae
 from library.safetensors_io import open_checkpoint, save_file
 from tests.published import make_published
@@ -54,7 +55,7 @@ def changed(tmp_path_factory) -> Callable[..., Path]:
 def states(model: StableDiffusionModel, dtype: torch.dtype | None = torch.float32) -> dict[str, dict[str, Tensor]]:
     parts = {"unet": model.unet, "vae": model.autoencoder}
     parts |= {f"text {index}": file for index, file in enumerate(model.text_encoders)}
-    return {part: file.load(dtype, "cpu").state_dict() for part, file in parts.items()}
+    return {part: file.load(LoadSpec.of(dtype)).state_dict() for part, file in parts.items()}
 
 
 def assert_same(actual: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
@@ -162,7 +163,7 @@ def test_the_origins_name_the_files_own_keys(tiny_sd2, tiny_sdxl):
             places = {key: value.clone() for key, value in stored.items()}
             for name, origin in file.source.origins.items():
                 (key,) = origin.keys
-                value = file.source.load(name, None, "cpu") + 1
+                value = file.source.load(LoadSpec.of(name, None)) + 1
                 value = value if origin.transform is None else origin.transform(value)
                 rows = places[key] if origin.rows is None else places[key][slice(*origin.rows)]
                 rows.copy_(value.reshape(rows.shape))
@@ -237,13 +238,13 @@ def vae_paths(other_vae, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_replacement_vae_is_read_from_everything_that_holds_one(request, other_vae, vae_paths, kind):
-    expected = open_stable_diffusion(other_vae).autoencoder.load(torch.float32, "cpu").state_dict()
+    expected = open_stable_diffusion(other_vae).autoencoder.load(LoadSpec.of(torch.float32)).state_dict()
     path = request.getfixturevalue(f"tiny_{kind}")
     own = open_stable_diffusion(path).autoencoder
-    assert not torch.equal(own.source.load("quant_conv.weight", None, "cpu"), expected["quant_conv.weight"])
+    assert not torch.equal(own.source.load(LoadSpec.of("quant_conv.weight", None)), expected["quant_conv.weight"])
     for name, vae in vae_paths.items():
         opened = open_stable_diffusion(path, vae=vae)
-        actual = opened.autoencoder.load(torch.float32, "cpu").state_dict()
+        actual = opened.autoencoder.load(LoadSpec.of(torch.float32)).state_dict()
         assert actual.keys() == expected.keys(), name
         assert all(torch.equal(actual[key], expected[key]) for key in expected), name
         # Latents stay as the U-Net knows them.
@@ -362,12 +363,12 @@ def test_tensors_that_do_not_fit_are_listed_when_a_part_is_loaded(tiny_sd1, chan
     for message, change in cases.items():
         opened = open_stable_diffusion(changed(tiny_sd1, change))
         with pytest.raises(UserError, match=message):
-            opened.unet.load(torch.float32, "cpu")
+            opened.unet.load(LoadSpec.of(torch.float32))
     for prefix, part in ((VAE, "autoencoder"), (CLIP, "text_encoders")):
         path = changed(tiny_sd1, lambda tensors, prefix=prefix: tensors | {f"{prefix}encoder.odd": torch.ones(1)})
         files = getattr(open_stable_diffusion(path), part)
         with pytest.raises(UserError, match=r"1 tensors are unexpected \(.*encoder.odd\)"):
-            (files[0] if part == "text_encoders" else files).load(torch.float32, "cpu")
+            (files[0] if part == "text_encoders" else files).load(LoadSpec.of(torch.float32))
 
 
 def test_damaged_or_foreign_diffusers_folders_are_named(sd1_folder, tmp_path):

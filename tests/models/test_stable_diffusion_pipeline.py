@@ -13,14 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from library.errors import UserError
 from library.memory.fp8 import BlocksInFp8
 from library.models.stable_diffusion.pipeline import (
-    ImageRequest,
     StableDiffusionFiles,
     StableDiffusionPipeline,
+    StableDiffusionRequest,
     time_ids,
 )
 from library.models.stable_diffusion.sampling import SAMPLERS
 
-QUICK = ImageRequest("a red cat", "a dog", width=64, height=64, seed=5, sample_steps=2, scale=3.0, sampler="euler")
+QUICK = StableDiffusionRequest(
+    "a red cat", "a dog", width=64, height=64, seed=5, sample_steps=2, scale=3.0, sampler="euler"
+)
 
 
 def open_pipeline(path, dtype: torch.dtype = torch.float32, **arguments: Any) -> StableDiffusionPipeline:
@@ -70,9 +72,9 @@ def test_nothing_is_loaded_before_it_is_needed_and_everything_can_be_let_go(tiny
     pipeline.encode_prompts(["a cat"])
     pipeline.load_autoencoder()
     pipeline.move("text_encoders", "cpu")
-    pipeline.unload("text_encoders")
+    pipeline.release("text_encoders")
     assert pipeline.modules.keys() == {"autoencoder"}
-    pipeline.unload("autoencoder")
+    pipeline.release("autoencoder")
     assert pipeline.modules == {}
     assert torch.equal(pipeline.encode_prompts(["a cat"])["hidden_state1"], first["hidden_state1"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,15 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.models.sampling import DiffusersSolver, Role, denoise
 from library.models.stable_diffusion.sampling import (
     SAMPLERS,
     SCHEDULERS,
-    denoise,
-    draw_noise,
     make_scheduler,
     require_sampler,
-    seeded_generator,
     zero_terminal_betas,
 )
+from library.randomness import draw_noise, seeded_generator
 
 NAMES = "ddim pndm lms euler euler_a heun dpm_2 dpm_2_a dpmsolver dpmsolver++ dpmsingle".split()
 SYNONYMS = "k_lms k_euler k_euler_a k_dpm_2 k_dpm_2_a".split()
@@ -46,19 +46,21 @@ class KnowsTheImage:
         self.image, self.v_prediction = image, v_prediction
         self.timesteps: list[float] = []
 
-    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor, roles: Sequence[Role]) -> list[torch.Tensor]:
+        (timestep,) = timesteps.unique()
         self.timesteps.append(float(timestep))
         # Between whole timesteps, most samplers interpolate sigma, some its logarithm: nearly the same.
         sigma = float(np.interp(float(timestep), np.arange(1000), self.sigmas))
         alpha = 1 / (1 + sigma**2)
         noise = (latents - alpha**0.5 * self.image) / (1 - alpha) ** 0.5
-        return alpha**0.5 * noise - (1 - alpha) ** 0.5 * self.image if self.v_prediction else noise
+        return [alpha**0.5 * noise - (1 - alpha) ** 0.5 * self.image if self.v_prediction else noise]
 
 
 def draw(sampler: str, model: KnowsTheImage, steps: int = 12, **arguments: bool) -> torch.Tensor:
     generator = seeded_generator(3)
     scheduler = make_scheduler(sampler, v_prediction=model.v_prediction, **arguments)
-    return denoise(model, scheduler, draw_noise(4, 6, 5, generator), steps, generator)
+    noise = draw_noise((4, 6, 5), [generator])
+    return denoise(model, DiffusersSolver(scheduler, steps), noise, generators=[generator])
 
 
 @pytest.mark.parametrize("v_prediction, zero_terminal_snr", [(False, False), (True, False), (True, True)])
@@ -118,17 +120,17 @@ def test_latents_are_kept_within_bounds_only_where_asked():
 @pytest.mark.parametrize("sampler", ["euler_a", "dpm_2_a"])
 def test_noise_within_a_run_comes_from_the_images_own_generator(sampler):
     model = KnowsTheImage(torch.zeros(1, 4, 6, 5), False, False)
-    noise = draw_noise(4, 6, 5, seeded_generator(1))
+    noise = draw_noise((4, 6, 5), [seeded_generator(1)])
 
     def run(seed: int) -> torch.Tensor:
         scheduler = make_scheduler(sampler)
         kept: list[torch.Tensor] = []
 
-        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        def predict(latents: torch.Tensor, timesteps: torch.Tensor, roles: Sequence[Role]) -> list[torch.Tensor]:
             kept.append(latents)
-            return model(latents, timestep)
+            return model(latents, timesteps, roles)
 
-        denoise(predict, scheduler, noise, 4, seeded_generator(seed))
+        denoise(predict, DiffusersSolver(scheduler, 4), noise, generators=[seeded_generator(seed)])
         return torch.cat(kept)
 
     torch.manual_seed(1)
@@ -141,8 +143,9 @@ def test_noise_within_a_run_comes_from_the_images_own_generator(sampler):
 
 def test_a_seed_gives_the_noise_that_torch_gives():
     expected = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(draw_noise(4, 6, 5, seeded_generator(7)), expected)
-    assert not torch.equal(draw_noise(4, 6, 5, seeded_generator(None)), draw_noise(4, 6, 5, seeded_generator(None)))
+    assert torch.equal(draw_noise((4, 6, 5), [seeded_generator(7)]), expected)
+    one, other = draw_noise((4, 6, 5), [seeded_generator(None), seeded_generator(None)])
+    assert not torch.equal(one, other)
 
 
 def test_an_unknown_sampler_is_refused_with_the_known_ones():

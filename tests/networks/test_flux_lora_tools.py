@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.models.flux.checkpoint import open_transformer
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
+from library.models.flux.pipeline import PIPELINES, FluxFiles, FluxPipeline, FluxRequest
+from library.models.loading import LoadSpec
 from networks import lora_flux
 from networks.convert_flux_lora import main as convert
 from networks.flux_extract_lora import main as extract
@@ -46,11 +47,11 @@ def make_lora(files, path: Path, seed: int, rank: int = 3, alpha: float = 2.0, *
 def opened(files, **changed: Path) -> FluxPipeline:
     paths = {**vars(files), **changed}
     kind = "flux" if files.clip_l else "chroma"
-    return FluxPipeline(FluxFiles(**paths, model_type=kind), torch.float32, "cpu", t5xxl_max_token_length=16)
+    return PIPELINES[kind](FluxFiles(**paths), torch.float32, "cpu", t5xxl_max_token_length=16)
 
 
 def latents(pipeline: FluxPipeline) -> torch.Tensor:
-    return pipeline.generate_latents(ImageRequest("a red cat", width=64, height=48, seed=3, sample_steps=2))
+    return pipeline.generate_latents(FluxRequest("a red cat", width=64, height=48, seed=3, sample_steps=2))
 
 
 def applied(files, loras: list[Path], ratios: tuple[float, ...]) -> torch.Tensor:
@@ -95,7 +96,7 @@ def test_merged_models_do_what_the_files_do(tiny_flux, flux_loras, tmp_path):
         FluxFiles(autoencoder=tiny_flux.autoencoder, tokenizer_cache_dir=None, **made), torch.float32, "cpu",
         t5xxl_max_token_length=16,
     )  # fmt: skip
-    pipeline.tokenizers = {encoder: opened(tiny_flux)._tokenizer(encoder) for encoder in ("clip_l", "t5xxl")}
+    pipeline.tokenizers = {encoder: opened(tiny_flux).tokenizer(encoder) for encoder in ("clip_l", "t5xxl")}
     found = latents(pipeline)
     torch.testing.assert_close(found, with_networks, rtol=1e-5, atol=1e-5)
     assert (found - latents(opened(tiny_flux))).abs().max() > 0.05
@@ -187,7 +188,8 @@ def test_layouts_may_be_mixed(tiny_flux, tmp_path):
     assert all(key.startswith("model.diffusion_model.") for key in load_file(tuned))
     assert load_file(from_shards).keys() == load_file(tiny_flux.transformer).keys()
     states = [
-        open_transformer(path).load(torch.float32, "cpu").state_dict() for path in (tuned, new_folder, from_shards)
+        open_transformer(path).load(LoadSpec.of(torch.float32)).state_dict()
+        for path in (tuned, new_folder, from_shards)
     ]
     for state in states[1:]:
         for key, tensor in states[0].items():

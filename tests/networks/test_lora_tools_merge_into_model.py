@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from networks import lora, merge_lora, sdxl_merge_lora
 from tests.networks.lora_tool_files import MEMORY_GROWTH, deltas, metadata, run
@@ -80,7 +81,7 @@ def merge(variant, model, loras, save_to, *options):
 
 def modules_of(path):
     opened = open_stable_diffusion(path)
-    return [encoder.load(torch.float32, "cpu") for encoder in opened.text_encoders], opened.unet.load(
+    return [encoder.load(LoadSpec.of(torch.float32)) for encoder in opened.text_encoders], opened.unet.load(
         torch.float32, "cpu"
     )
 

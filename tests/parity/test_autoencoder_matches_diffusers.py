@@ -15,6 +15,7 @@ from library.models.autoencoder_kl import (
     AutoencoderKL,
     open_autoencoder,
 )
+from library.models.loading import LoadSpec
 from library.safetensors_io import save_file
 from tools.make_tiny_models import (
     AUTOENCODER,
@@ -85,7 +86,7 @@ def test_every_layout_loads_to_the_same_weights(pair, tmp_path):
     for path in ("ae.safetensors", "prefixed.safetensors", "model", "model/vae"):
         opened = open_autoencoder(tmp_path / path)
         assert opened.config == AUTOENCODER
-        loaded = opened.load(torch.float32, "cpu").state_dict()
+        loaded = opened.load(LoadSpec.of(torch.float32)).state_dict()
         assert loaded.keys() == ours.state_dict().keys()
         assert all(torch.equal(loaded[key], value) for key, value in ours.state_dict().items())
 

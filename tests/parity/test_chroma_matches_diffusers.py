@@ -14,6 +14,7 @@ from torch import Tensor
 
 from library.models.flux.checkpoint import open_transformer
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer, text_key_mask
+from library.models.loading import LoadSpec
 from networks import lora_flux
 from tests.parity.flux_inputs import HEIGHT, WIDTH, assert_equal_to_scale, transformer_inputs
 from tools.make_tiny_models import (
@@ -79,13 +80,13 @@ def test_diffusers_shards_in_our_loader_give_the_same_velocity(theirs, tmp_path)
     opened = open_transformer(tmp_path, model_type="chroma")
     assert opened.variant == "chroma" and opened.config == transformer_config("chroma")
     given = inputs()
-    assert_equal_to_scale(opened.load(torch.float32, "cpu")(**given), run_diffusers(theirs, given))
+    assert_equal_to_scale(opened.load(LoadSpec.of(torch.float32))(**given), run_diffusers(theirs, given))
 
 
 def test_every_layout_holds_the_same_tensors(tmp_path):
     states = [
         open_transformer(make_tiny_chroma(tmp_path / layout, layout).transformer, model_type="chroma")
-        .load(torch.float32, "cpu")
+        .load(LoadSpec.of(torch.float32))
         .state_dict()
         for layout in ("original", "comfyui", "diffusers")
     ]

@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.errors import UserError
 from library.models.clip import ClipFile, open_clip
-from library.models.loading import TensorSource
+from library.models.loading import LoadSpec, TensorSource
 from library.safetensors_io import open_checkpoint, save_file
 
 END = 99
@@ -73,21 +73,21 @@ def test_pooled_text_is_the_same_from_every_layout(reference, tmp_path):
     ]
     for path in paths:
         with torch.no_grad():
-            actual = open_clip(path).load(torch.float32, "cpu")(tokens(), END)
+            actual = open_clip(path).load(LoadSpec.of(torch.float32))(tokens(), END)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_activation_is_quick_gelu(reference, tmp_path):
     exact = CLIPTextModel(CLIPTextConfig(**reference.config.to_dict() | {"hidden_act": "gelu"})).eval()
     exact.load_state_dict(reference.state_dict())
-    encoder = open_clip(save(reference.state_dict(), tmp_path / "clip.safetensors")).load(torch.float32, "cpu")
+    encoder = open_clip(save(reference.state_dict(), tmp_path / "clip.safetensors")).load(LoadSpec.of(torch.float32))
     with torch.no_grad():
         assert (encoder(tokens(), END) - exact(tokens()).pooler_output).abs().max() > 1e-3
 
 
 def test_pooling_takes_the_first_end_token_even_where_ids_above_it_exist(reference, tmp_path):
     """Added embeddings have ids above the end token's; an argmax over ids would pool at them."""
-    encoder = open_clip(save(reference.state_dict(), tmp_path / "clip.safetensors")).load(torch.float32, "cpu")
+    encoder = open_clip(save(reference.state_dict(), tmp_path / "clip.safetensors")).load(LoadSpec.of(torch.float32))
     rows = tokens()
     end = 50
     rows[rows == end] = 51
@@ -112,8 +112,8 @@ def full_size(tmp_path) -> ClipFile:
 
 
 def test_modules_keep_the_names_that_lora_files_use(tmp_path, monkeypatch):
-    monkeypatch.setattr("library.models.clip.load_module", lambda module, *_: module)
-    encoder = full_size(tmp_path).load(torch.float32, "cpu")
+    monkeypatch.setattr("library.models.pipeline.load_module", lambda module, *_: module)
+    encoder = full_size(tmp_path).load(LoadSpec.of(torch.float32))
     assert len(encoder.state_dict()) == 196
     owners = [
         (name, module)
@@ -150,7 +150,7 @@ def test_a_width_without_heads_of_64_takes_them_from_the_metadata(tmp_path):
     state = {f"text_model.{key}": value for key, value in model.state_dict().items()}
     save_file(state, tmp_path / "clip.safetensors", {"config": '{"num_attention_heads": 3}'})
     with torch.no_grad():
-        actual = open_clip(tmp_path / "clip.safetensors").load(torch.float32, "cpu")(tokens(), END)
+        actual = open_clip(tmp_path / "clip.safetensors").load(LoadSpec.of(torch.float32))(tokens(), END)
         torch.testing.assert_close(actual, model(tokens()).pooler_output, atol=1e-5, rtol=1e-5)
     save_file(state, tmp_path / "wrong.safetensors", {"config": '{"num_attention_heads": 5}'})
     with pytest.raises(UserError, match="5 attention heads"):

@@ -12,6 +12,7 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from library.models.flux.checkpoint import TransformerFile, open_transformer
 from library.models.flux.controlnet import ControlNetFile, open_controlnet
 from library.models.flux.transformer import FluxTransformer
+from library.models.loading import LoadSpec
 from library.safetensors_io import save_file
 from tests.parity.flux_inputs import HEIGHT, WIDTH, assert_equal_to_scale, transformer_inputs
 from tools.make_tiny_controlnet import HINT_CHANNELS
@@ -101,7 +102,7 @@ def test_what_the_controlnet_puts_out_is_that_of_diffusers(tmp_path, transformer
     opened = open_ours(tmp_path, transformer, kind)
     assert opened.config.takes_latents == (kind != "pixels")
     given, control = transformer_inputs(TEXT), control_image(kind)
-    ours = opened.load(torch.float32, "cpu")(**given, control=control, mode=opened.mode)
+    ours = opened.load(LoadSpec.of(torch.float32))(**given, control=control, mode=opened.mode)
     for mine, reference in zip(ours, their_samples(theirs, given, control, kind), strict=True):
         assert len(mine) == len(reference)
         for actual, expected in zip(mine, reference):
@@ -113,7 +114,7 @@ def test_what_the_controlnet_puts_out_is_that_of_diffusers(tmp_path, transformer
 def test_the_velocity_with_a_controlnet_is_that_of_diffusers(tmp_path, transformer, kind, strength):
     theirs = make_controlnet(tmp_path, kind)
     base = FluxTransformer2DModel.from_config(diffusers_transformer_config(transformer.config))
-    ours = transformer.load(torch.float32, "cpu")
+    ours = transformer.load(LoadSpec.of(torch.float32))
     base.load_state_dict(diffusers_transformer_state(ours.state_dict(), transformer.config), strict=True)
     given, control = transformer_inputs(TEXT), control_image(kind)
     double, single = their_samples(theirs, given, control, kind, strength)
@@ -125,7 +126,7 @@ def test_the_velocity_with_a_controlnet_is_that_of_diffusers(tmp_path, transform
             controlnet_blocks_repeat=theirs.input_hint_block is not None,  # as their pipeline has it
         ).sample
     opened = open_ours(tmp_path, transformer, kind)
-    controlnet = opened.load(torch.float32, "cpu")
+    controlnet = opened.load(LoadSpec.of(torch.float32))
     residuals = controlnet.residuals(transformer.config, strength, **given, control=control, mode=opened.mode)
     actual = ours(**given, **residuals)
     assert_equal_to_scale(actual, expected)

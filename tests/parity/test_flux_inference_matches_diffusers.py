@@ -11,9 +11,9 @@ import torch
 from diffusers import ChromaPipeline, FluxPipeline
 
 from flux_minimal_inference import FluxInference, FluxInferenceOptions
-from library.models.flux.sampling import draw_noise
 from library.models.flux.transformer import pack_latents
 from library.options import parse_options
+from library.randomness import draw_noise, seeded_generator
 from tools.make_tiny_models import make_tiny_flux
 
 PROMPT, NEGATIVE = "a big red cat on the blue photo", "small dog"
@@ -53,7 +53,7 @@ def drawn(command, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def expected(theirs, output_type: str, **arguments) -> torch.Tensor:
-    noise = draw_noise(HEIGHT * WIDTH // 256, 64, SEED, torch.device("cpu"), torch.float32)
+    noise = draw_noise((HEIGHT * WIDTH // 256, 64), [seeded_generator(SEED)])
     return theirs(
         PROMPT, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS, max_sequence_length=LENGTH, latents=noise,
         output_type=output_type, **arguments,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline as DiffusersPipeline
 
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
-from library.models.flux.sampling import draw_noise
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.models.flux.transformer import pack_latents
+from library.randomness import draw_noise, seeded_generator
 from tools.make_tiny_models import make_tiny_flux
 
 PROMPT = "a big red cat on the blue photo"
@@ -27,7 +27,7 @@ def pair(request, tmp_path_factory) -> tuple[FluxPipeline, DiffusersPipeline]:
 
 
 def run_diffusers(pipeline: DiffusersPipeline, output_type: str, **arguments) -> torch.Tensor:
-    noise = draw_noise(HEIGHT * WIDTH // 256, 64, 11, torch.device("cpu"), torch.float32)
+    noise = draw_noise((HEIGHT * WIDTH // 256, 64), [seeded_generator(11)])
     return pipeline(
         PROMPT,
         height=HEIGHT,
@@ -40,9 +40,9 @@ def run_diffusers(pipeline: DiffusersPipeline, output_type: str, **arguments) ->
     ).images
 
 
-def request_for(pipeline: FluxPipeline, **arguments) -> ImageRequest:
+def request_for(pipeline: FluxPipeline, **arguments) -> FluxRequest:
     shift = pipeline.variant == "dev"
-    return ImageRequest(PROMPT, width=WIDTH, height=HEIGHT, seed=11, sample_steps=STEPS, shift=shift, **arguments)
+    return FluxRequest(PROMPT, width=WIDTH, height=HEIGHT, seed=11, sample_steps=STEPS, shift=shift, **arguments)
 
 
 def assert_equal_to_scale(actual: torch.Tensor, expected: torch.Tensor) -> None:

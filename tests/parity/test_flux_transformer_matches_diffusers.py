@@ -16,6 +16,7 @@ from library.models.flux.transformer import (
     sinusoid,
     unpack_latents,
 )
+from library.models.loading import LoadSpec
 from tests.parity.flux_inputs import HEIGHT, WIDTH, assert_equal_to_scale, transformer_inputs
 from tools.make_tiny_models import (
     diffusers_transformer_config,
@@ -61,7 +62,7 @@ def test_diffusers_shards_in_our_loader_give_the_same_velocity(variant, tmp_path
     opened = open_transformer(tmp_path)
     assert opened.variant == variant
     given = transformer_inputs(TEXT)
-    assert_equal_to_scale(opened.load(torch.float32, "cpu")(**given), run_diffusers(theirs, given))
+    assert_equal_to_scale(opened.load(LoadSpec.of(torch.float32))(**given), run_diffusers(theirs, given))
 
 
 def test_packing_and_positions_are_those_of_diffusers():

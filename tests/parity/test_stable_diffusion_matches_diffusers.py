@@ -9,7 +9,11 @@ import diffusers
 import pytest
 import torch
 
-from library.models.stable_diffusion.pipeline import ImageRequest, StableDiffusionFiles, StableDiffusionPipeline
+from library.models.stable_diffusion.pipeline import (
+    StableDiffusionFiles,
+    StableDiffusionPipeline,
+    StableDiffusionRequest,
+)
 from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
 PROMPT, NEGATIVE = "a big red cat, on the blue photo", "small dog"
@@ -55,9 +59,9 @@ def pair(request, tmp_path_factory) -> Pair:
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def request(sampler: str, **arguments: Any) -> ImageRequest:
+def request(sampler: str, **arguments: Any) -> StableDiffusionRequest:
     sizes = {"width": WIDTH, "height": HEIGHT, "seed": SEED, "sample_steps": STEPS, "scale": SCALE}
-    return ImageRequest(PROMPT, NEGATIVE, sampler=sampler, **sizes, **arguments)
+    return StableDiffusionRequest(PROMPT, NEGATIVE, sampler=sampler, **sizes, **arguments)
 
 
 def assert_equal_to_scale(actual: torch.Tensor, expected: torch.Tensor) -> None:

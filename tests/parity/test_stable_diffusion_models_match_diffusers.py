@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from library.models.clip import ClipTextEncoder
+from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion
 from library.safetensors_io import open_checkpoint
 from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
@@ -36,7 +37,7 @@ def folder(variant, tmp_path_factory):
 
 
 def numbers(source) -> dict[str, Tensor]:
-    return {name: source.load(name, None, "cpu") for name in source.names()}
+    return {name: source.load(LoadSpec.of(name, None)) for name in source.names()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -91,7 +92,7 @@ def test_both_layouts_load_to_the_same_modules(variant, original, folder):
     pairs = [(opened.unet, original.unet), (opened.autoencoder, original.autoencoder)]
     pairs += list(zip(opened.text_encoders, original.text_encoders, strict=True))
     for first, second in pairs:
-        modules = [file.load(torch.float32, "cpu") for file in (first, second)]
+        modules = [file.load(LoadSpec.of(torch.float32)) for file in (first, second)]
         assert_same(modules[0].state_dict(), modules[1].state_dict())
         for module in modules:
             assert not module.training and not any(parameter.requires_grad for parameter in module.parameters())
@@ -112,7 +113,7 @@ def test_the_unet_predicts_what_diffusers_own_does(original, folder):
         sizes = torch.tensor([[512, 768, 0, 32, 512, 768]]).repeat(2, 1)
         inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 80, generator=draw), "time_ids": sizes}
     expected = reference(**inputs).sample
-    actual = original.unet.load(torch.float32, "cpu")(**inputs).sample
+    actual = original.unet.load(LoadSpec.of(torch.float32))(**inputs).sample
     assert expected.std() > 0.1
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
@@ -120,7 +121,7 @@ def test_the_unet_predicts_what_diffusers_own_does(original, folder):
 @torch.no_grad()
 def test_the_vae_encodes_and_decodes_as_diffusers_own(original, folder):
     reference = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
-    vae = original.autoencoder.load(torch.float32, "cpu")
+    vae = original.autoencoder.load(LoadSpec.of(torch.float32))
     pixels = torch.rand(1, 3, 64, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = reference.encode(pixels).latent_dist
     actual = vae.encode(pixels).latent_dist
@@ -146,7 +147,7 @@ def test_text_encoders_give_the_hidden_states_and_pooled_text_of_transformers(or
         reference_class = CLIPTextModelWithProjection if is_projected else CLIPTextModel
         reference = reference_class.from_pretrained(folder, subfolder="text_encoder_2" if index else "text_encoder")
         expected = reference.eval()(tokens(), output_hidden_states=True)
-        encoder = file.load(torch.float32, "cpu")
+        encoder = file.load(LoadSpec.of(torch.float32))
         actual = encoder.text_model(input_ids=tokens(), output_hidden_states=True)
         assert len(actual.hidden_states) == len(expected.hidden_states) == 4
         for ours, theirs in zip(actual.hidden_states, expected.hidden_states):
@@ -160,7 +161,7 @@ def test_text_encoders_give_the_hidden_states_and_pooled_text_of_transformers(or
 def test_the_projection_of_a_single_file_is_applied_from_the_right(tiny_sdxl):
     """The file's parameter P is used as ``x @ P``; a linear layer holds its transpose."""
     parameter = open_checkpoint(tiny_sdxl).load("conditioner.embedders.1.model.text_projection")
-    encoder: ClipTextEncoder = open_stable_diffusion(tiny_sdxl).text_encoders[1].load(torch.float32, "cpu")
+    encoder: ClipTextEncoder = open_stable_diffusion(tiny_sdxl).text_encoders[1].load(LoadSpec.of(torch.float32))
     hidden = encoder.text_model(input_ids=tokens()).last_hidden_state
     ends = hidden[torch.arange(2), torch.tensor([9, 30])]
     torch.testing.assert_close(encoder(tokens(), END), ends @ parameter, atol=1e-5, rtol=1e-5)

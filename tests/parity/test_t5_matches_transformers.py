@@ -7,6 +7,7 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from library.errors import UserError
+from library.models.loading import LoadSpec
 from library.models.t5 import open_t5
 from library.safetensors_io import save_file
 
@@ -49,7 +50,7 @@ def test_states_are_the_same(reference, tmp_path, masked):
     mask = mask if masked else None
     with torch.no_grad():
         expected = reference(ids, attention_mask=mask).last_hidden_state
-        actual = open_t5(tmp_path / "t5xxl.safetensors").load(torch.float32, "cpu")(ids, mask)
+        actual = open_t5(tmp_path / "t5xxl.safetensors").load(LoadSpec.of(torch.float32))(ids, mask)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -70,7 +71,7 @@ def test_every_layout_loads_to_the_same_weights(reference, tmp_path):
     reference.save_pretrained(tmp_path / "model" / "text_encoder_2", max_shard_size="50KB")
     paths.append(tmp_path / "model")
     for path in paths:
-        loaded = open_t5(path).load(torch.float32, "cpu").state_dict()
+        loaded = open_t5(path).load(LoadSpec.of(torch.float32)).state_dict()
         assert torch.equal(loaded.pop("encoder.embed_tokens.weight"), shared)
         assert loaded.keys() == body.keys()
         assert all(torch.equal(loaded[key], value) for key, value in body.items())
@@ -85,14 +86,14 @@ def test_scaled_fp8_weights_are_multiplied_by_their_scales(reference, tmp_path):
         state[key.replace(".weight", ".scale_weight")] = scale
         expected[key] = state[key].float() * scale
     save_file(state, tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors")
-    loaded = open_t5(tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors").load(torch.float32, "cpu").state_dict()
+    loaded = open_t5(tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors").load(LoadSpec.of(torch.float32)).state_dict()
     assert len(expected) == 12 and all(torch.equal(loaded[key], value) for key, value in expected.items())
 
 
 def test_states_do_not_change_from_call_to_call_even_in_train_mode(reference, tmp_path):
     """T5 is trained with dropout; prompts of a frozen encoder must not be dropped at random."""
     save_file(reference.state_dict(), tmp_path / "t5.safetensors")
-    encoder = open_t5(tmp_path / "t5.safetensors").load(torch.float32, "cpu")
+    encoder = open_t5(tmp_path / "t5.safetensors").load(LoadSpec.of(torch.float32))
     assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
     ids, mask = tokens()
     with torch.no_grad():
@@ -102,7 +103,7 @@ def test_states_do_not_change_from_call_to_call_even_in_train_mode(reference, tm
 
 def test_float16_keeps_the_last_feed_forward_matrix_in_float32(reference, tmp_path):
     save_file(reference.state_dict(), tmp_path / "t5.safetensors")
-    encoder = open_t5(tmp_path / "t5.safetensors").load(torch.float16, "cpu")
+    encoder = open_t5(tmp_path / "t5.safetensors").load(LoadSpec.of(torch.float16))
     kept = {name for name, value in encoder.state_dict().items() if value.dtype == torch.float32}
     assert kept == {f"encoder.block.{block}.layer.1.DenseReluDense.wo.weight" for block in range(3)}
     ids, mask = tokens()
@@ -114,7 +115,7 @@ def test_float16_keeps_the_last_feed_forward_matrix_in_float32(reference, tmp_pa
 
 def test_modules_keep_the_names_that_lora_files_use(reference, tmp_path):
     save_file(reference.state_dict(), tmp_path / "t5.safetensors")
-    encoder = open_t5(tmp_path / "t5.safetensors").load(torch.float32, "cpu")
+    encoder = open_t5(tmp_path / "t5.safetensors").load(LoadSpec.of(torch.float32))
     owners = {name: type(module).__name__ for name, module in encoder.named_modules()}
     assert owners["encoder.block.2.layer.0.SelfAttention"] == "T5Attention"
     assert owners["encoder.block.2.layer.1.DenseReluDense"] == "T5DenseGatedActDense"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from library.models.flux.pipeline import FluxPipeline, ImageRequest
+from library.models.flux.pipeline import FluxPipeline, FluxRequest
 from tools.score_concept import background_share, colour_mask, read_images, read_prompts, score
 from tools.tiny_chroma_training import (
     ChromaPainter,
@@ -55,7 +55,7 @@ def test_the_files_are_small_and_in_chromas_layout(pipeline: FluxPipeline) -> No
 def test_it_draws_what_the_prompt_says(pipeline: FluxPipeline, colour: str, shape: str, background: str) -> None:
     prompt = f"a {colour} {shape} on a {background} background"
     size = {"width": 128, "height": 128, "seed": 1, "sample_steps": 12}
-    image = numpy.asarray(pipeline.generate(ImageRequest(prompt, negative_prompt="blurry", scale=2.0, **size)))
+    image = numpy.asarray(pipeline.generate(FluxRequest(prompt, negative_prompt="blurry", scale=2.0, **size)))
     assert background_share(image, background) > 0.9
     middle = image[60:68, 60:68]
     assert colour_mask(middle, colour).mean() > 0.9
@@ -89,7 +89,7 @@ def test_every_stage_runs_and_its_files_open(teacher: FluxPipeline, tmp_path: Pa
         assert not torch.equal(made[name], begun[name])
     export_chroma(tmp_path, teacher, tmp_path / "out")
     pipeline = open_chroma(tmp_path / "out", FLUX)
-    assert pipeline.generate(ImageRequest("a red circle", width=64, height=64, seed=1, sample_steps=1)).size == (
+    assert pipeline.generate(FluxRequest("a red circle", width=64, height=64, seed=1, sample_steps=1)).size == (
         64,
         64,
     )

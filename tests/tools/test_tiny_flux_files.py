@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from library.models.flux.pipeline import FluxFiles, FluxPipeline, ImageRequest
+from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from tools.score_concept import background_share, colour_mask
 from tools.tiny_flux_drawings import COLOURS, WORDS, concept_images
 
@@ -58,7 +58,7 @@ def test_latents_have_unit_variance_and_images_survive_the_autoencoder(pipeline:
 )
 def test_the_base_draws_what_the_prompt_says(pipeline: FluxPipeline, colour: str, shape: str, background: str) -> None:
     prompt = f"a {colour} {shape} on a {background} background"
-    request = ImageRequest(prompt, width=128, height=128, seed=1, sample_steps=12, guidance_scale=1.0)
+    request = FluxRequest(prompt, width=128, height=128, seed=1, sample_steps=12, guidance_scale=1.0)
     image = numpy.asarray(pipeline.generate(request))
     assert background_share(image, background) > 0.9
     middle = image[60:68, 60:68]

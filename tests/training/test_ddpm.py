@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.errors import UserError
-from library.randomness import generator
+from library.models.schedules import rescale_to_zero_terminal_snr
+from library.randomness import draw_noise, generator
 from library.training.objective.ddpm import (
     add_multires_noise,
     add_noise,
@@ -19,13 +20,11 @@ from library.training.objective.ddpm import (
     fixed_timesteps,
     noise_schedule,
     noise_to_signal,
-    rescale_to_zero_terminal_snr,
     sample_timesteps,
     snr_weights,
     training_target,
 )
 from library.training.objective.losses import LossOptions, elementwise_loss, huber_threshold
-from library.training.objective.noise import draw_noise
 from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions
 
 Options = StableDiffusionNoiseOptions

@@ -11,23 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.errors import UserError
-from library.randomness import generator
+from library.models.schedules import flux_shift, shift_sigmas
+from library.randomness import draw_noise, generator
 from library.training.objective.flow_matching import (
     FlowMatchingOptions,
     add_noise,
     apply_prediction_type,
-    flux_shift,
     guidance_vector,
     noise_to_signal,
     objective_notice,
     sample_sigmas,
-    shift_sigmas,
     sigma_table,
     sigma_weights,
     training_target,
     unused_flow_options,
 )
-from library.training.objective.noise import draw_input_perturbation, draw_noise, per_item
+from library.training.objective.noise import draw_input_perturbation, per_item
 from library.training.objective.noise_options import NoiseOptions, check_noise_options
 
 SAMPLINGS = ["sigma", "uniform", "sigmoid", "shift", "flux_shift"]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.memory.fp8 import StorageDtype
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
-from library.models.loading import Origin, TensorSource, load_module
+from library.models.loading import Origin, TensorSource
+from library.models.pipeline import OpenedPart
 from library.models.recognition import APPROXIMATOR, TRANSFORMER_PREFIXES, Kind, recognise, refuse_unless
 from library.safetensors_io import Checkpoint, open_checkpoint
 
@@ -28,7 +28,7 @@ SPECIAL_INPUTS = {128: "Depth or Canny", 384: "Fill"}
 
 
 @dataclass(frozen=True)
-class TransformerFile:
+class TransformerFile(OpenedPart[FluxTransformer | ChromaTransformer]):
     """An opened transformer checkpoint, ready to be loaded."""
 
     source: TensorSource
@@ -52,12 +52,6 @@ class TransformerFile:
             if isinstance(self.config, ChromaConfig):
                 return ChromaTransformer(self.config)
             return FluxTransformer(self.config)
-
-    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> FluxTransformer | ChromaTransformer:
-        """The transformer, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        transformer = self.meta_module()
-        load_module(transformer, self.source, dtype, device)
-        return transformer
 
 
 def open_transformer(

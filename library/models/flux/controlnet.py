@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.memory.fp8 import StorageDtype
 from library.models.flux.checkpoint import TransformerFile, diffusers_origins, infer_config
 from library.models.flux.transformer import FluxConfig, FluxStreams, joint_key_mask, pack_latents
-from library.models.loading import Origin, TensorSource, load_module
+from library.models.loading import Origin, TensorSource
+from library.models.pipeline import OpenedPart
 from library.models.recognition import refuse_unless
 from library.safetensors_io import open_checkpoint
 
@@ -160,7 +160,7 @@ def _zero_linears(hidden: int, count: int) -> nn.ModuleList:
 
 
 @dataclass(frozen=True)
-class ControlNetFile:
+class ControlNetFile(OpenedPart[FluxControlNet]):
     """An opened ControlNet checkpoint, ready to be loaded."""
 
     source: TensorSource
@@ -172,12 +172,6 @@ class ControlNetFile:
         """The module on torch's meta device: its structure without its numbers."""
         with torch.device("meta"):
             return FluxControlNet(self.config)
-
-    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> FluxControlNet:
-        """The ControlNet, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        controlnet = self.meta_module()
-        load_module(controlnet, self.source, dtype, device)
-        return controlnet
 
 
 def open_controlnet(

@@ -1,41 +1,42 @@
-"""FLUX.1 or Chroma as one object: its files, its parts, and everything that is done with them."""
+"""FLUX.1 and Chroma as one object each: files, parts, and everything that is done with them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from library.devices import empty_cache
 from library.errors import UserError
 from library.memory.fp8 import StorageDtype
-from library.models.attention import AttentionBackend, require_backend
-from library.models.autoencoder_kl import AutoencoderFile, AutoencoderKL, open_autoencoder
+from library.models.attention import AttentionBackend
+from library.models.autoencoder_kl import AutoencoderFile, open_autoencoder
 from library.models.clip import ClipFile, open_clip
 from library.models.flux.checkpoint import ModelType, TransformerFile, Variant, open_transformer
-from library.models.flux.chroma import ChromaTransformer
-from library.models.flux.controlnet import ControlNetFile, FluxControlNet, open_controlnet
-from library.models.flux.sampling import denoise, draw_noise, guided, schedule
+from library.models.flux.controlnet import ControlNetFile, open_controlnet
 from library.models.flux.text import T5_LENGTH, attended_text, clip_tokens, encode_clip, encode_t5, t5_tokens
-from library.models.flux.transformer import FluxConfig, FluxTransformer, image_ids, pack_latents, unpack_latents
+from library.models.flux.transformer import FluxConfig, image_ids, pack_latents, unpack_latents
 from library.models.loading import TensorSource
+from library.models.pipeline import Conditioning, ImageRequest, Pipeline, from_image
 from library.models.recognition import AUTOENCODER_PREFIXES, CLIP_L_PREFIXES, T5_PREFIXES
+from library.models.sampling import FlowEuler, Role
+from library.models.schedules import flow_sigmas, flux_shift
 from library.models.t5 import T5File, open_t5
-from library.models.tokenizer_files import CLIP_L, T5_XXL, load_tokenizer
+from library.models.tokenizer_files import CLIP_L, T5_XXL, TokenizerKind
+from library.randomness import draw_noise, seeded_generator
 
 if TYPE_CHECKING:
     from PIL import Image
-    from transformers import PreTrainedTokenizerBase
 
 Part = Literal["transformer", "autoencoder", "clip_l", "t5xxl", "controlnet"]
 Encoder = Literal["clip_l", "t5xxl"]
-Conditioning = Mapping[str, Tensor]
 PARTS: tuple[Part, ...] = ("transformer", "autoencoder", "clip_l", "t5xxl", "controlnet")
 ENCODERS: tuple[Encoder, ...] = ("clip_l", "t5xxl")
+T5_FOLDERS: dict[ModelType, str] = {"flux": "text_encoder_2", "chroma": "text_encoder"}
+"""Where T5 is in a Diffusers folder."""
 
 
 @dataclass(frozen=True)
@@ -52,49 +53,42 @@ class FluxFiles:
     """The kind of control that a union ControlNet is given."""
     tokenizer_cache_dir: Path | str | None = None
     disable_mmap: bool = False
-    model_type: ModelType = "flux"
-    """What the transformer must be; Chroma takes no CLIP-L."""
     transformer_option: str = "--pretrained_model_name_or_path"
     """The option that names the transformer in this script, for messages; the others are --ae, --clip_l, --t5xxl,
     --controlnet_model_name_or_path and --controlnet_mode."""
 
 
 @dataclass
-class ImageRequest:
-    """What ``generate`` needs for one image. Prompts may be given as already encoded conditioning."""
+class FluxRequest(ImageRequest):
+    """Sides are rounded up to whole packed positions (16 pixels)."""
 
-    prompt: str = ""
-    negative_prompt: str | None = None
-    """Used when ``scale`` isn't 1; None means no classifier-free guidance, an empty prompt is one."""
-    width: int = 512
-    height: int = 512
-    seed: int | None = None
-    sample_steps: int = 20
     guidance_scale: float = 3.5
     """The distilled guidance that dev-like models are given; schnell and Chroma have none."""
-    scale: float = 1.0
-    """Classifier-free guidance; 1 turns it off."""
     shift: bool = True
     """Whether the schedule follows the image's size; the inference script leaves it off for schnell."""
-    conditioning: Conditioning | None = None
-    negative_conditioning: Conditioning | None = None
     control_image: Image.Image | Tensor | None = None
     """For the ControlNet, stretched to the image's size; as a tensor [3, H, W] of that size, in -1..1."""
     control_strength: float = 1.0
     """Factor for what the ControlNet adds."""
+    noise_dtype: torch.dtype | None = None
+    """The dtype in which noise is drawn; None: the pipeline's."""
 
 
-class FluxPipeline:
-    """Opens the files by their headers, loads parts when asked, and runs them.
+class FluxPipeline(Pipeline[FluxRequest]):
+    """FLUX.1: opens the files by their headers, loads parts when they are needed, and runs them.
 
-    ``dtype`` is every part's dtype unless ``dtypes`` names another for it (None there: as in the file).
     ``parts`` are those that will be needed. Raises UserError, before anything is loaded, when one of their files isn't
     what it should be, doesn't fit the others, or isn't given.
-
-    Chroma has no CLIP-L, and its text is always masked. Methods that take ``encoders`` mean all of them by None.
     """
 
-    swappable_blocks = FluxTransformer.swappable_blocks
+    all_parts = PARTS
+    denoiser = "transformer"
+    request_class = FluxRequest
+    block_list_names = ("double_blocks", "single_blocks")
+    model_type: ClassVar[ModelType] = "flux"
+    """What the transformer must be."""
+    all_encoders: ClassVar[tuple[Encoder, ...]] = ENCODERS
+    files: OpenedFiles
 
     def __init__(
         self,
@@ -108,22 +102,12 @@ class FluxPipeline:
         apply_t5_attn_mask: bool = False,
         attention_backend: AttentionBackend = "sdpa",
     ):
-        require_backend(attention_backend)
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.dtypes: dict[Part, StorageDtype | None] = {part: dtype for part in PARTS}
-        self.dtypes.update(dtypes or {})
-        is_chroma = files.model_type == "chroma"
-        self.apply_t5_attn_mask = apply_t5_attn_mask or is_chroma
-        self.attention_backend = attention_backend
-        self.encoders: tuple[Encoder, ...] = ("t5xxl",) if is_chroma else ENCODERS
+        super().__init__(dtype, device, dtypes, attention_backend, files.tokenizer_cache_dir)
+        self.apply_t5_attn_mask = apply_t5_attn_mask
+        self.encoders: tuple[Encoder, ...] = self.all_encoders
         absent = {*ENCODERS, "controlnet"} - {*self.encoders, *(("controlnet",) if files.controlnet else ())}
         self.parts = tuple(part for part in parts if part not in absent)
-        self.files = open_files(files, self.parts)
-        self.tokenizer_cache_dir = files.tokenizer_cache_dir
-        self.modules: dict[Part, nn.Module] = {}
-        """The loaded parts; a trainer may put a wrapped module in the place of the original."""
-        self.tokenizers: dict[Encoder, PreTrainedTokenizerBase] = {}
+        self.files = open_files(files, self.parts, self.model_type)
         self.text_lengths: dict[Encoder, int] = {
             "clip_l": self.files.clip_l.max_length if self.files.clip_l else 77,
             "t5xxl": t5xxl_max_token_length or T5_LENGTH[self.variant],
@@ -154,78 +138,16 @@ class FluxPipeline:
         """Whether there is a ControlNet whose image goes through the autoencoder."""
         return self.files.controlnet is not None and self.files.controlnet.config.takes_latents
 
-    # Parts
+    def prepare(self, part: str, module: Any) -> None:
+        """Transformer and ControlNet get the attention backend."""
+        if part in ("transformer", "controlnet"):
+            module.set_attention_backend(self.attention_backend)
 
-    def meta_module(self, part: Part) -> nn.Module:
-        """A part's module on torch's meta device: its structure without its numbers."""
-        return self._opened(part).meta_module()
+    def tokenizer_kind(self, encoder: str) -> TokenizerKind:
+        """CLIP's or T5's."""
+        return CLIP_L if encoder == "clip_l" else T5_XXL
 
-    def load_transformer(self) -> FluxTransformer | ChromaTransformer:
-        """Load the transformer, or give the loaded one."""
-        if "transformer" not in self.modules:
-            transformer = self.files.transformer.load(self.dtypes["transformer"], self.device)
-            transformer.set_attention_backend(self.attention_backend)
-            self.modules["transformer"] = transformer
-        return self.modules["transformer"]  # type: ignore[return-value]
-
-    def load_controlnet(self) -> FluxControlNet:
-        """Load the ControlNet, or give the loaded one."""
-        if "controlnet" not in self.modules:
-            controlnet = self._opened("controlnet").load(self.dtypes["controlnet"], self.device)
-            controlnet.set_attention_backend(self.attention_backend)
-            self.modules["controlnet"] = controlnet
-        return self.modules["controlnet"]  # type: ignore[return-value]
-
-    def load_autoencoder(self) -> AutoencoderKL:
-        """Load the autoencoder, or give the loaded one."""
-        if "autoencoder" not in self.modules:
-            self.modules["autoencoder"] = self._opened("autoencoder").load(self.dtypes["autoencoder"], self.device)
-        return self.modules["autoencoder"]  # type: ignore[return-value]
-
-    def load_text_encoders(self, encoders: Collection[Encoder] | None = None) -> list[Any]:
-        """Load the text encoders with their tokenizers, or give the loaded ones."""
-        encoders = self.encoders if encoders is None else encoders
-        for encoder in encoders:
-            self._tokenizer(encoder)
-            if encoder not in self.modules:
-                self.modules[encoder] = self._opened(encoder).load(self.dtypes[encoder], self.device)
-        return [self.modules[encoder] for encoder in encoders]
-
-    def load_tokenizers(self, encoders: Collection[Encoder] | None = None) -> None:
-        """Find the tokenizers. Raises UserError when there is none or one is too large for its encoder."""
-        for encoder in self.encoders if encoders is None else encoders:
-            self._tokenizer(encoder)
-
-    def unload(self, part: Part | Literal["text_encoders"]) -> None:
-        """Forget a part and give its memory back; it can be loaded again."""
-        names = ENCODERS if part == "text_encoders" else (part,)
-        if any([self.modules.pop(name, None) is not None for name in names]):
-            empty_cache(self.device)
-
-    def move(self, part: Part | Literal["text_encoders"], device: torch.device | str) -> None:
-        """Move a loaded part, e.g. to the CPU while others work on the accelerator."""
-        for name in ENCODERS if part == "text_encoders" else (part,):
-            if name in self.modules:
-                self.modules[name].to(device)
-        if torch.device(device) != self.device:
-            empty_cache(self.device)
-
-    def _opened(self, part: Part) -> Any:
-        opened = getattr(self.files, part)
-        if opened is None:
-            raise RuntimeError(f"the pipeline was opened without its {part}")
-        return opened
-
-    def _tokenizer(self, encoder: Encoder) -> PreTrainedTokenizerBase:
-        if encoder not in self.tokenizers:
-            kind = CLIP_L if encoder == "clip_l" else T5_XXL
-            opened = self._opened(encoder)
-            self.tokenizers[encoder] = load_tokenizer(
-                kind, opened.source.checkpoint, opened.vocabulary, self.tokenizer_cache_dir
-            )
-        return self.tokenizers[encoder]
-
-    # Work
+    # Images and texts
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
@@ -233,17 +155,17 @@ class FluxPipeline:
 
         Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
         """
-        with self._autoencoders_own_format():
+        with self._without_autocast():
             return self.load_autoencoder().encode(pixels, generators)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, 16, H/8, W/8]."""
-        with self._autoencoders_own_format():
+        with self._without_autocast():
             return self.load_autoencoder().decode(latents).float().clamp(-1, 1)
 
-    def _autoencoders_own_format(self) -> torch.autocast:
-        """Without autocast: an autoencoder that is kept in float32 must also compute in it."""
+    def _without_autocast(self) -> torch.autocast:
+        """An autoencoder that is kept in float32 must also compute in it."""
         return torch.autocast(self.device.type, enabled=False)
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[str, Tensor]:
@@ -251,9 +173,9 @@ class FluxPipeline:
         encoders = self.encoders if encoders is None else encoders
         tokens: dict[str, Tensor] = {}
         if "clip_l" in encoders:
-            tokens |= clip_tokens(self._tokenizer("clip_l"), prompts, self.text_lengths["clip_l"])
+            tokens |= clip_tokens(self.tokenizer("clip_l"), prompts, self.text_lengths["clip_l"])
         if "t5xxl" in encoders:
-            tokens |= t5_tokens(self._tokenizer("t5xxl"), prompts, self.text_lengths["t5xxl"])
+            tokens |= t5_tokens(self.tokenizer("t5xxl"), prompts, self.text_lengths["t5xxl"])
         return tokens
 
     def encode_tokens(
@@ -267,17 +189,21 @@ class FluxPipeline:
         conditioning: dict[str, Tensor] = {}
         for encoder, module in zip(encoders, self.load_text_encoders(encoders)):
             if encoder == "clip_l":
-                end_of_text = self._tokenizer("clip_l").eos_token_id
+                end_of_text = self.tokenizer("clip_l").eos_token_id
                 conditioning |= encode_clip(module, tokens, end_of_text, encoder in trained)
             else:
                 conditioning |= encode_t5(module, tokens, self.apply_t5_attn_mask, encoder in trained)
         return conditioning
 
     def encode_prompts(
-        self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None, trained: Collection[Encoder] = ()
+        self,
+        prompts: Sequence[str],
+        encoders: Collection[Encoder] | None = None,
+        role: Role = "positive",
+        trained: Collection[Encoder] = (),
     ) -> dict[str, Tensor]:
         """Conditioning, batch first: ``l_pooled`` [B, 768] (not of Chroma), ``t5_out`` [B, L, 4096], ``txt_ids``
-        [B, L, 3], ``t5_attn_mask`` [B, L]."""
+        [B, L, 3], ``t5_attn_mask`` [B, L]. It is the same for both roles."""
         return self.encode_tokens(self.tokenize(prompts, encoders), encoders, trained)
 
     @torch.no_grad()
@@ -300,104 +226,118 @@ class FluxPipeline:
         ``guidance`` [B] is needed by dev-like models and ignored by the others. ``control_image`` [B, 3, H, W],
         in -1..1 and of the images' size, goes to the ControlNet, through which no gradient flows.
         """
-        height, width = latents.shape[-2:]
         control = None if control_image is None else self.encode_control(control_image)
-        tokens = self._velocity_tokens(
-            pack_latents(latents), (height, width), timesteps, conditioning, guidance, control
-        )
-        return unpack_latents(tokens, height, width)
+        return self._velocity(latents, timesteps, conditioning, guidance, control)
 
-    def _velocity_tokens(
+    def _velocity(
         self,
-        tokens: Tensor,
-        size: tuple[int, int],
+        latents: Tensor,
         timesteps: Tensor,
         conditioning: Conditioning,
         guidance: Tensor | None,
         control: Tensor | None = None,
         control_strength: float = 1.0,
     ) -> Tensor:
-        device = tokens.device
-        if self.variant == "chroma":
-            conditioning = attended_text(conditioning)
+        """As ``predict``; ``control`` is what the ControlNet takes, from ``encode_control``."""
+        device, (height, width) = latents.device, latents.shape[-2:]
         inputs: dict[str, Any] = dict(
-            img=tokens,
-            img_ids=image_ids(*size, device=device),
-            txt=conditioning["t5_out"].to(device),
-            txt_ids=conditioning["txt_ids"].to(device),
-            timesteps=timesteps,
-            y=conditioning["l_pooled"].to(device) if "clip_l" in self.encoders else None,
+            img=pack_latents(latents),
+            img_ids=image_ids(height, width, device=device),
+            timesteps=timesteps.to(device),
             guidance=guidance,
-            txt_attention_mask=conditioning["t5_attn_mask"] if self.apply_t5_attn_mask else None,
+            **self.text_inputs(conditioning, device),
         )
         residuals = {} if control is None else self._residuals(control, control_strength, inputs)
-        return self.load_transformer()(**inputs, **residuals)
+        return unpack_latents(self.load_transformer()(**inputs, **residuals), height, width)
+
+    def text_inputs(self, conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
+        """What the transformer is given of the text, as its arguments."""
+        return dict(
+            txt=conditioning["t5_out"].to(device),
+            txt_ids=conditioning["txt_ids"].to(device),
+            y=conditioning["l_pooled"].to(device),
+            txt_attention_mask=conditioning["t5_attn_mask"] if self.apply_t5_attn_mask else None,
+        )
 
     @torch.no_grad()
     def _residuals(self, control: Tensor, strength: float, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the ControlNet adds to the transformer's tokens, as arguments of the transformer."""
-        controlnet = self.load_controlnet()
-        mode = self._opened("controlnet").mode
-        return controlnet.residuals(self.config, strength, **inputs, control=control, mode=mode)
+        mode = self.opened("controlnet").mode
+        return self.load("controlnet").residuals(self.config, strength, **inputs, control=control, mode=mode)
 
-    @torch.no_grad()
-    def generate(self, request: ImageRequest, dtype: torch.dtype | None = None, progress: bool = False) -> Image.Image:
-        """One image. ``dtype`` is the dtype in which noise is drawn (the pipeline's by default)."""
-        latents = self.generate_latents(request, dtype, progress)
-        return to_image(self.decode_latents(latents)[0])
+    # Drawing
 
-    @torch.no_grad()
-    def generate_latents(
-        self, request: ImageRequest, dtype: torch.dtype | None = None, progress: bool = False
-    ) -> Tensor:
-        """The latents [1, 16, h, w], float32, of one image; sides are rounded up to whole packed positions."""
-        conditioning, batch = self._request_conditioning(request)
+    def image_size(self, request: FluxRequest) -> tuple[int, int]:
+        """Height and width, rounded up to whole packed positions."""
         step = 2 * self.latent_stride
-        rows, columns = -(-request.height // step), -(-request.width // step)
-        noise = draw_noise(rows * columns, self.config.in_channels, request.seed, self.device, dtype or self.dtype)
-        guidance = torch.full((batch,), request.guidance_scale, device=self.device)
-        control = self._request_control(request, columns * step, rows * step, batch)
+        return -(-request.height // step) * step, -(-request.width // step) * step
 
-        def velocity(tokens: Tensor, timesteps: Tensor) -> Tensor:
-            tokens, timesteps = tokens.expand(batch, -1, -1), timesteps.expand(batch)
-            size, strength = (2 * rows, 2 * columns), request.control_strength
-            out = self._velocity_tokens(tokens, size, timesteps, conditioning, guidance, control, strength)
-            return guided(out[1:], out[:1], request.scale) if batch == 2 else out
+    def image_tokens(self, request: FluxRequest) -> int:
+        """How many tokens the transformer sees of an image."""
+        height, width = self.image_size(request)
+        return (height // (2 * self.latent_stride)) * (width // (2 * self.latent_stride))
 
-        sigmas = schedule(request.sample_steps, rows * columns, request.shift)
-        return unpack_latents(denoise(velocity, noise, sigmas, progress), 2 * rows, 2 * columns)
+    def solver(self, request: FluxRequest) -> FlowEuler:
+        """Euler steps; the schedule is shifted with the image's size."""
+        shift = flux_shift(self.image_tokens(request)) if request.shift else 1.0
+        return FlowEuler(flow_sigmas(request.sample_steps, shift))
 
-    def _request_conditioning(self, request: ImageRequest) -> tuple[Conditioning, int]:
-        """The conditioning of a request and its batch size: 2 with classifier-free guidance, unconditional first."""
-        positive = request.conditioning or self.encode_prompts([request.prompt])
-        if request.scale == 1 or (request.negative_conditioning is None and request.negative_prompt is None):
-            return positive, 1
-        negative = request.negative_conditioning or self.encode_prompts([request.negative_prompt or ""])
-        return {name: torch.cat((negative[name].to(value), value)) for name, value in positive.items()}, 2
+    def generator(self, request: FluxRequest) -> torch.Generator:
+        """On the device: so that a seed gives the image that users of kohya-ss/sd-scripts know."""
+        return seeded_generator(request.seed, self.device)
 
-    def _request_control(self, request: ImageRequest, width: int, height: int, batch: int) -> Tensor | None:
-        """What the ControlNet takes of the request's image, for each item of the batch."""
+    def start_noise(self, request: FluxRequest, generators: Sequence[torch.Generator]) -> Tensor:
+        """Drawn as packed tokens on the device, in the request's dtype, for the same reason."""
+        height, width = (side // self.latent_stride for side in self.image_size(request))
+        shape = (self.image_tokens(request), self.config.in_channels)
+        return unpack_latents(draw_noise(shape, generators, request.noise_dtype or self.dtype), height, width)
+
+    def predictor(self, requests: Sequence[FluxRequest]) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
+        """With each request's guidance and control image."""
+        guidance = torch.tensor([request.guidance_scale for request in requests], device=self.device)
+        controls = [control for request in requests if (control := self._request_control(request)) is not None]
+        control = self.encode_control(torch.stack(controls)) if controls else None
+
+        def predict(latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+            copies = len(latents) // len(requests)
+            controlled = None if control is None else control.repeat(copies, 1, 1, 1)
+            strength = requests[0].control_strength
+            return self._velocity(latents, timesteps, conditioning, guidance.repeat(copies), controlled, strength)
+
+        return predict
+
+    def _request_control(self, request: FluxRequest) -> Tensor | None:
+        """The pixels [3, H, W] of a request's control image."""
         image = request.control_image
         if image is None:
             return None
-        pixels = image if isinstance(image, Tensor) else from_image(image, width, height)
-        return self.encode_control(pixels.reshape(1, *pixels.shape[-3:])).expand(batch, -1, -1, -1)
+        if isinstance(image, Tensor):
+            return image.reshape(image.shape[-3:])
+        height, width = self.image_size(request)
+        return from_image(image, width, height)
 
 
-def from_image(picture: Image.Image, width: int, height: int) -> Tensor:
-    """Pixels [3, height, width], float32 in -1..1, of a PIL image stretched to that size."""
-    import numpy
-    from PIL import Image
+class ChromaPipeline(FluxPipeline):
+    """Chroma: T5 alone, whose text is always masked."""
 
-    picture = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) / 127.5 - 1.0
+    model_type = "chroma"
+    all_encoders = ("t5xxl",)
+
+    def __init__(self, files: FluxFiles, dtype: torch.dtype, device: torch.device | str, **arguments: Any):
+        super().__init__(files, dtype, device, **{**arguments, "apply_t5_attn_mask": True})
+
+    def text_inputs(self, conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
+        """Without a pooled text, and without the padding that no item attends to."""
+        text = attended_text(conditioning)
+        return dict(
+            txt=text["t5_out"].to(device),
+            txt_ids=text["txt_ids"].to(device),
+            y=None,
+            txt_attention_mask=text["t5_attn_mask"],
+        )
 
 
-def to_image(pixels: Tensor) -> Image.Image:
-    """A PIL image of ``pixels`` [3, H, W] in -1..1."""
-    from PIL import Image
-
-    return Image.fromarray((127.5 * (pixels.permute(1, 2, 0) + 1)).to(torch.uint8).cpu().numpy())
+PIPELINES: dict[ModelType, type[FluxPipeline]] = {"flux": FluxPipeline, "chroma": ChromaPipeline}
 
 
 @dataclass(frozen=True)
@@ -411,9 +351,9 @@ class OpenedFiles:
     controlnet: ControlNetFile | None = None
 
 
-def open_files(files: FluxFiles, parts: Collection[Part]) -> OpenedFiles:
+def open_files(files: FluxFiles, parts: Collection[Part], model_type: ModelType = "flux") -> OpenedFiles:
     """Open the files of ``parts`` and check that they fit together. Raises UserError."""
-    transformer = open_transformer(files.transformer, files.disable_mmap, files.transformer_option, files.model_type)
+    transformer = open_transformer(files.transformer, files.disable_mmap, files.transformer_option, model_type)
     autoencoder = clip_l = t5xxl = controlnet = None
     if "autoencoder" in parts:
         path = _part_path(files, transformer, files.autoencoder, "--ae", "autoencoder", "vae", AUTOENCODER_PREFIXES)
@@ -424,7 +364,7 @@ def open_files(files: FluxFiles, parts: Collection[Part]) -> OpenedFiles:
         clip_l = open_clip(path, files.disable_mmap, "--clip_l")
         _require_width(transformer, clip_l.source, clip_l.hidden_size, "vector_dim")
     if "t5xxl" in parts:
-        folder = "text_encoder" if files.model_type == "chroma" else "text_encoder_2"
+        folder = T5_FOLDERS[model_type]
         path = _part_path(files, transformer, files.t5xxl, "--t5xxl", "T5-XXL", folder, T5_PREFIXES)
         t5xxl = open_t5(path, files.disable_mmap, "--t5xxl")
         _require_width(transformer, t5xxl.source, t5xxl.hidden_size, "context_dim")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from library.errors import UserError
-from library.memory.fp8 import StorageDtype
 from library.models.autoencoder_kl import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
 from library.models.lean_imports import diffusers_class
-from library.models.loading import Origin, TensorSource, load_module
+from library.models.loading import Origin, TensorSource
+from library.models.pipeline import OpenedPart
 from library.models.recognition import AUTOENCODER_PREFIXES, TRANSFORMER_PREFIXES, Kind, refuse_unless
 from library.models.stable_diffusion.keys import (
     OLD_ATTENTION,
@@ -59,7 +59,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class UnetFile:
+class UnetFile(OpenedPart["UNet2DConditionModel"]):
     """An opened U-Net, ready to be loaded; ``config`` holds the arguments of diffusers' class."""
 
     source: TensorSource
@@ -69,13 +69,9 @@ class UnetFile:
         """The module on torch's meta device: its structure without its numbers."""
         return meta_unet(self.config)
 
-    def load(self, dtype: StorageDtype | None, device: torch.device | str) -> UNet2DConditionModel:
-        """The U-Net, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        return _loaded(self.meta_module(), self.source, dtype, device)
-
 
 @dataclass(frozen=True)
-class VaeFile:
+class VaeFile(OpenedPart["AutoencoderKL"]):
     """An opened image autoencoder, ready to be loaded; ``config`` holds the arguments of diffusers' class."""
 
     source: TensorSource
@@ -86,15 +82,6 @@ class VaeFile:
         autoencoder_class = diffusers_class("AutoencoderKL")
         with torch.device("meta"):
             return autoencoder_class(**self.config)
-
-    def load(self, dtype: torch.dtype | None, device: torch.device | str) -> AutoencoderKL:
-        """The autoencoder, frozen; ``dtype`` None keeps the file's. Raises UserError where tensors don't fit."""
-        return _loaded(self.meta_module(), self.source, dtype, device)
-
-
-def _loaded(module: Any, source: TensorSource, dtype: StorageDtype | None, device: torch.device | str) -> Any:
-    load_module(module, source, dtype, device)
-    return module
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.console import warn
-from library.devices import empty_cache
 from library.errors import UserError
 from library.memory.fp8 import BlocksInFp8, StorageDtype
-from library.models.attention import AttentionBackend, require_backend
+from library.models.attention import AttentionBackend
 from library.models.clip import ClipFile
+from library.models.pipeline import Conditioning, ImageRequest, Pipeline
+from library.models.sampling import ClassifierFree, DiffusersSolver, Guidance, Role, Unguided
 from library.models.stable_diffusion.checkpoint import UnetFile, VaeFile, Variant, open_stable_diffusion
-from library.models.stable_diffusion.sampling import denoise, draw_noise, make_scheduler, seeded_generator
+from library.models.stable_diffusion.sampling import make_scheduler
 from library.models.stable_diffusion.text import (
     Tokens,
     chunk_count,
@@ -27,18 +28,12 @@ from library.models.stable_diffusion.text import (
     tokenize,
 )
 from library.models.stable_diffusion.unet import set_attention_backend
-from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, TokenizerKind, load_tokenizer
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from PIL import Image
-    from transformers import PreTrainedTokenizerBase
-
-    from library.models.clip import ClipTextEncoder
+from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, TokenizerKind
+from library.prompt_options import PromptOptions
 
 Part = Literal["unet", "autoencoder", "text_encoder", "text_encoder_2"]
 Encoder = Literal["text_encoder", "text_encoder_2"]
-Conditioning = Mapping[str, Tensor]
+PARTS: tuple[Part, ...] = ("unet", "autoencoder", "text_encoder", "text_encoder_2")
 TOKENIZERS: dict[Variant, tuple[TokenizerKind, ...]] = {
     "sd1": (CLIP_L,),
     "sd2": (CLIP_H,),
@@ -60,23 +55,15 @@ class StableDiffusionFiles:
 
 
 @dataclass
-class ImageRequest:
-    """What ``generate`` needs for one image. Prompts may be given as already encoded conditioning."""
+class StableDiffusionRequest(ImageRequest):
+    """Sides are rounded down to multiples of the latent stride, at least 64; ``scale`` guides only if more than 1.
 
-    prompt: str = ""
-    negative_prompt: str | None = None
-    """Used when ``scale`` is more than 1; None is an empty one."""
-    width: int = 512
-    """Pixels; rounded down to a multiple of the latent stride, at least 64."""
-    height: int = 512
-    seed: int | None = None
+    ``time_ids`` in the conditioning of XL win over the sizes below.
+    """
+
     sample_steps: int = 30
     scale: float = 7.5
-    """Classifier-free guidance; 1 or less turns it off."""
     sampler: str = "ddim"
-    conditioning: Conditioning | None = None
-    """What ``encode_prompts`` gives for one prompt; for XL, ``time_ids`` in it win over the sizes below."""
-    negative_conditioning: Conditioning | None = None
     original_size: tuple[int, int] | None = None
     """Height and width that XL is told the image had before it was scaled; None: the image's."""
     crop: tuple[int, int] = (0, 0)
@@ -101,13 +88,18 @@ class OpenedFiles:
     text_encoder_2: ClipFile | None
 
 
-class StableDiffusionPipeline:
-    """Opens the model by its headers, loads parts when asked, and runs them.
+class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
+    """Opens the model by its headers, loads parts when they are needed, and runs them.
 
-    ``dtype`` is every part's dtype unless ``dtypes`` names another for it (None there: as in the file).
     ``clip_skip`` has no effect for XL. Raises UserError, before anything is loaded, when the files aren't a Stable
     Diffusion model or an argument doesn't fit them.
     """
+
+    all_parts = PARTS
+    denoiser = "unet"
+    request_class = StableDiffusionRequest
+    block_list_names = ("down_blocks", "mid_block", "up_blocks")
+    files: OpenedFiles
 
     def __init__(
         self,
@@ -123,7 +115,7 @@ class StableDiffusionPipeline:
         weighted_captions: bool = False,
         attention_backend: AttentionBackend = "sdpa",
     ):
-        require_backend(attention_backend)
+        super().__init__(dtype, device, dtypes, attention_backend, files.tokenizer_cache_dir)
         self.chunks = chunk_count(max_token_length)
         model = open_stable_diffusion(
             files.model, vae=files.vae, disable_mmap=files.disable_mmap, option=files.model_option
@@ -136,19 +128,10 @@ class StableDiffusionPipeline:
         self.parts: tuple[Part, ...] = ("unet", "autoencoder", *self.encoders)
         if self.variant != "sdxl":
             require_clip_skip(clip_skip, first.sizes["num_hidden_layers"])
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.dtypes: dict[Part, StorageDtype | None] = {part: dtype for part in self.parts}
-        self.dtypes.update(dtypes or {})
         self.v_parameterization = v_parameterization
         self.zero_terminal_snr = zero_terminal_snr
         self.clip_skip = clip_skip
         self.weighted_captions = weighted_captions
-        self.attention_backend = attention_backend
-        self.tokenizer_cache_dir = files.tokenizer_cache_dir
-        self.modules: dict[Part, nn.Module] = {}
-        """The loaded parts; a trainer may put a wrapped module in the place of the original."""
-        self.tokenizers: dict[Encoder, PreTrainedTokenizerBase] = {}
 
     @property
     def variant(self) -> Variant:
@@ -175,71 +158,23 @@ class StableDiffusionPipeline:
         """What the autoencoder's latents are multiplied by for the U-Net."""
         return self.files.autoencoder.config["scaling_factor"]
 
-    # Parts
+    def prepare(self, part: str, module: Any) -> None:
+        """The U-Net gets the attention backend."""
+        if part == "unet":
+            set_attention_backend(module, self.attention_backend)
 
-    def meta_module(self, part: Part) -> nn.Module:
-        """A part's module on torch's meta device: its structure without its numbers."""
-        return self._opened(part).meta_module()
-
-    def load_transformer(self) -> UNet2DConditionModel:
-        """Load the U-Net, or give the loaded one. (Every pipeline names its denoising network so.)"""
-        if "unet" not in self.modules:
-            set_attention_backend(self._load("unet"), self.attention_backend)
-        return self.modules["unet"]  # type: ignore[return-value]
-
-    def load_autoencoder(self) -> AutoencoderKL:
-        """Load the autoencoder, or give the loaded one."""
-        return self._load("autoencoder")
-
-    def load_text_encoders(self, encoders: Collection[Encoder] | None = None) -> list[ClipTextEncoder]:
-        """Load the named text encoders (all by default) with their tokenizers, or give the loaded ones."""
-        encoders = self.encoders if encoders is None else encoders
-        self.load_tokenizers(encoders)
-        return [self._load(encoder) for encoder in encoders]
-
-    def load_tokenizers(self, encoders: Collection[Encoder] | None = None) -> None:
-        """Find the tokenizers. Raises UserError when there is none or one is too large for its encoder."""
-        for encoder in self.encoders if encoders is None else encoders:
-            if encoder not in self.tokenizers:
-                kind = TOKENIZERS[self.variant][self.encoders.index(encoder)]
-                opened = self._opened(encoder)
-                self.tokenizers[encoder] = load_tokenizer(
-                    kind, opened.source.checkpoint, opened.vocabulary, self.tokenizer_cache_dir
-                )
-
-    def unload(self, part: Part | Literal["text_encoders"]) -> None:
-        """Forget a part and give its memory back; it can be loaded again."""
-        names = self.encoders if part == "text_encoders" else (part,)
-        if any([self.modules.pop(name, None) is not None for name in names]):
-            empty_cache(self.device)
-
-    def move(self, part: Part | Literal["text_encoders"], device: torch.device | str) -> None:
-        """Move a loaded part, e.g. to the CPU while others work on the accelerator."""
-        for name in self.encoders if part == "text_encoders" else (part,):
-            if name in self.modules:
-                self.modules[name].to(device)
-        if torch.device(device) != self.device:
-            empty_cache(self.device)
-
-    def _opened(self, part: Part) -> Any:
-        opened = getattr(self.files, part, None)
-        if opened is None:
-            raise KeyError(f"{self.variant} has no {part}")
-        return opened
-
-    def _load(self, part: Part) -> Any:
-        if part not in self.modules:
-            self.modules[part] = self._opened(part).load(self.dtypes[part], self.device)
-        return self.modules[part]
+    def tokenizer_kind(self, encoder: str) -> TokenizerKind:
+        """One of CLIP's."""
+        return TOKENIZERS[self.variant][self.encoders.index(encoder)]  # type: ignore[arg-type]
 
     def _compute_dtype(self, part: Part) -> torch.dtype:
         """The dtype that a part computes in."""
         dtype = self.dtypes[part]
         if isinstance(dtype, BlocksInFp8):
             return dtype.compute
-        return dtype or self._load(part).dtype
+        return dtype or self.load(part).dtype
 
-    # Work
+    # Images and texts
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
@@ -306,9 +241,13 @@ class StableDiffusionPipeline:
         return conditioning
 
     def encode_prompts(
-        self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None, trained: Collection[Encoder] = ()
+        self,
+        prompts: Sequence[str],
+        encoders: Collection[Encoder] | None = None,
+        role: Role = "positive",
+        trained: Collection[Encoder] = (),
     ) -> dict[str, Tensor]:
-        """Conditioning, batch first, from the named ``encoders`` (all by default), n chunks of 75 tokens long.
+        """Conditioning, batch first, n chunks of 75 tokens long; it is the same for both roles.
 
         1.x and 2.x: ``hidden_state`` [B, 75 n + 2, 768 or 1024]. XL: ``hidden_state1`` [B, 75 n + 2, 768],
         ``hidden_state2`` [B, 75 n + 2, 1280] and ``pool2`` [B, 1280].
@@ -336,19 +275,22 @@ class StableDiffusionPipeline:
         )
         return out.sample.float()
 
-    # Images
+    # Drawing
 
-    @torch.no_grad()
-    def generate(self, request: ImageRequest, progress: bool = False) -> Image.Image:
-        """One image. Raises UserError for an unknown sampler."""
-        return to_image(self.decode_latents(self.generate_latents(request, progress))[0])
+    def request(self, prompt: PromptOptions, **fields: Any) -> StableDiffusionRequest:
+        """As for every family; the sampler is the prompt's."""
+        if prompt.sample_sampler is not None:
+            fields = {"sampler": prompt.sample_sampler, **fields}
+        return super().request(prompt, **fields)
 
-    @torch.no_grad()
-    def generate_latents(self, request: ImageRequest, progress: bool = False) -> Tensor:
-        """The scaled latents [1, 4, h, w], float32, of one image; ``progress`` shows a progress bar.
+    def image_size(self, request: StableDiffusionRequest) -> tuple[int, int]:
+        """Height and width, rounded down to whole latent positions, at least 64."""
+        stride = self.latent_stride
+        height, width = (max(SMALLEST_SIDE, side // stride * stride) for side in (request.height, request.width))
+        return height, width
 
-        All noise is drawn by one CPU generator with the request's seed, so an image depends on nothing before it.
-        """
+    def solver(self, request: StableDiffusionRequest) -> DiffusersSolver:
+        """The request's sampler. Raises UserError for an unknown one."""
         rescaled = request.zero_terminal_snr
         scheduler = make_scheduler(
             request.sampler,
@@ -357,36 +299,15 @@ class StableDiffusionPipeline:
             clip_sample=request.clip_sample,
             steps_offset=request.steps_offset,
         )
-        height, width = self.image_size(request)
-        conditioning = self._request_conditioning(request)
-        batch = len(next(iter(conditioning.values())))
-        generator = seeded_generator(request.seed)
-        noise = draw_noise(
-            self.latent_channels, height // self.latent_stride, width // self.latent_stride, generator
-        ).to(self.device)
+        return DiffusersSolver(scheduler, request.sample_steps)
 
-        def guided(latents: Tensor, timestep: Tensor) -> Tensor:
-            out = self.predict(latents.expand(batch, -1, -1, -1), timestep.expand(batch), conditioning)
-            return out[:1] + request.scale * (out[1:] - out[:1]) if batch == 2 else out
+    def guidance(self, request: StableDiffusionRequest) -> Guidance:
+        """Classifier-free for scales above 1."""
+        return ClassifierFree(request.scale) if request.scale > 1 else Unguided()
 
-        return denoise(guided, scheduler, noise, request.sample_steps, generator, progress)
-
-    def image_size(self, request: ImageRequest) -> tuple[int, int]:
-        """Height and width that a request's image gets."""
-        stride = self.latent_stride
-        height, width = (max(SMALLEST_SIDE, side // stride * stride) for side in (request.height, request.width))
-        return height, width
-
-    def _request_conditioning(self, request: ImageRequest) -> Conditioning:
-        """The conditioning of a request, [1, ...]; with classifier-free guidance [2, ...], the negative first."""
-        positive = self._with_sizes(request.conditioning or self.encode_prompts([request.prompt]), request)
-        if request.scale <= 1:
-            return positive
-        negative = request.negative_conditioning or self.encode_prompts([request.negative_prompt or ""])
-        negative = self._with_sizes(negative, request)
-        return {name: torch.cat((negative[name].to(value), value)) for name, value in positive.items()}
-
-    def _with_sizes(self, conditioning: Conditioning, request: ImageRequest) -> Conditioning:
+    def request_conditioning(self, request: StableDiffusionRequest, role: Role) -> Conditioning:
+        """For XL with the sizes."""
+        conditioning = super().request_conditioning(request, role)
         if self.variant != "sdxl":
             return conditioning
         size = self.image_size(request)
@@ -397,13 +318,6 @@ class StableDiffusionPipeline:
 def time_ids(original_size: tuple[int, int], crop: tuple[int, int], target_size: tuple[int, int]) -> Tensor:
     """XL's size conditioning [1, 6], float32: each argument is (height, width) or (top, left), in pixels."""
     return torch.tensor([[*original_size, *crop, *target_size]], dtype=torch.float32)
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """A PIL image of ``pixels`` [3, H, W] in -1..1."""
-    from PIL import Image
-
-    return Image.fromarray((127.5 * (pixels.permute(1, 2, 0) + 1)).round().to(torch.uint8).cpu().numpy())
 
 
 def _without_autocast(device: torch.device) -> torch.autocast:

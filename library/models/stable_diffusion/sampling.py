@@ -1,27 +1,22 @@
-"""Stable Diffusion's samplers (diffusers' schedulers by their usual names) and its denoising loop.
+"""Stable Diffusion's samplers: diffusers' schedulers by their usual names, along the noise schedule of training.
 
-The noise schedule is that of training: 1000 steps, betas of 0.00085 to 0.012, linear in their square roots. Importing
-this module loads no torch, so that scripts can check a sampler's name at once.
+Importing this module loads no torch, so that scripts can check a sampler's name at once.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.errors import UserError, did_you_mean
 from library.models.lean_imports import diffusers_class
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from library.models.schedules import FIRST_BETA, LAST_BETA, TRAIN_STEPS
 
 NOISE_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
+    "num_train_timesteps": TRAIN_STEPS,
+    "beta_start": FIRST_BETA,
+    "beta_end": LAST_BETA,
     "beta_schedule": "scaled_linear",
 }
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,8 +37,6 @@ SYNONYMS = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "
 SAMPLERS = (*SCHEDULERS, *SYNONYMS)
 """Names that ``--sample_sampler`` and prompt lines may give."""
 
-PNDM_STEPS = 4
-"""With fewer, there is no room for the Runge-Kutta steps that pndm begins with."""
 SMALLEST_ALPHA = 2**-24
 """What stands for a signal of zero where a sampler divides by it; diffusers' own number."""
 
@@ -98,49 +91,3 @@ def zero_terminal_betas() -> list[float]:
     betas = rescaled.betas.double()
     betas[-1] = 1 - SMALLEST_ALPHA / (1 - betas[:-1]).prod()
     return betas.tolist()
-
-
-def seeded_generator(seed: int | None) -> torch.Generator:
-    """The generator (CPU) of one image; ``seed`` None: another image each time."""
-    import torch
-
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
-
-
-def draw_noise(channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Noise [1, channels, height, width], float32, on the CPU: so that every device sees the same numbers."""
-    import torch
-
-    return torch.randn(1, channels, height, width, generator=generator)
-
-
-def denoise(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    scheduler: Any,
-    noise: Tensor,
-    steps: int,
-    generator: torch.Generator,
-    progress: bool = False,
-) -> Tensor:
-    """Latents [1, ...], float32, from ``noise`` of unit variance in ``steps`` steps of ``scheduler``.
-
-    ``predict(latents, timestep)`` gives what the model predicts, guidance included. Samplers that add noise draw it
-    from ``generator``, the image's own. ``progress`` shows a progress bar.
-    """
-    from tqdm import tqdm
-
-    if steps < PNDM_STEPS and "skip_prk_steps" in scheduler.config:
-        scheduler.register_to_config(skip_prk_steps=True)
-    scheduler.set_timesteps(steps)
-    latents = noise.float() * float(scheduler.init_noise_sigma)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    arguments = {"generator": generator} if takes_generator else {}
-    for timestep in tqdm(scheduler.timesteps, desc="denoising", disable=not progress):
-        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep).float()
-        latents = scheduler.step(prediction, timestep, latents, **arguments).prev_sample
-    return latents

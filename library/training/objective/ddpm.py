@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.training.objective.noise import draw_input_perturbation, draw_noise, draw_uniform, per_item
+from library.models.schedules import TRAIN_STEPS, alphas_cumprod, rescale_to_zero_terminal_snr
+from library.randomness import draw_noise
+from library.training.objective.noise import draw_input_perturbation, draw_uniform, per_item
 from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions, timestep_bounds
 from library.training.objective.objective import Objective
 from library.training.objective.step_inputs import ItemDraws, NoisyInput
@@ -23,8 +25,6 @@ from library.training.objective.step_inputs import ItemDraws, NoisyInput
 if TYPE_CHECKING:
     import torch
 
-STEPS = 1000
-FIRST_BETA, LAST_BETA = 0.00085, 0.012
 MAX_SNR = 1000.0
 """Cap on the signal-to-noise ratio inside every loss weight but min-SNR's; only timestep 0 lies above it."""
 
@@ -43,23 +43,9 @@ class NoiseSchedule:
 
 
 def noise_schedule(zero_terminal_snr: bool = False) -> NoiseSchedule:
-    """The schedule of all Stable Diffusion models: betas from 0.00085 to 0.012, evenly spaced in their square roots.
-
-    With ``zero_terminal_snr`` the last timestep is pure noise.
-    """
-    import torch
-
-    roots = torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, STEPS, dtype=torch.float64)
-    alphas_cumprod = (1 - roots**2).cumprod(0)
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    return NoiseSchedule(rescale_to_zero_terminal_snr(alphas_cumprod) if zero_terminal_snr else alphas_cumprod, snr)
-
-
-def rescale_to_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Shift and stretch sqrt(a_t): its last value becomes 0, its first one stays (Lin et al. 2023, algorithm 1)."""
-    roots = alphas_cumprod.sqrt()
-    first, last = roots[0], roots[-1]
-    return ((roots - last) * first / (first - last)) ** 2
+    """The schedule of all Stable Diffusion models; with ``zero_terminal_snr`` the last timestep is pure noise."""
+    alphas = alphas_cumprod()
+    return NoiseSchedule(rescale_to_zero_terminal_snr(alphas) if zero_terminal_snr else alphas, alphas / (1 - alphas))
 
 
 def noise_to_signal(schedule: NoiseSchedule, timesteps: torch.Tensor) -> torch.Tensor:
@@ -77,7 +63,7 @@ def sample_timesteps(options: NoiseOptions, generators: Sequence[torch.Generator
 
     timestep_bounds(options)
     low = options.min_timestep or 0
-    high = STEPS if options.max_timestep is None else options.max_timestep
+    high = TRAIN_STEPS if options.max_timestep is None else options.max_timestep
     if low == high:
         return fixed_timesteps(low, len(generators))
     return torch.stack([torch.randint(low, high, (), generator=generator) for generator in generators])
@@ -87,7 +73,7 @@ def fixed_timesteps(timestep: int, count: int) -> torch.Tensor:
     """The same timestep ``count`` times, int64; 1000, the end of the scale, means the last one, 999."""
     import torch
 
-    return torch.full((count,), min(timestep, STEPS - 1))
+    return torch.full((count,), min(timestep, TRAIN_STEPS - 1))
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -258,7 +244,7 @@ class Ddpm(Objective):
         extra = draw_input_perturbation(self.noise, shape, draws.generators("ip_noise"))
         return NoisyInput(
             latents=add_noise(schedule, latents, noise, timesteps, None if extra is None else extra.to(device)),
-            sigmas=(timesteps / STEPS).to(device),
+            sigmas=(timesteps / TRAIN_STEPS).to(device),
             target=training_target(schedule, latents, noise, timesteps, self.v_parameterization),
             weights=snr_weights(self.options, schedule.snr[timesteps], self.v_parameterization).float().to(device),
             noise_to_signal=noise_to_signal(schedule, timesteps).to(device),
@@ -271,4 +257,4 @@ class Ddpm(Objective):
 
 def timesteps_of(noisy: NoisyInput) -> torch.Tensor:
     """The integer timesteps 0..999 of a noisy input, [batch] int64."""
-    return (noisy.sigmas * STEPS).round().long()
+    return (noisy.sigmas * TRAIN_STEPS).round().long()

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from library.training.objective.noise import draw_input_perturbation, draw_noise, draw_uniform, per_item
+from library.models.schedules import TRAIN_STEPS, flux_shift, shift_sigmas
+from library.randomness import draw_noise
+from library.training.objective.noise import draw_input_perturbation, draw_uniform, per_item
 from library.training.objective.noise_options import NoiseOptions, timestep_bounds
 from library.training.objective.objective import Objective
 from library.training.objective.step_inputs import ItemDraws, NoisyInput
@@ -21,7 +23,6 @@ from library.training.objective.step_inputs import ItemDraws, NoisyInput
 if TYPE_CHECKING:
     import torch
 
-TABLE_STEPS = 1000
 TABLE_SHIFT = 3.0
 """Shift of the table behind ``--timestep_sampling sigma``; ``--discrete_flow_shift`` is for ``shift`` alone."""
 
@@ -78,22 +79,11 @@ def unused_flow_options(options: FlowMatchingOptions) -> list[tuple[str, list[st
 # --- noise levels -----------------------------------------------------------------------------------------------------
 
 
-def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
-    """``shift * s / (1 + (shift - 1) * s)``: more weight on high noise for shift > 1; 0 and 1 stay where they are."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
-def flux_shift(image_tokens: int) -> float:
-    """FLUX.1's shift for an image of so many tokens (latent height/2 * width/2): exp of the line through
-    (256, 0.5) and (4096, 1.15)."""
-    return math.exp(0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256))
-
-
 def sigma_table(shift: float = TABLE_SHIFT) -> torch.Tensor:
     """The discrete noise levels, [1000] float32, descending from 1; there is no zero among them."""
     import torch
 
-    return shift_sigmas(torch.arange(TABLE_STEPS, 0, -1, dtype=torch.float64) / TABLE_STEPS, shift).float()
+    return shift_sigmas(torch.arange(TRAIN_STEPS, 0, -1, dtype=torch.float64) / TRAIN_STEPS, shift).float()
 
 
 def sample_sigmas(
@@ -131,7 +121,7 @@ def _table_indices(options: FlowMatchingOptions, generators: Sequence[torch.Gene
         u = draw_uniform(generators)
         if options.weighting_scheme == "mode":
             u = 1 - u - options.mode_scale * ((math.pi * u / 2).cos() ** 2 - 1 + u)
-    return (u * TABLE_STEPS).floor().long().clamp(0, TABLE_STEPS - 1)
+    return (u * TRAIN_STEPS).floor().long().clamp(0, TRAIN_STEPS - 1)
 
 
 def _normal(generators: Sequence[torch.Generator]) -> torch.Tensor:

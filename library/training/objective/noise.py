@@ -8,17 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from library.randomness import draw_noise
 from library.training.objective.noise_options import NoiseOptions
 
 if TYPE_CHECKING:
     import torch
-
-
-def draw_noise(item_shape: Sequence[int], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Standard normal noise, [batch, *item_shape] float32 on the CPU, one generator per item."""
-    import torch
-
-    return torch.stack([torch.randn(tuple(item_shape), generator=generator) for generator in generators])
 
 
 def draw_uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:

@@ -1,0 +1,394 @@
+"""What every model family shares: opened files that load themselves, and the pipeline that works with the parts.
+
+A family says which parts it has, how images and texts are encoded, what its denoiser predicts, and how an image is
+requested. Loading, releasing, moving, tokenizers and drawing images stand here once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from library.devices import empty_cache
+from library.memory.fp8 import StorageDtype
+from library.models.attention import AttentionBackend, require_backend
+from library.models.loading import LoadSpec, Place, TensorSource, load_module
+from library.models.sampling import ClassifierFree, Guidance, Role, Solver, StepHook, Unguided, denoise
+from library.models.tokenizer_files import TokenizerKind, load_tokenizer
+from library.prompt_options import PromptOptions
+from library.randomness import draw_noise, seeded_generator
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedTokenizerBase
+
+Conditioning = Mapping[str, Tensor]
+"""What a denoiser is told beside latents and timesteps, batch first, by name."""
+Text = tuple[str, Role]
+Request = TypeVar("Request", bound="ImageRequest")
+Module = TypeVar("Module", covariant=True)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+class OpenedPart(ABC, Generic[Module]):
+    """A part of a model whose file has been opened by its headers: recognised, its sizes known, ready to be loaded."""
+
+    source: TensorSource
+    """Its tensors under the names of the module."""
+
+    @abstractmethod
+    def meta_module(self) -> Module:
+        """The module on torch's meta device: its structure without its numbers."""
+
+    def kept_in_float32(self, compute: torch.dtype | None) -> tuple[str, ...]:
+        """Endings of the names of tensors that stay float32 where the others are in ``compute``."""
+        return ()
+
+    def add_buffers(self, module: Any, place: Place) -> None:
+        """Give ``module`` the buffers that no file holds."""
+
+    def load(self, spec: LoadSpec) -> Module:
+        """The module, frozen and in eval mode. Raises UserError where tensors don't fit."""
+        module: Any = self.meta_module()
+        self.add_buffers(module, spec.place)
+        load_module(module, self.source, spec, self.kept_in_float32(spec.compute))
+        return module
+
+
+class OpenedTextEncoder(OpenedPart[Module]):
+    """A text encoder's."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Rows of the token embedding."""
+
+
+# ---- requests -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageRequest:
+    """What is drawn. Prompts may be given as conditioning, as ``encode_prompts`` gives it for one prompt."""
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    """Used with classifier-free guidance; None is an empty one."""
+    width: int = 512
+    """Pixels; a family rounds them to what it can draw."""
+    height: int = 512
+    seed: int | None = None
+    """None: another image each time."""
+    sample_steps: int = 20
+    scale: float = 1.0
+    """Classifier-free guidance; 1 turns it off."""
+    conditioning: Conditioning | None = None
+    negative_conditioning: Conditioning | None = None
+    start_latents: Tensor | None = None
+    """Latents [C, h, w], as the denoiser takes them, that are drawn over; None: the image begins as noise."""
+    first_step: int = 0
+    """The step whose amount of noise ``start_latents`` get."""
+
+
+def from_image(image: Image.Image, width: int, height: int) -> Tensor:
+    """Pixels [3, height, width], float32 in -1..1, of a PIL image stretched to that size."""
+    import numpy
+    from PIL import Image
+
+    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 127.5 - 1.0
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A PIL image of ``pixels`` [3, H, W] in -1..1, rounded to the nearest of 256 levels."""
+    from PIL import Image
+
+    return Image.fromarray((127.5 * (pixels.permute(1, 2, 0) + 1)).round().to(torch.uint8).cpu().numpy())
+
+
+# ---- pipelines ------------------------------------------------------------------------------------------------------
+
+
+class Pipeline(ABC, Generic[Request]):
+    """A model's opened files, its loaded parts, and everything that is done with them.
+
+    ``dtype`` is every part's dtype unless ``dtypes`` names another for it (None there: as in the file). A subclass
+    opens its files by their headers, sets ``files``, ``encoders`` and ``parts``, and raises UserError, before anything
+    is loaded, when they aren't what they should be. Methods that take ``encoders`` mean all of them by None.
+    """
+
+    all_parts: ClassVar[tuple[Any, ...]]
+    """Every part that a model of this family may have."""
+    denoiser: ClassVar[str]
+    """The part that predicts noise or velocity."""
+    request_class: ClassVar[type[Any]]
+    """The ``ImageRequest`` of this family."""
+    block_list_names: ClassVar[tuple[str, ...]]
+    """The denoiser's attributes that are its blocks, in the order in which they run."""
+
+    files: Any
+    """The opened files: an attribute for each part, None for one that isn't there."""
+    encoders: tuple[Any, ...]
+    """The text encoders among the parts."""
+    parts: tuple[Any, ...]
+    """The parts that are there."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        dtypes: Mapping[Any, StorageDtype | None] | None,
+        attention_backend: AttentionBackend,
+        tokenizer_cache_dir: Path | str | None,
+    ):
+        require_backend(attention_backend)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.dtypes: dict[str, StorageDtype | None] = {part: dtype for part in self.all_parts}
+        self.dtypes.update(dtypes or {})
+        self.attention_backend = attention_backend
+        self.tokenizer_cache_dir = tokenizer_cache_dir
+        self.places: dict[str, Place] = {}
+        """Where the tensors of a part are wanted, by part; of one that isn't named, on ``device``."""
+        self.modules: dict[str, nn.Module] = {}
+        """The loaded parts; a trainer may put a wrapped module in the place of the original."""
+        self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+
+    # Parts
+
+    def opened(self, part: str) -> Any:
+        """A part's opened file. Raises KeyError for one that this pipeline was opened without."""
+        opened = getattr(self.files, part, None)
+        if opened is None:
+            raise KeyError(f"the pipeline was opened without its {part}")
+        return opened
+
+    def meta_module(self, part: str) -> Any:
+        """A part's module on torch's meta device: its structure without its numbers."""
+        return self.opened(part).meta_module()
+
+    def load(self, part: str) -> Any:
+        """Load a part, or give the loaded one."""
+        if part not in self.modules:
+            place = self.places.get(part, lambda name: self.device)
+            module = self.opened(part).load(LoadSpec.of(self.dtypes[part], place))
+            self.prepare(part, module)
+            self.modules[part] = module
+        return self.modules[part]
+
+    def prepare(self, part: str, module: Any) -> None:
+        """Make a part that has just been loaded ready for work."""
+
+    def load_transformer(self) -> Any:
+        """Load the denoiser, whatever this family calls it, or give the loaded one."""
+        return self.load(self.denoiser)
+
+    def load_autoencoder(self) -> Any:
+        """Load the autoencoder, or give the loaded one."""
+        return self.load("autoencoder")
+
+    def load_text_encoders(self, encoders: Collection[str] | None = None) -> list[Any]:
+        """Load text encoders with their tokenizers, or give the loaded ones."""
+        encoders = self.encoders if encoders is None else encoders
+        self.load_tokenizers(encoders)
+        return [self.load(encoder) for encoder in encoders]
+
+    @abstractmethod
+    def tokenizer_kind(self, encoder: str) -> TokenizerKind:
+        """Which tokenizer a text encoder takes."""
+
+    def load_tokenizers(self, encoders: Collection[str] | None = None) -> None:
+        """Find the tokenizers. Raises UserError when there is none or one is too large for its encoder."""
+        for encoder in self.encoders if encoders is None else encoders:
+            self.tokenizer(encoder)
+
+    def tokenizer(self, encoder: str) -> PreTrainedTokenizerBase:
+        """A text encoder's tokenizer. Raises UserError when there is none or it is too large for its encoder."""
+        if encoder not in self.tokenizers:
+            opened = self.opened(encoder)
+            self.tokenizers[encoder] = load_tokenizer(
+                self.tokenizer_kind(encoder), opened.source.checkpoint, opened.vocabulary, self.tokenizer_cache_dir
+            )
+        return self.tokenizers[encoder]
+
+    def release(self, part: str) -> None:
+        """Forget a part (or all ``text_encoders``) and give its memory back; it can be loaded again."""
+        if any([self.modules.pop(name, None) is not None for name in self._named(part)]):
+            empty_cache(self.device)
+
+    def move(self, part: str, device: torch.device | str) -> None:
+        """Move a loaded part (or all ``text_encoders``), e.g. to the CPU while others work on the accelerator."""
+        for name in self._named(part):
+            if name in self.modules:
+                self.modules[name].to(device)
+        if torch.device(device) != self.device:
+            empty_cache(self.device)
+
+    def _named(self, part: str) -> tuple[str, ...]:
+        return self.encoders if part == "text_encoders" else (part,)
+
+    def block_lists(self) -> dict[str, Sequence[nn.Module]]:
+        """The denoiser's blocks, list by list in the order in which they run: what memory features attach to."""
+        denoiser = self.load(self.denoiser)
+        lists = {name: getattr(denoiser, name) for name in self.block_list_names}
+        return {name: list(blocks) if isinstance(blocks, nn.ModuleList) else [blocks] for name, blocks in lists.items()}
+
+    # Images and texts
+
+    @property
+    @abstractmethod
+    def latent_stride(self) -> int:
+        """Pixels per latent position."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        """Latents [B, C, h, w], float32 as caches keep them, of ``pixels`` [B, 3, H, W] in -1..1.
+
+        Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
+        """
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, C, h, w] as the denoiser gives them."""
+
+    @abstractmethod
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        encoders: Collection[Any] | None = None,
+        role: Role = "positive",
+        trained: Collection[Any] = (),
+    ) -> dict[str, Tensor]:
+        """The conditioning of ``prompts``, batch first, from the named ``encoders``.
+
+        ``role`` is what the prompts are for, in families that encode positive and negative ones differently. Gradients
+        flow through the ``trained`` encoders.
+        """
+
+    def encode_texts(
+        self, texts: Collection[Text], encoders: Collection[Any] | None = None, batch_size: int = 1
+    ) -> dict[Text, dict[str, Tensor]]:
+        """The conditioning [1, ...] of each of ``texts``, every one made once.
+
+        ``batch_size`` texts go through the encoders together: faster, but the last bits of a matrix product may depend
+        on its size, so only 1 gives exactly what ``encode_prompts`` gives for one prompt.
+        """
+        made: dict[Text, dict[str, Tensor]] = {}
+        for role in dict.fromkeys(role for _, role in texts):
+            prompts = list(dict.fromkeys(text for text, its_role in texts if its_role == role))
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                encoded = self.encode_prompts(batch, encoders, role)
+                for row, prompt in enumerate(batch):
+                    made[prompt, role] = {name: values[row : row + 1] for name, values in encoded.items()}
+        return made
+
+    @abstractmethod
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the denoiser predicts [B, C, h, w] for noisy ``latents`` at ``timesteps`` [B]."""
+
+    # Drawing
+
+    def request(self, prompt: PromptOptions, **fields: Any) -> Request:
+        """A request for ``prompt``, with this family's defaults for what it leaves open; ``fields`` come on top."""
+        known = self.request_class.__dataclass_fields__
+        given = {name: value for name, value in vars(prompt).items() if value is not None and name in known}
+        return self.request_class(**{**given, **fields})
+
+    @abstractmethod
+    def image_size(self, request: Request) -> tuple[int, int]:
+        """Height and width, in pixels, of the image that a request gets."""
+
+    @abstractmethod
+    def solver(self, request: Request) -> Solver:
+        """The way from noise to image. Raises UserError for an unknown sampler."""
+
+    def guidance(self, request: Request) -> Guidance:
+        """How the predictions for positive and negative prompts become one."""
+        return Unguided() if request.scale == 1 else ClassifierFree(request.scale)
+
+    def generator(self, request: Request) -> torch.Generator:
+        """The one generator of an image, from its seed: so an image depends on nothing before or beside it."""
+        return seeded_generator(request.seed)
+
+    def start_noise(self, request: Request, generators: Sequence[torch.Generator]) -> Tensor:
+        """Noise [B, C, h, w] of unit variance on the device, an item from each generator."""
+        height, width = (side // self.latent_stride for side in self.image_size(request))
+        return draw_noise((self.latent_channels, height, width), generators).to(self.device)
+
+    def request_conditioning(self, request: Request, role: Role) -> Conditioning:
+        """The conditioning [1, ...] of a request's prompt of that role, encoded unless it is given."""
+        if role == "positive":
+            return request.conditioning or self.encode_prompts([request.prompt], role=role)
+        return request.negative_conditioning or self.encode_prompts([request.negative_prompt or ""], role=role)
+
+    def predictor(self, requests: Sequence[Request]) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
+        """``predict`` with what else these requests say; it is given their batch once or several times over."""
+        return self.predict
+
+    @torch.no_grad()
+    def generate_latents(self, *requests: Request, hooks: Sequence[StepHook] = (), progress: bool = False) -> Tensor:
+        """The latents [B, C, h, w], float32, of an image for each request; ``progress`` shows a progress bar.
+
+        Requests that are drawn together differ in prompts, seeds and start latents only; the first one's other values
+        count. Raises UserError for an unknown sampler.
+        """
+        first = requests[0]
+        guidance, solver = self.guidance(first), self.solver(first)
+        texts = {role: [self.request_conditioning(request, role) for request in requests] for role in guidance.roles}
+        predictor = self.predictor(requests)
+        joined: dict[tuple[Role, ...], Conditioning] = {}
+
+        def predict(latents: Tensor, timesteps: Tensor, roles: Sequence[Role]) -> Sequence[Tensor]:
+            key = tuple(roles)
+            if key not in joined:
+                joined[key] = _joined([text for role in roles for text in texts[role]])
+            copies = len(key)
+            out = predictor(torch.cat([latents] * copies), timesteps.repeat(copies), joined[key])
+            return out.chunk(copies)
+
+        generators = [self.generator(request) for request in requests]
+        start = [request.start_latents for request in requests if request.start_latents is not None]
+        return denoise(
+            predict,
+            solver,
+            self.start_noise(first, generators),
+            guidance,
+            generators=generators,
+            hooks=hooks,
+            image=torch.stack(start).to(self.device) if start else None,
+            first=first.first_step if start else 0,
+            progress=progress,
+        )
+
+    @torch.no_grad()
+    def generate(self, request: Request, progress: bool = False) -> Image.Image:
+        """One image. Raises UserError for an unknown sampler."""
+        return self.generate_batch([request], progress=progress)[0]
+
+    @torch.no_grad()
+    def generate_batch(
+        self, requests: Sequence[Request], hooks: Sequence[StepHook] = (), progress: bool = False
+    ) -> list[Image.Image]:
+        """An image for each of ``requests``, drawn together; see ``generate_latents``."""
+        latents = self.generate_latents(*requests, hooks=hooks, progress=progress)
+        return [to_image(pixels) for pixels in self.decode_latents(latents)]
+
+
+def _joined(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Several conditionings as one batch; tensors go to the device of the last one."""
+    last = conditionings[-1]
+    return {name: torch.cat([one[name].to(value) for one in conditionings]) for name, value in last.items()}

@@ -1,0 +1,192 @@
+"""Denoising, the same for every model family: from noise (or a noisy image) to latents, step by step.
+
+Three kinds of object take part. A ``Solver`` knows the noise levels and how a prediction becomes a step. ``Guidance``
+decides for which prompts a model is run at a step and makes one prediction of the results. A ``StepHook`` looks at the
+latents before and after a step, and may change them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["positive", "negative"]
+"""What a text is for: what an image shall show, or what it shall keep away from."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the model."""
+
+    index: int
+    """From 0."""
+    count: int
+    """How many there are; samplers of second order have more than the steps that were requested."""
+    timestep: Tensor
+    """What the model is told, 0-dim: a sigma in 0..1 (flow matching, float32) or a timestep in 0..999."""
+
+
+Predict = Callable[[Tensor, Tensor, Sequence[Role]], Sequence[Tensor]]
+"""``predict(latents [B, ...], timesteps [B], roles)``: a prediction [B, ...] for the prompts of each of these roles."""
+
+
+# ---- guidance -------------------------------------------------------------------------------------------------------
+
+
+class Guidance(ABC):
+    """Makes one prediction of those for the prompts of several roles. An object serves one batch of images.
+
+    So it may keep what it needs from step to step, such as a momentum, and act differently from step to step by
+    ``Step.index``.
+    """
+
+    roles: tuple[Role, ...]
+    """The roles whose prompts must be encoded."""
+
+    @abstractmethod
+    def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
+        """The prediction [B, ...] for ``latents`` [B, ...], as the model is given them."""
+
+
+class Unguided(Guidance):
+    """The prediction for the positive prompt."""
+
+    roles = ("positive",)
+
+    def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
+        return predict(latents, step.timestep.expand(len(latents)), self.roles)[0]
+
+
+class ClassifierFree(Guidance):
+    """From the negative prediction ``scale`` times as far as the positive one (Ho and Salimans 2022)."""
+
+    roles = ("negative", "positive")
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
+        negative, positive = predict(latents, step.timestep.expand(len(latents)), self.roles)
+        return negative + self.scale * (positive - negative)
+
+
+# ---- solvers --------------------------------------------------------------------------------------------------------
+
+
+class Solver(ABC):
+    """The noise levels of one batch of images, and how predictions lead from each to the next. Used once."""
+
+    timesteps: Tensor
+    """What the model is told at each step, [steps]."""
+
+    @abstractmethod
+    def start(self, noise: Tensor, image: Tensor | None = None, first: int = 0) -> Tensor:
+        """The latents that step ``first`` begins with: noise alone, or the latents ``image`` under that much noise."""
+
+    def model_input(self, latents: Tensor, step: Step) -> Tensor:
+        """What the model is given of ``latents``."""
+        return latents
+
+    @abstractmethod
+    def advance(self, prediction: Tensor, latents: Tensor, step: Step, generators: Sequence[torch.Generator]) -> Tensor:
+        """The latents after ``step``; new noise for image i comes from ``generators[i]``."""
+
+
+class FlowEuler(Solver):
+    """Euler steps along the velocity (noise minus image); ``sigmas`` [steps + 1] fall from 1 (noise) to 0 (image)."""
+
+    def __init__(self, sigmas: Tensor):
+        self.sigmas = sigmas.tolist()
+        self.timesteps = sigmas[:-1].float()
+
+    def start(self, noise: Tensor, image: Tensor | None = None, first: int = 0) -> Tensor:
+        if image is None:
+            return noise
+        sigma = self.sigmas[first]
+        return (1 - sigma) * image + sigma * noise
+
+    def advance(self, prediction: Tensor, latents: Tensor, step: Step, generators: Sequence[torch.Generator]) -> Tensor:
+        return latents + (self.sigmas[step.index + 1] - self.sigmas[step.index]) * prediction
+
+
+class DiffusersSolver(Solver):
+    """A diffusers scheduler, new and of this solver alone, that is to make ``steps`` steps."""
+
+    PNDM_STEPS = 4
+    """With fewer, there is no room for the Runge-Kutta steps that pndm begins with."""
+
+    def __init__(self, scheduler: Any, steps: int):
+        if steps < self.PNDM_STEPS and "skip_prk_steps" in scheduler.config:
+            scheduler.register_to_config(skip_prk_steps=True)
+        scheduler.set_timesteps(steps)
+        self.scheduler = scheduler
+        self.timesteps = scheduler.timesteps
+        self.takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
+    def start(self, noise: Tensor, image: Tensor | None = None, first: int = 0) -> Tensor:
+        if image is None:
+            return noise * float(self.scheduler.init_noise_sigma)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        return self.scheduler.add_noise(image, noise, self.timesteps[first : first + 1])
+
+    def model_input(self, latents: Tensor, step: Step) -> Tensor:
+        return self.scheduler.scale_model_input(latents, step.timestep)
+
+    def advance(self, prediction: Tensor, latents: Tensor, step: Step, generators: Sequence[torch.Generator]) -> Tensor:
+        arguments = {"generator": list(generators)} if self.takes_generator and generators else {}
+        return self.scheduler.step(prediction, step.timestep, latents, **arguments).prev_sample
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+class StepHook:
+    """Sees the latents [B, ...] before and after every step, and may give back others."""
+
+    def before(self, latents: Tensor, step: Step) -> Tensor:
+        """The latents that the step begins with."""
+        return latents
+
+    def after(self, latents: Tensor, step: Step) -> Tensor:
+        """The latents that the next step begins with, or the final ones."""
+        return latents
+
+
+def denoise(
+    predict: Predict,
+    solver: Solver,
+    noise: Tensor,
+    guidance: Guidance | None = None,
+    *,
+    generators: Sequence[torch.Generator] = (),
+    hooks: Sequence[StepHook] = (),
+    image: Tensor | None = None,
+    first: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """The latents [B, ...], float32, that ``noise`` [B, ...] of unit variance leads to.
+
+    ``generators`` holds one for each image, for samplers that add noise on the way. With ``image``, latents of that
+    shape, the way begins with it under the noise of step ``first``. ``progress`` shows a progress bar.
+    """
+    from tqdm import tqdm
+
+    guidance = guidance or Unguided()
+    latents = solver.start(noise.float(), None if image is None else image.float(), first)
+    count = len(solver.timesteps)
+    for index in tqdm(range(first, count), desc="denoising", disable=not progress):
+        step = Step(index, count, solver.timesteps[index])
+        for hook in hooks:
+            latents = hook.before(latents, step)
+        prediction = guidance(predict, solver.model_input(latents, step), step).float()
+        latents = solver.advance(prediction, latents, step, generators)
+        for hook in hooks:
+            latents = hook.after(latents, step)
+    return latents

@@ -234,7 +234,7 @@ def test_sample_prompts_follow_the_trained_encoder(train, tmp_path):
         *("--cache_text_encoder_outputs", "--cache_latents", "--learning_rate", "1e-2"),
         *("--sample_prompts", prompts, "--sample_every_n_steps", "2", "--sample_at_first"),
     )
-    assert set(trainer.prompt_conditioning) == {"a cat", "dog"}
+    assert set(trainer.prompt_conditioning) == {("a cat", "positive"), ("dog", "negative")}
     assert "t5xxl" not in trainer.pipeline.modules
     now, ahead = trainer.sample_conditioning("a cat"), trainer.prompt_conditioning["a cat", "positive"]
     assert torch.equal(now["t5_out"], ahead["t5_out"])

@@ -165,7 +165,7 @@ def test_each_part_has_its_own_format(inference):
     run = inference("--clip_l_dtype", "bf16", "--t5xxl_dtype", "fp16", "--ae_dtype", "bf16", "--seed", "1")
     prompt = run.prompts()[0]
     run.encode([prompt], keep_encoders=True)
-    run.picture(prompt)
+    run.image(prompt)
     formats = {part: next(module.parameters()).dtype for part, module in run.pipeline.modules.items()}
     half = {"clip_l": torch.bfloat16, "t5xxl": torch.float16, "autoencoder": torch.bfloat16}
     assert formats == {**half, "transformer": torch.float32}
@@ -251,7 +251,7 @@ def test_without_offload_parts_are_loaded_once_and_stay(inference, monkeypatch):
     prompts = run.prompts() * 2
     run.encode(prompts)
     for prompt in prompts:
-        run.picture(prompt)
+        run.image(prompt)
     assert seen == [(part, "load") for part in ("clip_l", "t5xxl", "transformer", "autoencoder")]
 
 
@@ -271,9 +271,12 @@ def test_a_repeated_text_is_encoded_once(inference, tmp_path):
     run = inference("--from_file", path)
     encoded = []
     encode = run.pipeline.encode_prompts
-    run.pipeline.encode_prompts = lambda texts, encoders: encoded.append((*texts, *encoders)) or encode(texts, encoders)
+    run.pipeline.encode_prompts = lambda texts, encoders, role: (
+        encoded.append((*texts, role, *encoders)) or encode(texts, encoders, role)
+    )
     run.encode(run.prompts())
-    assert encoded == [(text, encoder) for encoder in ("clip_l", "t5xxl") for text in ("a cat", "dog")]
+    texts = [("a cat", "positive"), ("dog", "positive"), ("dog", "negative")]
+    assert encoded == [(*text, encoder) for encoder in ("clip_l", "t5xxl") for text in texts]
 
 
 def test_a_session_keeps_the_newest_texts(inference, monkeypatch):
@@ -281,7 +284,7 @@ def test_a_session_keeps_the_newest_texts(inference, monkeypatch):
     run = inference("--interactive")
     for text in ("a", "b", "a", "c"):
         run.encode([PromptOptions(text, scale=1.0)], keep_encoders=True)
-    assert [text for text, _ in run.texts] == ["a", "c"]
+    assert [text for (text, _), _ in run.texts] == ["a", "c"]
 
 
 def test_an_interrupted_start_leaves_no_part_without_its_lora(inference, lora, plain):

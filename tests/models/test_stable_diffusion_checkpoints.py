@@ -163,7 +163,7 @@ def test_the_origins_name_the_files_own_keys(tiny_sd2, tiny_sdxl):
             places = {key: value.clone() for key, value in stored.items()}
             for name, origin in file.source.origins.items():
                 (key,) = origin.keys
-                value = file.source.load(LoadSpec.of(name, None)) + 1
+                value = file.source.load(name, None, "cpu") + 1
                 value = value if origin.transform is None else origin.transform(value)
                 rows = places[key] if origin.rows is None else places[key][slice(*origin.rows)]
                 rows.copy_(value.reshape(rows.shape))

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from library.errors import UserError
 from library.models.autoencoder_kl import AutoencoderConfig, open_autoencoder
 from library.models.autoencoder_kl import AutoencoderKL as FluxAutoencoder
-from library.models.loading import TensorSource, load_module
+from library.models.loading import LoadSpec, TensorSource, load_module
 from library.models.stable_diffusion.checkpoint import UnetFile, infer_unet_config, open_vae
 from library.safetensors_io import open_checkpoint, save_file
 from tools.make_tiny_models import diffusers_autoencoder_config, diffusers_autoencoder_state, fill_randomly
@@ -44,7 +44,7 @@ def test_a_narrow_flux_autoencoder_gives_what_diffusers_gives(groups, tmp_path):
     theirs = AutoencoderKL.from_config(diffusers_autoencoder_config(config)).eval()
     theirs.load_state_dict(diffusers_autoencoder_state(ours.state_dict(), config))
     with torch.no_grad():
-        mean, _ = opened.load(torch.float32, "cpu").encode_moments(image())
+        mean, _ = opened.load(LoadSpec.of(torch.float32)).encode_moments(image())
         torch.testing.assert_close(mean, theirs.encode(image()).latent_dist.mean, atol=1e-5, rtol=1e-5)
 
 
@@ -57,7 +57,9 @@ def test_a_narrow_vae_gives_what_diffusers_gives(groups, tmp_path):
         norm_num_groups=groups,
     ).eval()
     fill_randomly(theirs, 0, "narrow")
-    ours = open_vae(write(theirs, tmp_path / "vae.safetensors", **config_of(groups)), "sd1").load(torch.float32, "cpu")
+    ours = open_vae(write(theirs, tmp_path / "vae.safetensors", **config_of(groups)), "sd1").load(
+        LoadSpec.of(torch.float32)
+    )
     with torch.no_grad():
         assert torch.equal(ours.encode(image()).latent_dist.mean, theirs.encode(image()).latent_dist.mean)
 

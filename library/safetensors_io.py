@@ -463,11 +463,29 @@ def _few(names: list[str], count: int = 4) -> str:
 
 
 def load_tensors(
-    path: Path | str, device: torch.device | str = "cpu"
+    path: Path | str, device: torch.device | str = "cpu", finite: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors and the metadata of a (small) file, such as a LoRA."""
+    """All tensors and the metadata of a (small) file, such as a LoRA.
+
+    With ``finite``, infinity and NaN are refused. Raises UserError.
+    """
     checkpoint = open_checkpoint(path)
-    return {key: checkpoint.load(key, device=device) for key in checkpoint}, checkpoint.metadata
+    tensors = {key: checkpoint.load(key, device=device) for key in checkpoint}
+    for key, tensor in tensors.items() if finite else ():
+        try:
+            require_finite(key, tensor)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return tensors, checkpoint.metadata
+
+
+def require_finite(key: str, tensor: torch.Tensor) -> None:
+    """Raises UserError that names ``key`` when its tensor holds infinity or NaN."""
+    import torch
+
+    numbers = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+    if not bool(torch.isfinite(numbers).all()):
+        raise UserError(f'"{key}" holds numbers that are not finite; the file is damaged.')
 
 
 def save_file(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:

@@ -32,8 +32,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"number of all modules: {len(listed)}")
     not_finite, zeros = [], []
     for key in listed:
-        sizes = checkpoint.load(key).double().abs()
+        tensor = checkpoint.load(key)
+        sizes = tensor.abs().double() if tensor.is_complex() else tensor.double().abs()
         shape = str(tuple(sizes.shape)).replace(", ", "-")
+        if not sizes.numel():
+            print(f"{key},{shape},empty,empty")
+            continue
         print(f"{key},{shape},{float(sizes.mean())},{float(sizes.min())}")
         if not bool(sizes.isfinite().all()):
             not_finite.append(key)

@@ -21,7 +21,7 @@ from networks.adapters.lora_arguments import parse_arguments, unavailable
 from networks.adapters.lora_blocks import BLOCK_ARGUMENTS, BLOCK_LEARNING_ARGUMENTS, SD_BLOCKS, SDXL_BLOCKS, BlockLayout
 from networks.adapters.lora_core import LoRANetwork
 from networks.adapters.lora_creation import TextEncoders, build_network, build_network_from_weights
-from networks.adapters.lora_targets import Family, Target, TargetTable, path_from
+from networks.adapters.lora_targets import Family, Target, TargetTable, flat_names, path_from
 
 UNET = TargetTable(
     "lora_unet",
@@ -55,7 +55,7 @@ OLD_ENCODER_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_
 
 
 def other_names(target: Target) -> Iterable[tuple[str, None]]:
-    """What diffusers, PEFT, ComfyUI and OneTrainer call a module, and how other layouts of its U-Net would."""
+    """What diffusers, PEFT, ComfyUI, OneTrainer and LyCORIS call a module, and how other layouts of its U-Net would."""
     for name in _encoder_names(target) if target.table.is_text_encoder else _unet_names(target.path):
         yield name, None
 
@@ -65,10 +65,9 @@ def _unet_names(path: str) -> Iterable[str]:
     original = path if diffusers is not None else renamed(path, SD_ORIGINAL_PATHS)
     diffusers = path if diffusers is None else diffusers
     attention, found, layer = diffusers.rpartition(".to_")
-    names = {"unet": [diffusers], "diffusion_model": [] if original is None else [original]}
-    for prefix, paths in names.items():
-        for name in paths:
-            yield from (name, f"{prefix}.{name}", f"lora_unet_{name}".replace(".", "_"))
+    for name in (diffusers, original):
+        if name is not None:
+            yield from (name, f"unet.{name}", f"diffusion_model.{name}", *flat_names(name, ("lora_unet", "lycoris")))
     if found:
         old = f"{attention}.processor.to_{layer.removesuffix('.0')}"
         yield from (old, f"unet.{old}")

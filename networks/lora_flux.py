@@ -19,7 +19,7 @@ from library.safetensors_io import open_checkpoint
 from networks.adapters.lora_arguments import choice, flag, parse_arguments, text, whole_number, whole_numbers
 from networks.adapters.lora_core import LoRANetwork
 from networks.adapters.lora_creation import build_network, build_network_from_weights
-from networks.adapters.lora_formats import without_wrapper
+from networks.adapters.lora_formats import plain_name
 from networks.adapters.lora_targets import (
     Arguments,
     Family,
@@ -27,6 +27,7 @@ from networks.adapters.lora_targets import (
     Target,
     TargetTable,
     find_targets,
+    flat_names,
     parse_indices,
     path_from,
     ranks_by_name,
@@ -117,7 +118,7 @@ def warn_of_missing_layers(arguments: Arguments, transformer: nn.Module) -> None
 
 
 def other_names(target: Target) -> Iterable[tuple[str, Part]]:
-    """What diffusers, PEFT, AI-toolkit, ComfyUI, OneTrainer and XLabs call a module, or the parts of a joined one."""
+    """What diffusers, PEFT, AI-toolkit, ComfyUI, OneTrainer, LyCORIS, XLabs call a module or parts of a joined one."""
     path = target.path
     if target.table is CLIP_L:
         yield f"text_encoders.clip_l.transformer.{path}", None
@@ -130,11 +131,13 @@ def other_names(target: Target) -> Iterable[tuple[str, Part]]:
     else:
         for name in (path, f"diffusion_model.{path}", f"transformer.{path}"):
             yield name, None
+        yield from ((name, None) for name in flat_names(path, ("lycoris",)))
         yield from _xlabs_names(path)
         parts = diffusers_paths(path)
         for index, part in enumerate(parts):
             number: Part = "swapped" if path == LAST_MODULATION else index if len(parts) > 1 else None
-            for name in (part, f"transformer.{part}", f"lora_transformer_{part}".replace(".", "_")):
+            yield from ((f"{model}{part}", number) for model in ("", "transformer.", "diffusion_model."))
+            for name in flat_names(part, ("lora_transformer", "lora_unet", "lycoris")):
                 yield name, number
 
 
@@ -182,7 +185,7 @@ FLUX = Family(
 
 def holds_t5xxl(file: str | Path) -> bool:
     """Whether a LoRA file has modules of T5-XXL. Raises UserError when it cannot be opened."""
-    return any(without_wrapper(key).startswith(T5_NAMES) for key in open_checkpoint(file).keys())  # noqa: SIM118
+    return any(plain_name(key).startswith(T5_NAMES) for key in open_checkpoint(file).keys())  # noqa: SIM118
 
 
 def check_network_args(network_args: Mapping[str, str]) -> None:

@@ -29,9 +29,10 @@ def whole_number(name: str, value: Any) -> int:
     """A rank: a whole number, 0 meaning no LoRA there."""
     try:
         number = int(value)
-    except (TypeError, ValueError):
+        is_whole = number == float(value)
+    except (TypeError, ValueError, OverflowError):
         raise _refuse(name, value, "a whole number") from None
-    if number < 0 or number != float(value):
+    if number < 0 or not is_whole:
         raise _refuse(name, value, "a whole number, 0 or more")
     return number
 
@@ -40,7 +41,7 @@ def number(name: str, value: Any) -> float:
     """A finite number, 0 or more. Raises UserError."""
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _refuse(name, value, "a number") from None
     if not math.isfinite(result) or result < 0:
         raise _refuse(name, value, "a number, 0 or more")

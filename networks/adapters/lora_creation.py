@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def build_network(
     alpha = DEFAULT_ALPHA if network_alpha is None else float(network_alpha)
     if rank < 1:
         raise UserError(f"--network_dim must be at least 1, not {rank}.")
-    if alpha < 0:
-        raise UserError(f"--network_alpha must be 0 or more, not {alpha:g}.")
+    if not 0 <= alpha < math.inf:
+        raise UserError(f"--network_alpha must be a number, 0 or more, not {alpha:g}.")
     family.check(arguments, unet)
     ranks = _ranks(family, arguments, rank, _encoders(text_encoder), unet)
     if not ranks:

@@ -49,7 +49,7 @@ def with_adapter_config(path: Path | str, metadata: Mapping[str, str]) -> dict[s
     config = Path(path).with_name("adapter_config.json")
     if PEFT_METADATA in metadata or Path(path).stem != "adapter_model" or not config.is_file():
         return dict(metadata)
-    return {**metadata, PEFT_METADATA: config.read_text(encoding="utf-8")}
+    return {**metadata, PEFT_METADATA: config.read_text(encoding="utf-8", errors="replace")}
 
 
 def write_file(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:

@@ -2,34 +2,128 @@
 
 A name is looked up in a list that is made from the modules of the model at hand, so nothing is guessed from the key
 itself: ``lora_unet_...`` (kohya-ss/sd-scripts), ``transformer....lora_A`` (diffusers, PEFT, AI-toolkit),
-``diffusion_model....`` (ComfyUI). What diffusers keeps as separate q, k, v (and mlp) layers is joined into one module.
+``diffusion_model....`` (ComfyUI), ``lycoris_...`` (LyCORIS, SimpleTuner). What diffusers keeps as separate q, k, v (and
+mlp) layers is joined into one module. Trainers, inference and tools all read a module with ``read_module``.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.safetensors_io import require_finite, strict_json
 from networks.adapters.lora_file import PEFT_METADATA, LoRAWeights
 from networks.adapters.lora_targets import Family, Part, Target
 
+# A PEFT adapter's name stands between lora_A and weight.
 _ROLES = {
-    "down": r"(?:\.lora_down|\.lora_A(?:\.default)?|(?:[._]lora|\.lora_linear_layer)?\.down)(?:\.weight)?",
-    "up": r"(?:\.lora_up|\.lora_B(?:\.default)?|(?:[._]lora|\.lora_linear_layer)?\.up)(?:\.weight)?",
+    "down": r"(?:\.lora_down|\.lora_A(?:\.(?:default$|[^.]+(?=\.weight$)))?|(?:[._]lora|\.lora_linear_layer)?\.down)",
+    "up": r"(?:\.lora_up|\.lora_B(?:\.(?:default$|[^.]+(?=\.weight$)))?|(?:[._]lora|\.lora_linear_layer)?\.up)",
     "alpha": r"\.alpha",
 }
-KEY = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in _ROLES.items()) + r")$")
+KEY = re.compile(
+    rf"(?P<module>.+?)(?:(?P<down>{_ROLES['down']}(?:\.weight)?)|(?P<up>{_ROLES['up']}(?:\.weight)?)"
+    rf"|(?P<alpha>{_ROLES['alpha']}))$"
+)
 _OTHER_METHODS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr"}
 _OTHER_METHODS |= {"lokr_w1_a": "LoKr", "oft_blocks": "OFT", "oft_diag": "OFT", "lora_mid": "Tucker-decomposed LoCon"}
+# What PEFT and data parallelism put before a module's name, or between the model and the path in it.
+_WRAPPERS = re.compile(
+    r"^(?P<model>(?:transformer|unet|text_encoder(?:_\d)?|diffusion_model)\.)?(?:base_model\.model\.|module\.)+"
+)
+# Regular expressions of PEFT's settings that could take for ever: repeated groups, or many repetitions.
+_SLOW_PATTERN = re.compile(r"\)[*+?{]|(?:[*+}].*){4}|.{300}", re.DOTALL)
+
+
+class ModuleKeys(NamedTuple):
+    """The keys of one module's tensors."""
+
+    down: str
+    up: str
+    alpha: str | None
+
+
+def grouped_keys(keys: Iterable[str]) -> tuple[dict[str, ModuleKeys], list[str]]:
+    """The modules of a file by the names it gives them, and the keys that belong to no module with both factors.
+
+    Raises UserError for keys of another method (DoRA, LoHa, LoKr, OFT), and for a module that stands in the file twice.
+    """
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    others = []
+    for key in keys:
+        match = KEY.match(key)
+        if match is None:
+            refuse_other_methods(key)
+            others.append(key)
+            continue
+        role, own = str(match.lastgroup), found[match["module"]]
+        if role in own:
+            raise UserError(
+                f'the file holds a module twice, as "{own[role]}" and "{key}"; a file with one adapter is needed.'
+            )
+        own[role] = key
+    modules = {}
+    for name, roles in found.items():
+        if "down" in roles and "up" in roles:
+            modules[name] = ModuleKeys(roles["down"], roles["up"], roles.get("alpha"))
+        else:
+            others.extend(roles.values())
+    return modules, others
+
+
+def check_shapes(name: str, down: Sequence[int], up: Sequence[int]) -> None:
+    """Raises UserError unless the shapes are those of two factors of a Linear or Conv2d, with a rank of 1 or more."""
+    fits = len(down) in (2, 4) and len(up) in (2, 4) and down[0] == up[1] and 0 not in (*down, *up)
+    if not fits or any(size != 1 for size in up[2:]):
+        raise UserError(
+            f"the matrices of {name}, {list(up)} and {list(down)}, do not fit together; the file is damaged or holds"
+            " something other than LoRA."
+        )
+
+
+def read_module(
+    load: Callable[[str], Tensor], name: str, keys: ModuleKeys, metadata: Mapping[str, str] | None = None
+) -> LoRAWeights:
+    """One module; ``load`` gives a tensor by its key, ``name`` is the module's in the file.
+
+    Alpha is the module's own, else what PEFT's settings in the metadata say, else the rank. Factors in fp8, with which
+    nothing can be computed, become bfloat16, which holds the same numbers. Raises UserError for factors that do not fit
+    together and for anything that is not a finite number.
+    """
+    down, up = (finite_numbers(key, load(key)) for key in (keys.down, keys.up))
+    check_shapes(name, down.shape, up.shape)
+    if keys.alpha is not None:
+        alpha = single_number(keys.alpha, load(keys.alpha))
+    else:
+        alpha = peft_alpha(metadata or {}, plain_name(name), len(down)) or float(len(down))
+    return LoRAWeights(down, up, alpha)
+
+
+def finite_numbers(key: str, tensor: Tensor) -> Tensor:
+    """A tensor of a file that a network can be made of; fp8 becomes bfloat16. Raises UserError."""
+    if not tensor.is_floating_point():
+        raise UserError(f'"{key}" is of the dtype {tensor.dtype}, where floating-point numbers are needed.')
+    numbers = tensor.bfloat16() if tensor.element_size() == 1 else tensor
+    require_finite(key, numbers)
+    return numbers
+
+
+def single_number(key: str, tensor: Tensor) -> float:
+    """The number in a tensor of a file, such as alpha. Raises UserError unless it is one, and finite in float32."""
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise UserError(f'"{key}" has the shape {list(tensor.shape)}, where one real number is needed.')
+    number = float(tensor.double())
+    require_finite(key, torch.tensor(number, dtype=torch.float32))
+    return number
 
 
 def read_modules(
@@ -40,36 +134,31 @@ def read_modules(
 ) -> tuple[dict[str, LoRAWeights], list[str]]:
     """The modules in ``tensors`` by LoRA name, and the keys that belong to no target or to an incomplete module.
 
-    ``metadata`` is the file's; it says alpha where the tensors do not (see ``peft_alpha``).
-    Raises UserError when the tensors belong to another method (DoRA, LoHa, LoKr, OFT).
+    ``metadata`` is the file's; it says alpha where the tensors do not (see ``peft_alpha``). Raises UserError as
+    ``grouped_keys`` and ``read_module`` do.
     """
     known = {alias: (target, part) for target in targets for alias, part in _names(target, family)}
-    entries: dict[tuple[str, Part], dict[str, str]] = defaultdict(dict)
+    modules, others = grouped_keys(tensors)
+    unexpected = set(others)
     by_name: dict[str, Target] = {}
-    unexpected = []
-    for key in tensors:
-        match = KEY.match(key)
-        found = known.get(without_wrapper(match["module"])) if match else None
-        if match is None or found is None:
-            refuse_other_methods(key)
-            unexpected.append(key)
+    parts: dict[str, dict[Part, LoRAWeights]] = defaultdict(dict)
+    for name, keys in modules.items():
+        found = known.get(plain_name(name))
+        if found is None:
+            unexpected.update(key for key in keys if key is not None)
             continue
         target, part = found
         by_name[target.name] = target
-        entries[target.name, part][str(match.lastgroup)] = key
-    parts: dict[str, dict[Part, LoRAWeights]] = defaultdict(dict)
-    for (name, part), keys in entries.items():
-        if "down" in keys and "up" in keys:
-            down, up = tensors[keys["down"]], tensors[keys["up"]]
-            if "alpha" in keys:
-                alpha = float(tensors[keys["alpha"]])
-            else:
-                module = str(KEY.match(keys["down"])["module"])  # type: ignore[index]
-                alpha = peft_alpha(metadata or {}, without_wrapper(module), len(down)) or float(len(down))
-            parts[name][part] = LoRAWeights(down, up, alpha)
-        else:
-            unexpected.extend(keys.values())
-    return {name: _joined(by_name[name], found_parts, family) for name, found_parts in parts.items()}, unexpected
+        refuse_repetition(target.name, part, parts[target.name])
+        parts[target.name][part] = read_module(tensors.__getitem__, name, keys, metadata)
+    joined = {name: _joined(by_name[name], found_parts, family) for name, found_parts in parts.items()}
+    return joined, [key for key in tensors if key in unexpected]
+
+
+def refuse_repetition(name: str, part: Part, parts: Collection[Part]) -> None:
+    """Raises UserError when ``part`` of a layer adds to ``parts`` what they hold already."""
+    if part in parts or (parts and not all(isinstance(one, int) for one in (part, *parts))):
+        raise UserError(f"the file holds {name} twice, under several names.")
 
 
 def _names(target: Target, family: Family) -> Iterable[tuple[str, Part]]:
@@ -80,29 +169,35 @@ def _names(target: Target, family: Family) -> Iterable[tuple[str, Part]]:
 def peft_alpha(metadata: Mapping[str, str], module: str, rank: int) -> float | None:
     """The alpha of a module that diffusers and PEFT keep in the metadata, as kohya's: what counts is alpha / rank.
 
-    ``module`` is its name in the file, "transformer.x_embedder". None where nothing is said.
+    ``module`` is its name in the file, "transformer.x_embedder". None where nothing is said. Raises UserError for
+    settings that cannot be read.
     """
+    text = metadata.get(PEFT_METADATA)
+    if not text:
+        return None
     try:
-        settings = dict(json.loads(metadata.get(PEFT_METADATA, "{}")))
-    except (ValueError, TypeError):
-        return None
-    model, _, path = module.partition(".")
-    prefix = f"{model}." if f"{model}.lora_alpha" in settings else ""
-    alpha = settings.get(f"{prefix}lora_alpha")
-    for pattern, own in (settings.get(f"{prefix}alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path if prefix else module):
-            alpha = own
-            break  # as PEFT: the first pattern that fits
-    if alpha is None:
-        return None
-    return float(alpha) * (math.sqrt(rank) if settings.get(f"{prefix}use_rslora") else 1.0)
+        settings = strict_json(text)
+        model, _, path = module.partition(".")
+        prefix = f"{model}." if f"{model}.lora_alpha" in settings else ""
+        alpha = settings.get(f"{prefix}lora_alpha")
+        for pattern, own in (settings.get(f"{prefix}alpha_pattern") or {}).items():
+            if _SLOW_PATTERN.search(pattern):
+                raise ValueError(f"the pattern {pattern:.40} is too intricate")
+            if re.match(rf"(.*\.)?({pattern})$", path if prefix else module):
+                alpha = own
+                break  # as PEFT: the first pattern that fits
+        if alpha is None:
+            return None
+        value = float(alpha) * (math.sqrt(rank) if settings.get(f"{prefix}use_rslora") else 1.0)
+        require_finite("lora_alpha", torch.tensor(value, dtype=torch.float32))
+    except (UserError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error):
+        raise UserError(f"the settings of PEFT in the metadata ({PEFT_METADATA}) give no alpha for {module}.") from None
+    return value
 
 
-def without_wrapper(module: str) -> str:
-    """A module's name without what PEFT and data parallelism put before it."""
-    for wrapper in ("base_model.model.", "module."):
-        module = module.removeprefix(wrapper)
-    return module
+def plain_name(module: str) -> str:
+    """A module's name without what PEFT and data parallelism put into it, and without an underscore at its end."""
+    return _WRAPPERS.sub(r"\g<model>", module).rstrip("_")
 
 
 def refuse_other_methods(key: str) -> None:
@@ -131,6 +226,8 @@ def whole_module(parts: Mapping[Part, LoRAWeights]) -> LoRAWeights | None:
 
 def swap_halves(up: Tensor) -> Tensor:
     """An up with the halves of its rows exchanged."""
+    if len(up) % 2:
+        raise UserError(f"the file has an up matrix of shape {list(up.shape)} where this model needs two halves.")
     first, second = up.chunk(2)
     return torch.cat((second, first))
 
@@ -141,6 +238,12 @@ def join_parts(parts: Sequence[LoRAWeights], positions: Sequence[int], rows: Seq
     The result has the sum of the ranks. Where all parts have one strength, no number is changed: alpha is that strength
     times the rank. Else strengths are folded into the ups.
     """
+    widths = {tuple(weights.down.shape[1:]) for weights in parts}
+    if len(widths) > 1 or any(weights.up.dim() != 2 for weights in parts):
+        raise UserError(
+            "the file has matrices of different widths for the parts of one layer; it is damaged or was made for"
+            " another model."
+        )
     rank = sum(len(weights.down) for weights in parts)
     strengths = [weights.alpha / len(weights.down) for weights in parts]
     strength = strengths[0] if len(set(strengths)) == 1 else 1.0

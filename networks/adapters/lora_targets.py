@@ -129,6 +129,13 @@ class Family:
     """What messages call the model that isn't a text encoder."""
 
 
+def flat_names(path: str, prefixes: Iterable[str]) -> Iterable[str]:
+    """A path behind each prefix, joined by underscores; of a list of one layer, also without the layer's number."""
+    for prefix in prefixes:
+        name = f"{prefix}.{path}".replace(".", "_")
+        yield from (name, name.removesuffix("_0")) if path.endswith(".to_out.0") else (name,)
+
+
 def find_targets(model: nn.Module, table: TargetTable, with_conv: bool = False) -> list[Target]:
     """Every Linear and Conv2d inside modules of the table's classes, each once, in the model's own order."""
     classes = table.classes + (table.conv_classes if with_conv else ())

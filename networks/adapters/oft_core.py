@@ -10,6 +10,7 @@ Files are those of kohya-ss/sd-scripts: ``oft_unet_...`` with the layers' names 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from networks.adapters.adapter_module import AdapterModule, as_float32
 from networks.adapters.adapter_network import AdapterNetwork, LoadInfo
 from networks.adapters.lora_arguments import COMMON_ARGUMENTS, flag, parse_arguments, unavailable
 from networks.adapters.lora_file import read_file
+from networks.adapters.lora_formats import finite_numbers, single_number
 from networks.adapters.lora_targets import Arguments, Family, Target
 
 DEFAULT_BLOCKS = 4
@@ -149,14 +151,14 @@ class OFTNetwork(AdapterNetwork[OFTModule]):
         missing, unexpected, found = [], set(tensors), 0
         for module in self.loras:
             alpha = f"{module.lora_name}.alpha"
-            module.alpha = as_float32(float(tensors[alpha])) if alpha in tensors else module.alpha
+            module.alpha = as_float32(single_number(alpha, tensors[alpha])) if alpha in tensors else module.alpha
             unexpected.discard(alpha)
             for name, parameter in module.named_parameters():
                 key = f"{module.lora_name}.{name}"
                 if key not in tensors:
                     missing.append(key)
                     continue
-                _copy_blocks(key, tensors[key], parameter)
+                _copy_blocks(key, finite_numbers(key, tensors[key]), parameter)
                 unexpected.discard(key)
                 found += 1
         if not found:
@@ -190,7 +192,7 @@ def build_network(
     """
     blocks = DEFAULT_BLOCKS if network_dim is None else int(network_dim)
     constraint = DEFAULT_CONSTRAINT if network_alpha is None else float(network_alpha)
-    if blocks < 1 or constraint <= 0:
+    if blocks < 1 or not 0 < constraint < math.inf:
         raise UserError(
             f"{family.module} needs --network_dim of at least 1 and --network_alpha above 0, not {blocks} and"
             f" {constraint:g}."
@@ -228,16 +230,16 @@ def build_network_from_weights(
             raise ValueError("either a file or its tensors must be given")
         weights_sd = read_file(file)[0]
     source = "the given weights" if file is None else str(file)
-    blocks = {key.partition(".oft_blocks")[0]: len(t) for key, t in weights_sd.items() if ".oft_blocks" in key}
-    modules = [
-        OFTModule(target, blocks[target.name], DEFAULT_CONSTRAINT, multiplier, parts(target))
-        for target in targets
-        if target.name in blocks
-    ]
-    if not modules:
-        raise UserError(f"{source}: none of the {len(weights_sd)} tensors belongs to an OFT module of this model.")
-    network = _network(family, arguments, modules, multiplier)
     try:
+        blocks = _block_counts(weights_sd)
+        modules = [
+            OFTModule(target, blocks[target.name], DEFAULT_CONSTRAINT, multiplier, parts(target))
+            for target in targets
+            if target.name in blocks
+        ]
+        if not modules:
+            raise UserError(f"none of the {len(weights_sd)} tensors belongs to an OFT module of this model.")
+        network = _network(family, arguments, modules, multiplier)
         info = network.take_tensors(weights_sd)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -250,6 +252,18 @@ def build_network_from_weights(
     if for_inference:
         network.requires_grad_(False).eval()
     return network, network.file_tensors(modules)
+
+
+def _block_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of blocks of each module. Raises UserError for blocks that are no stack of square matrices."""
+    counts = {}
+    for key, tensor in tensors.items():
+        name, found, _ = key.partition(".oft_blocks")
+        if found:
+            if tensor.dim() != 3 or 0 in tensor.shape or tensor.shape[1] != tensor.shape[2]:
+                raise UserError(f'"{key}" has the shape {list(tensor.shape)}, where [blocks, size, size] is needed.')
+            counts[name] = len(tensor)
+    return counts
 
 
 def parse_oft_arguments(

@@ -15,7 +15,7 @@ from library.console import say
 from library.errors import UserError
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
 from networks.adapters.lora_file import LoRAWeights
-from networks.adapters.lora_formats import join_parts, whole_module, without_wrapper
+from networks.adapters.lora_formats import join_parts, plain_name, refuse_repetition, whole_module
 from networks.adapters.lora_targets import Part, Target
 from networks.lora_flux import CLIP_L, IN_LAYERS, T5XXL, TRANSFORMER, other_names
 from networks.lora_tools.named_lora import FAMILY_BY_NAME, NamedLoRA
@@ -23,6 +23,7 @@ from networks.lora_tools.named_lora import FAMILY_BY_NAME, NamedLoRA
 FEED_FORWARD_RATIO = 4  # of FLUX.1 and Chroma, where a file does not tell
 MOST_BLOCKS = 1000
 BFL_NAMES = ("double_blocks.", "single_blocks.", "final_layer.", *IN_LAYERS)
+FLAT_BFL_NAMES = tuple(name.replace(".", "_") for name in BFL_NAMES)
 CONTROL_LORA = (".lora_B.bias", "_norm.scale")
 _CLIP_LAYERS = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 _T5_LAYERS = (
@@ -72,21 +73,23 @@ class FluxLoRA(NamedLoRA):
 
     def __init__(self, path: Path | str, option: str = "--models"):
         super().__init__(path, option)
-        numbers = [int(number) for name in self.keys for number in re.findall(r"(?<=[._])\d+(?=[._])", name)]
+        numbers = [int(number) for name in self.keys for number in re.findall(r"(?<=[._])\d{1,9}(?=[._])", name)]
         known = _known_names(min(max(numbers, default=0) + 1, MOST_BLOCKS))
         self.targets: dict[str, Target] = {}
         self.parts: dict[str, dict[Part, str]] = {}
         self.unmatched: list[str] = []
         self._ratio_is_told = False
         for name in self.keys:
-            if without_wrapper(name) not in known:
+            if plain_name(name) not in known:
                 self.unmatched.append(name)
                 continue
-            target, part = known[without_wrapper(name)]
+            target, part = known[plain_name(name)]
             self.targets[target.name] = target
             parts = self.parts.setdefault(target.name, {})
-            if part in parts or (parts and not all(isinstance(one, int) for one in (part, *parts))):
-                raise UserError(f"{self.label} holds {target.name} twice, under several names.")
+            try:
+                refuse_repetition(target.name, part, parts)
+            except UserError as error:
+                raise self._named(error) from None
             parts[part] = name
         self.modules = self.parts.keys()
         for name in self.modules:
@@ -112,8 +115,8 @@ class FluxLoRA(NamedLoRA):
 
     @property
     def dialects(self) -> set[str]:
-        """Which programs' names are in the file: sd-scripts, ai-toolkit, comfyui, onetrainer, xlabs, bfl."""
-        found = {dialect_of(without_wrapper(name)) for name in self.keys}
+        """Which programs' names are in the file: sd-scripts, ai-toolkit, comfyui, onetrainer, xlabs, bfl ..."""
+        found = {dialect_of(plain_name(name)) for name in self.keys}
         # OneTrainer names CLIP-L as sd-scripts does.
         own = any(name.startswith(("lora_unet_", "lora_te3_")) for name in self.keys)
         return found - {"sd-scripts"} if "onetrainer" in found and not own else found
@@ -198,6 +201,10 @@ def _joined(parts: Mapping[Part, LoRAWeights], rows: list[int]) -> LoRAWeights:
 
 def dialect_of(name: str) -> str:
     """The program whose manner of naming modules ``name`` (without wrappers) follows."""
+    if name.startswith("lycoris_"):
+        return "lycoris"
+    if name.startswith("lora_unet_") and not name.removeprefix("lora_unet_").startswith(FLAT_BFL_NAMES):
+        return "sd-scripts with Diffusers' paths"
     if name.startswith(("lora_unet_", "lora_te1_", "lora_te3_")):
         return "sd-scripts"
     if name.startswith(("lora_transformer_", "lora_te2_")):

@@ -7,9 +7,8 @@ of ``lora_formats``.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from library.errors import UserError
 from library.safetensors_io import open_checkpoint
 from networks.adapters.lora_file import LoRAWeights, with_adapter_config
-from networks.adapters.lora_formats import KEY, peft_alpha, refuse_other_methods, without_wrapper
+from networks.adapters.lora_formats import check_shapes, grouped_keys, read_module
 from networks.lora_tools.arithmetic import layer_shape
 
 SD = "Stable Diffusion 1.x or 2.x"
@@ -41,15 +40,6 @@ FAMILY_BY_METADATA = {
 FAMILY_BY_ENCODER = {SDXL: r"lora_te[12]_text_model_", SD: r"lora_te_text_model_"}
 
 
-@dataclass(frozen=True)
-class ModuleKeys:
-    """The keys of one module's tensors."""
-
-    down: str
-    up: str
-    alpha: str | None
-
-
 class NamedLoRA:
     """A LoRA file, opened by its header.
 
@@ -64,42 +54,23 @@ class NamedLoRA:
         self.checkpoint = open_checkpoint(path, option=option)
         self.label = self.checkpoint.label
         self.metadata = with_adapter_config(path, self.checkpoint.metadata)
-        self.keys, self.others = self._group()
-        self.modules = self.keys.keys()
-        if not self.keys:
-            raise UserError(f"{self.label} holds no LoRA modules; a LoRA file is needed here.")
-        for name in self.keys:
-            self._check(name)
+        try:
+            self.keys, self.others = grouped_keys(self.checkpoint)
+            self.modules = self.keys.keys()
+            if not self.keys:
+                raise UserError(f"{self.label} holds no LoRA modules; a LoRA file is needed here.")
+            for name in self.keys:
+                self._check(name)
+        except UserError as error:
+            raise self._named(error) from None
 
-    def _group(self) -> tuple[dict[str, ModuleKeys], list[str]]:
-        found: dict[str, dict[str, str]] = defaultdict(dict)
-        others = []
-        for key in self.checkpoint:
-            match = KEY.match(key)
-            if match is not None:
-                found[match["module"]][str(match.lastgroup)] = key
-                continue
-            try:
-                refuse_other_methods(key)
-            except UserError as error:
-                raise UserError(f"{self.label}: {error}") from None
-            others.append(key)
-        modules = {}
-        for name, keys in found.items():
-            if "down" in keys and "up" in keys:
-                modules[name] = ModuleKeys(keys["down"], keys["up"], keys.get("alpha"))
-            else:
-                others.extend(keys.values())
-        return modules, others
+    def _named(self, error: UserError) -> UserError:
+        """The error with the file's name before it."""
+        return error if str(error).startswith(self.label) else UserError(f"{self.label}: {error}")
 
     def _check(self, name: str) -> None:
         down, up = self.shapes(name)
-        fits = len(down) == len(up) and len(down) in (2, 4) and down[0] == up[1] and down[0] > 0
-        if not fits or any(size != 1 for size in up[2:]):
-            raise UserError(
-                f"{self.label}: the matrices of {name}, {list(up)} and {list(down)}, do not fit together; the file is"
-                " damaged or holds something other than LoRA."
-            )
+        check_shapes(name, down, up if len(up) == len(down) else ())
 
     def shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of down and up."""
@@ -113,22 +84,12 @@ class NamedLoRA:
     def rank(self, name: str) -> int:
         return self.shapes(name)[0][0]
 
-    def alpha(self, name: str) -> float:
-        """The module's own; else what PEFT's settings in the metadata say; else the rank."""
-        key = self.keys[name].alpha
-        if key is not None:
-            return float(self.checkpoint.load(key))
-        rank = self.shapes(name)[0][0]
-        return peft_alpha(self.metadata, without_wrapper(name), rank) or float(rank)
-
     def load(self, name: str, device: torch.device | str = "cpu") -> LoRAWeights:
-        """The module's matrices in the file's dtype. Raises UserError when they hold infinity or NaN."""
-        keys = self.keys[name]
-        down, up = (self.checkpoint.load(key, device=device) for key in (keys.down, keys.up))
-        weights = LoRAWeights(down, up, self.alpha(name))
-        if not all(bool(torch.isfinite(part.float()).all()) for part in (down, up, torch.tensor(weights.alpha))):
-            raise UserError(f"{self.label}: {name} holds numbers that are not finite; the file is damaged.")
-        return weights
+        """The module's matrices in the file's dtype. Raises UserError as ``lora_formats.read_module`` does."""
+        try:
+            return read_module(partial(self.checkpoint.load, device=device), name, self.keys[name], self.metadata)
+        except UserError as error:
+            raise self._named(error) from None
 
     @property
     def family(self) -> str | None:

@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion
 from library.modelspec import standard_entries
 from networks.adapters.lora_file import LoRAWeights
-from networks.adapters.lora_formats import without_wrapper
+from networks.adapters.lora_formats import plain_name
 from networks.lora_tools.block_weights import BlockWeights, parse_block_weights
 from networks.lora_tools.merging import Ingredient, check_ingredients, shuffled, summed
 from networks.lora_tools.metadata import merged_metadata, merged_model_metadata
@@ -103,9 +103,7 @@ class MergeRun:
         model = open_stable_diffusion(path, option="--sd_model")
         self._check_model(model, path, says_v2)
         layers, names = layers_of(model)
-        ingredients = self.ingredients(
-            FAMILY_OF_VARIANT[model.variant], lambda name: names.get(without_wrapper(name), name)
-        )
+        ingredients = self.ingredients(FAMILY_OF_VARIANT[model.variant], lambda name: names.get(plain_name(name), name))
         plan = plan_merge(ingredients, layers)
         save_dtype = self.numbers.save_precision
         form = MergeFormat(parse_dtype(self.numbers.precision), parse_dtype(save_dtype) if save_dtype else None)

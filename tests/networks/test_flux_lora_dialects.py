@@ -102,6 +102,17 @@ def xlabs_names(factors: Factors) -> tuple[Factors, set[str]]:
     return named, kept | {"single_blocks.0.linear1", "single_blocks.0.linear2"}
 
 
+MORE_NAMES = {  # diffusers' paths with what stands before them, between their parts, and after them
+    "a named adapter": ("transformer.", ".", ""),
+    "wrapped by peft": ("transformer.base_model.model.", ".", ""),
+    "wrapped twice": ("base_model.model.transformer.", ".", ""),
+    "lora_unet": ("lora_unet_", "_", ""),
+    "lora_unet with an underscore": ("lora_unet_", "_", "_"),
+    "lycoris": ("lycoris_", "_", ""),
+    "diffusion_model": ("diffusion_model.", ".", ""),
+}
+
+
 def dialect(name: str, factors: Factors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The file's tensors, and what each layer must get by this suite's names."""
     down_key, up_key = ".lora_A.weight", ".lora_B.weight"
@@ -125,6 +136,15 @@ def dialect(name: str, factors: Factors) -> tuple[dict[str, Tensor], dict[str, T
         everything -= {CLIP, T5}
         prefix = "base_model.model." if name == "bfl of peft" else ""
         named = original_names({path: factors[path] for path in everything}, prefix, "", "")
+    elif name in MORE_NAMES:
+        everything -= {CLIP, T5}
+        prefix, separator, end = MORE_NAMES[name]
+        named = diffusers_names({path: factors[path] for path in everything}, prefix, separator, "", "")
+        named = {f"{module}{end}": both for module, both in named.items()}
+        if name == "lycoris":
+            down_key, up_key = ".lora_down.weight", ".lora_up.weight"
+        if name == "a named adapter":
+            down_key, up_key = ".lora_A.my-style_1.weight", ".lora_B.my-style_1.weight"
     else:
         named, everything = xlabs_names(factors)
         down_key, up_key = ".down.weight", ".up.weight"
@@ -148,7 +168,7 @@ DIALECTS = (
 )
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", (*DIALECTS, *MORE_NAMES))
 def test_networks_read_it(name, factors, transformer, clip, t5, messages):
     tensors, wanted = dialect(name, factors)
     network, _ = lora_flux.create_network_from_weights(1.0, None, None, [clip, t5], transformer, tensors)
@@ -170,6 +190,14 @@ def test_it_is_converted(name, factors, tmp_path):
     form = "ai-toolkit" if source == "diffusers" else source
     assert said["ss_training_comment"] == f"converted from {form} to sd-scripts"
     assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("3", "3.0")
+
+
+@pytest.mark.parametrize("name", MORE_NAMES)
+def test_further_names_are_read_by_the_tools(name, factors, tmp_path):
+    tensors, wanted = dialect(name, factors)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    run(main, "--src_path", tmp_path / "theirs.safetensors", "--dst_path", tmp_path / "ours.safetensors")
+    assert_same(deltas(tmp_path / "ours.safetensors"), wanted, 1e-7)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -226,3 +226,20 @@ def test_the_keys_that_another_trainer_wrote_are_all_understood():
         text = ClipTextEncoder(CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2))
     network, own = lora.create_network_from_weights(1.0, None, None, text, unet, tensors)
     assert network.state_dict().keys() == own.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+@pytest.mark.parametrize(
+    ("prefix", "separator", "end"),
+    [
+        *(("lycoris_", "_", ""), ("lora_unet_", "_", ""), ("lora_unet_", "_", "_"), ("diffusion_model.", ".", "")),
+        *(("unet.base_model.model.", ".", ""), ("base_model.model.unet.", ".", "")),
+    ],
+)
+def test_further_names_of_diffusers_paths(make, variant, prefix, separator, end):
+    tiny = tiny_model(variant)
+    network = make(tiny)
+    paths = {id(module): path for path, module in tiny.unet.named_modules()}
+    names = {key: f"{prefix}{path.replace('.', separator)}{end}" for key, path in paths.items()}
+    tensors = under(network, names, "lora_A.some_adapter.weight", "lora_B.some_adapter.weight")
+    assert same(read(tiny, tensors), network, of_text=False)

@@ -18,6 +18,7 @@ from typing import Any
 
 from library.console import say
 from library.errors import UserError
+from library.safetensors_io import load_tensors
 from library.training.network.lycoris import LycorisModule, quiet_imports
 
 REQUIRED_METHODS = (
@@ -216,6 +217,8 @@ def load_first_weights(network: Any, path: str) -> str:
     Networks load a file leniently. Raises UserError where that would lose it in silence: nothing of it fits, other
     ranks, or another alpha: LyCORIS saves the file's, but keeps the strength that it was made with.
     """
+    if Path(path).suffix == ".safetensors" and not type(network).__module__.startswith("networks."):
+        load_tensors(path, finite=True)  # a third party's network would take over anything
     own = {name: tensor.clone() for name, tensor in network.state_dict().items() if name.endswith(".alpha")}
     try:
         info = network.load_weights(path)

@@ -151,7 +151,7 @@ class LycorisModule:
         """
         metadata: Mapping[str, str] = {}
         if weights_sd is None:
-            weights_sd, metadata = load_tensors(file)
+            weights_sd, metadata = load_tensors(file, finite=True)
         network = self._from_recipe(multiplier, metadata, weights_sd, vae, text_encoder, unet, given)
         if network is None:
             network = self._from_tensors(multiplier, file, weights_sd, vae, text_encoder, unet)

@@ -109,7 +109,7 @@ class FluxNetworkTrainer(NetworkTrainer):
                 "captions are encoded at every step; leave out --cache_text_encoder_outputs."
             )
         if flux.blocks_to_swap and options.precision.cpu_offload_checkpointing:
-            raise UserError("--blocks_to_swap and --cpu_offload_checkpointing exclude each other.")
+            raise UserError("--blocks_to_swap and --cpu_offload_checkpointing are mutually exclusive.")
         if flux.t5xxl_max_token_length is not None and flux.t5xxl_max_token_length < 1:
             raise UserError("--t5xxl_max_token_length must be at least 1.")
         self.say_what_has_no_effect()

@@ -489,7 +489,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         return next(iter(self.pipeline.load_text_encoders(encoders)), None)
 
     def checkpoint_transformer(self) -> None:
-        """diffusers' own checkpointing, with what it keeps in main memory if asked for."""
+        """diffusers' own checkpointing, with what it keeps in system RAM if requested."""
         if self.options.precision.cpu_offload_checkpointing:
             from library.memory.checkpointing import checkpoint_in_main_memory
 

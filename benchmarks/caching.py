@@ -100,7 +100,7 @@ def new_cache(dataset: Path, files: Path) -> LatentCache:
 
 
 class Timed:
-    """An encode function that notes how long its calls take and, if asked for, its batches."""
+    """An encode function that notes how long its calls take and, if requested, its batches."""
 
     def __init__(self, encode: Encode, wait: Callable[[], None]) -> None:
         self.encode, self.wait = encode, wait

@@ -346,13 +346,13 @@ class PickledCheckpoint(Checkpoint):
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         if not isinstance(content, dict):
-            raise UserError(f"{path} holds no set of named tensors.")
+            raise UserError(f"{path} contains no set of named tensors.")
         self.tensors = {
             key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)
         }
         for key, value in self.tensors.items():
             if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
-                raise UserError(f'{path}: the tensor "{key}" is sparse, quantized or without numbers; use a dense one.')
+                raise UserError(f'{path}: the tensor "{key}" is sparse, quantized or without values; use a dense one.')
 
     def keys(self) -> Collection[str]:
         return self.tensors.keys()
@@ -434,7 +434,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
             f"{folder} holds several safetensors files ({_few([f.name for f in files])}); name the one to use."
         )
     if not files:
-        raise UserError(f"{folder} holds no safetensors file.")
+        raise UserError(f"{folder} contains no safetensors file.")
     return files
 
 

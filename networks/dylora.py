@@ -1,6 +1,6 @@
 """DyLoRA for Stable Diffusion: a LoRA that can be cut to a smaller rank after training.
 
-Each step trains the network as it would be at one rank, drawn anew, so that its first ranks alone do as well as they
+Each step trains the network as it would be at a randomly drawn rank, so that its first ranks alone do as well as they
 can. Ranks go by ``unit`` (network_args); of the drawn rank only the last unit is trained, the paper's "frozen" way.
 Names and other arguments are those of ``networks.lora``, and so are files; ``extract_lora_from_dylora.py`` cuts them.
 https://arxiv.org/abs/2210.07558

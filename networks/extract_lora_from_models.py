@@ -115,7 +115,7 @@ def check_options(models: ExtractModels, lora: ExtractOptions) -> Path:
         if not value:
             raise UserError(f"{option} needs a Stable Diffusion model.")
     if models.v2 and models.sdxl:
-        raise UserError("--v2 and --sdxl exclude each other.")
+        raise UserError("--v2 and --sdxl are mutually exclusive.")
     check_rank(lora.dim, "--dim")
     check_rank(lora.conv_dim, "--conv_dim")
     check_clamp_quantile(lora.clamp_quantile)

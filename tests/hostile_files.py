@@ -27,7 +27,7 @@ def _set(header: Header, name: str, **parts: Any) -> Header:
 
 
 def hostile_headers(sound: bytes) -> dict[str, bytes]:
-    """Files by what is wrong with them; each must be refused. ``sound`` has two tensors with numbers at least."""
+    """Files by what is wrong with them; each must be refused. ``sound`` has two tensors with values at least."""
     header, data = taken_apart(sound)
     header.pop("__metadata__", None)
     named = sorted(header, key=lambda name: header[name]["data_offsets"])

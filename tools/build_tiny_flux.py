@@ -19,7 +19,7 @@ From the finished FLUX.1 in assets/tiny_flux:
 
 ``python tools/build_tiny_flux.py`` runs them all, about an hour and a half on one core; ``--stages transformer export``
 only some.
-A stage that was stopped goes on from its last checkpoint in the work folder. Training uses the project's own
+A stage that was stopped resumes from its last checkpoint in the work folder. Training uses the project's own
 autoencoder and transformer classes, with bfloat16 autocast.
 """
 

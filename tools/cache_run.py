@@ -139,7 +139,7 @@ def chosen_family(arguments: Sequence[str]) -> Family:
     switches = families.switches()
     chosen = [name for name in switches if f"--{name}" in arguments or configured_value(arguments, name) is True]
     if len(chosen) > 1:
-        raise UserError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other.")
+        raise UserError(f"{' and '.join(f'--{name}' for name in chosen)} are mutually exclusive.")
     default = next(family for family in families.FAMILIES if family.is_default)
     return switches[chosen[0]] if chosen else default
 

@@ -126,7 +126,7 @@ def quickstart(folders: Folders, steps: int, seed: int, threads: int) -> int:
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     code = subprocess.run(command, cwd=ROOT, env=variables).returncode
     if code:
-        print(f"the training ended with exit code {code}; its message stands above", file=sys.stderr)
+        print(f"the training ended with exit code {code}; see the message above", file=sys.stderr)
         return code
     return report(folders, command, steps, time.time() - begin)
 
@@ -349,7 +349,7 @@ def report_lines(
     }
     lines += [
         "",
-        f"To go on with real weights: put the paths of {real[folders.model_type]}",
+        f"To continue with real weights: put the paths of {real[folders.model_type]}",
         "`t5xxl_fp16.safetensors` and `ae.safetensors` in the place of the tiny files, leave out",
         "`--tokenizer_cache_dir`, `--t5xxl_max_token_length` and `--cpu`, point the dataset TOML at your own images",
         "with `resolution = 1024`, and use `--mixed_precision bf16 --gradient_checkpointing`.",

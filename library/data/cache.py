@@ -2,8 +2,8 @@
 
 In memory, or in ``.npz`` files beside the images under the names and keys of kohya-ss/sd-scripts. A family names its
 format and gives its encode function. Each entry carries what it was made from (image, caption, encoder, options); an
-entry that no longer matches, or is damaged, is made anew; one of another program, without that mark, is taken if its
-arrays fit. Entries are written as they are made, each file in one step, so an interrupted run goes on where it was.
+entry that no longer matches, or is damaged, is rebuilt; one of another program, without that mark, is taken if its
+arrays fit. Entries are written as they are made, each file in one step, so an interrupted run continues where it was.
 """
 
 from __future__ import annotations

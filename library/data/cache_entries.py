@@ -48,7 +48,7 @@ class CacheReport:
         text = f"{self.subject}: {self.kept} kept, {self.made} made"
         if total := self.rebuilt.total():
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rebuilt.items()))
-            text += f", of which {total} anew ({reasons})"
+            text += f", {total} rebuilt ({reasons})"
         return text
 
 

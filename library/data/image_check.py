@@ -64,7 +64,7 @@ MEANINGS = {
     Trait.TRANSPARENT: "transparency: dropped, unless alpha_mask is on",
     Trait.PALETTE: "a colour palette: converted to RGB",
     Trait.ANIMATED: "animated: only the first frame is used",
-    Trait.CUT: "an early end, but every pixel is there",
+    Trait.CUT: "truncated, but every pixel is there",
     Trait.ALTERED: "a wrong checksum: the file was altered or damaged after it was written, but can be decoded",
 }
 

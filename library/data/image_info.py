@@ -41,7 +41,7 @@ def read_image_info(subset: SubsetSettings, paths: Sequence[Path]) -> dict[str, 
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        log.warning("%s cannot be used and is made anew (%s).", file, error)
+        log.warning("%s cannot be used and is rebuilt (%s).", file, error)
         return {}
     known = {}
     for path in paths:

@@ -256,7 +256,7 @@ class MemoryLatents:
         self.alpha_mask = None if frame.alpha_mask is None else torch.from_numpy(frame.alpha_mask)
 
     def read(self, *, flipped: bool) -> CachedLatent:
-        """The latents, mirrored if asked for."""
+        """The latents, mirrored if requested."""
         return CachedLatent(self.latents[int(flipped)], self.frame.original_size, self.frame.crop, self.alpha_mask)
 
 
@@ -270,7 +270,7 @@ class DiskLatents:
         self.masked = any(item.subset.alpha_mask for item in entry.items)
 
     def read(self, *, flipped: bool) -> CachedLatent:
-        """The latents, mirrored if asked for. Raises UserError naming the file."""
+        """The latents, mirrored if requested. Raises UserError naming the file."""
         import torch
 
         key = self.key

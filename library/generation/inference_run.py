@@ -149,7 +149,7 @@ class InferenceRun(ABC):
         return [with_seed(prompt) for prompt in self.file_prompts]
 
     def run(self) -> None:
-        """Draw everything that is asked for."""
+        """Draw everything that is requested."""
         if self.options.sources.interactive:
             Session(self.session, self.defaults).run(self.draw_line)
             return
@@ -178,8 +178,8 @@ class InferenceRun(ABC):
         except torch.OutOfMemoryError:
             sizes = ", ".join(dict.fromkeys(f"{prompt.width}x{prompt.height}" for prompt in prompts))
             raise UserError(
-                f"{self.pipeline.device} has not enough memory for an image of {sizes}; use --offload, a smaller"
-                " dtype or a smaller image."
+                f"{self.pipeline.device} ran out of memory while generating an image of {sizes}; use --offload, "
+                "a smaller dtype or a smaller image."
             ) from None
 
     def draw(self, prompt: PromptOptions) -> Path:

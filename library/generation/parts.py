@@ -56,7 +56,7 @@ class Parts:
         self.pipeline.load(part)
         try:
             self.on_load(part, self.pipeline.modules[part])
-        except BaseException:  # Ctrl-C too: a session must not go on with a part that is only half prepared
+        except BaseException:  # Ctrl-C too: a session must not continue with a part that is only half prepared
             self.pipeline.release(part)
             raise
 

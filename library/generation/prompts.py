@@ -24,7 +24,7 @@ class PromptSourceOptions:
 def check_sources(options: PromptSourceOptions) -> None:
     """Raises UserError when prompts are to come from two places."""
     if options.from_file is not None and options.interactive:
-        raise UserError("--from_file and --interactive exclude each other.")
+        raise UserError("--from_file and --interactive are mutually exclusive.")
 
 
 def read_prompts(options: PromptSourceOptions, defaults: PromptOptions) -> list[PromptOptions]:
@@ -36,7 +36,7 @@ def read_prompts(options: PromptSourceOptions, defaults: PromptOptions) -> list[
         return [defaults]
     prompts = read_prompt_file(Path(options.from_file))
     if not prompts:
-        raise UserError(f"--from_file: {options.from_file} holds no prompts.")
+        raise UserError(f"--from_file: {options.from_file} contains no prompts.")
     return [with_defaults(prompt, defaults) for prompt in prompts]
 
 

@@ -21,7 +21,7 @@ class SessionGrammar:
     letters: Mapping[str, tuple[str, type]]
     """Field and type by letter; ``multipliers`` is the one field that PromptOptions does not have."""
     lasting: Collection[str]
-    """Fields that stay for the lines that follow; all others begin anew with each line."""
+    """Fields that stay for the lines that follow; all others are reset for each line."""
     help: str
     """What is printed at the start."""
 

@@ -1,6 +1,6 @@
 """Frozen Linear layers whose weights are stored in 8 bits (float8 e4m3fn) with one scale per layer.
 
-A layer computes with its weight in the activations' dtype, made anew for each product and let go at once, in
+A layer computes with its weight in the activations' dtype, materialised for each product and released at once, in
 the backward pass too; so a frozen model takes half the memory of bfloat16. The scale (largest absolute weight / 448)
 keeps small weights from falling below the format's smallest number: a plain cast of weights with a deviation of 0.002
 turns more than a third of them into 0.
@@ -58,7 +58,7 @@ StorageDtype = torch.dtype | BlocksInFp8
 class Fp8Linear(StoredLinear):
     """A frozen ``nn.Linear`` whose weight is stored in 8 bits.
 
-    ``weight`` is a property: the weight as the layer computes with it, made anew at each access. ``set_weight``
+    ``weight`` is a property: the weight as the layer computes with it, computed at each access. ``set_weight``
     replaces it.
     """
 

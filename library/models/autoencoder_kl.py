@@ -259,7 +259,7 @@ class AutoencoderFile(OpenedPart[AutoencoderKL]):
     config: AutoencoderConfig
 
     def meta_module(self) -> AutoencoderKL:
-        """The module on torch's meta device: its structure without its numbers."""
+        """The module on torch's meta device: its structure without its values."""
         with torch.device("meta"):
             return AutoencoderKL(self.config)
 

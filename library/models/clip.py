@@ -96,7 +96,7 @@ class ClipFile(OpenedTextEncoder[ClipTextEncoder]):
         return self.sizes["max_position_embeddings"]
 
     def meta_module(self) -> ClipTextEncoder:
-        """The module on torch's meta device: its structure without its numbers."""
+        """The module on torch's meta device: its structure without its values."""
         from transformers.models.clip.configuration_clip import CLIPTextConfig
 
         # The special ids of the configuration are unused: they come from the tokenizer.

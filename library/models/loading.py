@@ -77,7 +77,7 @@ class TensorSource:
     """
 
     reads_values = True
-    """When False, tensors of the right shape and format are given whose numbers are undefined: nothing is read."""
+    """When False, tensors of the right shape and format are given whose values are undefined: nothing is read."""
 
     def __init__(self, checkpoint: Checkpoint, prefixes: tuple[str, ...] = (), part: str = ""):
         self.checkpoint = checkpoint
@@ -134,7 +134,8 @@ class TensorSource:
         """Raises UserError when the file has no such tensor."""
         if name not in self.origins:
             raise UserError(
-                f'{self.checkpoint.label}: the tensor "{name}" is missing, so the model\'s sizes cannot be told.'
+                f'{self.checkpoint.label}: the tensor "{name}" is missing, so the model\'s dimensions cannot be '
+                "determined."
             )
         origin = self.origins[name]
         return origin.shape or self._joined_shape(origin)
@@ -309,7 +310,7 @@ def load_module(
         if source.shape(name) != tuple(place.shape):
             raise UserError(
                 f'{source.checkpoint.label}: tensor "{name}" has the shape {source.shape(name)}, '
-                f"but the other tensors ask for {tuple(place.shape)}."
+                f"but the other tensors imply {tuple(place.shape)}."
             )
     in_fp8: dict[str, nn.Linear] = {}
     if spec.storage == "fp8":

@@ -46,7 +46,7 @@ class OpenedPart(ABC, Generic[Module]):
 
     @abstractmethod
     def meta_module(self) -> Module:
-        """The module on torch's meta device: its structure without its numbers."""
+        """The module on torch's meta device: its structure without its values."""
 
     def kept_in_float32(self, compute: torch.dtype | None) -> tuple[str, ...]:
         """Endings of the names of tensors that stay float32 where the others are in ``compute``."""
@@ -172,7 +172,7 @@ class Pipeline(ABC, Generic[Request]):
         return opened
 
     def meta_module(self, part: str) -> Any:
-        """A part's module on torch's meta device: its structure without its numbers."""
+        """A part's module on torch's meta device: its structure without its values."""
         return self.opened(part).meta_module()
 
     def load(self, part: str) -> Any:

@@ -78,7 +78,7 @@ class T5File(OpenedTextEncoder[T5TextEncoder]):
         return self.sizes["d_model"]
 
     def meta_module(self) -> T5TextEncoder:
-        """The module on torch's meta device: its structure without its numbers."""
+        """The module on torch's meta device: its structure without its values."""
         from transformers.models.t5.configuration_t5 import T5Config
 
         config = T5Config(

@@ -31,7 +31,7 @@ SHIPPED = Path(__file__).parent / "tokenizers"
 
 @dataclass(frozen=True)
 class TokenizerKind:
-    """A kind of tokenizer: its hub id, the folders where Diffusers puts it, and how its files are told from others'.
+    """A kind of tokenizer: its hub id, the folders where Diffusers puts it, and how its files are recognised.
 
     ``pad_id`` is what the text encoder was trained to see after the end of text; None leaves it to the files.
     """

@@ -25,7 +25,7 @@ class ModelOptions:
     no_half_vae: bool = False
     """Keep the autoencoder in float32."""
     lowram: bool = False
-    """With several processes: load models in one process after another, to need less main memory at a time."""
+    """With several processes: load models in one process after another, to need less system RAM at a time."""
     highvram: bool = False
     """Keep every part that was loaded on the device, also between caching, training and samples."""
 
@@ -45,7 +45,7 @@ class LengthOptions:
     max_train_steps: int = 1600
     """Optimizer steps to train."""
     max_train_epochs: int | None = None
-    """Epochs to train; wins over --max_train_steps."""
+    """Epochs to train; overrides --max_train_steps."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are averaged for one optimizer step."""
     seed: int | None = None
@@ -98,7 +98,7 @@ class DistributionOptions:
     ddp_timeout: int | None = None
     """Minutes until processes that wait for each other give up."""
     deepspeed: bool = False
-    """DeepSpeed; not available, see the error."""
+    """DeepSpeed; unsupported."""
     zero_stage: int = 2
     """DeepSpeed ZeRO stage."""
     offload_optimizer_device: Literal["cpu", "nvme"] | None = None
@@ -154,7 +154,7 @@ class ClipSkipOptions:
 
 
 def check_precision(options: PrecisionOptions) -> None:
-    """Raises UserError for combinations of precision options that exclude each other."""
+    """Raises UserError for combinations of precision options that are mutually exclusive."""
     if options.full_fp16 and options.mixed_precision != "fp16":
         raise UserError("--full_fp16 needs --mixed_precision fp16.")
     if options.full_bf16 and options.mixed_precision != "bf16":
@@ -177,7 +177,7 @@ def check_compiler(options: PrecisionOptions) -> None:
     if COMPILERS.get(options.dynamo_backend, options.dynamo_backend) not in known:
         usual = ", ".join(name for name in ("inductor", "cudagraphs", "aot_eager", "eager") if name in known)
         raise UserError(
-            f"--dynamo_backend {options.dynamo_backend} is not there on this machine; torch itself has {usual}."
+            f"--dynamo_backend {options.dynamo_backend} is unavailable on this machine; torch provides {usual}."
         )
 
 

@@ -36,7 +36,7 @@ class TextConditioning(TrainingRun):
     """A run whose text encoders may be trained and whose outputs may be cached."""
 
     cache_text: bool = False
-    """Whether captions are encoded ahead; the encoders that are not trained are let go then."""
+    """Whether captions are encoded ahead; the encoders that are not trained are released then."""
 
     @abstractmethod
     def text_format(self) -> Any:
@@ -75,7 +75,7 @@ class TextConditioning(TrainingRun):
                 check_text_cacheable(group)
 
     def open_text_caches(self) -> list[Any]:
-        """The text caches of training and validation data, looked through but not yet filled; none if not asked for."""
+        """The text caches of training and validation data, looked through but not yet filled; none if not requested."""
         if not self.cache_text:
             return []
         from library.data.cache import TextCache
@@ -94,7 +94,7 @@ class TextConditioning(TrainingRun):
         ]
 
     def cache_text_outputs(self) -> None:
-        """Encode captions and sample prompts ahead, if asked for; encoders that are not trained are let go."""
+        """Encode captions and sample prompts ahead, if requested; encoders that are not trained are released."""
         self.prompt_conditioning: dict[Text, dict[str, Tensor]] = {}
         if not self.cache_text:
             return
@@ -149,7 +149,7 @@ class TextConditioning(TrainingRun):
             return fixed | self.pipeline.encode_prompts(batch.captions, encoders, trained=self.trained_encoders)
 
     def sample_conditioning(self, text: str, role: Role = "positive") -> dict[str, Tensor]:
-        """As in training: cached outputs, with those of trained encoders made anew."""
+        """As in training: cached outputs, with those of trained encoders recomputed."""
         fixed = self.prompt_conditioning.get((text, role), {})
         encoders = self.trained_encoders if fixed else self.pipeline.encoders
         return {**fixed, **self.pipeline.encode_prompts([text], encoders, role)} if encoders else fixed

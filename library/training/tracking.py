@@ -162,7 +162,7 @@ class Tracker:
             yield
         except Exception as error:
             if not self._warned:
-                warn(f"logging to W&B failed: {in_one_line(error)}. The training goes on.")
+                warn(f"logging to W&B failed: {in_one_line(error)}. The training continues.")
                 self._warned = True
 
     def finish(self) -> None:

@@ -147,7 +147,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def cache_text_outputs(self) -> None:
-        """Encode every caption and sample prompt ahead, if asked for, and let the text encoders go."""
+        """Encode every caption and sample prompt ahead, if requested, and let the text encoders go."""
 
     @abstractmethod
     def text_encoders_to_train(self) -> Any:
@@ -356,7 +356,7 @@ class TrainingRun(ABC):
         ]
 
     def cache_latents(self) -> None:
-        """Encode every image ahead, if asked for; the autoencoder is loaded only when an entry is missing."""
+        """Encode every image ahead, if requested; the autoencoder is loaded only when an entry is missing."""
         if not self.latents_are_cached:
             return
         caches = self.open_latent_caches()
@@ -503,7 +503,7 @@ class TrainingRun(ABC):
         changed = self.saved.check_belongs_to(self.identity())
         if changed:
             warn(
-                f"--resume: {', '.join(changed)} changed since the state was saved: the run goes on, but not to the "
+                f"--resume: {', '.join(changed)} changed since the state was saved: the run continues, but not to the "
                 "same result. Learning rates stay those of the state."
             )
         same_data = not {"data", "seed", "gradient_accumulation_steps", "processes"} & set(changed)
@@ -521,7 +521,7 @@ class TrainingRun(ABC):
             self.session_id, self.started_at = rest["session"]["id"], rest["session"]["started_at"]
             if self.accelerator.scaler is not None and rest["scaler"]:
                 self.accelerator.scaler.load_state_dict(rest["scaler"])
-            say(f"going on from {self.saved.folder}: step {self.position.step}, epoch {self.position.epoch + 1}")
+            say(f"resuming from {self.saved.folder}: step {self.position.step}, epoch {self.position.epoch + 1}")
 
     def start_tracking(self) -> None:
         """Open the trackers, gather the metadata, and say what will be trained."""

@@ -182,7 +182,7 @@ class LoRAModule(AdapterModule):
             raise UserError(f"{self.lora_name}: the file was trained without split_qkv and cannot be split.")
         return blocks
 
-    # With GGPO the norms are in state dicts too, so that a run goes on from a state as if it had not stopped.
+    # With GGPO the norms are in state dicts too, so that a run resumes from a state as if it had not stopped.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -50,7 +50,7 @@ class TargetTable:
     classes: tuple[str, ...]
     """Class names; every Linear and Conv2d inside modules of these classes is a target."""
     conv_classes: tuple[str, ...] = ()
-    """As ``classes``, but only when wide convolutions are asked for (``Family.with_conv``)."""
+    """As ``classes``, but only when wide convolutions are requested (``Family.with_conv``)."""
     file_path: Callable[[str], str] = same_path
     """Module path -> the path that names the module in files."""
     is_text_encoder: bool = False

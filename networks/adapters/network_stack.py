@@ -1,4 +1,4 @@
-"""Several network files at once on the parts of a pipeline, which may be loaded and let go one after another.
+"""Several network files at once on the parts of a pipeline, which may be loaded and released one after another.
 
 A network is built on the parts' meta modules (torch's meta device), so that what does not fit is known before anything
 heavy is loaded; each of its modules moves into the real layer when the part is there.
@@ -27,7 +27,7 @@ ChooseModule = Callable[[Collection[str]], ModuleType]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module belongs: the layer at ``path`` of ``part``; ``meta module`` is its stand-in without numbers."""
+    """Where a module belongs: the layer at ``path`` of ``part``; ``meta module`` is its stand-in without values."""
 
     module: AdapterModule
     path: str

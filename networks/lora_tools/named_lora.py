@@ -58,7 +58,7 @@ class NamedLoRA:
             self.keys, self.others = grouped_keys(self.checkpoint)
             self.modules = self.keys.keys()
             if not self.keys:
-                raise UserError(f"{self.label} holds no LoRA modules; a LoRA file is needed here.")
+                raise UserError(f"{self.label} contains no LoRA modules; a LoRA file is needed here.")
             for name in self.keys:
                 self._check(name)
         except UserError as error:

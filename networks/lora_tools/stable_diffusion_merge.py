@@ -68,7 +68,7 @@ class MergeRun:
         if None in families:
             name = next(iter(families[None].modules))
             raise UserError(
-                f'{families[None].label} names its modules in another way ("{name}"); only files with the names of'
+                f'{families[None].label} names its modules differently ("{name}"); only files with the names of'
                 ' kohya-ss/sd-scripts ("lora_unet_...") can be merged into one.'
             )
         if len(families) > 1:

@@ -536,7 +536,7 @@ class TestImageInfoCache:
         assert len(load(enable_wildcard=True)[1]) == 3
         (folder / "metadata_cache.json").write_text("{")
         assert load()[1] == ["00.png", "01.png", "02.png"]
-        assert "is made anew" in caplog.text
+        assert "is rebuilt" in caplog.text
 
 
 def test_captions_of_which_less_is_trained_than_stands_in_the_file_are_counted_and_named(build, folder_of, tmp_path):

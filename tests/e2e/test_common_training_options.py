@@ -409,7 +409,7 @@ def test_the_unet_is_checkpointed_and_compiled_when_asked_for(opened):
     assert offloaded._gradient_checkpointing_func is checkpoint_in_main_memory
     assert plain._compiled_call_impl is None
     assert unet("--torch_compile", "--dynamo_backend", "eager")._compiled_call_impl is not None
-    with pytest.raises(UserError, match="--dynamo_backend ofi is not there on this machine; torch itself has inductor"):
+    with pytest.raises(UserError, match="--dynamo_backend ofi is unavailable on this machine; torch provides inductor"):
         unet("--torch_compile", "--dynamo_backend", "ofi")
 
 

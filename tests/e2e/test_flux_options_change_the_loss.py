@@ -85,7 +85,7 @@ def test_an_option_changes_the_loss_of_the_same_draws(loss_of, arguments, beside
     [
         ("--model_type chroma", "is a FLUX.1 file; .*Give --model_type flux for this file"),
         ("--t5xxl_max_token_length 0", "--t5xxl_max_token_length must be at least 1"),
-        ("--blocks_to_swap 2 --cpu_offload_checkpointing", "exclude each other"),
+        ("--blocks_to_swap 2 --cpu_offload_checkpointing", "are mutually exclusive"),
         ("--clip_l none.safetensors", "--clip_l.*none.safetensors"),
         ("--t5xxl none.safetensors", "--t5xxl.*none.safetensors"),
         ("--ae none.safetensors", "--ae.*none.safetensors"),

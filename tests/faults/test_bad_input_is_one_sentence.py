@@ -162,7 +162,7 @@ def test_unknown_network_argument(given):
     [
         (["--full_bf16"], "--full_bf16 needs --mixed_precision bf16"),
         (["--fp8_base"], "--fp8_base needs --mixed_precision"),
-        (["--blocks_to_swap", "2", "--cpu_offload_checkpointing"], "exclude each other"),
+        (["--blocks_to_swap", "2", "--cpu_offload_checkpointing"], "are mutually exclusive"),
         (["--network_args", "train_t5xxl=True", "--cache_text_encoder_outputs"], "train_t5xxl"),
         (["--fused_backward_pass"], "Adafactor"),
         (["--lr_scheduler", "constant", "--lr_warmup_steps", "10"], "constant"),

@@ -307,7 +307,7 @@ def test_a_full_device_is_explained(inference, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run.pipeline, "generate_latents", full)
-    with pytest.raises(UserError, match="cpu has not enough memory for an image of 48x32; use --offload"):
+    with pytest.raises(UserError, match="cpu ran out of memory while generating an image of 48x32; use --offload"):
         run.draw_line(run.defaults, None)
 
 
@@ -415,7 +415,7 @@ def test_no_metadata_leaves_no_text(draw):
         (["--dtype", "bf61"], '--dtype: "bf61" is not a dtype.*Did you mean "bf16"'),
         (["--device", "tpu"], '--device: "tpu" is not a device of this machine'),
         (["--attn_mode", "xformers"], "needs the package xformers"),
-        (["--from_file", "a.txt", "--interactive"], "exclude each other"),
+        (["--from_file", "a.txt", "--interactive"], "are mutually exclusive"),
         (["--from_file", "no.txt"], "no.txt: cannot be read"),
         (["--lora_weights", "no.safetensors;1"], "there is no file no.safetensors"),
         (["--output_dir", __file__], "--output_dir: cannot write in"),

@@ -239,7 +239,7 @@ def test_a_folder_of_several_models_is_not_guessed_at(tmp_path):
     with pytest.raises(UserError, match=r"one\.safetensors, two\.safetensors"):
         open_checkpoint(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no safetensors file"):
+    with pytest.raises(UserError, match="contains no safetensors file"):
         open_checkpoint(tmp_path / "empty")
 
 

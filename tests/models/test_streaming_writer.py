@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.models.flux.checkpoint import open_transformer
-from library.models.loading import LoadSpec, Origin, TensorSource
+from library.models.loading import Origin, TensorSource
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.safetensors_io import open_checkpoint, save_file, save_one_by_one
 
@@ -50,7 +50,7 @@ def test_nothing_is_left_when_a_tensor_is_not_as_described_or_cannot_be_made(ten
 def assert_way_back(source: TensorSource) -> None:
     """Every tensor as the module has it, put back, is the file's; together they cover what was read."""
     for name in source.names():
-        for key, rows, values in source.stored(name, source.load(LoadSpec.of(name, None))):
+        for key, rows, values in source.stored(name, source.load(name, None, "cpu")):
             assert torch.equal(source.checkpoint.load(key)[rows], values), name
 
 
@@ -78,5 +78,5 @@ def test_the_way_back_of_a_transformed_part(tmp_path):
     save_file({"w": torch.arange(24.0).reshape(6, 4)}, tmp_path / "a.safetensors")
     source = TensorSource(open_checkpoint(tmp_path / "a.safetensors"))
     source.origins["t"] = Origin(("w",), lambda tensor: tensor.t().contiguous(), (2, 6), (1, 4))
-    assert source.load(LoadSpec.of("t", None)).shape == (2, 6)
+    assert source.load("t", None, "cpu").shape == (2, 6)
     assert_way_back(source)

@@ -1,4 +1,4 @@
-"""Stable Diffusion's models for the tests of its networks: the published sizes without numbers, and tiny ones with."""
+"""Stable Diffusion's models for the tests of its networks: the published sizes without values, and tiny ones with."""
 
 from __future__ import annotations
 

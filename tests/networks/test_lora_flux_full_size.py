@@ -1,4 +1,4 @@
-"""How many modules the published models get, on tensors that have shapes but no numbers."""
+"""How many modules the published models get, on tensors that have shapes but no values."""
 
 from __future__ import annotations
 

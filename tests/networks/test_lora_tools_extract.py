@@ -149,7 +149,7 @@ def test_a_tuned_model_that_is_damaged_is_named(tiny_sd1, tmp_path):
     [
         (("--v2",), "--v2 is given, but the models are Stable Diffusion 1.x"),
         (("--sdxl",), "--sdxl is given, but the models are Stable Diffusion 1.x"),
-        (("--v2", "--sdxl"), "--v2 and --sdxl exclude each other"),
+        (("--v2", "--sdxl"), "--v2 and --sdxl are mutually exclusive"),
         (("--dim", 0), "--dim must be at least 1, not 0"),
         (("--conv_dim", 0), "--conv_dim must be at least 1, not 0"),
         (("--clamp_quantile", 0.5), "--clamp_quantile must be above 0.5 and at most 1"),

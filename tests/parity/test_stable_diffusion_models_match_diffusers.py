@@ -37,7 +37,7 @@ def folder(variant, tmp_path_factory):
 
 
 def numbers(source) -> dict[str, Tensor]:
-    return {name: source.load(LoadSpec.of(name, None)) for name in source.names()}
+    return {name: source.load(name, None, "cpu") for name in source.names()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

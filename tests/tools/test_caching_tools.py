@@ -151,7 +151,7 @@ def test_only_what_no_longer_fits_is_made_anew(command, cache, folder, capsys):
     (folder / "03.txt").write_text("another caption", encoding="utf-8")
     report = cache("latents", "flux", given)
     assert (report.kept, report.made, dict(report.rebuilt)) == (1, 3, {"damaged": 1, "stale": 1})
-    assert "finished; latent cache: 1 kept, 3 made, of which 2 anew (1 damaged, 1 stale)" in capsys.readouterr().err
+    assert "finished; latent cache: 1 kept, 3 made, 2 rebuilt (1 damaged, 1 stale)" in capsys.readouterr().err
     report = cache("text", "flux", given)
     assert (report.kept, report.made, dict(report.rebuilt)) == (3, 1, {"stale": 1})
     changed = {name for name, content in files(folder).items() if content != before[name]}
@@ -190,7 +190,7 @@ def test_mistakes_are_named(command, cache, tiny_sdxl, tiny_sd1):
         cache("latents", "sd1", command("sdxl"))
     with pytest.raises(UserError, match="is a Stable Diffusion 1.x model; leave out --sdxl"):
         cache("latents", "sdxl", command("sd1"))
-    with pytest.raises(UserError, match="--sdxl and --flux exclude each other"):
+    with pytest.raises(UserError, match="--sdxl and --flux are mutually exclusive"):
         cache("latents", "sdxl", command("sdxl"), "--flux")
     with pytest.raises(UserError, match="shuffle_caption"):
         cache("text", "flux", command("flux", subset={"shuffle_caption": True}))

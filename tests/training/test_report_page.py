@@ -1,4 +1,4 @@
-"""The report of a run: what it takes in, when it goes on from an older page, and that it never ends a training."""
+"""The report of a run: what it takes in, when it resumes from an older page, and that it never ends a training."""
 
 from __future__ import annotations
 

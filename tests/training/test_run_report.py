@@ -87,7 +87,7 @@ def test_the_end_report_tells_time_speed_memory_losses_and_files():
     assert end_lines(END) == [
         "finished after 1 h 6 min: 1,600 steps, 3,200 images; 0.5 steps/s, 1 images/s while training",
         "time: training 50 min 0 s (75%), saving 13 min 20 s (20%), waiting for data 3 min 20 s (5%)",
-        "peak memory: 3.0 GiB of main memory",
+        "peak memory: 3.0 GiB of system RAM",
         "loss: average 0.12346",
         "1 file written, 75.0 MiB",
         f"  {Path('out/a.safetensors')}  75.0 MiB",
@@ -98,7 +98,7 @@ def test_the_end_report_tells_time_speed_memory_losses_and_files():
     )
     lines = end_lines(stopped)
     assert lines[0] == "ended early (Ctrl-C) after 1 h 6 min: 0 steps, 3,200 images"
-    assert lines[2] == "peak memory: 16.0 GiB on the device, 3.0 GiB of main memory"
+    assert lines[2] == "peak memory: 16.0 GiB on the device, 3.0 GiB of system RAM"
     assert lines[3] == "30 files written, 2.2 GiB (the newest 12 of them)" and len(lines) == 16
 
 

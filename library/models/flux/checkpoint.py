@@ -47,7 +47,7 @@ class TransformerFile(OpenedPart[FluxTransformer | ChromaTransformer]):
         return "chroma" if self.variant == "chroma" else "flux"
 
     def meta_module(self) -> FluxTransformer | ChromaTransformer:
-        """The module on torch's meta device: its structure without its numbers."""
+        """The module on torch's meta device: its structure without its values."""
         with torch.device("meta"):
             if isinstance(self.config, ChromaConfig):
                 return ChromaTransformer(self.config)

@@ -169,7 +169,7 @@ class ControlNetFile(OpenedPart[FluxControlNet]):
     """The kind of control that a union ControlNet is given."""
 
     def meta_module(self) -> FluxControlNet:
-        """The module on torch's meta device: its structure without its numbers."""
+        """The module on torch's meta device: its structure without its values."""
         with torch.device("meta"):
             return FluxControlNet(self.config)
 

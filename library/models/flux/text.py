@@ -64,7 +64,7 @@ def attended_text(conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Nothing changes in what comes out: most captions are short, and their 512 tokens would cost time.
     """
     mask = conditioning["t5_attn_mask"]
-    if isinstance(mask, FakeTensor):  # a simulation has no numbers; it stands for the longest caption
+    if isinstance(mask, FakeTensor):  # a simulation has no values; it stands for the longest caption
         return dict(conditioning)
     length = min(int(mask.bool().sum(dim=1).max()) + 1, mask.shape[1])  # the first padding token is attended to
     return {name: conditioning[name][:, :length] for name in ("t5_out", "txt_ids", "t5_attn_mask")}

@@ -309,7 +309,7 @@ class StreamTransformer(nn.Module):
         return self.img_in.weight.device
 
     def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
-        """Keep only the inputs of each block for the backward pass (in main memory with ``cpu_offload``)."""
+        """Keep only the inputs of each block for the backward pass (in system RAM with ``cpu_offload``)."""
         self.gradient_checkpointing = True
         self.cpu_offload_checkpointing = cpu_offload
 
@@ -330,7 +330,7 @@ class StreamTransformer(nn.Module):
             return module(*inputs)
         if not self.cpu_offload_checkpointing:
             return checkpoint(module, *inputs, use_reentrant=False)
-        # Only the checkpoint's inputs are saved while these hooks are active, so only they go to main memory.
+        # Only the checkpoint's inputs are saved while these hooks are active, so only they go to system RAM.
         with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
             return checkpoint(module, *inputs, use_reentrant=False)
 

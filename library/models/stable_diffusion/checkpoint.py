@@ -66,7 +66,7 @@ class UnetFile(OpenedPart["UNet2DConditionModel"]):
     config: dict[str, Any]
 
     def meta_module(self) -> UNet2DConditionModel:
-        """The module on torch's meta device: its structure without its numbers."""
+        """The module on torch's meta device: its structure without its values."""
         return meta_unet(self.config)
 
 
@@ -78,7 +78,7 @@ class VaeFile(OpenedPart["AutoencoderKL"]):
     config: dict[str, Any]
 
     def meta_module(self) -> AutoencoderKL:
-        """The module on torch's meta device: its structure without its numbers."""
+        """The module on torch's meta device: its structure without its values."""
         autoencoder_class = diffusers_class("AutoencoderKL")
         with torch.device("meta"):
             return autoencoder_class(**self.config)

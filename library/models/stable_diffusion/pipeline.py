@@ -58,7 +58,7 @@ class StableDiffusionFiles:
 class StableDiffusionRequest(ImageRequest):
     """Sides are rounded down to multiples of the latent stride, at least 64; ``scale`` guides only if more than 1.
 
-    ``time_ids`` in the conditioning of XL win over the sizes below.
+    ``time_ids`` in the conditioning of XL override the sizes below.
     """
 
     sample_steps: int = 30
@@ -181,7 +181,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         """Latents [B, 4, H/8, W/8], float32 and not scaled, of ``pixels`` [B, 3, H, W] in -1..1.
 
         Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
-        Raises UserError when the autoencoder's numbers overflow.
+        Raises UserError when the autoencoder's values overflow.
         """
         autoencoder: Any = self.load_autoencoder()
         dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
@@ -194,14 +194,14 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
             latents = latents + torch.exp(0.5 * posterior.logvar.float()) * noise.to(latents.device)
         if not all_finite(latents):
-            raise UserError(f"The autoencoder gives latents that are not numbers; {_overflow_advice(dtype)}.")
+            raise UserError(f"The autoencoder gives NaN latents; {_overflow_advice(dtype)}.")
         return latents
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], float32 in -1..1, of scaled ``latents`` [B, 4, H/8, W/8].
 
-        Values that are not numbers become black, with a warning.
+        NaN values become black, with a warning.
         """
         autoencoder: Any = self.load_autoencoder()
         dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
@@ -210,9 +210,9 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             pixels = autoencoder.decode(unscaled.to(device, dtype)).sample.float()
         if not all_finite(pixels):
             if all_finite(latents):
-                warn(f"An image is black where the autoencoder gives no numbers; {_overflow_advice(dtype)}.")
+                warn(f"An image is black where the autoencoder gives NaN; {_overflow_advice(dtype)}.")
             else:
-                warn("An image is black: the U-Net gave latents that are not numbers.")
+                warn("An image is black: the U-Net gave NaN latents.")
         return pixels.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0).clamp(-1, 1)
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[Encoder, Tokens]:
@@ -334,5 +334,5 @@ def all_finite(values: Tensor) -> bool:
 
 def _overflow_advice(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
-        return "in float16 its numbers overflow: add --no_half_vae"
+        return "in float16 its values overflow: add --no_half_vae"
     return f"its weights may be damaged (it runs in {str(dtype).removeprefix('torch.')})"

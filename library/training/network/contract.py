@@ -40,7 +40,7 @@ class NetworkOptions:
     network_alpha: float = 1
     """Scale of the network: its effect is multiplied by alpha / rank."""
     network_dropout: float | None = None
-    """Chance, 0 to 1, that a rank's value is dropped in a training step."""
+    """Probability, 0 to 1, that a rank's value is dropped in a training step."""
     network_args: list[str] | None = None
     """Further settings of the network module, key=value each."""
     network_weights: str | None = None
@@ -76,7 +76,7 @@ def check_network_options(options: NetworkOptions) -> None:
         raise UserError("--network_module is missing; for a LoRA name one like networks.lora_flux.")
     parse_network_args(options)
     if options.network_train_unet_only and options.network_train_text_encoder_only:
-        raise UserError("--network_train_unet_only and --network_train_text_encoder_only exclude each other.")
+        raise UserError("--network_train_unet_only and --network_train_text_encoder_only are mutually exclusive.")
     if options.dim_from_weights and not options.network_weights:
         raise UserError("--dim_from_weights needs --network_weights.")
     if len(options.base_weights_multiplier or []) > len(options.base_weights or []):
@@ -236,7 +236,8 @@ def load_first_weights(network: Any, path: str) -> str:
     weights = {name for name in state if not name.endswith(".alpha")}
     if weights and weights <= set(missing):
         raise UserError(
-            f"--network_weights: nothing in {path} fits this network; it was made for another model or another way."
+            f"--network_weights: nothing in {path} fits this network; it was made for another model "
+            "or a different network type."
         )
     changed = [name for name, alpha in own.items() if not _same_number(alpha, state[name])]
     if changed and type(network).__module__.startswith("lycoris."):

@@ -37,7 +37,7 @@ class NoiseSchedule:
     """What depends on the timestep alone, each [1000] float64 on the CPU."""
 
     alphas_cumprod: torch.Tensor
-    """a_t, rescaled to zero terminal SNR where asked for."""
+    """a_t, rescaled to zero terminal SNR if requested."""
     snr: torch.Tensor
     """a_t / (1 - a_t) *before* that rescaling: loss weights are made of it, and it is never zero."""
 
@@ -110,7 +110,7 @@ def add_multires_noise(
 ) -> torch.Tensor:
     """``noise`` [batch, c, h, w] with ``--multires_noise_iterations``: noise of coarser and coarser grids on top of it.
 
-    Layer i has the sides ``side / r^i``, r drawn anew from 2..4 for each layer, is enlarged bilinearly and weighted by
+    Layer i has the sides ``side / r^i``, r drawn from 2..4 for each layer, is enlarged bilinearly and weighted by
     ``--multires_noise_discount`` to the power i; the first layer is of full size. After a layer with a side of 1 no
     more follow. Each item is divided by its own standard deviation, not by that of the batch: so an item does not
     depend on its neighbours, and two processes train what one does.
@@ -132,7 +132,7 @@ def _layers(shape: tuple[int, ...], count: int, discount: float, generator: torc
 
     channels, height, width = shape
     total = torch.zeros(1, *shape)
-    ratios = random.Random(generator.initial_seed())  # Python's, since a dry run's tensors have no numbers
+    ratios = random.Random(generator.initial_seed())  # Python's, since a dry run's tensors have no values
     for index in range(count):
         ratio = ratios.uniform(2, 4)
         rows, columns = (max(1, int(side / ratio**index)) for side in (height, width))

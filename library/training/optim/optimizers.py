@@ -359,7 +359,7 @@ class FusedBackward:
     """
 
     only_frees = False
-    """Set, gradients are freed without a step, as a run that is only planned needs it: it has no numbers."""
+    """Set, gradients are freed without a step, as a run that is only planned needs it: it has no values."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)

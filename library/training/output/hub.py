@@ -1,4 +1,4 @@
-"""Uploads to Hugging Face, when they are asked for; and states fetched from there."""
+"""Uploads to Hugging Face, if requested; and states fetched from there."""
 
 from __future__ import annotations
 

@@ -20,11 +20,11 @@ class SampleOptions:
     """Sample images"""
 
     sample_every_n_steps: int | None = None
-    """Draw sample images every N steps."""
+    """Generate sample images every N steps."""
     sample_every_n_epochs: int | None = None
-    """Draw sample images every N epochs; wins over --sample_every_n_steps."""
+    """Generate sample images every N epochs; overrides --sample_every_n_steps."""
     sample_at_first: bool = False
-    """Draw sample images before training."""
+    """Generate sample images before training."""
     sample_prompts: str | None = None
     """File of sample prompts (.txt, .toml or .json)."""
 
@@ -56,13 +56,13 @@ class Samples:
         wanted = options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs
         if wanted and not options.sample_prompts:
             raise UserError(
-                "Sample images are asked for but --sample_prompts is missing; name a .txt, .toml or .json file."
+                "Sample images are enabled, but --sample_prompts is missing; name a .txt, .toml or .json file."
             )
         self.prompts: list[PromptOptions] = read_prompt_file(Path(options.sample_prompts)) if wanted else []  # type: ignore[arg-type]
         for number, prompt in enumerate(self.prompts, 1):
             check_prompt_values(prompt, f"{options.sample_prompts}, prompt {number}: ")
         if wanted and not self.prompts:
-            say(f"{options.sample_prompts} holds no prompts: no sample images are drawn.")
+            say(f"{options.sample_prompts} contains no prompts; sampling is skipped.")
 
     def due_at_start(self) -> bool:
         """Whether samples are drawn before the first step."""
@@ -123,5 +123,5 @@ class Samples:
                     log_image(index, prompt, image)
                 drawn += 1
             except Exception as error:  # nothing about an image may cost anyone a training
-                warn(f"step {step}: sample image {index + 1} failed: {in_one_line(error)}. The training goes on.")
+                warn(f"step {step}: sample image {index + 1} failed: {in_one_line(error)}. The training continues.")
         say(f"step {step}: {drawn} sample images in {time.perf_counter() - start:.1f} s")

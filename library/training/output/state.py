@@ -1,4 +1,4 @@
-"""Resumable state: a folder from which a run goes on to the same bits.
+"""Resumable state: a folder from which a run continues to the same bits.
 
 Version 1 of the format::
 
@@ -31,11 +31,11 @@ class ResumeOptions:
     """Resuming"""
 
     resume: str | None = None
-    """State folder to go on from, to the same result as an uninterrupted run."""
+    """State folder to continue from, to the same result as an uninterrupted run."""
     initial_epoch: int | None = None
     """Number (from 1) of the first epoch, when the earlier ones were trained elsewhere."""
     initial_step: int | None = None
-    """Number of steps that count as done at the start; wins over --initial_epoch."""
+    """Number of steps that count as done at the start; overrides --initial_epoch."""
     skip_until_initial_step: bool = False
     """With --initial_step or --initial_epoch: also pass over the data of the steps that count as done."""
 
@@ -144,7 +144,7 @@ def _take_name(aside: Path, folder: Path) -> None:
 
 
 class SavedState:
-    """A state folder that was opened; tensors are read when asked for."""
+    """A state folder that was opened; tensors are read on request."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError when ``folder`` holds no complete state of this format."""
@@ -155,10 +155,11 @@ class SavedState:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise UserError(f"--resume: {folder} has no readable train_state.json; it is no state folder.") from None
+            raise UserError(f"--resume: {folder} has no readable train_state.json; it is not a state folder.") from None
         if document.get("format") != FORMAT:
             raise UserError(
-                f"--resume: {folder} was written by another program; go on from its LoRA file with --network_weights."
+                f"--resume: {folder} was written by another program; continue from its LoRA file with "
+                "--network_weights."
             )
         if document["version"] > VERSION:
             raise UserError(f"--resume: {folder} was written by a newer version of these scripts.")

@@ -1,6 +1,6 @@
 """``--dry_run``: the plan of a run that has passed its checks.
 
-The run's own code builds network, optimizer and schedule, on tensors without numbers; so what the plan says is what
+The run's own code builds network, optimizer and schedule, on tensors without values; so what the plan says is what
 the run does. Nothing is loaded and nothing is written.
 """
 
@@ -103,7 +103,7 @@ def _build(run: TrainingStep, simulation: Simulation, encoders: Collection[str])
 def try_network_files(run: TrainingStep) -> None:
     """Let the network take the files of ``--network_weights`` and ``--base_weights`` before any model is loaded.
 
-    Raises UserError when they don't fit. What can only be seen with numbers shows when the network is really built.
+    Raises UserError when they don't fit. What can only be seen with values shows when the network is really built.
     """
     network = run.options.network
     if not network.network_weights and not network.base_weights:
@@ -175,9 +175,9 @@ def _cache_plans(name: str, caches: Sequence[LatentCache | TextCache]) -> list[C
 
 
 def _in_memory(caches: list[CachePlan]) -> list[str]:
-    """What is kept in main memory for the whole run."""
+    """What is kept in system RAM for the whole run."""
     held = [f"{plan.name} {size_text(plan.bytes)}" for plan in caches if plan.in_memory and plan.bytes]
-    return [f"main memory besides: {', '.join(held)}"] if held else []
+    return [f"additional system RAM: {', '.join(held)}"] if held else []
 
 
 def _free_memory(device: Any) -> str:
@@ -190,7 +190,7 @@ def _free_memory(device: Any) -> str:
     else:
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
-    return f"{device} has {size_text(total)}, of which {size_text(free)} are free now"
+    return f"{device} has {size_text(total)}, {size_text(free)} free"
 
 
 def _file_sizes(run: TrainingStep, optimizer_bytes: int) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def start_position(plan: RunPlan, options: ResumeOptions, saved: Position | None
 
     ``--initial_step``, then ``--initial_epoch``, count steps as done; with ``--skip_until_initial_step`` their data is
     passed over, otherwise the epoch that holds the first new step begins with its first batch. Without them a state's
-    own position (``saved``) counts; if the data has changed since (``same_data`` false) its epoch is begun anew.
+    own position (``saved``) counts; if the data has changed since (``same_data`` false) its epoch is restarted.
     Raises UserError when nothing is left to train.
     """
     if options.skip_until_initial_step and not (options.initial_step or options.initial_epoch or saved):

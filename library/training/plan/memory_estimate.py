@@ -1,4 +1,4 @@
-"""How much memory a run will take, phase by phase, found by running its own code on tensors without numbers.
+"""How much memory a run will take, phase by phase, found by running its own code on tensors without values.
 
 Counted are tensors: weights, the network, its gradients, the optimizer's state, activations at their peak for the
 largest batch. Not counted are the libraries and the device's context, what kernels need inside them, and what the
@@ -81,7 +81,7 @@ def memory_phases(run: TrainingStep, optimizer_bytes: int, latents: bool, texts:
 def _phase(name: str, weights: int, network: int, optimizer: int, peak: Callable[[], int]) -> MemoryPhase:
     try:
         return MemoryPhase(name, weights, network, optimizer, peak())
-    except Exception as error:  # whatever a model or a network of others cannot do without numbers
+    except Exception as error:  # whatever a model or a network of others cannot do without values
         return MemoryPhase(name, weights, network, optimizer, None, f"{type(error).__name__}: {_first_line(error)}")
 
 

@@ -56,7 +56,7 @@ class Plan:
     """Everything that ``--dry_run`` tells."""
 
     start: StartFacts | None
-    """None when the network or the optimizer could not be built without numbers; ``problem`` says why."""
+    """None when the network or the optimizer could not be built without values; ``problem`` says why."""
     problem: str
     length: Mapping[str, int]
     """Steps, epochs, steps per epoch, first step: known in any case."""

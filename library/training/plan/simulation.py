@@ -1,4 +1,4 @@
-"""Running a run's own code with tensors that have shapes and formats, but no numbers and no memory.
+"""Running a run's own code with tensors that have shapes and dtypes but no values and no memory.
 
 With it the length of a run, the size of its network and its memory are found before anything heavy is loaded: not by
 formulas beside the code, but by the code. It rests on torch's FakeTensorMode, which torch.compile is built on.
@@ -32,7 +32,7 @@ class Simulation:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """While it is active, every new tensor is one without numbers. May be entered again."""
+        """While it is active, every new tensor is one without values. May be entered again."""
         for source in self.sources:
             source.reads_values = False
         try:
@@ -44,7 +44,7 @@ class Simulation:
 
 
 def forget_values(module: nn.Module) -> None:
-    """Replace a module's parameters by ones without numbers. To be called inside a ``Simulation``."""
+    """Replace a module's parameters by ones without values. To be called inside a ``Simulation``."""
     replaced = {
         id(parameter): nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
         for parameter in module.parameters()

@@ -1,7 +1,7 @@
 """The training report: one HTML page beside the LoRA with curves, samples, settings and files of a run.
 
 ``RunReport`` listens to the run and writes the page (``library/page_templates/report.html``). What it knows stands in
-the page itself as JSON, so a resumed run reads it back and goes on. Nothing that happens here ends a training.
+the page itself as JSON, so a resumed run reads it back and continues. Nothing that happens here ends a training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VERSION = 1
 RATE_POINTS = 500
 """About how often in a run the learning rates are noted."""
 LONGEST_SILENCE = 60.0
-"""Seconds after which the page is written anew although nothing happened but steps."""
+"""Seconds after which the page is rewritten although nothing happened but steps."""
 LARGEST_SHARE = 0.005
 """Share of the time that those writings may take."""
 
@@ -45,7 +45,7 @@ class ReportOptions:
     report: OneWaySwitch = False
     """Write an HTML page about the run beside the trained file; on by itself when samples or validation are."""
     no_report: OneWaySwitch = False
-    """Never write the page; wins over --report."""
+    """Never write the page; overrides --report."""
 
 
 def report_is_wanted(options: ReportOptions, samples: bool, validation: bool) -> bool:
@@ -286,7 +286,7 @@ class RunReport:
 
     def _warn_once(self, problem: str) -> None:
         if not self._warned:
-            warn(f"the report {self.path} cannot be written: {problem}. The training goes on.")
+            warn(f"the report {self.path} cannot be written: {problem}. The training continues.")
             self._warned = True
 
 
@@ -373,6 +373,6 @@ def measured(run: Any) -> list[tuple[str, str]]:
     if steps and seconds:
         speed = f"{rate_text(steps / seconds)} steps/s, {rate_text(run.images_trained / seconds)} images/s"
         found.append(("Speed", f"{speed} while training"))
-    device, main = peak_device_memory(), f"{size_text(peak_process_memory())} of main memory"
+    device, main = peak_device_memory(), f"{size_text(peak_process_memory())} of system RAM"
     found.append(("Peak memory", main if device is None else f"{size_text(device)} on the device, {main}"))
     return found

@@ -184,7 +184,7 @@ def _shares(parts: Mapping[str, float]) -> str:
 
 
 def _memory(facts: EndFacts) -> str:
-    main = f"{size_text(facts.peak_process_bytes)} of main memory"
+    main = f"{size_text(facts.peak_process_bytes)} of system RAM"
     return main if facts.peak_device_bytes is None else f"{size_text(facts.peak_device_bytes)} on the device, {main}"
 
 

@@ -62,7 +62,7 @@ OTHER_SCRIPT = "is for Stable Diffusion {} .*networks/{}.py merges those"
 MERGES = [
     ("merge_lora", "{a} {a} --ratios 0.5", r"--ratios needs one number for each file of --models \(2\); 1 given"),
     ("merge_lora", "{a}", r"--ratios needs one number for each file of --models \(1\); 0 given"),
-    ("merge_lora", "{a} --ratios nan", "--ratios must be finite"),
+    ("merge_lora", "{a} --ratios nan", "--ratios must be a finite number"),
     ("merge_lora", "{a} --ratios half", "--ratios must be a list"),
     ("merge_lora", "{a} --ratios 0", "every ratio is 0"),
     ("merge_lora", "{missing} --ratios 1", "--models: .*missing.safetensors does not exist"),

@@ -416,7 +416,7 @@ def test_no_metadata_leaves_no_text(draw):
         (["--device", "tpu"], '--device: "tpu" is not a device of this machine'),
         (["--attn_mode", "xformers"], "needs the package xformers"),
         (["--from_file", "a.txt", "--interactive"], "are mutually exclusive"),
-        (["--from_file", "no.txt"], "no.txt: cannot be read"),
+        (["--from_file", "no.txt"], "no.txt: there is no such file"),
         (["--lora_weights", "no.safetensors;1"], "there is no file no.safetensors"),
         (["--output_dir", __file__], "--output_dir: cannot write in"),
         (["--lora_weights", f"{__file__};strong"], 'a multiplier must be a number, not "strong"'),

@@ -81,9 +81,8 @@ def merge(variant, model, loras, save_to, *options):
 
 def modules_of(path):
     opened = open_stable_diffusion(path)
-    return [encoder.load(LoadSpec.of(torch.float32)) for encoder in opened.text_encoders], opened.unet.load(
-        torch.float32, "cpu"
-    )
+    spec = LoadSpec(torch.float32)
+    return [encoder.load(spec) for encoder in opened.text_encoders], opened.unet.load(spec)
 
 
 def modules_in_folder(path):

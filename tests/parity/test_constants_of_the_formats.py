@@ -79,7 +79,7 @@ def test_a_narrow_unet_gives_what_diffusers_gives(groups, tmp_path):
     path = write(theirs, tmp_path / "unet.safetensors", **config_of(groups))
     source = TensorSource(open_checkpoint(path, None), part="unet")
     ours = UnetFile(source, infer_unet_config(source, "sd1")).meta_module()
-    load_module(ours, source, torch.float32, "cpu")
+    load_module(ours, source, LoadSpec(torch.float32))
     draw = torch.Generator().manual_seed(1)
     inputs = torch.randn(1, 4, 8, 8, generator=draw), 500, torch.randn(1, 3, 16, generator=draw)
     with torch.no_grad():

@@ -149,7 +149,7 @@ def test_text_encoders_are_not_asked_for_where_all_captions_are_cached(
     arguments = [*flux_command, "--max_train_steps", "1", "--network_train_unet_only"]
     arguments.append("--cache_text_encoder_outputs_to_disk")
     make_trainer(FLUX, *arguments).train()
-    monkeypatch.setattr(FluxPipeline, "_tokenizer", lambda self, encoder: pytest.fail("a tokenizer was looked for"))
+    monkeypatch.setattr(FluxPipeline, "tokenizer", lambda self, encoder: pytest.fail("a tokenizer was looked for"))
     plan = plan_only(FLUX, *arguments)
     assert plan.start is not None and list(plan.start.absent) == ["clip_l", "t5xxl"]
     assert [phase.name for phase in plan.phases if phase.activations is None] == []

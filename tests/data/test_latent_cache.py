@@ -207,7 +207,7 @@ def test_a_bad_entry_is_made_anew_and_counted(folder, group_of, damage, reason):
     assert missing(group) == 1
     report, _ = fill(group)
     assert report.rebuilt == {reason: 1} and (report.kept, report.made) == (4, 1)
-    assert f"1 anew (1 {reason})" in report.line()
+    assert f"1 rebuilt (1 {reason})" in report.line()
     after = latents_by_key(group)
     assert all(torch.equal(before[key], after[key]) for key in before)
 

@@ -92,7 +92,7 @@ def test_it_trains_unchanged(train, gui_file, tmp_path, capsys, family):
     idle = next(line for line in printed.splitlines() if "no effect in this script" in line)
     assert {"epoch", "noise_offset_type"} <= set(idle.partition("script: ")[2].split(", "))
     if family != "sdxl":
-        assert "holds no prompts" in printed
+        assert "contains no prompts" in printed
 
 
 @pytest.mark.parametrize("family", GUI_FILES)

@@ -102,7 +102,7 @@ def test_samples_after_a_state_leave_no_trace_in_a_schedule_free_run(train, prom
         (f"a circle --d {2**66}", "does not fit into 64 bits"),
         ("a circle --w 0", "--width must be at least 1"),
         ("a circle --h -64", "--height must be at least 1"),
-        ("a circle --l nan", "scale must be a finite number"),
+        ("a circle --l nan", "--l must be a number"),
     ],
 )
 def test_a_prompt_that_cannot_be_drawn_is_named_before_anything_is_loaded(train, prompts, capsys, line, problem):

@@ -437,7 +437,7 @@ def test_wrong_files_are_named(inference, tiny_flux, tmp_path, lora):
         inference("--lora_weights", tiny_flux.clip_l)
     path = tmp_path / "empty.txt"
     path.write_text("# nothing\n", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no prompts"):
+    with pytest.raises(UserError, match="contains no prompts"):
         inference("--from_file", path)
 
 

@@ -171,6 +171,11 @@ def switches() -> dict[str, Family]:
     return {family.key: family for family in FAMILIES if not family.is_default}
 
 
+def network_modules() -> list[str]:
+    """Names of the network modules of this suite, each once."""
+    return sorted({module for family in FAMILIES for module in family.networks})
+
+
 def script_options() -> Iterator[Any]:
     """The options classes of every script that reads a configuration file, imported now."""
     for family in FAMILIES:

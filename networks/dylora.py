@@ -9,10 +9,8 @@ https://arxiv.org/abs/2210.07558
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +18,22 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from networks import lora
-from networks.adapters.lora_arguments import parse_arguments, unavailable, whole_number
+from networks.adapters.lora_arguments import unavailable, whole_number
 from networks.adapters.lora_core import LoRANetwork
-from networks.adapters.lora_creation import DEFAULT_RANK, TextEncoders, build_network, build_network_from_weights
+from networks.adapters.lora_kind import DEFAULT_RANK, LoRAKind
 from networks.adapters.lora_module import LoRAModule
-from networks.adapters.lora_targets import Family
+from networks.adapters.lora_targets import Arguments
+from networks.adapters.network_kind import Models
 
-MODULE = "networks.dylora"
 NO_GGPO = unavailable("LoRA-GGPO needs the gradient of all ranks, and DyLoRA has that of a few.")
-ARGUMENTS = {**lora.SD.arguments, "unit": whole_number, "ggpo_sigma": NO_GGPO, "ggpo_beta": NO_GGPO}
+
+
+def ranks_at_once(name: str, value: Any) -> int:
+    """A whole number, 1 or more. Raises UserError."""
+    unit = whole_number(name, value)
+    if unit < 1:
+        raise UserError(f"--network_args: {name} must be at least 1, not 0.")
+    return unit
 
 
 def _parameters(tensors: Iterable[Tensor]) -> nn.ParameterList:
@@ -106,59 +111,34 @@ class DyLoRANetwork(LoRANetwork):
                 module.drawn = int(share * module.units)
 
 
-def check_network_args(network_args: Mapping[str, str]) -> None:
-    """Refuse wrong arguments before a model is loaded. Raises UserError."""
-    _unit(parse_arguments(network_args, ARGUMENTS, MODULE))
+@dataclass(frozen=True)
+class DyLoRAKind(LoRAKind):
+    """DyLoRA: of a file too, the ranks must be multiples of ``unit``."""
+
+    def module_settings(self, arguments: Arguments) -> dict[str, Any]:
+        """The ranks that are trained together."""
+        return {"unit": arguments["unit"] or 1}
+
+    def new_network(
+        self, models: Models, arguments: Arguments, network_dim: int | None, network_alpha: float | None
+    ) -> LoRANetwork:
+        """Raises UserError too unless ``conv_dim`` is ``network_dim``, where given."""
+        conv_dim, rank = arguments["conv_dim"], network_dim or DEFAULT_RANK
+        if conv_dim is not None and conv_dim != rank:
+            raise UserError(
+                f"--network_args: {self.module} needs conv_dim={rank}, which is --network_dim, not {conv_dim}."
+            )
+        return super().new_network(models, arguments, network_dim, network_alpha)
 
 
-def _unit(arguments: Mapping[str, Any]) -> int:
-    unit = 1 if arguments["unit"] is None else arguments["unit"]
-    if unit < 1:
-        raise UserError("--network_args: unit must be at least 1, not 0.")
-    return unit
-
-
-def _rules(text_encoder: TextEncoders, unet: nn.Module, network_args: Mapping[str, Any]) -> tuple[Family, Any, Any]:
-    """The family, the tree of its names, and what makes a module."""
-    rules, tree = lora.family_of(unet, text_encoder, MODULE)
-    rules = replace(rules, arguments=ARGUMENTS, learning_arguments=rules.learning_arguments | {"unit"})
-    return rules, tree, partial(DyLoRAModule, unit=_unit(parse_arguments(network_args, ARGUMENTS, MODULE)))
-
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: Any,
-    text_encoder: TextEncoders,
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    **network_args: Any,
-) -> LoRANetwork:
-    """As ``networks.lora.create_network``. Raises UserError too unless ``conv_dim`` is ``network_dim``, where given."""
-    rules, tree, module_class = _rules(text_encoder, unet, network_args)
-    conv_dim, rank = network_args.get("conv_dim"), network_dim or DEFAULT_RANK
-    if conv_dim is not None and int(conv_dim) != rank:
-        raise UserError(f"--network_args: {MODULE} needs conv_dim={rank}, which is --network_dim, not {conv_dim}.")
-    return build_network(
-        rules, multiplier, network_dim, network_alpha, text_encoder, tree, neuron_dropout,
-        network_class=DyLoRANetwork, module_class=module_class, **network_args,
-    )  # fmt: skip
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: Any,
-    text_encoder: TextEncoders,
-    unet: nn.Module,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    **network_args: Any,
-) -> tuple[LoRANetwork, dict[str, Tensor]]:
-    """As ``networks.lora.create_network_from_weights``; the ranks must be multiples of ``unit``."""
-    rules, tree, module_class = _rules(text_encoder, unet, network_args)
-    return build_network_from_weights(
-        rules, multiplier, file, text_encoder, tree, weights_sd, for_inference,
-        network_class=DyLoRANetwork, module_class=module_class, **network_args,
-    )  # fmt: skip
+NETWORK = DyLoRAKind(
+    "networks.dylora",
+    lora.rules_of,
+    {**lora.NETWORK.arguments, "unit": ranks_at_once, "ggpo_sigma": NO_GGPO, "ggpo_beta": NO_GGPO},
+    lora.NETWORK.learning_arguments | {"unit"},
+    network_class=DyLoRANetwork,
+    module_class=DyLoRAModule,
+)
+check_network_args = NETWORK.check_network_args
+create_network = NETWORK.create_network
+create_network_from_weights = NETWORK.create_network_from_weights

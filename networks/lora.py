@@ -7,21 +7,19 @@ Files are those of kohya-ss/sd-scripts' ``networks.lora``. The U-Net's modules h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from library.errors import UserError
 from library.models.stable_diffusion.keys import inverted, renamed, unet_table
 from library.models.stable_diffusion.original_names import under_original_names
-from networks.adapters.lora_arguments import parse_arguments, unavailable
+from networks.adapters.lora_arguments import unavailable
 from networks.adapters.lora_blocks import BLOCK_ARGUMENTS, BLOCK_LEARNING_ARGUMENTS, SD_BLOCKS, SDXL_BLOCKS, BlockLayout
 from networks.adapters.lora_core import LoRANetwork
-from networks.adapters.lora_creation import TextEncoders, build_network, build_network_from_weights
-from networks.adapters.lora_targets import Family, Target, TargetTable, flat_names, path_from
+from networks.adapters.lora_kind import LoRAKind
+from networks.adapters.lora_module import LoRAModule
+from networks.adapters.lora_targets import Rules, Target, TargetTable, flat_names, path_from
 
 UNET = TargetTable(
     "lora_unet",
@@ -84,19 +82,11 @@ def _encoder_names(target: Target) -> Iterable[str]:
         yield f"lora_te1_{path}".replace(".", "_")
 
 
-def family(
-    text_encoders: tuple[TargetTable, ...], blocks: BlockLayout, outer: tuple[str, ...], module: str = "networks.lora"
-) -> Family:
+def _rules(text_encoders: tuple[TargetTable, ...], blocks: BlockLayout, outer: tuple[str, ...]) -> Rules:
     """Stable Diffusion's rules for a U-Net with ``blocks``; ``outer`` are paths of its layers outside of them."""
-    return Family(
-        module=module,
+    return Rules(
         transformer=UNET,
         text_encoders=text_encoders,
-        arguments={
-            **BLOCK_ARGUMENTS,
-            "split_qkv": unavailable("Query, key and value are separate layers in Stable Diffusion."),
-        },
-        learning_arguments=BLOCK_LEARNING_ARGUMENTS,
         check=blocks.check,
         with_conv=blocks.with_conv,
         rank=blocks.rank,
@@ -109,64 +99,34 @@ def family(
     )
 
 
-SD = family((TEXT_ENCODER,), SD_BLOCKS, ("conv_in", "time_embedding", "conv_out"))
-SDXL = family((TEXT_ENCODER_1, TEXT_ENCODER_2), SDXL_BLOCKS, ("time_embed", "label_emb", "input_blocks.0", "out"))
+SD = _rules((TEXT_ENCODER,), SD_BLOCKS, ("conv_in", "time_embedding", "conv_out"))
+SDXL = _rules((TEXT_ENCODER_1, TEXT_ENCODER_2), SDXL_BLOCKS, ("time_embed", "label_emb", "input_blocks.0", "out"))
 
 
-def family_of(unet: nn.Module, text_encoder: TextEncoders, module: str) -> tuple[Family, nn.Module]:
-    """The rules for a U-Net, as those of ``module``, and the tree that has its names.
+def rules_of(unet: nn.Module, text_encoders: Sequence[nn.Module | None]) -> tuple[Rules, nn.Module]:
+    """The rules for diffusers' UNet2DConditionModel (or its ``under_original_names``), and the tree that has its names.
 
-    XL's is known by its embedding of sizes; one of diffusers is shown under the original names. Raises UserError when
-    there are more text encoders than such a model has.
+    XL's is recognised by its embedding of sizes; one of diffusers is shown under the original names. Raises UserError
+    when there are more text encoders than such a model has.
     """
     is_xl = hasattr(unet, "label_emb") or getattr(unet, "add_embedding", None) is not None
-    rules = replace(SDXL if is_xl else SD, module=module)
-    encoders = [text_encoder] if text_encoder is None or isinstance(text_encoder, nn.Module) else list(text_encoder)
-    if len(encoders) > len(rules.text_encoders):
-        raise UserError(
-            f"{module}: {len(encoders)} text encoders were given, but {SDXL_BLOCKS.model if is_xl else SD_BLOCKS.model}"
-            f" has {len(rules.text_encoders)}."
-        )
+    rules, model = (SDXL, SDXL_BLOCKS.model) if is_xl else (SD, SD_BLOCKS.model)
+    if len(text_encoders) > len(rules.text_encoders):
+        raise UserError(f"{len(text_encoders)} text encoders were given, but {model} has {len(rules.text_encoders)}.")
     return rules, under_original_names(unet) if is_xl and hasattr(unet, "down_blocks") else unet
 
 
-def check_network_args(network_args: Mapping[str, str]) -> None:
-    """Refuse wrong arguments before a model is loaded. Raises UserError."""
-    parse_arguments(network_args, SD.arguments, SD.module)  # XL knows the same
-
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: Any,
-    text_encoder: TextEncoders,
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    **network_args: Any,
-) -> LoRANetwork:
-    """A new network for a Stable Diffusion U-Net and its text encoder (a list of two for XL, either may be None).
-
-    ``unet``: diffusers' UNet2DConditionModel, or its ``under_original_names``. See ``lora_creation.build_network``.
-    """
-    rules, tree = family_of(unet, text_encoder, SD.module)
-    return build_network(
-        rules, multiplier, network_dim, network_alpha, text_encoder, tree, neuron_dropout, **network_args
-    )
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: Any,
-    text_encoder: TextEncoders,
-    unet: nn.Module,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    **network_args: Any,
-) -> tuple[LoRANetwork, dict[str, Tensor]]:
-    """The network that a file holds. See ``lora_creation.build_network_from_weights``."""
-    rules, tree = family_of(unet, text_encoder, SD.module)
-    return build_network_from_weights(
-        rules, multiplier, file, text_encoder, tree, weights_sd, for_inference, **network_args
-    )
+NETWORK = LoRAKind(
+    "networks.lora",
+    rules_of,
+    {
+        **BLOCK_ARGUMENTS,
+        "split_qkv": unavailable("Query, key and value are separate layers in Stable Diffusion."),
+    },
+    BLOCK_LEARNING_ARGUMENTS,
+    network_class=LoRANetwork,
+    module_class=LoRAModule,
+)
+check_network_args = NETWORK.check_network_args
+create_network = NETWORK.create_network
+create_network_from_weights = NETWORK.create_network_from_weights

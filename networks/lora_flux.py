@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from library.console import warn
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
 from library.safetensors_io import open_checkpoint
-from networks.adapters.lora_arguments import choice, flag, parse_arguments, text, whole_number, whole_numbers
+from networks.adapters.lora_arguments import choice, flag, text, whole_number, whole_numbers
 from networks.adapters.lora_core import LoRANetwork
-from networks.adapters.lora_creation import build_network, build_network_from_weights
 from networks.adapters.lora_formats import plain_name
+from networks.adapters.lora_kind import LoRAKind
+from networks.adapters.lora_module import LoRAModule
 from networks.adapters.lora_targets import (
     Arguments,
-    Family,
     Part,
+    Rules,
     Target,
     TargetTable,
     find_targets,
@@ -32,6 +33,7 @@ from networks.adapters.lora_targets import (
     path_from,
     ranks_by_name,
 )
+from networks.adapters.network_kind import Models, same_rules
 
 TRANSFORMER = TargetTable("lora_unet", "unet", ("DoubleStreamBlock", "SingleStreamBlock"))
 CLIP_L = TargetTable(
@@ -160,18 +162,9 @@ def _xlabs_names(path: str) -> Iterable[tuple[str, Part]]:
         yield (f"{match[1]}.processor.qkv", 0) if match[2] == "1" else (f"{match[1]}.processor.proj", None)
 
 
-FLUX = Family(
-    module="networks.lora_flux",
+FLUX = Rules(
     transformer=TRANSFORMER,
     text_encoders=(CLIP_L, T5XXL),
-    arguments={
-        **{argument: whole_number for argument, _ in RANK_RULES},
-        "in_dims": whole_numbers(len(IN_LAYERS), ", ".join(IN_LAYERS)),
-        "train_double_block_indices": text,
-        "train_single_block_indices": text,
-        "train_blocks": choice("all", "single", "double"),
-        "train_t5xxl": flag,
-    },
     check=warn_of_missing_layers,
     rank=ranks_by_name(RANK_RULES),
     selected=selected_blocks,
@@ -188,50 +181,42 @@ def holds_t5xxl(file: str | Path) -> bool:
     return any(plain_name(key).startswith(T5_NAMES) for key in open_checkpoint(file).keys())  # noqa: SIM118
 
 
-def check_network_args(network_args: Mapping[str, str]) -> None:
-    """Refuse wrong arguments before a model is loaded. Raises UserError."""
-    parse_arguments(network_args, FLUX.arguments, FLUX.module)
+class FluxLoRANetwork(LoRANetwork):
+    """A LoRA network whose ``train_t5xxl`` says whether T5-XXL is trained."""
+
+    @property
+    def train_t5xxl(self) -> bool:
+        """Whether the network has modules of T5-XXL."""
+        return any(lora.target.table is T5XXL for lora in self.text_encoder_loras)
 
 
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: Any,
-    text_encoder: nn.Module | Sequence[nn.Module | None] | None,
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    **network_args: Any,
-) -> LoRANetwork:
-    """A new network for a FLUX.1 or Chroma transformer and its text encoders [CLIP-L, T5-XXL], either may be None.
+@dataclass(frozen=True)
+class FluxLoRAKind(LoRAKind):
+    """LoRA for a FLUX.1 or Chroma transformer and its text encoders [CLIP-L, T5-XXL], either may be None."""
 
-    See ``lora_creation.build_network``. The result's ``train_t5xxl`` says whether T5-XXL is trained.
-    """
-    network = _with_t5_mark(
-        build_network(FLUX, multiplier, network_dim, network_alpha, text_encoder, unet, neuron_dropout, **network_args)
-    )
-    if network.arguments["train_t5xxl"] and not network.train_t5xxl:
-        warn("--network_args: train_t5xxl has no effect, because T5-XXL is not trained in this run")
-    return network
+    def new_network(
+        self, models: Models, arguments: Arguments, network_dim: int | None, network_alpha: float | None
+    ) -> LoRANetwork:
+        network = super().new_network(models, arguments, network_dim, network_alpha)
+        if arguments["train_t5xxl"] and not network.train_t5xxl:
+            warn("--network_args: train_t5xxl has no effect, because T5-XXL is not trained in this run")
+        return network
 
 
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: Any,
-    text_encoder: nn.Module | Sequence[nn.Module | None] | None,
-    unet: nn.Module,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    **network_args: Any,
-) -> tuple[LoRANetwork, dict[str, Tensor]]:
-    """The network that a file holds. See ``lora_creation.build_network_from_weights``."""
-    network, tensors = build_network_from_weights(
-        FLUX, multiplier, file, text_encoder, unet, weights_sd, for_inference, **network_args
-    )
-    return _with_t5_mark(network), tensors
-
-
-def _with_t5_mark(network: LoRANetwork) -> LoRANetwork:
-    network.train_t5xxl = any(lora.target.table is T5XXL for lora in network.text_encoder_loras)
-    return network
+NETWORK = FluxLoRAKind(
+    "networks.lora_flux",
+    same_rules(FLUX),
+    {
+        **{argument: whole_number for argument, _ in RANK_RULES},
+        "in_dims": whole_numbers(len(IN_LAYERS), ", ".join(IN_LAYERS)),
+        "train_double_block_indices": text,
+        "train_single_block_indices": text,
+        "train_blocks": choice("all", "single", "double"),
+        "train_t5xxl": flag,
+    },
+    network_class=FluxLoRANetwork,
+    module_class=LoRAModule,
+)
+check_network_args = NETWORK.check_network_args
+create_network = NETWORK.create_network
+create_network_from_weights = NETWORK.create_network_from_weights

@@ -23,7 +23,7 @@ from library.memory.stored_linear import StoredWeight, stored_weight, write_weig
 from networks.adapters.adapter_module import AdapterModule
 from networks.adapters.lora_arguments import last_match
 from networks.adapters.lora_file import read_file, write_file
-from networks.adapters.lora_targets import Arguments, Family
+from networks.adapters.lora_targets import Arguments, Rules
 
 Module = TypeVar("Module", bound=AdapterModule)
 
@@ -56,15 +56,14 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
     """Ends of names in the state dict that another one may lack."""
 
     def __init__(
-        self, family: Family, arguments: Arguments, text_encoder_loras: list[Module], unet_loras: list[Module]
+        self, rules: Rules, arguments: Arguments, text_encoder_loras: list[Module], unet_loras: list[Module]
     ) -> None:
         super().__init__()
-        self.family = family
+        self.rules = rules
         self.arguments = arguments
         self.text_encoder_loras = text_encoder_loras
         self.unet_loras = unet_loras
         self.multiplier: float | Tensor = 1.0
-        self.train_t5xxl = False
         self.backups: dict[str, StoredWeight] = {}
         for lora in self.loras:
             self.add_module(lora.lora_name, lora)
@@ -77,6 +76,11 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
     def loras(self) -> list[Module]:
         """Every module, text encoders first."""
         return self.text_encoder_loras + self.unet_loras
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """The network's modules and size, as the log gives them."""
 
     # ---- entering and leaving the models ----
 
@@ -181,7 +185,7 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
         self.frozen.clear()
         for lora in self.loras:
             table = lora.target.table
-            given = rates[self.family.text_encoders.index(table)] if table.is_text_encoder else unet_lr
+            given = rates[self.rules.text_encoders.index(table)] if table.is_text_encoder else unet_lr
             label, rate = self._learning_rate(lora, default_lr if given is None else given)
             used[lora.lora_name] = rate or 0.0
             plus = self._loraplus_ratio(table.is_text_encoder)
@@ -204,7 +208,7 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
         return [(lora, False)]
 
     def _text_encoder_rates(self, given: Sequence[float | None] | float | None) -> list[float | None]:
-        count = max(len(self.family.text_encoders), 1)
+        count = max(len(self.rules.text_encoders), 1)
         rates = list(given) if isinstance(given, Sequence) else [given]
         if not rates:
             rates = [None]
@@ -215,14 +219,14 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
         if not isinstance(given, Sequence) or len(given) < 2:
             return
         trained = {lora.target.table for lora in self.text_encoder_loras}
-        tables = [*self.family.text_encoders, *(None for _ in given)]
+        tables = [*self.rules.text_encoders, *(None for _ in given)]
         idle = [f"{rate:g}" for rate, table in zip(given, tables) if rate and table not in trained]
         if idle:
             warn(f"--text_encoder_lr: {' and '.join(idle)} has no effect, because that text encoder is not trained")
 
     def _learning_rate(self, lora: Module, base: float | None) -> tuple[str, float | None]:
         """Label of the module's group and its learning rate: ``network_reg_lrs``' last match, else the model's."""
-        label, factor = self.family.group(lora.target, self.arguments)
+        label, factor = self.rules.group(lora.target, self.arguments)
         patterns = self.arguments.get("network_reg_lrs")
         index = last_match(patterns, lora.lora_name)
         if patterns and index is not None:

@@ -57,10 +57,13 @@ def probability(name: str, value: Any) -> float:
 
 
 def unavailable(reason: str) -> Parser:
-    """A parser for a common argument that has no meaning here; ``reason``, a whole sentence, says why."""
+    """A parser for a common argument that has no meaning here; ``reason``, a whole sentence, says why.
+
+    What switches the argument off is accepted: false, and 0 as configuration files write it.
+    """
 
     def parse(name: str, value: Any) -> None:
-        if str(value).strip().lower() != "false":
+        if str(value).strip().lower() not in ("false", "0", "0.0"):
             raise UserError(f"--network_args: {name} cannot be used here. {reason}")
 
     return parse

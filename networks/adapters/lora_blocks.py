@@ -105,7 +105,7 @@ class BlockLayout:
         """All blocks."""
         return 2 * self.ends + self.down + self.middle + self.up
 
-    # ---- what a Family asks ----
+    # ---- what ``Rules`` ask ----
 
     def rank(self, target: Target, arguments: Arguments) -> int | None:
         """Rank that ``block_dims`` or, for a wide convolution, ``conv_block_dims`` gives."""

@@ -1,6 +1,6 @@
 """The network of all LoRA modules, for every model family.
 
-What distinguishes the families is declared in ``lora_flux`` and its siblings (see ``lora_targets``); ``lora_creation``
+What distinguishes the families is declared in ``lora_flux`` and its siblings (see ``lora_targets``); ``lora_kind``
 builds from that.
 """
 
@@ -27,6 +27,15 @@ class LoRANetwork(AdapterNetwork[LoRAModule]):
     def trained_parts(self, lora: LoRAModule) -> list[tuple[nn.Module, bool]]:
         """Down and up."""
         return [(lora.lora_down, False), (lora.lora_up, True)]
+
+    @property
+    def summary(self) -> str:
+        """How many modules of which ranks, and their size."""
+        ranks = sorted({module.lora_dim for module in self.loras})
+        span = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        size = sum(parameter.numel() for parameter in self.parameters())
+        text, unet = len(self.text_encoder_loras), len(self.unet_loras)
+        return f"LoRA with {unet} {self.rules.model_name} and {text} text encoder modules, {span}, {size:,} parameters"
 
     # ---- norms ----
 
@@ -80,7 +89,7 @@ class LoRANetwork(AdapterNetwork[LoRAModule]):
 
     def take_tensors(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoadInfo:
         """Take over tensors under any names that ``lora_formats`` knows."""
-        modules, unexpected = read_modules(tensors, [lora.target for lora in self.loras], self.family, metadata)
+        modules, unexpected = read_modules(tensors, [lora.target for lora in self.loras], self.rules, metadata)
         if not modules:
             raise UserError(
                 f"none of the {len(tensors)} tensors belongs to a LoRA module of this network; it was made for another"

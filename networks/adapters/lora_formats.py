@@ -22,7 +22,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.safetensors_io import require_finite, strict_json
 from networks.adapters.lora_file import PEFT_METADATA, LoRAWeights
-from networks.adapters.lora_targets import Family, Part, Target
+from networks.adapters.lora_targets import Part, Rules, Target
 
 # A PEFT adapter's name stands between lora_A and weight.
 _ROLES = {
@@ -129,7 +129,7 @@ def single_number(key: str, tensor: Tensor) -> float:
 def read_modules(
     tensors: Mapping[str, Tensor],
     targets: Iterable[Target],
-    family: Family,
+    rules: Rules,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, LoRAWeights], list[str]]:
     """The modules in ``tensors`` by LoRA name, and the keys that belong to no target or to an incomplete module.
@@ -137,7 +137,7 @@ def read_modules(
     ``metadata`` is the file's; it says alpha where the tensors do not (see ``peft_alpha``). Raises UserError as
     ``grouped_keys`` and ``read_module`` do.
     """
-    known = {alias: (target, part) for target in targets for alias, part in _names(target, family)}
+    known = {alias: (target, part) for target in targets for alias, part in _names(target, rules)}
     modules, others = grouped_keys(tensors)
     unexpected = set(others)
     by_name: dict[str, Target] = {}
@@ -151,7 +151,7 @@ def read_modules(
         by_name[target.name] = target
         refuse_repetition(target.name, part, parts[target.name])
         parts[target.name][part] = read_module(tensors.__getitem__, name, keys, metadata)
-    joined = {name: _joined(by_name[name], found_parts, family) for name, found_parts in parts.items()}
+    joined = {name: _joined(by_name[name], found_parts, rules) for name, found_parts in parts.items()}
     return joined, [key for key in tensors if key in unexpected]
 
 
@@ -161,9 +161,9 @@ def refuse_repetition(name: str, part: Part, parts: Collection[Part]) -> None:
         raise UserError(f"the file holds {name} twice, under several names.")
 
 
-def _names(target: Target, family: Family) -> Iterable[tuple[str, Part]]:
+def _names(target: Target, rules: Rules) -> Iterable[tuple[str, Part]]:
     yield target.name, None
-    yield from family.aliases(target)
+    yield from rules.aliases(target)
 
 
 def peft_alpha(metadata: Mapping[str, str], module: str, rank: int) -> float | None:
@@ -207,12 +207,12 @@ def refuse_other_methods(key: str) -> None:
         raise UserError(f'the file holds {method} weights ("{key}"), which are not LoRA and cannot be read here.')
 
 
-def _joined(target: Target, parts: Mapping[Part, LoRAWeights], family: Family) -> LoRAWeights:
+def _joined(target: Target, parts: Mapping[Part, LoRAWeights], rules: Rules) -> LoRAWeights:
     """One module of separately trained parts: downs stacked, ups on the diagonal, zeros for a part that is missing."""
     whole = whole_module(parts)
     if whole is not None:
         return whole
-    rows = family.split(target) or []
+    rows = rules.split(target) or []
     found = [(index, parts[index]) for index in range(len(rows)) if index in parts]
     return join_parts([weights for _, weights in found], [index for index, _ in found], rows)
 

@@ -1,6 +1,6 @@
 """Which modules of a model get LoRA, under which names, with which rank: what a family declares.
 
-A family is a ``Family`` made of ``TargetTable``s (one per model) and a few rules. Names in files are
+A family has ``Rules`` made of ``TargetTable``s (one per model) and a few rules. Names in files are
 ``<prefix>_<module path with dots as underscores>``.
 """
 
@@ -50,7 +50,7 @@ class TargetTable:
     classes: tuple[str, ...]
     """Class names; every Linear and Conv2d inside modules of these classes is a target."""
     conv_classes: tuple[str, ...] = ()
-    """As ``classes``, but only when wide convolutions are requested (``Family.with_conv``)."""
+    """As ``classes``, but only when wide convolutions are requested (``Rules.with_conv``)."""
     file_path: Callable[[str], str] = same_path
     """Module path -> the path that names the module in files."""
     is_text_encoder: bool = False
@@ -92,18 +92,12 @@ def no_split(target: Target) -> list[int] | None:
 
 
 @dataclass(frozen=True)
-class Family:
-    """What distinguishes the LoRA of one model family."""
+class Rules:
+    """What distinguishes the networks of one model family."""
 
-    module: str
-    """Name in messages, as given to --network_module."""
     transformer: TargetTable
     text_encoders: tuple[TargetTable, ...]
     """In the order of the text encoders."""
-    arguments: Mapping[str, Callable[[str, Any], Any]]
-    """network_args beyond the common ones: name -> parser (see lora_arguments)."""
-    learning_arguments: frozenset[str] = frozenset()
-    """Those of ``arguments`` that also act on a network from a file: they concern learning, not which modules exist."""
     check: Callable[[Arguments, nn.Module], None] = field(default=lambda arguments, transformer: None)
     """Raises UserError where ``arguments`` don't fit the model."""
     with_conv: Callable[[Arguments], bool] = conv_dim_is_given
@@ -161,7 +155,7 @@ def _layers(parent: nn.Module, parent_path: str, table: TargetTable) -> Iterable
 
 
 def ranks_by_name(rules: Sequence[tuple[str, tuple[str, ...]]]) -> Callable[[Target, Arguments], int | None]:
-    """A ``Family.rank`` from rules (argument, parts): the argument's value for names that contain all the parts.
+    """A ``Rules.rank`` from rules (argument, parts): the argument's value for names that contain all the parts.
 
     The first rule whose argument is given and whose parts match applies.
     """

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from library.console import say, warn
+from library.console import warn
 from library.errors import UserError
 from library.memory.stored_linear import write_weight
 from networks.adapters.adapter_module import AdapterModule, as_float32
 from networks.adapters.adapter_network import AdapterNetwork, LoadInfo
-from networks.adapters.lora_arguments import COMMON_ARGUMENTS, flag, parse_arguments, unavailable
-from networks.adapters.lora_file import read_file
+from networks.adapters.lora_arguments import COMMON_ARGUMENTS, flag, unavailable
 from networks.adapters.lora_formats import finite_numbers, single_number
-from networks.adapters.lora_targets import Arguments, Family, Target
+from networks.adapters.lora_targets import Arguments, Target, TargetTable, default_group, find_targets
+from networks.adapters.network_kind import Models, NetworkKind
 
 DEFAULT_BLOCKS = 4
 DEFAULT_CONSTRAINT = 1e-3
@@ -39,7 +37,7 @@ OFT_ARGUMENTS = {
     "enable_all_linear": flag,
 }
 
-Parts = Callable[[Target], Sequence[int] | None]
+PartRows = Callable[[Target], Sequence[int] | None]
 
 
 def one_tensor(target: Target) -> Sequence[int] | None:
@@ -137,6 +135,12 @@ class OFTModule(AdapterModule):
 class OFTNetwork(AdapterNetwork[OFTModule]):
     """All OFT modules of one training run or file."""
 
+    @property
+    def summary(self) -> str:
+        """How many modules, and their size."""
+        size = sum(parameter.numel() for parameter in self.parameters())
+        return f"OFT with {len(self.loras)} {self.rules.model_name} modules, {size:,} parameters"
+
     def file_tensors(self, loras: Iterable[OFTModule], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Blocks and constraint of each module."""
         tensors: dict[str, Tensor] = {}
@@ -177,81 +181,59 @@ def _copy_blocks(key: str, given: Tensor, own: nn.Parameter) -> None:
     raise UserError(f"{sizes}; it was made for another model.")
 
 
-def build_network(
-    family: Family,
-    arguments: Arguments,
-    targets: Sequence[Target],
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    parts: Parts = one_tensor,
-) -> OFTNetwork:
-    """A new network of ``targets``: ``network_dim`` blocks each (None: 4), constraint ``network_alpha`` (None: 0.001).
+@dataclass(frozen=True, kw_only=True)
+class OFTKind(NetworkKind[OFTNetwork]):
+    """OFT: ``network_dim`` blocks in each part of a layer (None: 4), constraint ``network_alpha`` (None: 0.001).
 
-    ``parts`` gives a layer's ``part_rows``. Raises UserError for numbers that no layer can have.
+    Raises UserError for numbers that no layer can have, and for a number of blocks that its outputs cannot share.
     """
-    blocks = DEFAULT_BLOCKS if network_dim is None else int(network_dim)
-    constraint = DEFAULT_CONSTRAINT if network_alpha is None else float(network_alpha)
-    if blocks < 1 or not 0 < constraint < math.inf:
-        raise UserError(
-            f"{family.module} needs --network_dim of at least 1 and --network_alpha above 0, not {blocks} and"
-            f" {constraint:g}."
-        )
-    if not targets:
-        raise UserError(f"{family.module} does not fit this model, which has none of its modules.")
-    if constraint >= 1:
-        warn(
-            f"--network_alpha {constraint:g} hardly limits the turns of OFT; {DEFAULT_CONSTRAINT:g} is usual, and what"
-            " is not given counts as 1"
-        )
-    modules = [OFTModule(target, blocks, constraint, multiplier, parts(target)) for target in targets]
-    return _network(family, arguments, modules, multiplier)
 
+    all_linear: TargetTable
+    """Every layer that can be trained, under the names in files."""
+    attention: TargetTable
+    """Those that are trained without ``enable_all_linear``."""
+    part_rows: PartRows = one_tensor
 
-def build_network_from_weights(
-    family: Family,
-    arguments: Arguments,
-    targets: Iterable[Target],
-    multiplier: float,
-    file: str | Path | None,
-    weights_sd: Mapping[str, Tensor] | None = None,
-    for_inference: bool = False,
-    parts: Parts = one_tensor,
-) -> tuple[OFTNetwork, dict[str, Tensor]]:
-    """The network that a file (or its tensors ``weights_sd``) holds, of those ``targets`` that are in it.
+    def new_network(
+        self, models: Models, arguments: Arguments, network_dim: int | None, network_alpha: float | None
+    ) -> OFTNetwork:
+        blocks = DEFAULT_BLOCKS if network_dim is None else int(network_dim)
+        constraint = DEFAULT_CONSTRAINT if network_alpha is None else float(network_alpha)
+        if blocks < 1 or not 0 < constraint < math.inf:
+            raise UserError(
+                f"{self.module} needs --network_dim of at least 1 and --network_alpha above 0, not {blocks} and"
+                f" {constraint:g}."
+            )
+        table = self.all_linear if arguments["enable_all_linear"] else self.attention
+        targets = find_targets(models.unet, table, with_conv=bool(arguments.get("enable_conv")))
+        if not targets:
+            raise UserError(f"{self.module} does not fit this model, which has none of its modules.")
+        if constraint >= 1:
+            warn(
+                f"--network_alpha {constraint:g} hardly limits the turns of OFT; {DEFAULT_CONSTRAINT:g} is usual, and"
+                " 1 is what counts where it is not given"
+            )
+        return _network(models, arguments, [self._module(target, blocks, constraint) for target in targets])
 
-    Returns it with its tensors under this suite's own keys. Raises UserError when nothing fits.
-    """
-    idle = [name for name, value in arguments.items() if name.startswith("enable_") and value]
-    if idle:
-        warn(f"--network_args: modules are those of the file; {' and '.join(idle)} have no effect")
-    if weights_sd is None:
-        if file is None:
-            raise ValueError("either a file or its tensors must be given")
-        weights_sd = read_file(file)[0]
-    source = "the given weights" if file is None else str(file)
-    try:
-        blocks = _block_counts(weights_sd)
-        modules = [
-            OFTModule(target, blocks[target.name], DEFAULT_CONSTRAINT, multiplier, parts(target))
-            for target in targets
-            if target.name in blocks
-        ]
+    def network_of_tensors(
+        self, models: Models, arguments: Arguments, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> tuple[OFTNetwork, dict[str, Tensor], LoadInfo]:
+        blocks = _block_counts(tensors)
+        targets = find_targets(models.unet, self.all_linear, with_conv=True)
+        modules = [self._module(target, blocks[target.name]) for target in targets if target.name in blocks]
         if not modules:
-            raise UserError(f"none of the {len(weights_sd)} tensors belongs to an OFT module of this model.")
-        network = _network(family, arguments, modules, multiplier)
-        info = network.take_tensors(weights_sd)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    for keys, fault in (
-        (info.unexpected_keys, "fit no module here and are left out"),
-        (info.missing_keys, "are not in it, so that these parts stay as they are"),
-    ):
-        if keys:
-            warn(f"{source}: {len(keys)} tensors {fault}, such as {keys[0]}")
-    if for_inference:
-        network.requires_grad_(False).eval()
-    return network, network.file_tensors(modules)
+            raise UserError(f"none of the {len(tensors)} tensors belongs to an OFT module of this model.")
+        network = _network(models, arguments, modules)
+        info = network.take_tensors(tensors)
+        return network, network.file_tensors(modules), info
+
+    def _module(self, target: Target, blocks: int, constraint: float = DEFAULT_CONSTRAINT) -> OFTModule:
+        return OFTModule(target, blocks, constraint, part_rows=self.part_rows(target))
+
+
+def _network(models: Models, arguments: Arguments, modules: list[OFTModule]) -> OFTNetwork:
+    """Of the transformer or U-Net alone, with one learning rate."""
+    return OFTNetwork(replace(models.rules, group=default_group, text_encoders=()), arguments, [], modules)
 
 
 def _block_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -264,19 +246,3 @@ def _block_counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
                 raise UserError(f'"{key}" has the shape {list(tensor.shape)}, where [blocks, size, size] is needed.')
             counts[name] = len(tensor)
     return counts
-
-
-def parse_oft_arguments(
-    given: Mapping[str, Any], known: Mapping[str, Any], module: str, neuron_dropout: float | None = None
-) -> dict[str, Any]:
-    """Typed network_args; a dropout is refused among them. Raises UserError."""
-    return parse_arguments({**given, "dropout": neuron_dropout} if neuron_dropout else given, known, module)
-
-
-def _network(family: Family, arguments: Arguments, modules: Sequence[OFTModule], multiplier: float) -> OFTNetwork:
-    own = replace(family, group=lambda target, arguments: (target.table.group, 1.0), text_encoders=())
-    network = OFTNetwork(own, arguments, [], list(modules))
-    network.set_multiplier(multiplier)
-    size = sum(parameter.numel() for parameter in network.parameters())
-    say(f"OFT with {len(modules)} {family.model_name} modules, {size:,} parameters")
-    return network

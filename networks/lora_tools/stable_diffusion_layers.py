@@ -10,8 +10,8 @@ from torch import nn
 
 from library.models.loading import TensorSource
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel
-from networks.adapters.lora_targets import Family, Target, TargetTable, find_targets
-from networks.lora import SD_PATHS, SDXL_PATHS, family_of
+from networks.adapters.lora_targets import Rules, Target, TargetTable, find_targets
+from networks.lora import SD_PATHS, SDXL_PATHS, rules_of
 from networks.lora_tools.model_merging import Layer
 from networks.lora_tools.named_lora import SDXL
 
@@ -45,16 +45,16 @@ class Part:
         return find_targets(self.tree, self.table, with_conv)
 
 
-def parts_of(model: StableDiffusionModel) -> tuple[Family, list[Part]]:
+def parts_of(model: StableDiffusionModel) -> tuple[Rules, list[Part]]:
     """The rules of the model's family, and its parts: the text encoders in order, then the U-Net."""
     encoders = [encoder.meta_module() for encoder in model.text_encoders]
     unet: Any = model.unet.meta_module()
-    family, tree = family_of(unet, encoders, "networks.lora")
+    rules, tree = rules_of(unet, encoders)
     parts = [
         Part(encoder, _paths(encoder), file.source, table)
-        for encoder, file, table in zip(encoders, model.text_encoders, family.text_encoders)
+        for encoder, file, table in zip(encoders, model.text_encoders, rules.text_encoders)
     ]
-    return family, [*parts, Part(tree, _paths(unet), model.unet.source, family.transformer)]
+    return rules, [*parts, Part(tree, _paths(unet), model.unet.source, rules.transformer)]
 
 
 def _paths(model: nn.Module) -> dict[nn.Module, str]:
@@ -63,13 +63,13 @@ def _paths(model: nn.Module) -> dict[nn.Module, str]:
 
 def layers_of(model: StableDiffusionModel) -> tuple[dict[str, Layer], dict[str, str]]:
     """Every layer by its LoRA name, and the LoRA name for each name that another program gives it."""
-    family, parts = parts_of(model)
+    rules, parts = parts_of(model)
     layers: dict[str, Layer] = {}
     names: dict[str, str] = {}
     for part in parts:
         for target in part.all_layers():
             layers[target.name] = part.layer(target)
-            names |= {alias: target.name for alias, _ in family.aliases(target)}
+            names |= {alias: target.name for alias, _ in rules.aliases(target)}
     return layers, {**names, **{name: name for name in layers}}
 
 

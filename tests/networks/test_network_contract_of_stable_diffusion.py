@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
 from networks import dylora, lora, lora_fa, oft
 from networks.adapters.adapter_network import AdapterNetwork
 from tests.networks.stable_diffusion import tiny_model
-
-MODULES = [lora, lora_fa, dylora, oft]
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_module_functions(module):
-    names = list(inspect.signature(module.create_network).parameters)
-    assert names[:7] == [
-        "multiplier", "network_dim", "network_alpha", "vae", "text_encoder", "unet", "neuron_dropout",
-    ]  # fmt: skip
-    names = list(inspect.signature(module.create_network_from_weights).parameters)
-    assert names[:7] == [
-        "multiplier", "file", "vae", "text_encoder", "unet", "weights_sd", "for_inference",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from library.console import say
 from library.errors import UserError
+from library.families import network_modules
 from library.safetensors_io import load_tensors
 from library.training.network.lycoris import LycorisModule, quiet_imports
 
@@ -102,17 +102,9 @@ def find_network_module(name: str) -> None:
     if found is None:
         if name.partition(".")[0] == "lycoris":
             raise UserError(f"--network_module: {name} is not installed; install it with: pip install lycoris-lora")
-        raise UserError(f'--network_module: there is no module "{name}"; this suite has {", ".join(own_modules())}.')
-
-
-def own_modules() -> list[str]:
-    """The network modules of this suite."""
-    folder = Path(__file__).parents[3] / "networks"
-    return sorted(
-        f"networks.{path.stem}"
-        for path in folder.glob("*.py")
-        if re.search(r"^def create_network\(", path.read_text(encoding="utf-8"), re.MULTILINE)
-    )
+        raise UserError(
+            f'--network_module: there is no module "{name}"; this suite has {", ".join(network_modules())}.'
+        )
 
 
 def import_network_module(options: NetworkOptions) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import pytest
 
+from library.errors import UserError
+from library.families import network_modules
 from networks import lora_flux
 from networks.adapters.lora_core import LoRANetwork
 
@@ -14,13 +17,22 @@ def names(function) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_module_functions():
-    assert names(lora_flux.create_network)[:7] == [
+@pytest.mark.parametrize("module", network_modules())
+def test_module_functions(module):
+    """As positional arguments of other trainers, and with arguments of their own behind them."""
+    offered = importlib.import_module(module)
+    assert names(offered.create_network)[:7] == [
         "multiplier", "network_dim", "network_alpha", "vae", "text_encoder", "unet", "neuron_dropout",
     ]  # fmt: skip
-    assert names(lora_flux.create_network_from_weights)[:7] == [
+    assert names(offered.create_network_from_weights)[:7] == [
         "multiplier", "file", "vae", "text_encoder", "unet", "weights_sd", "for_inference",
     ]  # fmt: skip
+    assert names(offered.check_network_args) == ["network_args"]
+    with pytest.raises(UserError, match=f'{module} has no argument "no_such_argument"'):
+        offered.check_network_args({"no_such_argument": "1"})
+    for function in (offered.create_network, offered.create_network_from_weights):
+        with pytest.raises(UserError, match=f'{module} has no argument "no_such_argument"'):
+            function(1.0, 4, 1, None, None, None, no_such_argument="1")
 
 
 @pytest.mark.parametrize(

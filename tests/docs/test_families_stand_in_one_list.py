@@ -44,7 +44,8 @@ def named_families(source: str) -> set[str]:
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module or "", *(alias.name for alias in node.names)}
+            for alias in node.names:
+                names |= {node.module or "", alias.name, f"{node.module}.{alias.name}"}
     names -= {LOOP}
     return {family.room for family in FAMILIES if names & own_marks(family)}
 
@@ -101,6 +102,7 @@ def strings(path: Path) -> set[str]:
         'SCRIPTS = ("train_network.py", "flux_train_network.py")',
         "from flux_train_network import FluxNetworkTrainer\nfrom sdxl_train_network import SdxlTrainingOptions",
         'module = "networks.lora_flux" if is_flux else "networks.lora"',
+        "from networks import lora, lora_flux",
     ],
 )
 def test_a_second_list_would_be_seen(source):

@@ -302,7 +302,7 @@ class SafetensorsCheckpoint(Checkpoint):
                     _read_into(file, data.data, entry.file)
                 return torch.from_numpy(data)
             # Copy-on-write, because torch warns about memory that it may not write to; nothing is written.
-            mapped = numpy.memmap(entry.file, dtype=numpy.uint8, mode="c", offset=entry.start, shape=(count,))
+            mapped = numpy.memmap(str(entry.file), dtype=numpy.uint8, mode="c", offset=entry.start, shape=(count,))
         except OSError as error:
             raise UserError(f"{entry.file} cannot be read: {error.strerror}.") from None
         aligned = entry.start % 8 == 0

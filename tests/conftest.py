@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,22 @@ def accelerate_is_new() -> Iterator[None]:
     """A test that looks at accelerate does not meet what a run before it has set up."""
     yield
     forget_accelerator()
+
+
+@pytest.fixture(autouse=True)
+def collecting_garbage_is_quick(kept_modules: list[int]) -> Iterator[None]:
+    """What imported modules hold stays for good: a run's collections of garbage need not look at it again and again."""
+    yield
+    if len(sys.modules) > kept_modules[-1] + 100:
+        gc.collect()
+        gc.freeze()
+        kept_modules.append(len(sys.modules))
+
+
+@pytest.fixture(scope="session")
+def kept_modules() -> list[int]:
+    """How many modules had been imported when the collector last was told to leave alone what is there."""
+    return [0]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -423,7 +423,8 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
             attention_backend="split" if sd.mem_eff_attn else "xformers" if model.xformers else "sdpa",
         )
         self.check_model(pipeline)
-        pipeline.load_tokenizers()
+        if not options.text_cache.cache_text_encoder_outputs_to_disk:  # with it, there may be nothing to tokenize
+            pipeline.load_tokenizers()
         return pipeline
 
     def check_model(self, pipeline: StableDiffusionPipeline) -> None:

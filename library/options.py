@@ -14,7 +14,6 @@ import inspect
 import itertools
 import math
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Sequence
@@ -120,14 +119,30 @@ class Option:
 _DECLARED: dict[Any, dict[str, Option]] = {}
 
 
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    """The statements of every class in a module's source, by the class's qualified name."""
+    bodies: dict[str, list[ast.stmt]] = {}
+
+    def collect(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                bodies[prefix + child.name] = child.body
+                collect(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.stmt):
+                collect(child, f"{prefix}{child.name}.<locals>." if isinstance(child, ast.FunctionDef) else prefix)
+
+    collect(ast.parse(inspect.getsource(sys.modules[module])), "")
+    return bodies
+
+
 def field_docstrings(group: type) -> dict[str, str]:
     """The string literals below the fields of a dataclass, inherited ones included."""
     documents: dict[str, str] = {}
     for base in reversed(group.__mro__):
         if not dataclasses.is_dataclass(base) or all("help" in field.metadata for field in dataclasses.fields(base)):
             continue  # without source: made by make_dataclass
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for node, following in itertools.pairwise(body):
+        for node, following in itertools.pairwise(_class_bodies(base.__module__)[base.__qualname__]):
             if (
                 isinstance(node, ast.AnnAssign)
                 and isinstance(following, ast.Expr)

@@ -1,9 +1,9 @@
 """Classes of diffusers and transformers without the eight seconds of imports that nothing here uses.
 
-Importing diffusers' U-Net also runs some eighty other models, PEFT, bitsandbytes (through the quantizers),
-``scipy.stats``, transformers' model code and torch's compiler. While a class is imported here, stand-ins are in their
-places: whatever is used of them later, by whoever it is, is imported then. Nothing is hidden for good, everything else
-in the two packages works as always, and no installed file is changed.
+Importing diffusers' U-Net also runs some eighty other models, PEFT, the quantizers with transformers and bitsandbytes,
+the client of the Hugging Face hub, ``scipy.stats`` and torch's compiler. While a class is imported here, stand-ins are
+in their places: whatever is used of them later, by whoever it is, is imported then. Nothing is hidden for good,
+everything else in the two packages works as always, and no installed file is changed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,19 @@ from typing import Any
 
 EXPORTS = tuple(f"diffusers.{name}" for name in ("hooks", "models.autoencoders", "models.transformers", "models.unets"))
 """Packages that do nothing but gather the names of all their modules."""
-MODEL_CODE = ("bitsandbytes", "scipy.stats", "diffusers.hooks.group_offloading")
-"""What modules of models import at their top and use in functions for quantised, noised or offloaded models only."""
+MODEL_CODE = (
+    "diffusers.hooks.group_offloading",
+    "diffusers.quantizers",
+    "diffusers.quantizers.quantization_config",
+    "diffusers.utils.dynamic_modules_utils",
+    "diffusers.utils.export_utils",
+    "huggingface_hub.file_download",
+    "huggingface_hub.hf_api",
+    "huggingface_hub.repocard",
+    "requests",
+    "scipy.stats",
+)
+"""What modules of models import at their top and use in functions for quantised, offloaded or fetched models only."""
 LOADER_CODE = ("transformers", "peft.tuners.tuners_utils", "diffusers.schedulers")
 """The same of the loaders of LoRA and single files, which are bases of the model classes."""
 LOADERS = ("diffusers.loaders.lora_base", "diffusers.loaders.single_file_utils")
@@ -33,7 +44,7 @@ _lock = threading.RLock()
 def diffusers_class(name: str) -> Any:
     """The class that ``from diffusers import name`` gives."""
     with _lock:
-        with _absent("torch._dynamo"):  # diffusers has a way without it
+        with _absent("torch._dynamo"), _stand_ins(MODEL_CODE):  # diffusers has a way without it
             importlib.import_module("diffusers.utils.torch_utils")
         diffusers = sys.modules["diffusers"]
         if name not in vars(diffusers):
@@ -117,6 +128,11 @@ class DeferredName:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real(), name)
+
+    def __or__(self, other: Any) -> DeferredName:
+        return self  # in an annotation, which nobody reads
+
+    __ror__ = __or__
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, self._real())

@@ -11,6 +11,7 @@ from tests.running import train
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "bitsandbytes", "peft", "networkx", "torchvision")
+UNUSED = ("transformers", "huggingface_hub.hf_api", "huggingface_hub.file_download", "requests", "diffusers.quantizers")
 MODELS = ("transformers.modeling_utils", "diffusers.models.transformers.transformer_flux", "diffusers.hooks.hooks")
 TRAIN = """
 import sys
@@ -20,6 +21,7 @@ for family, arguments in {arguments!r}.items():
 print("IMPORTED", sorted(set({heavy!r}) & set(sys.modules)))
 """
 USE = """
+import tempfile
 import diffusers.models.unets
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel, StableDiffusionXLPipeline
@@ -40,10 +42,19 @@ unet = UNet2DConditionModel(
     block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
 )
+with tempfile.TemporaryDirectory() as folder:
+    unet.save_pretrained(folder)
+    read = UNet2DConditionModel.from_pretrained(folder)
+assert read.state_dict().keys() == unet.state_dict().keys()
 unet.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
 found = [layer for layer in unet.modules() if isinstance(layer, lora_base.BaseTunerLayer)]
 assert found and issubclass(CLIPTextModel, lora_base.PreTrainedModel)
 assert unet.device.type == "cpu"
+from diffusers.models import modeling_utils
+from diffusers.quantizers import DiffusersAutoQuantizer
+from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+assert issubclass(BnB4BitDiffusersQuantizer, modeling_utils.DiffusersQuantizer)
+assert modeling_utils.DiffusersAutoQuantizer.from_config == DiffusersAutoQuantizer.from_config
 inputs = torch.zeros(1, 4, 4, 4), 1, torch.zeros(1, 2, 8)
 compiled = torch.compile(unet, backend="eager")
 torch.testing.assert_close(compiled(*inputs).sample, unet(*inputs).sample)
@@ -64,7 +75,7 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     arguments = {family: [str(word) for word in (*words, *shared)] for family, words in commands.items()}
     for family, words in arguments.items():
         train(family, *words)  # fills the caches
-    code = TRAIN.format(arguments=arguments, heavy=(*HEAVY, *MODELS)) + USE
+    code = TRAIN.format(arguments=arguments, heavy=(*HEAVY, *UNUSED, *MODELS)) + USE
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "IMPORTED []" in result.stdout

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from library.console import ConsoleOptions, run_script, say, set_up_console
 from library.errors import UserError
+from library.families import FLUX
 from library.generation.image_files import ImageFileOptions
 from library.generation.inference_run import InferenceRun
 from library.generation.lora_files import LoraFileOptions
@@ -272,7 +273,7 @@ class FluxInference(InferenceRun):
         encoders = {encoder: meta_modules.get(encoder) for encoder in ("clip_l", "t5xxl")}
         merge = self.options.lora.merge_lora_weights
         transformer = {"transformer": meta_modules["transformer"]}
-        return NetworkStack(files, network_module, encoders, transformer, families=("FLUX.1",), merge=merge)
+        return NetworkStack(files, network_module, encoders, transformer, families=[FLUX], merge=merge)
 
     # ---- images ---------------------------------------------------------------------------------------------------
 

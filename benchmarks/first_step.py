@@ -31,12 +31,13 @@ from benchmarks.tiny_run import (
     training_options,
     write_dataset,
 )
+from library.families import by_model
 
 if TYPE_CHECKING:
     from library.models.stable_diffusion.checkpoint import Variant
 
 LIMIT = 5.0
-SCRIPTS = {"flux": "flux_train_network.py", "sd1": "train_network.py", "sdxl": "sdxl_train_network.py"}
+MODELS = ("flux", "sd1", "sdxl")
 STEP_DONE = "saved "  # what the script says right after the step
 SHOWN = 25
 LAUNCH = (
@@ -88,10 +89,10 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--runs", type=int, default=5, help="runs of each command; the median counts")
     arguments.add_argument("--profile", action="store_true", help="show what the imports of a run take, nothing else")
-    arguments.add_argument("--family", choices=tuple(SCRIPTS), default="flux")
+    arguments.add_argument("--family", choices=MODELS, default="flux")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        training = [SCRIPTS[options.family], *tiny_training(Path(name), options.family)]
+        training = [by_model(options.family).file, *tiny_training(Path(name), options.family)]
         run_measured([sys.executable, *training])  # fills the caches
         if options.profile:
             print_profile(import_times(run_measured([sys.executable, "-X", "importtime", *training]).output))

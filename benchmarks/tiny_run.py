@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.families import FLUX, STABLE_DIFFUSION
+
 if TYPE_CHECKING:
     from tools.make_tiny_models import TinyFlux
 
@@ -55,7 +57,7 @@ def training_options(
         "clip_l": models.clip_l,
         "t5xxl": models.t5xxl,
         "ae": models.autoencoder,
-        "network_module": "networks.lora_flux",
+        "network_module": FLUX.networks[0],
         "timestep_sampling": "flux_shift",
         "model_prediction_type": "raw",
         "guidance_scale": 1.0,
@@ -69,7 +71,7 @@ def stable_diffusion_training_options(
     model: Path, dataset: Path, output: Path, steps: int, more: Mapping[str, object] | None = None
 ) -> list[str]:
     """The same for a Stable Diffusion model in a single file."""
-    options = {"pretrained_model_name_or_path": model, "network_module": "networks.lora", **(more or {})}
+    options = {"pretrained_model_name_or_path": model, "network_module": STABLE_DIFFUSION.networks[0], **(more or {})}
     return _command_line(options, dataset, output, steps)
 
 

@@ -7,8 +7,10 @@ scripts lie above ``library/``, so that this module is the only one of it that r
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 
@@ -60,6 +62,11 @@ class Family:
     """The same for files that hold nothing but modules of text encoders."""
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """Short names of its models; of a single one, the family's."""
+        return self.models or (self.key,)
+
+    @property
     def file(self) -> str:
         """File of the training script."""
         return f"{self.script}.py"
@@ -81,6 +88,20 @@ class Family:
     def options_class(self) -> Any:
         """The dataclass of all options of the training script, imported now."""
         return load(f"{self.script}:{self.options}")
+
+
+@dataclass(frozen=True, eq=False)
+class OtherFamily:
+    """A model family that no script here is for: its LoRA files are recognised, so that messages can name it."""
+
+    lora_name: str
+    """As the tools for LoRA files name it."""
+    versions: tuple[str, ...]
+    """Beginnings of ``ss_base_model_version`` in LoRA files."""
+    module_marks: str
+    """Regular expression that finds one of its LoRA files by the name of a module in the transformer."""
+    encoder_marks: str = ""
+    """The same for files that hold nothing but modules of text encoders."""
 
 
 def load(name: str) -> Any:
@@ -157,6 +178,18 @@ FLUX = Family(
 )
 
 FAMILIES = (STABLE_DIFFUSION, SDXL, FLUX)
+OTHER_FAMILIES = (
+    OtherFamily(
+        lora_name="HunyuanImage-2.1",
+        versions=("hunyuan",),
+        module_marks=r"lora_unet_(double|single)_blocks_\d+_(\w+_fc\d|\w*mod\w*_linear)$",
+    ),
+    OtherFamily(
+        lora_name="Lumina Image 2.0",
+        versions=("lumina",),
+        module_marks=r"lora_unet_(layers|context_refiner|noise_refiner|cap_embedder)_",
+    ),
+)
 CACHING_OPTIONS = "tools.cache_run:CachingOptions"
 """What the caching tools take beside the options of a family's training script and the families' switches."""
 
@@ -164,6 +197,11 @@ CACHING_OPTIONS = "tools.cache_run:CachingOptions"
 def by_key(key: str) -> Family:
     """The family of a short name. Raises KeyError for any other."""
     return {family.key: family for family in FAMILIES}[key]
+
+
+def by_model(model: str) -> Family:
+    """The family of a model by its short name (``sd1``, ``sdxl``, ``chroma``). Raises KeyError for any other."""
+    return {name: family for family in FAMILIES for name in family.model_names}[model]
 
 
 def switches() -> dict[str, Family]:
@@ -191,3 +229,23 @@ def version_of(base_model_version: str) -> tuple[Family, ModelVersion] | None:
         if base_model_version.startswith(begin):
             return found[begin]
     return None
+
+
+def lora_family(modules: Collection[str], base_model_version: str = "") -> Family | OtherFamily | None:
+    """The model family that a LoRA file is for.
+
+    ``modules``: names of its modules. Those in the transformer or U-Net decide; where there is none,
+    ``base_model_version`` (``ss_base_model_version``) does, then the names in text encoders. None where nothing does.
+    """
+    # The names of one family may hold the marks of another; the more special of two stands before it.
+    known: tuple[Family | OtherFamily, ...] = (*OTHER_FAMILIES, *reversed(FAMILIES))
+
+    def marked(marks: Callable[[Any], str]) -> Iterator[Family | OtherFamily]:
+        for family in known:
+            pattern = marks(family)
+            if pattern and any(re.match(pattern, name) for name in modules):
+                yield family
+
+    by_version = (family for family in known if base_model_version.startswith(tuple(family.versions)))
+    found = chain(marked(lambda family: family.module_marks), by_version, marked(lambda family: family.encoder_marks))
+    return next(found, None)

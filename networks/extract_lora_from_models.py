@@ -126,27 +126,29 @@ def check_options(models: ExtractModels, lora: ExtractOptions) -> Path:
 
 def check_models(models: ExtractModels, original: StableDiffusionModel, tuned: StableDiffusionModel) -> None:
     """Raises UserError when the models are of different families, or of another than the options say."""
-    names = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+    from library.models.stable_diffusion.checkpoint import MODEL_NAMES
+
     if original.variant != tuned.variant:
         raise UserError(
-            f"--model_org is {names[original.variant]}, --model_tuned {names[tuned.variant]}; both must be of one"
-            " family."
+            f"--model_org is {MODEL_NAMES[original.variant]}, --model_tuned {MODEL_NAMES[tuned.variant]}; both must be"
+            " of one family."
         )
     for given, option, variant in ((models.v2, "--v2", "sd2"), (models.sdxl, "--sdxl", "sdxl")):
         if given and original.variant != variant:
-            raise UserError(f"{option} is given, but the models are {names[original.variant]}.")
+            raise UserError(f"{option} is given, but the models are {MODEL_NAMES[original.variant]}.")
 
 
 def extracted_metadata(
     options: ExtractLoraOptions, tuned: StableDiffusionModel, modules: dict[str, LoRAWeights], save_to: Path
 ) -> dict[str, str]:
     """The metadata of the new file, without hashes."""
+    from library.models.stable_diffusion.checkpoint import BASE_MODEL_VERSIONS
     from library.modelspec import standard_entries
     from networks.lora_tools.metadata import network_entries, with_modelspec
 
     told = tuned.variant == "sd2" if tuned.predicts_v is None else tuned.predicts_v
     predicts_v = options.models.v_parameterization or told
-    version = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[tuned.variant]
+    version = BASE_MODEL_VERSIONS[tuned.variant]
     if tuned.variant != "sdxl" and predicts_v:
         version += "_v"
     entries = {

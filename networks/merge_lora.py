@@ -39,12 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the options, check the files, merge."""
     options = parse_options(MergeLoraOptions, __doc__ or "", arguments)
     set_up_console(ConsoleOptions())
+    from library.families import STABLE_DIFFUSION
     from networks.lora_tools.merging import concatenated, exact_sum
-    from networks.lora_tools.named_lora import SD
     from networks.lora_tools.stable_diffusion_merge import MergeRun
 
     target, form = options.target, options.form
-    run = MergeRun(options.files, options.numbers, [SD])
+    run = MergeRun(options.files, options.numbers, [STABLE_DIFFUSION])
     if target.sd_model is None and target.v2:
         warn("--v2 has no effect without --sd_model")
     if target.sd_model is not None and (form.concat or form.shuffle):

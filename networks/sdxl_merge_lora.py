@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the options, check the files, merge."""
     options = parse_options(SdxlMergeOptions, __doc__ or "", arguments)
     set_up_console(ConsoleOptions())
+    from library.families import SDXL
     from networks.lora_tools.merging import concatenated, exact_sum
-    from networks.lora_tools.named_lora import SDXL
     from networks.lora_tools.stable_diffusion_merge import MergeRun
 
     target, form = options.target, options.form

@@ -54,11 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
     check_rank(svd.new_rank, "--new_rank")
     check_rank(svd.new_conv_rank, "--new_conv_rank")
     check_clamp_quantile(svd.clamp_quantile)
+    from library.families import SDXL, STABLE_DIFFUSION
     from networks.lora_tools.merging import sum_of_rank
-    from networks.lora_tools.named_lora import SD, SDXL
     from networks.lora_tools.stable_diffusion_merge import MergeRun
 
-    run = MergeRun(options.files, options.numbers, [SD, SDXL], options.block_weights.lbws)
+    run = MergeRun(options.files, options.numbers, [STABLE_DIFFUSION, SDXL], options.block_weights.lbws)
     combine = sum_of_rank(svd.new_rank, svd.new_conv_rank or svd.new_rank, svd.clamp_quantile)
     run.merge_files(combine, device=parse_device(svd.device))
 

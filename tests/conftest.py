@@ -18,11 +18,7 @@ import hypothesis
 import pytest
 
 from tests.documented import DATASETS
-from tests.families.chroma import CHROMA
-from tests.families.flux import FLUX
-from tests.families.sd15 import SD15
-from tests.families.sd21 import SD21
-from tests.families.sdxl import SDXL
+from tests.families.families import TINY
 from tests.running import forget_accelerator, toml_value
 
 # A busy machine must not fail a property test.
@@ -69,13 +65,13 @@ def one_thread_for_torch():
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory):
     """A random tiny FLUX.1 dev in the real files' layouts."""
-    return FLUX.make(tmp_path_factory.mktemp("tiny_flux"))
+    return TINY["flux"].make(tmp_path_factory.mktemp("tiny_flux"))
 
 
 @pytest.fixture(scope="session")
 def tiny_chroma(tmp_path_factory):
     """A random tiny Chroma in the real files' layouts."""
-    return CHROMA.make(tmp_path_factory.mktemp("tiny_chroma"))
+    return TINY["chroma"].make(tmp_path_factory.mktemp("tiny_chroma"))
 
 
 @pytest.fixture(scope="session")
@@ -89,19 +85,19 @@ def tiny_controlnet(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory) -> Path:
     """The single file of a random tiny Stable Diffusion 1 under the real file's key names, with its tokenizer."""
-    return SD15.make(tmp_path_factory.mktemp("tiny_sd1"))
+    return TINY["sd1"].make(tmp_path_factory.mktemp("tiny_sd1"))
 
 
 @pytest.fixture(scope="session")
 def tiny_sd2(tmp_path_factory) -> Path:
     """The same of Stable Diffusion 2."""
-    return SD21.make(tmp_path_factory.mktemp("tiny_sd2"))
+    return TINY["sd2"].make(tmp_path_factory.mktemp("tiny_sd2"))
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory) -> Path:
     """The same of Stable Diffusion XL, with two tokenizers."""
-    return SDXL.make(tmp_path_factory.mktemp("tiny_sdxl"))
+    return TINY["sdxl"].make(tmp_path_factory.mktemp("tiny_sdxl"))
 
 
 @pytest.fixture(scope="session")
@@ -137,31 +133,31 @@ def control_folder(image_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def flux_command(tiny_flux):
     """Options of the FLUX script that name the tiny model and a small quick LoRA."""
-    return FLUX.command(tiny_flux)
+    return TINY["flux"].command(tiny_flux)
 
 
 @pytest.fixture(scope="session")
 def chroma_command(tiny_chroma):
     """The same for Chroma, with the settings that are recommended for it."""
-    return CHROMA.command(tiny_chroma)
+    return TINY["chroma"].command(tiny_chroma)
 
 
 @pytest.fixture(scope="session")
 def sd1_command(tiny_sd1):
     """For train_network.py."""
-    return SD15.command(tiny_sd1)
+    return TINY["sd1"].command(tiny_sd1)
 
 
 @pytest.fixture(scope="session")
 def sd2_command(tiny_sd2):
     """For train_network.py, with a model of 2.x that predicts v."""
-    return SD21.command(tiny_sd2)
+    return TINY["sd2"].command(tiny_sd2)
 
 
 @pytest.fixture(scope="session")
 def sdxl_command(tiny_sdxl):
     """For sdxl_train_network.py."""
-    return SDXL.command(tiny_sdxl)
+    return TINY["sdxl"].command(tiny_sdxl)
 
 
 @pytest.fixture

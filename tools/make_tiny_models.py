@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from library.families import FAMILIES, FLUX
 from library.files import write_text
 from library.models.autoencoder_kl import LATENT_SCALE, LATENT_SHIFT, AutoencoderConfig, AutoencoderKL
 from library.models.clip import ClipTextEncoder
@@ -341,15 +342,14 @@ def diffusers_autoencoder_state(state: dict[str, Tensor], config: AutoencoderCon
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files go")
-    parser.add_argument(
-        "--family", choices=("flux", "chroma", "sd1", "sd2", "sdxl"), default="flux", help="which model"
-    )
+    models = [name for family in FAMILIES for name in family.model_names]
+    parser.add_argument("--family", choices=models, default="flux", help="which model")
     parser.add_argument("--variant", choices=("dev", "schnell"), help="FLUX.1: with or without guidance embedding")
     parser.add_argument("--layout", choices=get_args(Layout), default="original", help="whose key names and files")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--v_prediction", action="store_true", help="Stable Diffusion: a file that says it predicts v")
     arguments = parser.parse_args()
-    if arguments.family in ("flux", "chroma"):
+    if arguments.family in FLUX.model_names:
         if arguments.v_prediction:
             parser.error("--v_prediction is for Stable Diffusion")
         if arguments.family == "chroma" and arguments.variant:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from library.errors import UserError
+from library.families import Family
 from library.safetensors_io import open_checkpoint
 from networks.adapters.adapter_module import AdapterModule
 from networks.adapters.adapter_network import AdapterNetwork
@@ -38,9 +39,9 @@ class NetworkStack:
     """Networks that act together, in the order of their files.
 
     ``text_encoders`` and ``transformer`` are meta modules by the part's name; the encoders stand in the order that the
-    family's networks expect, None for one that the model lacks; ``families`` are the names that
-    ``NamedLoRA.family`` has for the model. With ``merge`` they change the weights of the parts,
-    else they are computed beside them and their multipliers can be changed.
+    family's networks expect, None for one that the model lacks; ``families`` are those whose files
+    may be meant for the model. With ``merge`` they change the weights of the parts, else they are computed beside them
+    and their multipliers can be changed.
     Raises UserError, naming the file, for one that cannot be read or fits nothing here.
     """
 
@@ -50,7 +51,7 @@ class NetworkStack:
         choose_module: ChooseModule,
         text_encoders: Mapping[str, nn.Module | None],
         transformer: Mapping[str, nn.Module],
-        families: Collection[str],
+        families: Collection[Family],
         merge: bool = False,
     ):
         self.merge = merge
@@ -120,11 +121,12 @@ def _build(
     return network
 
 
-def _refuse_other_family(path: Path, families: Collection[str]) -> None:
+def _refuse_other_family(path: Path, families: Collection[Family]) -> None:
     """Raises UserError when a file that fits nothing says that it is for another model."""
     try:
         family = NamedLoRA(path).family
     except UserError:
         return  # it is no LoRA; what the network module says about it is clearer
     if family is not None and family not in families:
-        raise UserError(f"{path} is a LoRA for {family}; one for {' or '.join(families)} is needed here.") from None
+        wanted = " or ".join(family.lora_name for family in families)
+        raise UserError(f"{path} is a LoRA for {family.lora_name}; one for {wanted} is needed here.") from None

@@ -12,16 +12,16 @@ import re
 from dataclasses import dataclass
 
 from library.errors import UserError
-from networks.lora_tools.named_lora import SD, SDXL
+from library.families import SDXL, STABLE_DIFFUSION, Family
 
 BLOCKS = ("BASE", *(f"IN{i:02d}" for i in range(12)), "MID", *(f"OUT{i:02d}" for i in range(12)))
 _SD_17 = "BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11"
 _SDXL_12 = "BASE IN04 IN05 IN07 IN08 MID OUT00 OUT01 OUT02 OUT03 OUT04 OUT05"
 PRESETS = {
     12: (SDXL, tuple(_SDXL_12.split())),
-    17: (SD, tuple(_SD_17.split())),
+    17: (STABLE_DIFFUSION, tuple(_SD_17.split())),
     20: (SDXL, BLOCKS[:10] + BLOCKS[13:23]),
-    26: (SD, BLOCKS),
+    26: (STABLE_DIFFUSION, BLOCKS),
 }
 """Length of a list: the model family it is for, and the blocks that it names."""
 
@@ -33,7 +33,7 @@ _ORIGINAL = re.compile(r"_(?P<half>input|output)_blocks_(?P<number>\d+)_")
 class BlockWeights:
     """The numbers of one list by block name; ``family`` is the model family that lists of this length are for."""
 
-    family: str
+    family: Family
     weights: dict[str, float]
 
     def of(self, lora_name: str) -> float | None:
@@ -50,8 +50,9 @@ def parse_block_weights(text: str, option: str = "--lbws") -> BlockWeights:
         values, numbers = [], []
     if not isinstance(values, list) or len(numbers) != len(values) or len(values) not in PRESETS:
         raise UserError(
-            f"{option}: each value must be a JSON list of 12 or 20 ({SDXL}) or 17 or 26 numbers ({SD}) such as"
-            f' "[1,0,0,0,1,1,1,1,1,1,1,1]", not "{text}".'
+            f"{option}: each value must be a JSON list of 12 or 20 ({SDXL.lora_name}) or 17 or 26 numbers"
+            f" ({STABLE_DIFFUSION.lora_name}) such as"
+            ' "[1,0,0,0,1,1,1,1,1,1,1,1]", not "{text}".'
         )
     family, blocks = PRESETS[len(values)]
     return BlockWeights(family, dict(zip(blocks, numbers)))

@@ -13,12 +13,13 @@ import torch
 
 from library.console import say
 from library.errors import UserError
+from library.families import lora_family
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
 from networks.adapters.lora_file import LoRAWeights
 from networks.adapters.lora_formats import join_parts, plain_name, refuse_repetition, whole_module
 from networks.adapters.lora_targets import Part, Target
 from networks.lora_flux import CLIP_L, IN_LAYERS, T5XXL, TRANSFORMER, other_names
-from networks.lora_tools.named_lora import FAMILY_BY_NAME, NamedLoRA
+from networks.lora_tools.named_lora import NamedLoRA
 
 FEED_FORWARD_RATIO = 4  # of FLUX.1 and Chroma, where a file does not tell
 MOST_BLOCKS = 1000
@@ -105,9 +106,8 @@ class FluxLoRA(NamedLoRA):
             )
         unknown = [*self.unmatched, *self.others]
         if unknown:
-            fitting = (f for f, pattern in FAMILY_BY_NAME.items() if any(re.match(pattern, name) for name in unknown))
-            family = next(fitting, None) if not self.modules else None
-            other = f" It is for {family}." if family else ""
+            family = None if self.modules else lora_family(unknown)
+            other = f" It is for {family.lora_name}." if family else ""
             raise UserError(
                 f"{self.label}: {len(unknown)} of its modules and tensors belong to no layer of FLUX.1 or Chroma: "
                 f"{', '.join(unknown)}.{other}"

@@ -6,38 +6,18 @@ of ``lora_formats``.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from library.errors import UserError
+from library.families import Family, OtherFamily, lora_family
 from library.safetensors_io import open_checkpoint
 from networks.adapters.lora_file import LoRAWeights, with_adapter_config
 from networks.adapters.lora_formats import check_shapes, grouped_keys, read_module
 from networks.lora_tools.arithmetic import layer_shape
-
-SD = "Stable Diffusion 1.x or 2.x"
-SDXL = "Stable Diffusion XL"
-# What a module's name tells about the model that the file was made for; the first that fits any name is taken.
-FAMILY_BY_NAME = {
-    "HunyuanImage-2.1": r"lora_unet_(double|single)_blocks_\d+_(\w+_fc\d|\w*mod\w*_linear)$",
-    "FLUX.1": r"lora_unet_(double|single)_blocks_",
-    "Lumina Image 2.0": r"lora_unet_(layers|context_refiner|noise_refiner|cap_embedder)_",
-    SDXL: r"lora_unet_((input|output)_blocks|middle_block)_|lora_unet_\w+_attentions_\d+_transformer_blocks_[1-9]",
-    SD: r"lora_unet_((down|up)_blocks|mid_block)_",
-}
-# For files without a transformer or U-Net: the beginning of ss_base_model_version, then the names of the text encoders.
-FAMILY_BY_METADATA = {
-    "hunyuan": "HunyuanImage-2.1",
-    "flux": "FLUX.1",
-    "lumina": "Lumina Image 2.0",
-    "sdxl": SDXL,
-    "sd_v": SD,
-}
-FAMILY_BY_ENCODER = {SDXL: r"lora_te[12]_text_model_", SD: r"lora_te_text_model_"}
 
 
 class NamedLoRA:
@@ -92,25 +72,17 @@ class NamedLoRA:
             raise self._named(error) from None
 
     @property
-    def family(self) -> str | None:
+    def family(self) -> Family | OtherFamily | None:
         """The model family that the names (or the metadata) tell; None where they do not."""
-        version = self.metadata.get("ss_base_model_version", "")
-        told = (family for beginning, family in FAMILY_BY_METADATA.items() if version.startswith(beginning))
-        return self._family_by(FAMILY_BY_NAME) or next(told, None) or self._family_by(FAMILY_BY_ENCODER)
+        return lora_family(self.modules, self.metadata.get("ss_base_model_version", ""))
 
-    def _family_by(self, patterns: Mapping[str, str]) -> str | None:
-        for family, pattern in patterns.items():
-            if any(re.match(pattern, name) for name in self.modules):
-                return family
-        return None
-
-    def require_family(self, wanted: Sequence[str], advice: str = "") -> None:
+    def require_family(self, wanted: Collection[Family], advice: str = "") -> None:
         """Raises UserError unless the file is for one of these families; ``advice`` says what else to do."""
         if self.family not in wanted:
-            what = f"is for {self.family}" if self.family else "is for another kind of model"
+            what = f"is for {self.family.lora_name}" if self.family else "is for another kind of model"
             raise UserError(
-                f"{self.label} {what} (it has a module {next(iter(self.modules))}); a LoRA for {' or '.join(wanted)}"
-                f" is needed here.{' ' + advice if advice else ''}"
+                f"{self.label} {what} (it has a module {next(iter(self.modules))}); a LoRA for"
+                f" {' or '.join(family.lora_name for family in wanted)} is needed here.{' ' + advice if advice else ''}"
             )
 
     def refuse_other_tensors(self) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from library.families import SDXL, Family, OtherFamily
 from library.models.loading import TensorSource
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel
 from networks.adapters.lora_targets import Rules, Target, TargetTable, find_targets
 from networks.lora import SD_PATHS, SDXL_PATHS, rules_of
 from networks.lora_tools.model_merging import Layer
-from networks.lora_tools.named_lora import SDXL
 
 _SDXL_NAMES = {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs in SDXL_PATHS.items()}
 _SD_NAMES = {ours.replace(".", "_"): theirs.replace(".", "_") for ours, theirs in SD_PATHS.items()}
@@ -73,14 +73,11 @@ def layers_of(model: StableDiffusionModel) -> tuple[dict[str, Layer], dict[str, 
     return layers, {**names, **{name: name for name in layers}}
 
 
-def usual_name(name: str, family: str) -> str:
-    """A LoRA name as ``networks.lora`` writes it, where another program has taken the names of the other U-Net layout.
-
-    ``family`` is one of ``named_lora``'s.
-    """
-    if family != SDXL and name.startswith("lora_te1_"):
+def usual_name(name: str, family: Family | OtherFamily) -> str:
+    """A LoRA name as ``networks.lora`` writes it, where another program took the names of the other U-Net layout."""
+    if family is not SDXL and name.startswith("lora_te1_"):
         return name.replace("lora_te1_", "lora_te_", 1)
-    names = _SDXL_NAMES if family == SDXL else _SD_NAMES
+    names = _SDXL_NAMES if family is SDXL else _SD_NAMES
     path = name.removeprefix("lora_unet_")
     head = path
     while head not in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,12 @@ import torch
 from library.console import say
 from library.devices import parse_dtype
 from library.errors import UserError
-from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion
+from library.families import SDXL, STABLE_DIFFUSION, Family, OtherFamily, by_model
+from library.models.stable_diffusion.checkpoint import (
+    BASE_MODEL_VERSIONS,
+    StableDiffusionModel,
+    open_stable_diffusion,
+)
 from library.modelspec import standard_entries
 from networks.adapters.lora_file import LoRAWeights
 from networks.adapters.lora_formats import plain_name
@@ -18,7 +23,7 @@ from networks.lora_tools.block_weights import BlockWeights, parse_block_weights
 from networks.lora_tools.merging import Ingredient, check_ingredients, shuffled, summed
 from networks.lora_tools.metadata import merged_metadata, merged_model_metadata
 from networks.lora_tools.model_merging import MergeFormat, merge_into_file, merge_into_folder, plan_merge
-from networks.lora_tools.named_lora import SD, SDXL, NamedLoRA
+from networks.lora_tools.named_lora import NamedLoRA
 from networks.lora_tools.options import (
     LORA_SUFFIXES,
     MergeFiles,
@@ -29,16 +34,17 @@ from networks.lora_tools.options import (
 )
 from networks.lora_tools.stable_diffusion_layers import layers_of, usual_name
 
-FAMILY_OF_VARIANT = {"sd1": SD, "sd2": SD, "sdxl": SDXL}
-VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-ADVICE = {SD: "networks/merge_lora.py merges those.", SDXL: "networks/sdxl_merge_lora.py merges those."}
+ADVICE: Mapping[Family | OtherFamily, str] = {
+    STABLE_DIFFUSION: "networks/merge_lora.py merges those.",
+    SDXL: "networks/sdxl_merge_lora.py merges those.",
+}
 
 
 class MergeRun:
     """The files of a merge, opened and checked; ``wanted`` are the model families that the script is for."""
 
     def __init__(
-        self, files: MergeFiles, numbers: MergeNumbers, wanted: Collection[str], lbws: Sequence[str] = ()
+        self, files: MergeFiles, numbers: MergeNumbers, wanted: Collection[Family], lbws: Sequence[str] = ()
     ) -> None:
         check_merge_files(files)
         self.blocks = _block_weights(files, lbws)
@@ -46,15 +52,15 @@ class MergeRun:
         self.loras = [NamedLoRA(path) for path in files.models]
         for lora in self.loras:
             if lora.family is not None:
-                lora.require_family(list(wanted), ADVICE.get(lora.family, ""))
+                lora.require_family(wanted, ADVICE.get(lora.family, ""))
 
-    def ingredients(self, family: str, rename: Callable[[str], str]) -> list[Ingredient]:
+    def ingredients(self, family: Family | OtherFamily, rename: Callable[[str], str]) -> list[Ingredient]:
         """The files with their shares, checked; modules under the names that ``rename`` gives."""
         for own in self.blocks:
-            if own is not None and own.family != family:
+            if own is not None and own.family is not family:
                 raise UserError(
-                    f"--lbws: a list of {len(own.weights)} is for {own.family}, but the files are for {family}, which"
-                    f" takes {'12 or 20' if family == SDXL else '17 or 26'} numbers."
+                    f"--lbws: a list of {len(own.weights)} is for {own.family.lora_name}, but the files are for"
+                    f" {family.lora_name}, which takes {'12 or 20' if family is SDXL else '17 or 26'} numbers."
                 )
         made = [
             Ingredient(lora, ratio, own, rename) for lora, ratio, own in zip(self.loras, self.files.ratios, self.blocks)
@@ -62,19 +68,22 @@ class MergeRun:
         check_ingredients(made)
         return made
 
-    def family(self) -> str:
+    def family(self) -> Family | OtherFamily:
         """The family that all files are for. Raises UserError when they are for several, or names don't tell."""
-        families = {lora.family: lora for lora in self.loras}
-        if None in families:
-            name = next(iter(families[None].modules))
+        families: dict[Family | OtherFamily, NamedLoRA] = {}
+        for lora in self.loras:
+            if lora.family is not None:
+                families[lora.family] = lora
+                continue
+            name = next(iter(lora.modules))
             raise UserError(
-                f'{families[None].label} names its modules differently ("{name}"); only files with the names of'
+                f'{lora.label} names its modules differently ("{name}"); only files with the names of'
                 ' kohya-ss/sd-scripts ("lora_unet_...") can be merged into one.'
             )
         if len(families) > 1:
-            found = ", ".join(f"{lora.path} for {family}" for family, lora in families.items())
+            found = ", ".join(f"{lora.path} for {family.lora_name}" for family, lora in families.items())
             raise UserError(f"--models: the files are for different models: {found}.")
-        return str(next(iter(families)))
+        return next(iter(families))
 
     def merge_files(
         self,
@@ -103,7 +112,7 @@ class MergeRun:
         model = open_stable_diffusion(path, option="--sd_model")
         self._check_model(model, path, says_v2)
         layers, names = layers_of(model)
-        ingredients = self.ingredients(FAMILY_OF_VARIANT[model.variant], lambda name: names.get(plain_name(name), name))
+        ingredients = self.ingredients(by_model(model.variant), lambda name: names.get(plain_name(name), name))
         plan = plan_merge(ingredients, layers)
         save_dtype = self.numbers.save_precision
         form = MergeFormat(parse_dtype(self.numbers.precision), parse_dtype(save_dtype) if save_dtype else None)
@@ -115,14 +124,14 @@ class MergeRun:
         say(f"saved {save_to}: {len(plan)} tensors of {path} changed")
 
     def _check_model(self, model: StableDiffusionModel, path: str, says_v2: bool) -> None:
-        family = FAMILY_OF_VARIANT[model.variant]
+        family = by_model(model.variant)
         if family not in self.wanted:
-            raise UserError(f"--sd_model: {path} is for {family}; {ADVICE[family]}")
+            raise UserError(f"--sd_model: {path} is for {family.lora_name}; {ADVICE[family]}")
         if says_v2 and model.variant != "sd2":
             raise UserError(f"--v2 is given, but {path} is a Stable Diffusion 1.x model.")
 
     def _model_metadata(self, model: StableDiffusionModel, path: Path, save_to: Path) -> dict[str, str]:
-        version = VERSIONS[model.variant]
+        version = BASE_MODEL_VERSIONS[model.variant]
         # As kohya-ss/sd-scripts: a 2.x model that doesn't say what it predicts is taken for one that predicts v.
         if model.predicts_v or (model.predicts_v is None and model.variant == "sd2"):
             version += "_v"

@@ -18,10 +18,9 @@ from tests.running import run_in_process, toml_value
 @pytest.fixture(scope="session")
 def tiny_files(request) -> Callable[[Family], Any]:
     """The files of a family's tiny model."""
-    fixtures = {"sd15": "tiny_sd1", "sd21": "tiny_sd2"}
 
     def of(family: Family) -> Any:
-        return request.getfixturevalue(fixtures.get(family.name, f"tiny_{family.name}"))
+        return request.getfixturevalue(f"tiny_{family.name}")
 
     return of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,15 @@ from tools.make_option_tables import PAGES
 ALLOWED = {
     "library/families.py": "the list",
     "tests/docs/test_families_stand_in_one_list.py": "shows what a second list looks like",
+    "tests/e2e/test_documented_training.py": "runs the commands of the guides",
+    "tests/e2e/test_dry_run.py": "runs two scripts",
+    "tests/e2e/test_memory_estimate.py": "runs two scripts",
+    "tests/conformance/test_two_processes_equal_one.py": "runs two scripts",
+    "tests/faults/test_killed_run_resumes_to_the_same_bytes.py": "runs two scripts",
+    "tests/interop/test_lycoris_networks.py": "runs two scripts",
     "tests/docs/test_guides_are_true.py": "compares each guide with the tables of its own networks",
+    "tests/faults/test_hostile_lora_files.py": "reads the same files with the networks and tools of every family",
+    "tests/memory/test_fp8_models.py": "trains a network of each kind of file on 8-bit weights",
 }
 """Modules outside the families' own that may name scripts, each with the reason."""
 LOOP = "train_network"
@@ -33,7 +42,12 @@ def own_marks(family: Family) -> set[str]:
     return marks
 
 
-def named_families(source: str) -> set[str]:
+def lora_marks(family: Family) -> set[str]:
+    """What its LoRA files are recognised and named by; tests may expect it in messages."""
+    return {family.lora_name, family.module_marks, family.encoder_marks} - {""}
+
+
+def named_families(source: str, marks: Callable[[Family], set[str]] = own_marks) -> set[str]:
     """The rooms of the families whose scripts, classes or network modules a module names in strings or imports."""
     names: set[str] = set()
     tree = ast.parse(source)
@@ -47,7 +61,7 @@ def named_families(source: str) -> set[str]:
             for alias in node.names:
                 names |= {node.module or "", alias.name, f"{node.module}.{alias.name}"}
     names -= {LOOP}
-    return {family.room for family in FAMILIES if names & own_marks(family)}
+    return {family.room for family in FAMILIES if names & marks(family)}
 
 
 def is_a_familys_own(path: str) -> bool:
@@ -62,7 +76,7 @@ def is_a_familys_own(path: str) -> bool:
 
 
 def modules() -> list[str]:
-    folders = ("library", "networks", "tools", "tests/docs")
+    folders = ("library", "networks", "tools", "benchmarks", "tests")
     paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
@@ -72,6 +86,16 @@ def test_no_other_module_names_the_scripts_of_several_families():
         path: rooms
         for path in modules()
         if path not in ALLOWED and len(rooms := named_families((ROOT / path).read_text(encoding="utf-8"))) > 1
+    }
+    assert found == {}
+
+
+def test_no_other_module_tells_the_lora_files_of_several_families_apart():
+    found = {
+        path: rooms
+        for path in modules()
+        if path not in ALLOWED and not path.startswith("tests/")
+        if len(rooms := named_families((ROOT / path).read_text(encoding="utf-8"), lora_marks)) > 1
     }
     assert found == {}
 
@@ -107,6 +131,7 @@ def strings(path: Path) -> set[str]:
 )
 def test_a_second_list_would_be_seen(source):
     assert len(named_families(source)) == 2
+    assert len(named_families('NAMES = {"flux": "FLUX.1", "sdxl": "Stable Diffusion XL"}', lora_marks)) == 2
 
 
 def test_every_exception_is_still_needed():
@@ -151,3 +176,26 @@ def test_a_base_model_version_tells_whose_it_is():
         "chroma": "chroma",
     }
     assert families.version_of("sd3") is None
+
+
+@pytest.mark.parametrize(
+    ("modules", "version", "name"),
+    [
+        (["lora_te1_text_model_x", "lora_unet_double_blocks_0_img_attn_qkv"], "", "FLUX.1"),
+        (["lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_0_img_mlp_fc1"], "", "HunyuanImage-2.1"),
+        (["lora_unet_noise_refiner_0_attention_out"], "", "Lumina Image 2.0"),
+        (["lora_unet_down_blocks_1_attentions_0_proj_in"], "", "Stable Diffusion 1.x or 2.x"),
+        (["lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_x"], "", "Stable Diffusion XL"),
+        (["lora_unet_down_blocks_1_attentions_0_proj_in"], "sdxl_base_v1-0", "Stable Diffusion 1.x or 2.x"),
+        (["lora_te1_text_model_x"], "flux1", "FLUX.1"),
+        (["lora_te1_text_model_x"], "chroma", "FLUX.1"),
+        (["lora_te1_text_model_x"], "hunyuan_image_2_1", "HunyuanImage-2.1"),
+        (["lora_te1_text_model_x"], "of my own", "Stable Diffusion XL"),
+        (["lora_te_text_model_x"], "", "Stable Diffusion 1.x or 2.x"),
+        (["lora_unet_x"], "", None),
+        ([], "", None),
+    ],
+)
+def test_a_lora_file_tells_whose_it_is(modules, version, name):
+    found = families.lora_family(modules, version)
+    assert (found.lora_name if found else None) == name

@@ -36,11 +36,9 @@ def chroma_drawing(files: Any) -> list[object]:
 
 CHROMA = Family(
     name="chroma",
-    script="flux_train_network.py",
     make=make_chroma,
     command=chroma_options,
     idle="--clip_skip 2",
     caches=("_flux.npz", "_flux_te.npz"),
-    inference="flux_minimal_inference.py",
     drawing=chroma_drawing,
 )

@@ -1,11 +1,14 @@
-"""Every model family, for tests that hold for each of them."""
+"""The tiny model of every model that a row of ``library/families.py`` names."""
 
 from __future__ import annotations
 
-from tests.families.chroma import CHROMA
-from tests.families.flux import FLUX
-from tests.families.sd15 import SD15
-from tests.families.sd21 import SD21
-from tests.families.sdxl import SDXL
+from library import families
+from tests.families.family import Family
 
-FAMILIES = (SD15, SD21, SDXL, FLUX, CHROMA)
+TINY: dict[str, Family] = {
+    model: families.load(f"tests.families.{model}:{model.upper()}")
+    for row in families.FAMILIES
+    for model in row.model_names
+}
+"""By the models' short names."""
+FAMILIES = tuple(TINY.values())

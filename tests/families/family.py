@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.families import by_model
+
 
 @dataclass(frozen=True)
 class Family:
     """A tiny model of a family in the real files' layouts, and how the scripts are called with it.
 
-    A new family is a file beside this one and an entry in ``tests/families/families.py``; the tests in
-    ``tests/conformance/`` then run for it.
+    A model that a row of ``library/families.py`` names has a file beside this one with its name; the tests in
+    ``tests/conformance/`` run for it.
     """
 
     name: str
-    script: str
+    """Its short name in ``library/families.py``."""
     make: Callable[[Path], Any]
     """Writes the tiny model into a folder; returns its files."""
     command: Callable[[Any], list[object]]
@@ -26,10 +28,19 @@ class Family:
     """Options that are accepted and have no effect for this family."""
     caches: tuple[str, str]
     """Endings of the files of cached latents and captions."""
-    inference: str | None = None
-    """The script that draws images with this family."""
     drawing: Callable[[Any], list[object]] = lambda files: []
     """Options of the inference script that name the files."""
+
+    @property
+    def script(self) -> str:
+        """The training script."""
+        return by_model(self.name).file
+
+    @property
+    def inference(self) -> str | None:
+        """The script that draws images with this family."""
+        module = by_model(self.name).inference_script
+        return f"{module}.py" if module else None
 
 
 def small_lora(network_module: str) -> list[object]:

@@ -36,11 +36,9 @@ def flux_drawing(files: Any) -> list[object]:
 
 FLUX = Family(
     name="flux",
-    script="flux_train_network.py",
     make=make_flux,
     command=flux_options,
     idle="--clip_skip 2",
     caches=("_flux.npz", "_flux_te.npz"),
-    inference="flux_minimal_inference.py",
     drawing=flux_drawing,
 )

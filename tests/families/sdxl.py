@@ -22,7 +22,6 @@ def sdxl_options(files: Any) -> list[object]:
 
 SDXL = Family(
     name="sdxl",
-    script="sdxl_train_network.py",
     make=make_sdxl,
     command=sdxl_options,
     idle="--ddp_static_graph",

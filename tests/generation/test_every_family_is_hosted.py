@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from library.families import STABLE_DIFFUSION
 from library.generation.image_files import ImageFileOptions
 from library.generation.inference_run import InferenceRun
 from library.generation.lora_files import LoraFileOptions
@@ -55,7 +56,7 @@ class StableDiffusionInference(InferenceRun):
         files = [(file.path, file.multiplier) for file in self.lora_files]
         encoders = {encoder: self.pipeline.meta_module(encoder) for encoder in self.pipeline.encoders}
         unet = {"unet": self.pipeline.meta_module("unet")}
-        return NetworkStack(files, lambda keys: lora, encoders, unet, families=("Stable Diffusion 1.x",))
+        return NetworkStack(files, lambda keys: lora, encoders, unet, families=[STABLE_DIFFUSION])
 
     def default_prompt(self) -> PromptOptions:
         return PROMPT

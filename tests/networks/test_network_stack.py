@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import UserError
+from library.families import FLUX
 from library.models.flux.transformer import FluxTransformer
 from networks import lora_flux, oft_flux
 from networks.adapters.network_stack import NetworkStack
@@ -32,7 +33,7 @@ def meta_module(transformer) -> FluxTransformer:
 def stack(meta_module):
     def make(*files, merge: bool = False) -> NetworkStack:
         encoders = {"clip_l": None, "t5xxl": None}
-        return NetworkStack(files, choose, encoders, {"transformer": meta_module}, families=["FLUX.1"], merge=merge)
+        return NetworkStack(files, choose, encoders, {"transformer": meta_module}, families=[FLUX], merge=merge)
 
     return make
 

@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
 Variant = Literal["sd1", "sd2", "sdxl"]
+MODEL_NAMES: dict[Variant, str] = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sdxl": "Stable Diffusion XL",
+}
+BASE_MODEL_VERSIONS: dict[Variant, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"""``ss_base_model_version`` of their LoRA files; for one that predicts v, ``_v`` stands behind it."""
 WANTED = "a Stable Diffusion 1.x, 2.x or XL checkpoint"
 WANTED_VAE = "a Stable Diffusion autoencoder (VAE)"
 UNET_PREFIX = TRANSFORMER_PREFIXES[0]

@@ -8,23 +8,22 @@ from typing import Any
 from tests.families.family import Family, small_lora
 
 
-def make_sd15(folder: Path) -> Path:
+def make_sd1(folder: Path) -> Path:
     """The single file of a random tiny model under the real file's key names, with its tokenizers beside it."""
     from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
     return make_tiny_stable_diffusion(folder, "sd1")
 
 
-def sd15_options(files: Any) -> list[object]:
+def sd1_options(files: Any) -> list[object]:
     """One file holds everything."""
     return ["--pretrained_model_name_or_path", files, *small_lora("networks.lora")]
 
 
-SD15 = Family(
-    name="sd15",
-    script="train_network.py",
-    make=make_sd15,
-    command=sd15_options,
+SD1 = Family(
+    name="sd1",
+    make=make_sd1,
+    command=sd1_options,
     idle="--ddp_static_graph",
     caches=("_sd.npz", "_sd_te.npz"),
 )

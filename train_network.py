@@ -489,15 +489,6 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         """One text encoder is not given as a list: its modules are then named ``lora_te``, without a number."""
         return next(iter(self.pipeline.load_text_encoders(encoders)), None)
 
-    def checkpoint_transformer(self) -> None:
-        """diffusers' own checkpointing, with what it keeps in system RAM if requested."""
-        if self.options.precision.cpu_offload_checkpointing:
-            from library.memory.checkpointing import checkpoint_in_main_memory
-
-            self.transformer.enable_gradient_checkpointing(checkpoint_in_main_memory)
-        else:
-            self.transformer.enable_gradient_checkpointing()
-
     # ---- the training step ------------------------------------------------------------------------------------------
 
     def make_objective(self) -> Ddpm:

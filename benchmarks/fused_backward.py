@@ -63,6 +63,8 @@ class Training:
     def _build(self, options: argparse.Namespace) -> tuple[Any, Any]:
         import torch
 
+        from library.memory.apply import apply_memory_plan
+        from library.memory.plan import MemoryPlan
         from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
         from networks.lora_flux import create_network
 
@@ -83,7 +85,8 @@ class Training:
         network.apply_to([], model, False, True)
         network.to(self.device)
         network.prepare_grad_etc(None, model)
-        model.enable_gradient_checkpointing()  # without it, activations are what takes most memory
+        # Without checkpointing, activations are what takes most memory.
+        apply_memory_plan({"": [*model.double_blocks, *model.single_blocks]}, MemoryPlan(checkpointing=True))
         return model, network
 
     def _count(self, _: torch.Tensor) -> None:

@@ -71,6 +71,8 @@ class Step:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
+        from library.memory.apply import apply_memory_plan
+        from library.memory.plan import MemoryPlan
         from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 
         self.options, self.torch = options, torch
@@ -88,15 +90,14 @@ class Step:
         with torch.device(self.device):
             self.model = FluxTransformer(config).requires_grad_(False).to(getattr(torch, options.base_dtype))
             dtype = self.model.dtype
-            if options.checkpointing:
-                self.model.enable_gradient_checkpointing()
             text_tokens = max(options.tokens // 9, 1)
             image_tokens = options.tokens - text_tokens
             self.image = torch.randn(options.batch, image_tokens, options.width).to(dtype).requires_grad_()
             self.text = torch.randn(options.batch, text_tokens, options.width).to(dtype).requires_grad_()
             self.vec = torch.randn(options.batch, options.width).to(dtype)
             self.rope = self.model.positions(torch.zeros(image_tokens, 3), torch.zeros(text_tokens, 3), options.batch)
-            blocks = (self.model.double_blocks, self.model.single_blocks)
+            blocks = [*self.model.double_blocks, *self.model.single_blocks]
+            apply_memory_plan({"": blocks}, MemoryPlan(checkpointing=options.checkpointing))
             self.layers: list[Any] = [m for part in blocks for m in part.modules() if isinstance(m, torch.nn.Linear)]
             self.matrices = [
                 (

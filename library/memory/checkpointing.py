@@ -1,23 +1,38 @@
-"""Activation checkpointing: with what is kept in system RAM, and in models of transformers."""
+"""Activation checkpointing: of a block, with what is kept in system RAM if requested, and in models of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_in_main_memory(module: Callable[..., Any], *inputs: Any) -> Any:
-    """Call ``module``; its inputs are kept in system RAM and all else is computed again in the backward pass.
+def checkpointed(call: Callable[..., Any], offload_inputs: bool = False) -> Callable[..., Any]:
+    """``call``, but only the tensors among its arguments are kept for the backward pass, which calls it again.
 
-    For ``gradient_checkpointing_func`` of diffusers' models, which call it for each block.
+    With ``offload_inputs`` they are kept in system RAM.
     """
-    # Only the checkpoint's inputs are saved while these hooks are active, so only they go to system RAM.
-    on_accelerator = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
-    with torch.autograd.graph.save_on_cpu(pin_memory=on_accelerator):
-        return checkpoint(module, *inputs, use_reentrant=False)
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return call(*inputs, **named)
+        # Among positional arguments only does torch look for the tensors that it keeps.
+        count, names = len(inputs), tuple(named)
+
+        def again(*values: Any) -> Any:
+            return call(*values[:count], **dict(zip(names, values[count:])))
+
+        values = (*inputs, *named.values())
+        on_accelerator = any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
+        # Nothing but these arguments is saved while the hooks are active, so nothing else goes to system RAM.
+        hooks = torch.autograd.graph.save_on_cpu(pin_memory=on_accelerator) if offload_inputs else nullcontext()
+        with hooks:
+            return checkpoint(again, *values, use_reentrant=False)
+
+    return run
 
 
 def checkpoint_layers(model: Any) -> None:

@@ -132,7 +132,7 @@ class Pipeline(ABC, Generic[Request]):
     request_class: ClassVar[type[Any]]
     """The ``ImageRequest`` of this family."""
     block_list_names: ClassVar[tuple[str, ...]]
-    """The denoiser's attributes that are its blocks, in the order in which they run."""
+    """The denoiser's lists of blocks, in the order in which they run (for ``block_lists``)."""
 
     files: Any
     """The opened files: an attribute for each part, None for one that isn't there."""
@@ -236,10 +236,12 @@ class Pipeline(ABC, Generic[Request]):
         return self.encoders if part == "text_encoders" else (part,)
 
     def block_lists(self) -> dict[str, Sequence[nn.Module]]:
-        """The denoiser's blocks, list by list in the order in which they run: what memory features attach to."""
+        """The denoiser's blocks, list by list in the order in which they run: what memory features attach to.
+
+        A block gets every tensor that it needs as an argument, so that it can be computed again.
+        """
         denoiser = self.load(self.denoiser)
-        lists = {name: getattr(denoiser, name) for name in self.block_list_names}
-        return {name: list(blocks) if isinstance(blocks, nn.ModuleList) else [blocks] for name, blocks in lists.items()}
+        return {name: list(getattr(denoiser, name)) for name in self.block_list_names}
 
     # Images and texts
 

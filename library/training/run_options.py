@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from library.errors import UserError
+from library.memory.plan import MemoryPlan
 
 
 @dataclass
@@ -71,7 +72,7 @@ class PrecisionOptions:
     cpu_offload_checkpointing: bool = False
     """With --gradient_checkpointing: keep the stored block inputs in CPU memory."""
     torch_compile: bool = False
-    """Compile the transformer (torch.compile)."""
+    """Compile the blocks of the transformer or U-Net, each when it first runs (torch.compile)."""
     dynamo_backend: Literal[
         "no",
         "eager",
@@ -179,6 +180,16 @@ def check_compiler(options: PrecisionOptions) -> None:
         raise UserError(
             f"--dynamo_backend {options.dynamo_backend} is unavailable on this machine; torch provides {usual}."
         )
+
+
+def memory_plan(options: PrecisionOptions, compiles: bool = True) -> MemoryPlan:
+    """What the options say is done block by block; without ``compiles`` nothing is compiled."""
+    backend = COMPILERS.get(options.dynamo_backend, options.dynamo_backend)
+    return MemoryPlan(
+        checkpointing=options.gradient_checkpointing,
+        offload_inputs=options.cpu_offload_checkpointing,
+        compiler=backend if compiles and options.torch_compile and backend != "no" else None,
+    )
 
 
 @dataclass

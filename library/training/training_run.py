@@ -65,7 +65,7 @@ from library.training.report.description import start_facts
 from library.training.report.page import open_report
 from library.training.report.timing import RunClock
 from library.training.report.wording import start_lines
-from library.training.run_options import COMPILERS, ObsoleteDistributionOptions, check_compiler, check_precision
+from library.training.run_options import ObsoleteDistributionOptions, check_compiler, check_precision, memory_plan
 from library.training.tracking import PATH_OPTIONS, Tracker, check_logging_options
 from library.training.training_options import TrainingOptions
 from library.training.validation import check_validation_options
@@ -405,20 +405,14 @@ class TrainingRun(ABC):
 
     def load_models(self) -> None:
         """Load the frozen transformer; other parts come when they are first used."""
-        precision = self.options.precision
+        from library.memory.apply import apply_memory_plan
+
         with self.load_in_turn():
             self.transformer = self.pipeline.load_transformer()
         self.transformer.requires_grad_(False)
         self.transformer.eval()
-        if precision.gradient_checkpointing:
-            self.checkpoint_transformer()
-        if precision.torch_compile and precision.dynamo_backend != "no" and not self.options.preflight.dry_run:
-            self.transformer.compile(backend=COMPILERS.get(precision.dynamo_backend, precision.dynamo_backend))
-
-    def checkpoint_transformer(self) -> None:
-        """Turn on ``--gradient_checkpointing`` in the transformer."""
-        offload = self.options.precision.cpu_offload_checkpointing
-        self.transformer.enable_gradient_checkpointing(cpu_offload=offload)
+        plan = memory_plan(self.options.precision, compiles=not self.options.preflight.dry_run)
+        self.memory = apply_memory_plan(self.pipeline.block_lists(), plan)
 
     def build_network(self) -> None:
         """Create the network in the base model and put it on the device."""

@@ -395,22 +395,21 @@ def test_the_network_is_trained_in_float32_unless_half_precision_is_asked_for(op
     assert {parameter.dtype for parameter in trainer.network.parameters()} == {expected}
 
 
-def test_the_unet_is_checkpointed_and_compiled_when_asked_for(opened):
-    from library.memory.checkpointing import checkpoint_in_main_memory
+def test_the_blocks_are_checkpointed_and_compiled_if_requested(opened):
+    from library.memory.plan import MemoryPlan
 
-    def unet(*arguments: str):
+    def plan(*arguments: str) -> MemoryPlan:
         trainer = opened(*arguments)
         trainer.load_models()
-        return trainer.transformer
+        return trainer.memory.plan
 
-    plain, checkpointed = unet(), unet("--gradient_checkpointing")
-    assert not plain.is_gradient_checkpointing and checkpointed.is_gradient_checkpointing
-    offloaded = unet("--gradient_checkpointing", "--cpu_offload_checkpointing").mid_block
-    assert offloaded._gradient_checkpointing_func is checkpoint_in_main_memory
-    assert plain._compiled_call_impl is None
-    assert unet("--torch_compile", "--dynamo_backend", "eager")._compiled_call_impl is not None
+    assert plan() == MemoryPlan() == plan("--torch_compile", "--dynamo_backend", "no")
+    assert plan("--gradient_checkpointing") == MemoryPlan(checkpointing=True)
+    offloaded = plan("--gradient_checkpointing", "--cpu_offload_checkpointing")
+    assert offloaded == MemoryPlan(checkpointing=True, offload_inputs=True)
+    assert plan("--torch_compile", "--dynamo_backend", "eager") == MemoryPlan(compiler="eager")
     with pytest.raises(UserError, match="--dynamo_backend ofi is unavailable on this machine; torch provides inductor"):
-        unet("--torch_compile", "--dynamo_backend", "ofi")
+        plan("--torch_compile", "--dynamo_backend", "ofi")
 
 
 def test_files_are_read_without_memory_maps_if_asked_for(opened, monkeypatch):

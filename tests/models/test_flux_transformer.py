@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.memory.apply import apply_memory_plan
+from library.memory.plan import MemoryPlan
 from library.models.attention import attention
 from library.models.flux.transformer import (
     LARGEST_FLOAT16,
@@ -74,8 +76,9 @@ def test_checkpointing_changes_no_gradient_of_an_adapter_on_frozen_weights(trans
 
     expected = gradients()
     calls = []
-    transformer.double_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    transformer.enable_gradient_checkpointing(cpu_offload)
+    transformer.double_blocks[0].img_attn.qkv.register_forward_pre_hook(lambda *_: calls.append(1))
+    blocks = {"": [*transformer.double_blocks, *transformer.single_blocks]}
+    apply_memory_plan(blocks, MemoryPlan(checkpointing=True, offload_inputs=cpu_offload))
     for actual, wanted in zip(gradients(), expected):
         assert torch.equal(actual, wanted) and wanted.abs().max() > 0
     assert len(calls) == 2, "the block must have been run again in the backward pass"

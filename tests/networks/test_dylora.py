@@ -10,6 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
+from library.memory.apply import apply_memory_plan
+from library.memory.plan import MemoryPlan
+from library.models.stable_diffusion.unet import block_lists
 from networks import dylora, extract_lora_from_dylora, lora
 from tests.networks.stable_diffusion import Tiny, tiny_meta_module, tiny_model
 
@@ -122,11 +125,11 @@ def test_recomputed_blocks_give_the_very_same_gradients(randomise):
     gradients = []
     for recompute in (False, True):
         tiny.unet.train()
-        tiny.unet.enable_gradient_checkpointing() if recompute else tiny.unet.disable_gradient_checkpointing()
         network.zero_grad(set_to_none=True)
         torch.manual_seed(7)
         network.on_step_start(None, None)
-        tiny.predict().square().mean().backward()
+        with apply_memory_plan(block_lists(tiny.unet), MemoryPlan(checkpointing=recompute)):
+            tiny.predict().square().mean().backward()
         gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())

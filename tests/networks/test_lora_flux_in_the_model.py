@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 
+from library.memory.apply import apply_memory_plan
+from library.memory.plan import MemoryPlan
 from networks import lora_flux
 from networks.adapters.lora_file import state_dict_of
 
@@ -85,14 +87,12 @@ def gradients(transformer, inputs, network, recompute: bool, autocast: bool):
     network.zero_grad()
     network.train()
     transformer.train()
-    if recompute:
-        transformer.enable_gradient_checkpointing()
-    else:
-        transformer.disable_gradient_checkpointing()
     torch.manual_seed(11)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = transformer(**inputs).float().square().mean()
-    loss.backward()
+    blocks = {"": [*transformer.double_blocks, *transformer.single_blocks]}
+    with apply_memory_plan(blocks, MemoryPlan(checkpointing=recompute)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = transformer(**inputs).float().square().mean()
+        loss.backward()
     return {name: parameter.grad for name, parameter in network.named_parameters()}
 
 
@@ -121,7 +121,6 @@ def test_gradients_through_the_model_are_those_of_dense_weights(transformer, inp
     network = applied(transformer, randomise, in_dims="2,2,2,2,2").double()
     mine = gradients(transformer, inputs, network, True, False)
     network.remove()
-    transformer.disable_gradient_checkpointing()
     layers = {id(module): name for name, module in transformer.named_modules()}
     delta = {}
     parameters = {name: parameter.detach().requires_grad_() for name, parameter in network.named_parameters()}

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from library.memory.apply import apply_memory_plan
+from library.memory.plan import MemoryPlan
+from library.models.stable_diffusion.unet import block_lists
 from networks import lora
 from tests.networks.stable_diffusion import Tiny, tiny_model
 
@@ -114,10 +117,10 @@ def test_recomputed_blocks_give_the_very_same_gradients_with_every_dropout(rando
     gradients = []
     for recompute in (False, True):
         tiny.unet.train()
-        tiny.unet.enable_gradient_checkpointing() if recompute else tiny.unet.disable_gradient_checkpointing()
         network.zero_grad()
         torch.manual_seed(3)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plan = apply_memory_plan(block_lists(tiny.unet), MemoryPlan(checkpointing=recompute))
+        with plan, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             tiny.predict().float().square().mean().backward()
         gradients.append({name: p.grad for name, p in network.named_parameters() if "lora_unet" in name})
     stored, recomputed = gradients

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.memory.apply import apply_memory_plan
+from library.memory.plan import MemoryPlan
 from library.models.flux.transformer import FluxConfig, FluxTransformer
 from networks import lora_flux, oft_flux
 from networks.adapters.oft_core import OFTModule
@@ -233,13 +235,14 @@ def test_in_bfloat16_it_stays_close_and_recomputed_blocks_have_the_same_gradient
     network.apply_to(None, transformer)
     exact = transformer(**inputs)
     transformer.to(base)
+    blocks = {"": [*transformer.double_blocks, *transformer.single_blocks]}
 
     def step(recompute: bool) -> tuple[Tensor, list[Tensor]]:
         network.zero_grad()
-        transformer.gradient_checkpointing = recompute
-        with torch.autocast("cpu", torch.bfloat16):
-            result = transformer(**inputs)
-        result.float().square().mean().backward()
+        with apply_memory_plan(blocks, MemoryPlan(checkpointing=recompute)):
+            with torch.autocast("cpu", torch.bfloat16):
+                result = transformer(**inputs)
+            result.float().square().mean().backward()
         return result.float(), [parameter.grad.clone() for parameter in network.parameters()]
 
     (stored, grads), (_, again) = step(False), step(True)

@@ -7,14 +7,12 @@ modules that are handed in, so that a relative which computes its modulations el
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from library.models.attention import AttentionBackend, attention, require_backend
 
@@ -283,19 +281,15 @@ class LastLayer(nn.Module):
 
 
 class StreamTransformer(nn.Module):
-    """What the FLUX family shares: the two lists of blocks, how they are run, and how memory is traded for time."""
+    """What the FLUX family shares: the two lists of blocks, and how they are run."""
 
     double_blocks: nn.ModuleList
     single_blocks: nn.ModuleList
     img_in: nn.Linear
 
-    swappable_blocks = ("double_blocks", "single_blocks")
-
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -308,31 +302,11 @@ class StreamTransformer(nn.Module):
         """Where the weights are."""
         return self.img_in.weight.device
 
-    def enable_gradient_checkpointing(self, cpu_offload: bool = False) -> None:
-        """Keep only the inputs of each block for the backward pass (in system RAM with ``cpu_offload``)."""
-        self.gradient_checkpointing = True
-        self.cpu_offload_checkpointing = cpu_offload
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keep all activations again."""
-        self.gradient_checkpointing = False
-        self.cpu_offload_checkpointing = False
-
     def set_attention_backend(self, backend: AttentionBackend) -> None:
         """Raises UserError when the backend's package isn't installed."""
         require_backend(backend)
         for block in (*self.double_blocks, *self.single_blocks):
             block.attention_backend = backend
-
-    def run(self, module: Callable[..., Any], *inputs: Any) -> Any:
-        """Call ``module``, with its activations recomputed in the backward pass if checkpointing is on."""
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return module(*inputs)
-        if not self.cpu_offload_checkpointing:
-            return checkpoint(module, *inputs, use_reentrant=False)
-        # Only the checkpoint's inputs are saved while these hooks are active, so only they go to system RAM.
-        with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
-            return checkpoint(module, *inputs, use_reentrant=False)
 
     def run_blocks(
         self,
@@ -346,11 +320,11 @@ class StreamTransformer(nn.Module):
     ) -> Tensor:
         """All blocks; returns the image tokens [batch, image tokens, hidden]. Residuals are those of ``forward``."""
         for number, block in enumerate(self.double_blocks):
-            img, txt = self.run(block, img, txt, vec, rope, key_mask)
+            img, txt = block(img, txt, vec, rope, key_mask)
             img = add_residual(img, double_residuals, number)
         joined = torch.cat((txt, img), dim=1)
         for number, block in enumerate(self.single_blocks):
-            joined = self.run(block, joined, vec, rope, key_mask)
+            joined = block(joined, vec, rope, key_mask)
             joined = add_residual(joined, single_residuals, number)
         return joined[:, txt.shape[1] :]
 
@@ -418,7 +392,7 @@ class FluxTransformer(FluxStreams):
         each block (or None): added to the image tokens after a double block, and after a single block to as many of the
         last tokens as they have.
         """
-        vec = self.run(self.conditioning_vector, timesteps, y, guidance)
+        vec = self.conditioning_vector(timesteps, y, guidance)
         rope = self.positions(img_ids, txt_ids, len(img))
         tokens = self.run_blocks(
             self.img_in(img.to(self.dtype)),

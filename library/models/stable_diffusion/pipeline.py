@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.console import warn
 from library.errors import UserError
@@ -27,7 +27,7 @@ from library.models.stable_diffusion.text import (
     require_clip_skip,
     tokenize,
 )
-from library.models.stable_diffusion.unet import set_attention_backend
+from library.models.stable_diffusion.unet import block_lists, set_attention_backend
 from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, TokenizerKind
 from library.prompt_options import PromptOptions
 
@@ -98,7 +98,6 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
     all_parts = PARTS
     denoiser = "unet"
     request_class = StableDiffusionRequest
-    block_list_names = ("down_blocks", "mid_block", "up_blocks")
     files: OpenedFiles
 
     def __init__(
@@ -162,6 +161,10 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         """The U-Net gets the attention backend."""
         if part == "unet":
             set_attention_backend(module, self.attention_backend)
+
+    def block_lists(self) -> dict[str, Sequence[nn.Module]]:
+        """The U-Net's residual and transformer blocks, stage by stage in the order in which they run."""
+        return {name: blocks for name, blocks in block_lists(self.load("unet")).items()}
 
     def tokenizer_kind(self, encoder: str) -> TokenizerKind:
         """One of CLIP's."""

@@ -1,12 +1,14 @@
-"""diffusers' U-Net as it is used here: without a search for PEFT's layers, with our attention backends."""
+"""diffusers' U-Net as it is used here: its blocks, no search for PEFT's layers, our attention backends."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import zip_longest
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.models.attention import AttentionBackend, attention
 from library.models.lean_imports import diffusers_class
@@ -26,6 +28,21 @@ def meta_unet(config: dict[str, Any]) -> UNet2DConditionModel:
     if inner is not None:
         unet.forward = MethodType(inner, unet)
     return unet
+
+
+def block_lists(unet: Any) -> dict[str, list[nn.Module]]:
+    """The residual blocks and transformer blocks of each part of diffusers' ``unet``, in the order in which they run.
+
+    They are what diffusers' own checkpointing computes again.
+    """
+    parts = {"down_blocks": unet.down_blocks, "mid_block": [unet.mid_block], "up_blocks": unet.up_blocks}
+    return {name: [block for stage in stages for block in _stage_blocks(stage)] for name, stages in parts.items()}
+
+
+def _stage_blocks(stage: Any) -> Iterator[nn.Module]:
+    for resnet, attention_blocks in zip_longest(stage.resnets, getattr(stage, "attentions", ())):
+        yield resnet
+        yield from () if attention_blocks is None else attention_blocks.transformer_blocks
 
 
 class BackendProcessor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.console import silence
 from library.data.batch import Batch
+from library.memory.apply import apply_memory_plan
 from library.training.objective.step_inputs import ItemDraws
 from library.training.optim.optimizers import create_optimizer, optimizer_name
 from library.training.plan.plan_report import MemoryPhase
@@ -70,9 +71,9 @@ def memory_phases(run: TrainingStep, optimizer_bytes: int, latents: bool, texts:
     checkpointing = run.options.precision.gradient_checkpointing
     with_it, without = "with gradient checkpointing", "without gradient checkpointing"
     add(f"training {with_it if checkpointing else without}", needed, lambda: training_peak(run, largest), True)
-    if set_checkpointing(run, not checkpointing):
-        add(f"(training {without if checkpointing else with_it})", needed, lambda: training_peak(run, largest), True)
-        set_checkpointing(run, checkpointing)
+    set_checkpointing(run, not checkpointing)
+    add(f"(training {without if checkpointing else with_it})", needed, lambda: training_peak(run, largest), True)
+    set_checkpointing(run, checkpointing)
     if run.samples.prompts:
         add("sample images", needed | {"autoencoder"}, lambda: sampling_peak(run), True)
     return phases
@@ -157,15 +158,10 @@ def sampling_peak(run: TrainingStep) -> int:
     return memory.peak
 
 
-def set_checkpointing(run: TrainingStep, wanted: bool) -> bool:
-    """Turn gradient checkpointing of the transformer or U-Net on or off; False where the model cannot."""
-    if wanted:
-        run.checkpoint_transformer()
-        return True
-    off = getattr(run.transformer, "disable_gradient_checkpointing", None)
-    if off is not None:
-        off()
-    return off is not None
+def set_checkpointing(run: TrainingStep, wanted: bool) -> None:
+    """Turn gradient checkpointing of the transformer or U-Net on or off."""
+    run.memory.remove()
+    run.memory = apply_memory_plan(run.pipeline.block_lists(), replace(run.memory.plan, checkpointing=wanted))
 
 
 def largest_batch(group: DatasetGroup) -> Largest:

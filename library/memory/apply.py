@@ -1,0 +1,64 @@
+"""A memory plan put on a model's blocks from outside, and taken off again: the model knows nothing of it.
+
+A block is a module that gets every tensor that it needs as an argument. Its ``forward`` is replaced on the instance, as
+LoRA modules do with layers; so it works with any model, also one of a library, and no module, parameter or name
+changes. Around the block's own forward lie, from inside to outside: compilation, checkpointing. What moves weights to
+where they are needed belongs between the two, so that it also runs when a block is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from library.memory.checkpointing import checkpointed
+from library.memory.compiling import compiled_forwards
+from library.memory.plan import MemoryPlan
+
+
+class AppliedPlan:
+    """A plan that is in force until ``remove`` is called, or to the end of a ``with`` statement."""
+
+    def __init__(self, plan: MemoryPlan) -> None:
+        self.plan = plan
+        self.replaced: list[tuple[nn.Module, Callable[..., Any], Any]] = []
+        """Each block, its forward now, and the one of the instance before (None: it had only that of its class)."""
+
+    def replace(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give ``block`` another forward until ``remove``."""
+        self.replaced.append((block, forward, vars(block).get("forward")))
+        block.forward = forward  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Let the blocks be as they were. Raises RuntimeError when a later plan is still in force."""
+        if any(vars(block).get("forward") is not forward for block, forward, _ in self.replaced):
+            raise RuntimeError("a block's forward was replaced after this plan was applied")
+        for block, _, before in reversed(self.replaced):
+            if before is None:
+                del block.forward  # the class's own forward shows again
+            else:
+                block.forward = before  # type: ignore[method-assign]
+        self.replaced.clear()
+
+    def __enter__(self) -> AppliedPlan:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def apply_memory_plan(block_lists: Mapping[str, Iterable[nn.Module]], plan: MemoryPlan) -> AppliedPlan:
+    """Put ``plan`` on the blocks, list by list as ``Pipeline.block_lists`` gives them."""
+    blocks = [block for blocks in block_lists.values() for block in blocks]
+    forwards = [block.forward for block in blocks]
+    if plan.compiler is not None:
+        forwards = compiled_forwards(blocks, plan.compiler)
+    if plan.checkpointing:
+        forwards = [checkpointed(forward, plan.offload_inputs) for forward in forwards]
+    applied = AppliedPlan(plan)
+    for block, forward in zip(blocks, forwards):
+        if forward != block.forward:
+            applied.replace(block, forward)
+    return applied

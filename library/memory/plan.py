@@ -1,0 +1,17 @@
+"""What is done to a model, block by block, to make it fit or run faster. ``library/memory/apply.py`` does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """By default, nothing is done."""
+
+    checkpointing: bool = False
+    """Keep only the inputs of each block for the backward pass, and compute the rest again there."""
+    offload_inputs: bool = False
+    """With ``checkpointing``: keep those inputs in system RAM."""
+    compiler: str | None = None
+    """The backend of ``torch.compile`` that compiles each block when it is first called; None compiles nothing."""

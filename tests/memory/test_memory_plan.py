@@ -1,0 +1,249 @@
+"""A memory plan put on a model's blocks changes what is kept and how it is computed, never what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.memory.apply import apply_memory_plan
+from library.memory.plan import MemoryPlan
+from library.models.flux.chroma import ChromaTransformer
+from library.models.flux.transformer import FluxTransformer, image_ids
+from library.models.stable_diffusion.unet import block_lists as unet_blocks
+from networks import lora, lora_flux
+from tests.networks.stable_diffusion import tiny_model
+from tools.make_tiny_models import fill_randomly, transformer_config
+
+CHECKPOINTED, OFFLOADED = MemoryPlan(checkpointing=True), MemoryPlan(checkpointing=True, offload_inputs=True)
+
+
+@dataclass
+class Case:
+    """A frozen tiny model with inputs, its blocks, and a LoRA inside."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    blocks: dict[str, list[nn.Module]]
+    network: Any
+
+    def step(self) -> list[Tensor]:
+        """The output and all gradients."""
+        self.network.zero_grad()
+        output = self.model(**self.inputs)
+        output = getattr(output, "sample", output)
+        output.float().square().mean().backward()
+        return [output.detach(), *(parameter.grad for parameter in self.network.parameters())]
+
+
+def flux_inputs(height: int = 4, width: int = 6, text: int = 5) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(3)
+    return {
+        "img": torch.randn(2, height * width // 4, 64, generator=random),
+        "img_ids": image_ids(height, width),
+        "txt": torch.randn(2, text, 64, generator=random),
+        "txt_ids": torch.zeros(text, 3),
+        "timesteps": torch.tensor([0.2, 0.7]),
+        "y": torch.randn(2, 64, generator=random),
+        "guidance": torch.tensor([3.5, 1.0]),
+        "txt_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+    }
+
+
+def make(family: str, **sizes: int) -> Case:
+    if family.startswith("sd"):
+        tiny = tiny_model(family)
+        model, inputs, blocks = tiny.unet, tiny.inputs, unet_blocks(tiny.unet)
+        network = lora.create_network(1.0, 2, 2.0, None, None, model)
+    else:
+        kind = {"flux": FluxTransformer, "chroma": ChromaTransformer}[family]
+        model = kind(replace(transformer_config(family), **sizes))
+        fill_randomly(model, 1, "memory")
+        inputs = flux_inputs()
+        blocks = {name: [*getattr(model, name)] for name in ("double_blocks", "single_blocks")}
+        network = lora_flux.create_network(1.0, 2, 2.0, None, [None, None], model)
+    model.requires_grad_(False)
+    random = torch.Generator().manual_seed(4)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=random) * 0.05
+    return Case(model, inputs, blocks, network)
+
+
+@pytest.fixture(params=["flux", "chroma", "sd1", "sdxl"])
+def case(request) -> Iterator[Case]:
+    case = make(request.param)
+    case.network.apply_to(None, case.model, False, True)
+    yield case
+    case.network.remove()
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("plan", [CHECKPOINTED, OFFLOADED])
+def test_checkpointing_changes_no_bit_of_output_and_gradients(case, plan):
+    names, keys = [name for name, _ in case.model.named_modules()], list(case.model.state_dict())
+    expected = case.step()
+    assert sum(bool(grad.any()) for grad in expected[1:]) > len(expected) / 2
+    inside = {module for blocks in case.blocks.values() for block in blocks for module in block.modules()}
+    layer = next(lora.org_module for lora in case.network.loras if lora.org_module in inside)
+    calls: list[int] = []
+    counter = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with apply_memory_plan(case.blocks, plan):
+        assert same(case.step(), expected) and len(calls) == 2, "each block is computed again in the backward pass"
+        with torch.no_grad():
+            case.model(**case.inputs)
+        assert len(calls) == 3
+        assert [name for name, _ in case.model.named_modules()] == names
+        assert list(case.model.state_dict()) == keys
+    assert same(case.step(), expected) and len(calls) == 4
+    assert not any("forward" in vars(block) for blocks in case.blocks.values() for block in blocks)
+    counter.remove()
+
+
+def saved_tensors(case: Case) -> dict[int, Tensor]:
+    """By address, what is kept for the backward pass besides the weights."""
+    saved: dict[int, Tensor] = {}
+    weights = {tensor.data_ptr() for tensor in (*case.model.parameters(), *case.network.parameters())}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        case.model(**case.inputs)
+    return saved
+
+
+@pytest.mark.parametrize("family", ["flux", "chroma"])
+def test_nothing_but_the_blocks_inputs_is_kept(family):
+    case = make(family)
+    case.network.apply_to(None, case.model, False, True)
+    inputs: dict[int, Tensor] = {}
+
+    def note(block: nn.Module, given: tuple[Any, ...]) -> None:
+        inputs.update({value.data_ptr(): value for value in given if isinstance(value, Tensor)})
+
+    hooks = [block.register_forward_pre_hook(note) for blocks in case.blocks.values() for block in blocks]
+    everything = saved_tensors(case)
+    inputs.clear()
+    with apply_memory_plan(case.blocks, CHECKPOINTED):
+        kept = saved_tensors(case)
+    for hook in hooks:
+        hook.remove()
+    around = [tensor for address, tensor in kept.items() if address not in inputs]
+    assert sum(tensor.nbytes for tensor in around) < sum(tensor.nbytes for tensor in everything.values()) / 50
+    assert len(around) < 6, "only what the last layer keeps"
+    assert inputs.keys() - kept.keys() == set()
+
+
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+def test_a_unet_keeps_no_more_than_with_the_checkpointing_of_diffusers(variant):
+    case = make(variant)
+    case.network.apply_to(None, case.model, False, True)
+    with apply_memory_plan(case.blocks, CHECKPOINTED):
+        ours, result = saved_tensors(case), case.step()
+    case.model.enable_gradient_checkpointing()
+    theirs = saved_tensors(case)
+    assert same(case.step(), result)
+    case.model.disable_gradient_checkpointing()
+    case.network.remove()
+    ours, theirs = (sum(tensor.nbytes for tensor in saved.values()) for saved in (ours, theirs))
+    assert 0.9 * theirs < ours <= theirs
+
+
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+def test_the_blocks_of_a_unet_are_named_in_the_order_in_which_they_run(variant):
+    case = make(variant)
+    ran: list[nn.Module] = []
+    named = [block for blocks in case.blocks.values() for block in blocks]
+    hooks = [block.register_forward_pre_hook(lambda block, _: ran.append(block)) for block in named]
+    case.model(**case.inputs)
+    for hook in hooks:
+        hook.remove()
+    assert ran == named
+
+
+def test_a_plan_is_taken_off_only_from_the_top(case):
+    plain = case.step()
+    first = apply_memory_plan(case.blocks, CHECKPOINTED)
+    second = apply_memory_plan(case.blocks, OFFLOADED)
+    with pytest.raises(RuntimeError, match="replaced after this plan"):
+        first.remove()
+    assert same(case.step(), plain)
+    second.remove()
+    first.remove()
+    assert same(case.step(), plain)
+
+
+def test_a_plan_without_features_touches_nothing(case):
+    apply_memory_plan(case.blocks, MemoryPlan())
+    assert not any("forward" in vars(block) for blocks in case.blocks.values() for block in blocks)
+
+
+# Compilation
+
+
+@pytest.fixture
+def graphs() -> Iterator[Any]:
+    """How many graphs were compiled; it is an error that torch gives up compiling."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def test_blocks_of_a_kind_share_what_was_compiled_also_with_a_network_applied_later(graphs):
+    case = make("flux", depth=9, depth_single=1)
+    with apply_memory_plan(case.blocks, MemoryPlan(checkpointing=True, compiler="eager")):
+        without = case.model(**case.inputs)
+        before = graphs()
+        case.network.apply_to(None, case.model, False, True)
+        compiled = case.step()
+        assert graphs() - before <= 3, "the first double block's text has no gradient yet: a graph of its own"
+        case.step()
+        assert graphs() - before <= 3
+    assert not torch.allclose(without, compiled[0]), "the network has an effect"
+    for one, other in zip(compiled, case.step(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_size_is_compiled_for_all_further_ones(graphs):
+    case = make("flux", depth=1, depth_single=1)
+    counts = []
+    with apply_memory_plan(case.blocks, MemoryPlan(compiler="eager")):
+        for height in (4, 4, 6, 8):
+            case.model(**flux_inputs(height))
+            counts.append(graphs())
+    assert counts == [2, 2, 4, 4]
+
+
+class Widening(nn.Module):
+    """A block of a class whose blocks have many shapes."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+def test_blocks_of_many_shapes_are_all_compiled(graphs):
+    blocks = [Widening(width) for width in range(2, 22)]
+    x = torch.ones(3, 2)
+    expected = nn.Sequential(*blocks)(x)
+    with apply_memory_plan({"blocks": blocks}, MemoryPlan(compiler="eager")):
+        for block in blocks:
+            x = block(x)
+    assert torch.equal(x, expected)
+    assert graphs() == len(blocks)

@@ -39,11 +39,11 @@ class StoredLinear(nn.Linear, ABC):
         return self.stored_weight.to(dtype)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b [..., out] of ``x`` [..., in], in the dtype of ``x``."""
+        """x W^T + b [..., out] of ``x`` [..., in], in the dtype of ``x`` (the bias's too) and memory of its own."""
         return F.linear(x, self.dense(x.dtype), bias)
 
     def matmul_t(self, grad: Tensor) -> Tensor:
-        """grad W [..., in] of ``grad`` [..., out], in its dtype."""
+        """grad W [..., in] of ``grad`` [..., out], in its dtype and memory of its own."""
         return grad @ self.dense(grad.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,6 +65,20 @@ class _FrozenProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.layer.matmul_t(grad.to(ctx.dtype)).to(ctx.x_dtype), None, None, None
+
+
+def matmul(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``StoredLinear.matmul`` of a layer of any kind."""
+    if isinstance(layer, StoredLinear):
+        return layer.matmul(x, bias)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
+def matmul_t(layer: nn.Linear, grad: Tensor) -> Tensor:
+    """``StoredLinear.matmul_t`` of a layer of any kind."""
+    if isinstance(layer, StoredLinear):
+        return layer.matmul_t(grad)
+    return grad @ layer.weight.to(grad.dtype)
 
 
 def stored_weight(layer: nn.Linear | nn.Conv2d) -> StoredWeight:

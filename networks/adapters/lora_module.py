@@ -187,7 +187,7 @@ class LoRAModule(AdapterModule):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight_norm is not None:
-            nothing_yet = torch.zeros(self.org_module.weight.shape[0])
+            nothing_yet = torch.zeros(len(self.up_matrix))
             for name in NORMS:
                 value = getattr(self, name)
                 destination[prefix + name] = nothing_yet if value is None else value
@@ -208,7 +208,7 @@ class LoRAModule(AdapterModule):
     @torch.no_grad()
     def merge(self, device: torch.device | str | None = None) -> None:
         """Add the product to the layer's weight: computed in float32 on ``device``, kept in the weight's own dtype."""
-        weight = self.org_module.weight  # of an 8-bit layer this is a copy, so the result is written back below
+        weight = self.org_module.weight  # of a stored layer this is a copy, so the result is written back below
         device = weight.device if device is None else device
         down, up = (matrix.to(device, torch.float32) for matrix in (self.down_matrix, self.up_matrix))
         strength = self.scale * float(self.multiplier)

@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from library.memory.stored_linear import StoredWeight, stored_weight
+from library.memory.stored_linear import matmul, matmul_t
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -43,21 +42,20 @@ class _LinearPlusLowRank(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         mask: Tensor | None,
-        weight: StoredWeight,
-        bias: Tensor | None,
+        linear: nn.Linear,
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
         rows = x.to(dtype)
         down_cast, up_cast = down.to(dtype), up.to(dtype)
-        y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = matmul(linear, rows, None if linear.bias is None else linear.bias.to(dtype))
         hidden = rows @ down_cast.t()
         if mask is not None:
             hidden = hidden * mask
         y.addmm_(hidden, up_cast.t(), alpha=scale)
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, down_cast, up_cast, hidden, mask)
-        # Kept as an object: block swapping may have moved its storage, and moves it back before the backward pass.
-        ctx.weight = weight
+        # Kept as an object: block swapping may have moved its weight, and moves it back before the backward pass.
+        ctx.linear = linear
         ctx.scale, ctx.dtype, ctx.dtypes = scale, dtype, (x.dtype, down.dtype, up.dtype)
         return y
 
@@ -73,13 +71,13 @@ class _LinearPlusLowRank(torch.autograd.Function):
             if mask is not None:
                 grad_hidden = grad_hidden * mask
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.weight.to(grad.dtype)
+            grad_x = matmul_t(ctx.linear, grad)
             grad_x = grad_x.addmm_(grad_hidden, down).to(x_dtype)
         if ctx.needs_input_grad[1]:
             grad_down = (grad_hidden.t() @ rows).to(down_dtype)
         if ctx.needs_input_grad[2]:
             grad_up = scaled_product(hidden.t(), grad, ctx.scale).t().to(up_dtype)
-        return grad_x, grad_down, grad_up, None, None, None, None, None
+        return grad_x, grad_down, grad_up, None, None, None, None
 
 
 def linear_plus_low_rank(
@@ -95,7 +93,7 @@ def linear_plus_low_rank(
         mask = mask.to(dtype).reshape(-1, mask.shape[-1])
     # Views stay outside: the result of a custom operation must not be one, or nobody could work on it in place.
     rows = x.reshape(-1, x.shape[-1])
-    y = _LinearPlusLowRank.apply(rows, down, up, mask, stored_weight(linear), linear.bias, scale, dtype)
+    y = _LinearPlusLowRank.apply(rows, down, up, mask, linear, scale, dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.memory.fp8 import quantise, store_in_fp8
+from library.memory.stored_linear import StoredLinear
 from networks.adapters.low_rank import (
     add_low_rank,
     gradient_row_norms,
@@ -196,3 +201,56 @@ def test_norms_from_gram_matrices_are_those_of_the_full_product(rows, columns, r
         (gradient_row_norms(down, up, grad_down, grad_up), change.norm(dim=1), grad_size),
     ):
         assert (norms.double().square() - reference.square()).abs().max() < 1e-6 * scale
+
+
+class SumOfTwo(StoredLinear):
+    """A storage format with products of its own, which never makes its weight: it is the sum of two matrices."""
+
+    first: Tensor
+    second: Tensor
+
+    @property
+    def stored_weight(self) -> Any:
+        raise AssertionError("the weight was made")
+
+    def set_weight(self, weight: Any) -> None:
+        raise AssertionError
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(x, self.first, bias) + x @ self.second.t()
+
+    def matmul_t(self, grad: Tensor) -> Tensor:
+        return grad @ self.first + grad @ self.second
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_storage_format_computes_with_its_own_products(bias):
+    linear, x, down, up = problem((2, 7), bias=bias)
+    stored = SumOfTwo(IN, OUT, bias=bias).requires_grad_(False).double()
+    del stored.weight
+    stored.first = torch.rand(OUT, IN, dtype=torch.float64)
+    stored.second = linear.weight.detach() - stored.first
+    stored.bias = linear.bias
+    weights = torch.randn(2, 7, OUT, dtype=torch.float64)
+    y, reference = linear_plus_low_rank(stored, x, down, up, SCALE), dense(linear, x, down, up)
+    torch.testing.assert_close(y, reference)
+    mine = torch.autograd.grad((y * weights).sum(), (x, down, up))
+    for one, other in zip(mine, torch.autograd.grad((reference * weights).sum(), (x, down, up))):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_an_8_bit_layer_gives_the_very_bits_of_its_dense_weight(autocast):
+    linear, x, down, up = problem((2, 7), torch.float32)
+    eight_bit = copy.deepcopy(linear)
+    store_in_fp8(eight_bit, quantise(linear.weight), torch.float32)
+    linear.weight.copy_(eight_bit.dense(torch.float32))
+    if autocast is not None:  # the codes times the scale are rounded once, to the dtype of the product
+        linear.weight.copy_(eight_bit.dense(autocast))
+    results = []
+    for layer in (eight_bit, linear):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            y = linear_plus_low_rank(layer, x, down, up, SCALE)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), (x, down, up))])
+    for one, other in zip(*results):
+        assert torch.equal(one, other)

@@ -19,6 +19,7 @@ from library.data.config_file import (
     check_command_line,
     read_config_file,
 )
+from library.data.images import first_names, images_beside
 from library.data.options import DatasetOptions
 from library.data.settings import DatasetSettings, Kind, SubsetSettings
 from library.data.unused_keys import KEY_OF_OPTION, say_unused_keys
@@ -158,6 +159,12 @@ def _subsets_of_folder(folder: str | None, option: str, *, is_reg: bool) -> list
             subsets.append(
                 SubsetTable(image_dir=str(path), class_tokens=class_tokens, num_repeats=repeats, is_reg=is_reg)
             )
+    if subsets and (loose := images_beside(str(parent))):
+        log.warning(
+            "%s: %d image%s directly in %s %s left out (%s): only its folders with names like 10_name are used.",
+            *(option, len(loose), "s" if len(loose) > 1 else "", parent, "are" if len(loose) > 1 else "is"),
+            first_names(loose),
+        )
     return subsets
 
 

@@ -53,6 +53,13 @@ def is_unread_image(name: str) -> bool:
     return extension.lower() in OTHER_IMAGE_EXTENSIONS or extension.lower() in image_extensions()
 
 
+def images_beside(folder: str) -> list[str]:
+    """Names of the images directly in ``folder``, of any extension, sorted; hidden files are left out."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_file()]
+    return sorted([*(path.name for path in images_in(folder, names)), *filter(is_unread_image, names)])
+
+
 def nested_images(folder: str, subfolders: Iterable[str]) -> list[str]:
     """Images anywhere below ``subfolders`` of ``folder``, relative to it and sorted; hidden folders are passed over."""
     found = []

@@ -216,6 +216,22 @@ def test_folders_named_on_the_command_line_say_their_repeats_themselves(tmp_path
     assert (group.train_image_count, group.reg_image_count, dataset.settings.prior_loss_weight) == (2, 1, 0.5)
 
 
+def test_images_beside_the_folders_with_repeats_are_counted_and_named(tmp_path, caplog):
+    (tmp_path / "train" / "2_cat").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "train" / "2_cat" / "0.png")
+    options = DatasetOptions(train_data_dir=str(tmp_path / "train"), resolution="64")
+    (tmp_path / "train" / "notes.txt").write_text("not an image", encoding="utf-8")
+    (tmp_path / "train" / ".hidden.png").touch()
+    resolve_config(options)
+    assert "left out" not in caplog.text
+    Image.new("RGB", (64, 64)).save(tmp_path / "train" / "a.png")
+    resolve_config(options)
+    assert f"--train_data_dir: 1 image directly in {tmp_path / 'train'} is left out (a.png)" in caplog.text
+    (tmp_path / "train" / "b.TIF").touch()
+    resolve_config(options)
+    assert f"--train_data_dir: 2 images directly in {tmp_path / 'train'} are left out (a.png, b.TIF)" in caplog.text
+
+
 def test_a_metadata_file_takes_repeats_and_no_regularisation_folder(tmp_path, caplog):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "meta.json").write_text('{"a.png": {"caption": "x"}}', encoding="utf-8")

@@ -275,14 +275,14 @@ def open_autoencoder(path: Path | str, disable_mmap: bool = False, option: str =
     if kind.name == "ae-diffusers":
         levels = source.count(r"decoder\.up_blocks\.(\d+)\.")
         source.remap({original_name(name, levels): diffusers_origin(source, name) for name in source.names()})
-    channels = source.shape("encoder.conv_in.weight")[0]
+    channels = source.sizes("encoder.conv_in.weight", 4)[0]
     levels = source.count(r"encoder\.down\.(\d+)\.")
-    widths = [source.shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    widths = [source.sizes(f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     config = AutoencoderConfig(
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
         res_blocks=source.count(r"encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=source.shape("decoder.conv_in.weight")[1],
+        latent_channels=source.sizes("decoder.conv_in.weight", 4)[1],
         groups=norm_groups(source, widths),
     )
     return AutoencoderFile(source, config)

@@ -136,7 +136,7 @@ def clip_file(source: TensorSource, hidden_act: str = "quick_gelu", is_projected
     ``num_attention_heads`` or ``hidden_act`` in its metadata's ``config`` entry or its folder's ``config.json``.
     ``is_projected`` asks for ``text_projection``. Raises UserError where tensors are missing or sizes don't fit.
     """
-    vocabulary, hidden = source.shape("text_model.embeddings.token_embedding.weight")
+    vocabulary, hidden = source.sizes("text_model.embeddings.token_embedding.weight", 2)
     exceptions = source.exceptions
     heads = int(exceptions.get("num_attention_heads", hidden // HEAD_DIM))
     if heads < 1 or hidden % heads:
@@ -148,10 +148,10 @@ def clip_file(source: TensorSource, hidden_act: str = "quick_gelu", is_projected
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": source.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": source.sizes("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": source.count(r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": heads,
-        "max_position_embeddings": source.shape("text_model.embeddings.position_embedding.weight")[0],
+        "max_position_embeddings": source.sizes("text_model.embeddings.position_embedding.weight", 2)[0],
         "hidden_act": exceptions.get("hidden_act", hidden_act),
     }
-    return ClipFile(source, sizes, source.shape("text_projection.weight")[0] if is_projected else None)
+    return ClipFile(source, sizes, source.sizes("text_projection.weight", 2)[0] if is_projected else None)

@@ -140,8 +140,26 @@ class TensorSource:
         origin = self.origins[name]
         return origin.shape or self._joined_shape(origin)
 
+    def sizes(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """As ``shape``, of a tensor that the model's dimensions are inferred from.
+
+        Raises UserError too when it has another number of ``dimensions`` or no elements.
+        """
+        shape = self.shape(name)
+        if len(shape) != dimensions or 0 in shape:
+            raise UserError(
+                f'{self.checkpoint.label}: the tensor "{name}" has the shape {list(shape)}, where {dimensions} sizes '
+                "above 0 are needed; the file is damaged or of another kind."
+            )
+        return shape
+
     def _joined_shape(self, origin: Origin) -> tuple[int, ...]:
         shapes = [self.checkpoint.shape(key) for key in origin.keys]
+        if () in shapes and (len(shapes) > 1 or origin.rows is not None):
+            raise UserError(
+                f'{self.checkpoint.label}: the tensor "{origin.keys[shapes.index(())]}" is a single number, where a'
+                " matrix or a vector is needed; the file is damaged or of another kind."
+            )
         if origin.rows is not None:
             return (origin.rows[1] - origin.rows[0], *shapes[0][1:])
         return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -311,6 +329,12 @@ def load_module(
             raise UserError(
                 f'{source.checkpoint.label}: tensor "{name}" has the shape {source.shape(name)}, '
                 f"but the other tensors imply {tuple(place.shape)}."
+            )
+        stored = source.stored_dtype(name)
+        if place.is_floating_point() and not stored.is_floating_point:
+            raise UserError(
+                f'{source.checkpoint.label}: tensor "{name}" is {str(stored).removeprefix("torch.")}, but weights must '
+                "be floating-point numbers; use the float32, float16, bfloat16 or fp8 version."
             )
     in_fp8: dict[str, nn.Linear] = {}
     if spec.storage == "fp8":

@@ -125,7 +125,10 @@ def recognise(checkpoint: Checkpoint, prefixes: tuple[str, ...] = TRANSFORMER_PR
     for kind in KINDS:
         if not all(_has(originals, key) for key in kind.keys) or kind.without in originals:
             continue
-        if kind.sized is None or checkpoint.shape(originals[kind.sized[0]])[kind.sized[1]] == kind.sized[2]:
+        if kind.sized is None:
+            return kind
+        name, dimension, size = kind.sized
+        if checkpoint.shape(originals[name])[dimension : dimension + 1] == (size,):
             return kind
     return None
 

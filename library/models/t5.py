@@ -112,13 +112,13 @@ def open_t5(path: Path | str, disable_mmap: bool = False, option: str = "") -> T
     if EMBEDDING not in source:
         source.remap({EMBEDDING: Origin((SHARED_EMBEDDING,))})
     source.drop([name for name in source.names() if not name.startswith("encoder.")])
-    buckets, heads = source.shape("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-    vocabulary, width = source.shape(EMBEDDING)
+    buckets, heads = source.sizes("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 2)
+    vocabulary, width = source.sizes(EMBEDDING, 2)
     sizes = {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": source.shape("encoder.block.0.layer.0.SelfAttention.q.weight")[0] // heads,
-        "d_ff": source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+        "d_kv": source.sizes("encoder.block.0.layer.0.SelfAttention.q.weight", 2)[0] // heads,
+        "d_ff": source.sizes("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
         "num_layers": source.count(r"encoder\.block\.(\d+)\."),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,

@@ -66,8 +66,8 @@ def open_transformer(
     source = TensorSource(checkpoint, TRANSFORMER_PREFIXES)
     if kind.name.endswith("-diffusers"):
         source.remap(diffusers_origins(source))
-    in_channels = source.shape("img_in.weight")[1]
-    if in_channels != source.shape(LAST_LAYER)[0]:
+    in_channels = source.sizes("img_in.weight", 2)[1]
+    if in_channels != source.sizes(LAST_LAYER, 2)[0]:
         special = SPECIAL_INPUTS.get(in_channels, "a special kind")
         raise UserError(
             f"{checkpoint.label} is a FLUX.1 model with extra image inputs ({special}: {in_channels} input channels); "
@@ -96,8 +96,8 @@ def infer_config(source: TensorSource) -> FluxConfig:
 
     Raises UserError when they contradict each other.
     """
-    hidden, in_channels = source.shape("img_in.weight")
-    head_dim = source.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    hidden, in_channels = source.sizes("img_in.weight", 2)
+    head_dim = source.sizes("double_blocks.0.img_attn.norm.query_norm.scale", 1)[0]
     exceptions = source.exceptions
     try:
         return _config_class(source)(
@@ -106,9 +106,9 @@ def infer_config(source: TensorSource) -> FluxConfig:
             depth=source.count(r"double_blocks\.(\d+)\."),
             depth_single=source.count(r"single_blocks\.(\d+)\."),
             in_channels=in_channels,
-            out_channels=source.shape(LAST_LAYER)[0] if LAST_LAYER in source else in_channels,
-            context_dim=source.shape("txt_in.weight")[1],
-            mlp_hidden=source.shape("double_blocks.0.img_mlp.0.weight")[0],
+            out_channels=source.sizes(LAST_LAYER, 2)[0] if LAST_LAYER in source else in_channels,
+            context_dim=source.sizes("txt_in.weight", 2)[1],
+            mlp_hidden=source.sizes("double_blocks.0.img_mlp.0.weight", 2)[0],
             axes_dims=tuple(exceptions.get("axes_dims_rope", rope_axes(head_dim))),
             theta=float(exceptions.get("theta", 10000.0)),
             qkv_bias="double_blocks.0.img_attn.qkv.bias" in source,
@@ -125,15 +125,15 @@ def _config_class(source: TensorSource) -> type[FluxConfig]:
 def _own_sizes(source: TensorSource) -> dict[str, Any]:
     """The sizes that only one of the two families has."""
     if APPROXIMATOR in source:
-        width, inputs = source.shape(APPROXIMATOR)
+        width, inputs = source.sizes(APPROXIMATOR, 2)
         return {
             "approximator_in": inputs,
             "approximator_hidden": width,
             "approximator_layers": source.count(r"distilled_guidance_layer\.layers\.(\d+)\."),
         }
     return {
-        "vector_dim": source.shape("vector_in.in_layer.weight")[1],
-        "time_dim": source.shape("time_in.in_layer.weight")[1],
+        "vector_dim": source.sizes("vector_in.in_layer.weight", 2)[1],
+        "time_dim": source.sizes("time_in.in_layer.weight", 2)[1],
         "guidance_embed": "guidance_in.in_layer.weight" in source,
     }
 

@@ -197,7 +197,7 @@ def open_controlnet(
     original = kind.name == "flux-controlnet"
     if not original:
         source.remap({**diffusers_origins(source), **control_origins(source)})
-    modes = source.shape(MODES)[0] if MODES in source else 0
+    modes = source.sizes(MODES, 2)[0] if MODES in source else 0
     config = ControlNetConfig(infer_config(source), hint_channels(source, original), modes, original)
     _require_fit(source, config, transformer, latent_stride)
     _require_mode(source, modes, mode)
@@ -233,7 +233,7 @@ def hint_channels(source: TensorSource, original: bool) -> tuple[int, ...]:
             f"{source.checkpoint.label} has {len(names)} convolutions for its control image; only ControlNets with "
             f"{len(HINT_STRIDES)} (XLabs), or in the Diffusers layout with none (InstantX), are supported."
         )
-    shapes = [source.shape(f"input_hint_block.{2 * index}.weight") for index in range(len(HINT_STRIDES))]
+    shapes = [source.sizes(f"input_hint_block.{2 * index}.weight", 4) for index in range(len(HINT_STRIDES))]
     return (shapes[0][1], *(shape[0] for shape in shapes))
 
 
@@ -258,7 +258,7 @@ def _require_fit(
             f"{label} is made for latents of {HINT_STRIDE} pixels, but the autoencoder's have {latent_stride}: "
             "they don't belong together."
         )
-    given = source.shape("pos_embed_input.weight")[1]
+    given = source.sizes("pos_embed_input.weight", 2)[1]
     hint = (config.hint_channels[0], 4 * config.hint_channels[-1]) if config.hint_channels else (3, given)
     if hint != (3, given) or given != streams.in_channels:
         raise UserError(

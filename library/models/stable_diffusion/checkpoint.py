@@ -233,6 +233,9 @@ def _name_open_clip(source: TensorSource, drops_last: bool) -> None:
     if drops_last:
         source.drop([name for name in source.names() if name.startswith("text_projection")])
     source.drop([name for name in source.names() if name.endswith(("logit_scale", "position_ids", "attn_mask"))])
+    for name in source.names():  # those that become others' rows or columns
+        if name.endswith((".in_proj_weight", ".in_proj_bias")) or name == "text_projection":
+            source.sizes(name, 1 if name.endswith("_bias") else 2)
     source.remap(open_clip_origins({name: source.shape(name) for name in source.names()}, layers))
 
 
@@ -319,7 +322,7 @@ def infer_variant(unet: TensorSource) -> Variant:
 
 
 def _context_width(unet: TensorSource) -> int:
-    return unet.shape("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight")[1]
+    return unet.sizes("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight", 2)[1]
 
 
 def _text_encoders(variant: Variant, parts: _Parts) -> tuple[ClipFile, ...]:
@@ -348,7 +351,7 @@ def infer_unet_config(source: TensorSource, variant: Variant, pooled_width: int 
     """
     _refuse_special_inputs(source)
     levels = range(source.count(r"down_blocks\.(\d+)\."))
-    widths = [source.shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    widths = [source.sizes(f"down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels]
     middle = source.count(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
     depths = [source.count(rf"down_blocks\.{level}\.attentions\.\d+\.transformer_blocks\.(\d+)\.") for level in levels]
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
@@ -357,8 +360,8 @@ def infer_unet_config(source: TensorSource, variant: Variant, pooled_width: int 
     heads = heads or (HEADS if variant == "sd1" else [width // HEAD_DIM for width in widths])
     _check_heads(source, widths, heads, depths)
     config = {
-        "in_channels": source.shape("conv_in.weight")[1],
-        "out_channels": source.shape("conv_out.weight")[0],
+        "in_channels": source.sizes("conv_in.weight", 4)[1],
+        "out_channels": source.sizes("conv_out.weight", 4)[0],
         "block_out_channels": widths,
         "layers_per_block": source.count(r"down_blocks\.0\.resnets\.(\d+)\."),
         "down_block_types": down,
@@ -372,7 +375,7 @@ def infer_unet_config(source: TensorSource, variant: Variant, pooled_width: int 
         "upcast_attention": bool(exceptions.get("upcast_attention", False)),
     }
     if variant == "sdxl":
-        inputs = source.shape("add_embedding.linear_1.weight")[1]
+        inputs = source.sizes("add_embedding.linear_1.weight", 2)[1]
         config["addition_embed_type"] = "text_time"
         config["projection_class_embeddings_input_dim"] = inputs
         config["addition_time_embed_dim"] = _time_id_width(source, inputs, pooled_width)
@@ -390,7 +393,7 @@ def _time_id_width(source: TensorSource, inputs: int, pooled_width: int | None) 
 
 
 def _refuse_special_inputs(source: TensorSource) -> None:
-    channels = source.shape("conv_in.weight")[1]
+    channels = source.sizes("conv_in.weight", 4)[1]
     if channels != LATENT_CHANNELS:
         special = SPECIAL_INPUTS.get(channels, "a special kind")
         raise UserError(
@@ -433,14 +436,14 @@ def open_vae(path: Path | str, variant: Variant, disable_mmap: bool = False, opt
 
 def _vae_file(source: TensorSource, scaling_factor: float | None, variant: Variant) -> VaeFile:
     """Arguments of ``AutoencoderKL`` from the shapes of tensors under Diffusers' names."""
-    latent_channels = source.shape("decoder.conv_in.weight")[1]
+    latent_channels = source.sizes("decoder.conv_in.weight", 4)[1]
     if latent_channels != LATENT_CHANNELS:
         raise UserError(
             f"{source.checkpoint.label} is an autoencoder with {latent_channels} latent channels; Stable Diffusion's "
             f"have {LATENT_CHANNELS}."
         )
     levels = range(source.count(r"encoder\.down_blocks\.(\d+)\."))
-    widths = [source.shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels]
+    widths = [source.sizes(f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels]
     config = {
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),

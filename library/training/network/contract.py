@@ -18,7 +18,7 @@ from typing import Any
 from library.console import say
 from library.errors import UserError
 from library.families import network_modules
-from library.safetensors_io import load_tensors
+from library.safetensors_io import load_tensors, open_checkpoint
 from library.training.network.lycoris import LycorisModule, quiet_imports
 
 REQUIRED_METHODS = (
@@ -85,9 +85,12 @@ def check_network_options(options: NetworkOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 0:
             raise UserError(f"--{name} must not be negative, but is {value}.")
-    for path in [options.network_weights, *(options.base_weights or [])]:
-        if path and not Path(path).is_file():
+    given = [("--network_weights", options.network_weights)] if options.network_weights else []
+    for option, path in [*given, *(("--base_weights", path) for path in options.base_weights or [])]:
+        if not Path(path).is_file():
             raise UserError(f"There is no LoRA file {path}.")
+        if Path(path).suffix == ".safetensors":
+            open_checkpoint(path, option=option)  # its header is sound
     find_network_module(options.network_module)
 
 

@@ -104,7 +104,7 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
         """Strength of the whole network: one number, or a tensor [batch] with one for each item; 0 costs nothing."""
         self.multiplier = multiplier
         for lora in self.loras:
-            lora.multiplier = multiplier
+            vars(lora)["multiplier"] = multiplier  # every step does it, and a module's own way takes far longer
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch all modules on or off; off, the model is the base model."""

@@ -46,6 +46,12 @@ class BareConv2d(nn.Conv2d):
         pass
 
 
+def _matrices(part: nn.Module) -> list[Tensor]:
+    """The weight of a layer, or of each in a list, as a matrix. (To search for ``parameters()`` would take longer.)"""
+    layers: list[Any] = list(part) if isinstance(part, nn.ModuleList) else [part]
+    return [layer.weight.flatten(1) for layer in layers]
+
+
 @dataclass(frozen=True)
 class Regularisation:
     """What happens in training only."""
@@ -135,13 +141,13 @@ class LoRAModule(AdapterModule):
     @property
     def down_matrix(self) -> Tensor:
         """[parts * rank, in], of a convolution [rank, in * height * width]."""
-        downs = [weight.flatten(1) for weight in self.lora_down.parameters()]
+        downs = _matrices(self.lora_down)
         return downs[0] if len(downs) == 1 else torch.cat(downs)
 
     @property
     def up_matrix(self) -> Tensor:
         """[out, parts * rank]."""
-        ups = [weight.flatten(1) for weight in self.lora_up.parameters()]
+        ups = _matrices(self.lora_up)
         return ups[0] if len(ups) == 1 else torch.block_diag(*ups)
 
     def file_weights(self) -> LoRAWeights:

@@ -15,7 +15,7 @@ def test_a_session_through_a_pipe(inference_command, lora, tmp_path):
     lines = ["赤い猫 --d 1 --w 32 --s 1", "a dog --d 2 --m 0.2", "a dog --d x", "a dog --cn none.png", "", "not drawn"]
     arguments = [*inference_command, "--interactive", "--output_dir", tmp_path, "--lora_weights", lora("one", 1)]
     result = subprocess.run(
-        command(SCRIPT, *arguments),
+        command(SCRIPT, *arguments, accelerate=False),
         input="\n".join(lines).encode("utf-8"),
         capture_output=True,
         cwd=ROOT,

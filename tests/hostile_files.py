@@ -22,37 +22,58 @@ def put_together(header: Header | str | bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(raw)) + raw + data
 
 
-def _set(header: Header, name: str, **parts: Any) -> Header:
-    return {**header, name: {**header[name], **parts}}
+class SoundFile:
+    """A sound safetensors file in its parts, and what is easily made of it by changing its first tensor's entry."""
+
+    def __init__(self, sound: bytes) -> None:
+        self.header, self.data = taken_apart(sound)
+        self.header.pop("__metadata__", None)
+        named = sorted(self.header, key=lambda name: self.header[name]["data_offsets"])
+        self.first, self.last = named[0], named[-1]
+        self.begin, self.end = self.header[self.first]["data_offsets"]
+        self.shape, self.dtype = self.header[self.first]["shape"], self.header[self.first]["dtype"]
+        self.text = json.dumps(self.header)
+        self.entry = json.dumps(self.header[self.first])
+
+    def with_header(self, header: Header | str | bytes) -> bytes:
+        """The file with another header before its data."""
+        return put_together(header, self.data)
+
+    def changed(self, name: str = "", **parts: Any) -> bytes:
+        """With other parts in the entry of the tensor ``name``, else of the first."""
+        name = name or self.first
+        return self.with_header({**self.header, name: {**self.header[name], **parts}})
+
+    def raw(self, name: str, value: str) -> bytes:
+        """With the first tensor's part ``name`` written as ``value``, which need not be JSON."""
+        parts = {key: json.dumps(part) for key, part in self.header[self.first].items()} | {name: value}
+        made = "{" + ", ".join(f'"{key}": {part}' for key, part in parts.items()) + "}"
+        return self.with_header(self.text.replace(self.entry, made))
+
+    def without(self, part: str) -> bytes:
+        """Without a part of the first tensor's entry."""
+        left = {key: value for key, value in self.header[self.first].items() if key != part}
+        return self.with_header({**self.header, self.first: left})
+
+    def with_metadata(self, value: str) -> bytes:
+        """With ``value`` as its metadata."""
+        return self.with_header(f'{{"__metadata__": {value}, {self.text[1:]}')
 
 
 def hostile_headers(sound: bytes) -> dict[str, bytes]:
     """Files by what is wrong with them; each must be refused. ``sound`` has two tensors with values at least."""
-    header, data = taken_apart(sound)
-    header.pop("__metadata__", None)
-    named = sorted(header, key=lambda name: header[name]["data_offsets"])
-    first, last = named[0], named[-1]
-    begin, end = header[first]["data_offsets"]
-    shape, dtype = header[first]["shape"], header[first]["dtype"]
-    text = json.dumps(header)
-    entry = json.dumps(header[first])
+    file = SoundFile(sound)
+    return {
+        **wrong_lengths(sound),
+        **wrong_json(file),
+        **wrong_entries(file),
+        **wrong_places(file),
+        **wrong_metadata(file),
+    }
 
-    def changed(**parts: Any) -> bytes:
-        return put_together(_set(header, first, **parts), data)
 
-    def raw(name: str, value: str) -> bytes:
-        """The first tensor's part ``name`` written as ``value``, which need not be JSON."""
-        parts = {key: json.dumps(part) for key, part in header[first].items()} | {name: value}
-        made = "{" + ", ".join(f'"{key}": {part}' for key, part in parts.items()) + "}"
-        return put_together(text.replace(entry, made), data)
-
-    def without(part: str) -> bytes:
-        left = {key: value for key, value in header[first].items() if key != part}
-        return put_together({**header, first: left}, data)
-
-    def with_metadata(value: str) -> bytes:
-        return put_together(f'{{"__metadata__": {value}, {text[1:]}', data)
-
+def wrong_lengths(sound: bytes) -> dict[str, bytes]:
+    """Files that end too soon or too late, or whose first eight bytes lie."""
     return {
         "no bytes": b"",
         "seven bytes": sound[:7],
@@ -64,60 +85,87 @@ def hostile_headers(sound: bytes) -> dict[str, bytes]:
         "header of 2^63 bytes": struct.pack("<Q", 1 << 63) + sound[8:],
         "header of 2^64 - 1 bytes": b"\xff" * 8 + sound[8:],
         "header of 99 MB that is not there": struct.pack("<Q", 99_000_000) + sound[8:],
+    }
+
+
+def wrong_json(file: SoundFile) -> dict[str, bytes]:
+    """Headers that are no JSON object, or not as safetensors has it."""
+    text, entry = file.text, file.entry
+    return {
         "header is a list": put_together("[]", b""),
         "header is null": put_together("null", b""),
         "header is a number": put_together("1", b""),
         "header is text": put_together('"text"', b""),
         "header is no JSON": put_together("{" + "x" * 50),
-        "header is not UTF-8": put_together(text.encode().replace(first.encode(), b"\xff\xfe"), data),
-        "header in UTF-16": put_together(text.encode("utf-16"), data),
-        "lone surrogate in a name": put_together(text.replace(first, "\\ud800"), data),
+        "header is not UTF-8": file.with_header(text.encode().replace(file.first.encode(), b"\xff\xfe")),
+        "header in UTF-16": file.with_header(text.encode("utf-16")),
+        "lone surrogate in a name": file.with_header(text.replace(file.first, "\\ud800")),
         "nesting of arrays": put_together("[" * 100_000),
         "nesting of objects": put_together('{"a":' * 100_000),
-        "nesting inside an entry": raw("shape", "[" * 100_000 + "]" * 100_000),
-        "two values": put_together(text + text, data),
-        "key twice": put_together(text[:-1] + f', "{first}": {entry}}}', data),
-        "dtype twice": put_together(text.replace(entry, entry[:-1] + f', "dtype": "{dtype}"}}'), data),
-        "entry is null": put_together({**header, first: None}, data),
-        "entry is a list": put_together({**header, first: [dtype, shape, [begin, end]]}, data),
-        "no dtype": without("dtype"),
-        "no shape": without("shape"),
-        "no positions": without("data_offsets"),
-        "dtype is a number": changed(dtype=32),
-        "dtype is a list": changed(dtype=[dtype]),
-        "dtype of another width": changed(dtype="F64" if dtype != "F64" else "F16"),
-        "shape is infinite": raw("shape", "[Infinity]"),
-        "shape is not a number": raw("shape", "[NaN]"),
-        "shape is 1e400": raw("shape", "[1e400]"),
-        "shape has a fraction": raw("shape", "[1.5]"),
-        "shape is a text": changed(shape="4"),
-        "shape has a truth value": changed(shape=[True, *shape]),
-        "shape has 5,000 digits": raw("shape", "[" + "9" * 5000 + "]"),
-        "negative shape": changed(shape=[-size for size in shape]),
-        "two negative lengths": changed(shape=[-1, -1, *shape]),
-        "shape of 2^64": changed(shape=[1 << 64]),
-        "shape whose product is 0 modulo 2^64": changed(shape=[1 << 32, 1 << 32]),
-        "empty shape beyond 2^63": put_together(
-            {**header, "empty": {"dtype": "F32", "shape": [0, 1 << 62, 4], "data_offsets": [0, 0]}}, data
+        "nesting inside an entry": file.raw("shape", "[" * 100_000 + "]" * 100_000),
+        "two values": file.with_header(text + text),
+        "key twice": file.with_header(text[:-1] + f', "{file.first}": {entry}}}'),
+        "dtype twice": file.with_header(text.replace(entry, entry[:-1] + f', "dtype": "{file.dtype}"}}')),
+    }
+
+
+def wrong_entries(file: SoundFile) -> dict[str, bytes]:
+    """Entries of tensors with parts missing, of wrong kinds, with impossible shapes."""
+    shape, dtype = file.shape, file.dtype
+    return {
+        "entry is null": file.with_header({**file.header, file.first: None}),
+        "entry is a list": file.with_header({**file.header, file.first: [dtype, shape, [file.begin, file.end]]}),
+        "no dtype": file.without("dtype"),
+        "no shape": file.without("shape"),
+        "no positions": file.without("data_offsets"),
+        "dtype is a number": file.changed(dtype=32),
+        "dtype is a list": file.changed(dtype=[dtype]),
+        "dtype of another width": file.changed(dtype="F64" if dtype != "F64" else "F16"),
+        "shape is infinite": file.raw("shape", "[Infinity]"),
+        "shape is not a number": file.raw("shape", "[NaN]"),
+        "shape is 1e400": file.raw("shape", "[1e400]"),
+        "shape has a fraction": file.raw("shape", "[1.5]"),
+        "shape is a text": file.changed(shape="4"),
+        "shape has a truth value": file.changed(shape=[True, *shape]),
+        "shape has 5,000 digits": file.raw("shape", "[" + "9" * 5000 + "]"),
+        "negative shape": file.changed(shape=[-size for size in shape]),
+        "two negative lengths": file.changed(shape=[-1, -1, *shape]),
+        "shape of 2^64": file.changed(shape=[1 << 64]),
+        "shape whose product is 0 modulo 2^64": file.changed(shape=[1 << 32, 1 << 32]),
+        "empty shape beyond 2^63": file.with_header(
+            {**file.header, "empty": {"dtype": "F32", "shape": [0, 1 << 62, 4], "data_offsets": [0, 0]}}
         ),
-        "a thousand dimensions": changed(shape=[1] * 1000 + shape),
-        "shape too large for the data": changed(shape=[2, *shape]),
-        "positions infinite": raw("data_offsets", "[0, Infinity]"),
-        "one position": changed(data_offsets=[begin]),
-        "three positions": changed(data_offsets=[begin, end, end]),
-        "positions are text": changed(data_offsets=[str(begin), str(end)]),
-        "negative positions": changed(data_offsets=[-8, end - begin - 8]),
-        "positions turned round": changed(data_offsets=[end, begin]),
-        "positions outside": changed(data_offsets=[begin + (1 << 40), end + (1 << 40)]),
-        "overlap": put_together(_set(header, last, data_offsets=header[first]["data_offsets"]), data),
-        "hole": put_together({key: value for key, value in header.items() if key != first}, data),
-        "metadata is a list": with_metadata("[]"),
-        "metadata is a text": with_metadata('"x"'),
-        "metadata value is a number": with_metadata('{"a": 1}'),
-        "metadata value is an object": with_metadata('{"a": {"b": "c"}}'),
-        "metadata value is null": with_metadata('{"a": null}'),
-        "metadata value is infinite": with_metadata('{"a": Infinity}'),
-        "metadata nested": with_metadata('{"a": ' * 100_000 + "1" + "}" * 100_000),
+        "a thousand dimensions": file.changed(shape=[1] * 1000 + shape),
+        "shape too large for the data": file.changed(shape=[2, *shape]),
+    }
+
+
+def wrong_places(file: SoundFile) -> dict[str, bytes]:
+    """Positions outside of the data, in each other's place, or none at all."""
+    begin, end = file.begin, file.end
+    return {
+        "positions infinite": file.raw("data_offsets", "[0, Infinity]"),
+        "one position": file.changed(data_offsets=[begin]),
+        "three positions": file.changed(data_offsets=[begin, end, end]),
+        "positions are text": file.changed(data_offsets=[str(begin), str(end)]),
+        "negative positions": file.changed(data_offsets=[-8, end - begin - 8]),
+        "positions turned round": file.changed(data_offsets=[end, begin]),
+        "positions outside": file.changed(data_offsets=[begin + (1 << 40), end + (1 << 40)]),
+        "overlap": file.changed(file.last, data_offsets=[begin, end]),
+        "hole": file.with_header({key: value for key, value in file.header.items() if key != file.first}),
+    }
+
+
+def wrong_metadata(file: SoundFile) -> dict[str, bytes]:
+    """Metadata that are no object of texts."""
+    return {
+        "metadata is a list": file.with_metadata("[]"),
+        "metadata is a text": file.with_metadata('"x"'),
+        "metadata value is a number": file.with_metadata('{"a": 1}'),
+        "metadata value is an object": file.with_metadata('{"a": {"b": "c"}}'),
+        "metadata value is null": file.with_metadata('{"a": null}'),
+        "metadata value is infinite": file.with_metadata('{"a": Infinity}'),
+        "metadata nested": file.with_metadata('{"a": ' * 100_000 + "1" + "}" * 100_000),
     }
 
 

@@ -1,8 +1,11 @@
-"""Train a LoRA for FLUX.1 (dev and schnell) or Chroma."""
+"""Train a LoRA for FLUX.1 (dev and schnell) or Chroma.
+
+``FluxNetworkTrainer`` trains FLUX.1; ``ChromaNetworkTrainer`` below it says what is different for Chroma.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +16,8 @@ from library.data.options import TextCacheOptions
 from library.errors import UserError
 from library.options import parse_options
 from library.prompt_options import PromptOptions
-from library.training.network.contract import parse_network_args
+from library.training.caching import caches_text
+from library.training.network.contract import NetworkOptions, parse_network_args
 from library.training.objective.flow_matching import (
     FlowMatching,
     FlowMatchingOptions,
@@ -24,6 +28,7 @@ from library.training.objective.flow_matching import (
 from library.training.objective.noise_options import StableDiffusionNoiseOptions
 from library.training.objective.step_inputs import NoisyInput
 from library.training.output.sample_images import SamplerOptions
+from library.training.part_dtypes import part_dtypes
 from library.training.run_options import ClipSkipOptions, StableDiffusionModelOptions
 from library.training.training_options import TrainingOptions
 from train_network import NetworkTrainer
@@ -35,11 +40,7 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
     from library.data.cache import LatentFormat, TextFormat
     from library.models.flux.pipeline import Encoder, FluxPipeline
-    from library.models.sampling import Role
-
-ENCODERS: tuple[Encoder, ...] = ("clip_l", "t5xxl")
-NO_POOLED_TEXT = (77, 1)
-"""The shape that kohya-ss/sd-scripts gives the pooled text in Chroma's cache files; nothing reads it."""
+    from library.models.pipeline import ImageRequest
 
 
 @dataclass
@@ -91,19 +92,26 @@ class FluxNetworkTrainer(NetworkTrainer):
     )
     bucket_divisor = 32
     size_divisor = 16
-    cache_parts = {"latents": ("transformer", "autoencoder"), "text": ("transformer", *ENCODERS)}
+    encoders: tuple[Encoder, ...] = ("clip_l", "t5xxl")
+    version = "flux1"
+    """``ss_base_model_version``."""
+    cache_parts = {"latents": ("transformer", "autoencoder"), "text": ("transformer", "clip_l", "t5xxl")}
     options: FluxTrainingOptions
+    pipeline: FluxPipeline
+
+    @classmethod
+    def of(cls, options: Any) -> FluxNetworkTrainer:
+        """The trainer of ``--model_type``."""
+        return (ChromaNetworkTrainer if options.flux.model_type == "chroma" else cls)(options)
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
     def check_family_options(self) -> None:
         """Forbidden combinations, and options without effect."""
         options, flux = self.options, self.options.flux
-        if self.is_chroma:
-            self.take_chroma_settings()
         self.takes_control_images = bool(flux.controlnet_model_name_or_path)
-        self.take_text_options(options.text_cache, self.encoders_to_train())
-        if self.cache_text and "t5xxl" in self.trained_encoders:
+        self.trained_encoders = self.encoders_to_train()
+        if caches_text(options.text_cache) and "t5xxl" in self.trained_encoders:
             raise UserError(
                 "T5-XXL is trained (by train_t5xxl=True, or because the file of --dim_from_weights holds it), so that "
                 "captions are encoded at every step; leave out --cache_text_encoder_outputs."
@@ -114,59 +122,27 @@ class FluxNetworkTrainer(NetworkTrainer):
             raise UserError("--t5xxl_max_token_length must be at least 1.")
         self.say_what_has_no_effect()
 
-    @property
-    def is_chroma(self) -> bool:
-        """Whether Chroma is trained, not FLUX.1."""
-        return self.options.flux.model_type == "chroma"
-
-    def take_chroma_settings(self) -> None:
-        """What Chroma needs is set and said. Raises UserError where text encoders shall be trained."""
-        self.family = "Chroma"
-        options, flux = self.options, self.options.flux
-        network_args = parse_network_args(options.network)
-        if options.network.network_train_text_encoder_only:
-            raise UserError(
-                "--network_train_text_encoder_only: of Chroma only the transformer is trained; leave it out."
-            )
-        if network_args.get("train_t5xxl", "").strip().lower() == "true":
-            raise UserError("train_t5xxl=True: Chroma trains the transformer alone; leave it out.")
-        if not flux.apply_t5_attn_mask:
-            flux.apply_t5_attn_mask = True
-            say("--apply_t5_attn_mask is on: Chroma needs it")
-        if options.flow.guidance_scale:
-            say(f"--guidance_scale is 0, not {options.flow.guidance_scale:g}: Chroma has no embedded guidance")
-            options.flow.guidance_scale = 0.0
-        self.report_unused(["clip_l", "text_encoder_lr"], "for Chroma")
-
     def encoders_to_train(self) -> tuple[Encoder, ...]:
         """CLIP-L unless only the transformer is trained; T5-XXL on request, or with a file that holds its modules."""
         network = self.options.network
-        if network.network_train_unet_only or self.is_chroma:
+        if network.network_train_unet_only:
             return ()
-        train_t5 = parse_network_args(network).get("train_t5xxl", "").strip().lower() == "true"
+        train_t5 = trains_t5xxl(network)
         if network.dim_from_weights and network.network_module == "networks.lora_flux" and network.network_weights:
             from networks.lora_flux import holds_t5xxl
 
             train_t5 = train_t5 or holds_t5xxl(network.network_weights)
         return ("clip_l", "t5xxl") if train_t5 else ("clip_l",)
 
-    def prepare_output(self) -> None:
-        """As for every family; prompt options that FLUX.1 does not have are named."""
-        super().prepare_output()
-        unused = ["sample_sampler", "cfg_trunc_ratio", "renorm_cfg", "flow_shift"]
-        if self.takes_control_images:
-            self.check_control_images()
-        else:
-            unused.append("controlnet_image")
-        given = [name for name in unused if any(getattr(prompt, name) is not None for prompt in self.samples.prompts)]
-        if given:
-            say(f"no effect in sample prompts for {self.family}: {', '.join(given)}")
-        if self.is_chroma and any(prompt.guidance_scale for prompt in self.samples.prompts):
-            say("sample prompts: guidance (--g) is 0 for Chroma, which has no embedded guidance; --l is its CFG scale")
+    def prompt_options_without_effect(self) -> list[str]:
+        """Those of Stable Diffusion and Lumina, and control images without a ControlNet."""
+        control = [] if self.takes_control_images else ["controlnet_image"]
+        return ["sample_sampler", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", *control]
 
-    def check_control_images(self) -> None:
-        """Raises UserError when a control image of a sample prompt cannot be read."""
-        for number, prompt in enumerate(self.samples.prompts, start=1):
+    def prepare_output(self) -> None:
+        """As for every family. Raises UserError when a control image of a sample prompt cannot be read."""
+        super().prepare_output()
+        for number, prompt in enumerate(self.outputs.samples.prompts, start=1):
             self.prompt_control(prompt, f"{self.options.samples.sample_prompts}, prompt {number}: ")
 
     def say_what_has_no_effect(self) -> None:
@@ -187,49 +163,43 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     # ---- models and caches ------------------------------------------------------------------------------------------
 
-    def make_pipeline(self) -> FluxPipeline:
+    def pipeline_class(self) -> type[FluxPipeline]:
+        """The pipeline of this model, imported now."""
+        from library.models.flux.pipeline import FluxPipeline
+
+        return FluxPipeline
+
+    def make_pipeline(self, parts: tuple[Any, ...] = ()) -> FluxPipeline:
         """Open the checkpoint files by their headers and find the tokenizers."""
-        from library.models.flux.pipeline import ENCODERS, PIPELINES, FluxFiles
+        from library.models.flux.pipeline import PARTS, FluxFiles
 
         options, flux = self.options, self.options.flux
         files = FluxFiles(
             transformer=options.model.pretrained_model_name_or_path or "",
             autoencoder=flux.ae,
-            clip_l=None if self.is_chroma else flux.clip_l,
+            clip_l=flux.clip_l if "clip_l" in self.encoders else None,
             t5xxl=flux.t5xxl,
             controlnet=flux.controlnet_model_name_or_path,
             controlnet_mode=flux.controlnet_mode,
             tokenizer_cache_dir=options.model.tokenizer_cache_dir,
             disable_mmap=options.model.disable_mmap_load_safetensors,
         )
-        return PIPELINES[flux.model_type](
+        return self.pipeline_class()(
             files,
             dtype=self.weight_dtype,
             device=self.accelerator.device,
-            dtypes=self.part_dtypes("transformer", ENCODERS),
+            dtypes=part_dtypes(options.model, options.precision, self.weight_dtype, "transformer", ("clip_l", "t5xxl")),
             t5xxl_max_token_length=flux.t5xxl_max_token_length,
             apply_t5_attn_mask=flux.apply_t5_attn_mask,
             attention_backend="xformers" if options.model.xformers else "sdpa",
-            **({"parts": self.opened_parts} if self.opened_parts else {}),
+            parts=parts or PARTS,
         )
 
-    def open_pipeline(self) -> None:
+    def open_pipeline(self, parts: tuple[Any, ...] = ()) -> None:
         """As for every family; what a model without embedded guidance does not use is named."""
-        super().open_pipeline()
+        super().open_pipeline(parts)
         if self.pipeline.variant == "schnell":
             self.report_unused(["guidance_scale"], "for FLUX.1 schnell")
-
-    def load_models(self) -> None:
-        """As for every family, and the ControlNet."""
-        super().load_models()
-        if self.takes_control_images:
-            with self.load_in_turn():
-                self.pipeline.load("controlnet")
-
-    def release(self, part: str) -> None:
-        """The autoencoder stays where control images go through it at every step."""
-        if not (part == "autoencoder" and self.pipeline.control_takes_latents):
-            super().release(part)
 
     def control_parts(self) -> set[str]:
         """The ControlNet, and the autoencoder where it takes latents."""
@@ -251,7 +221,7 @@ class FluxNetworkTrainer(NetworkTrainer):
 
         length, config = self.pipeline.text_lengths["t5xxl"], self.pipeline.config
         arrays: dict[str, tuple[int | None, ...]] = {
-            "l_pooled": NO_POOLED_TEXT if self.is_chroma else (config.vector_dim,),
+            "l_pooled": self.pipeline.pooled_shape,
             "t5_out": (length, config.context_dim),
             "txt_ids": (length, 3),
             "t5_attn_mask": (length,),
@@ -261,18 +231,6 @@ class FluxNetworkTrainer(NetworkTrainer):
             arrays=arrays,
             flags={"apply_t5_attn_mask": self.options.flux.apply_t5_attn_mask},
         )
-
-    def encode_frozen(self, prompts: list[str], role: Role = "positive") -> dict[str, Tensor]:
-        """As for every family; Chroma's cache files hold the empty array that kohya-ss/sd-scripts looks for."""
-        conditioning = super().encode_frozen(prompts, role)
-        if self.is_chroma:
-            conditioning["l_pooled"] = conditioning["t5_out"].new_zeros(len(prompts), *NO_POOLED_TEXT)
-        return conditioning
-
-    def network_text_encoders(self, encoders: Collection[str]) -> Any:
-        """The networks' list is [CLIP-L, T5-XXL] for Chroma too."""
-        modules = super().network_text_encoders(encoders)
-        return [None, *modules] if self.is_chroma else modules
 
     # ---- the training step ------------------------------------------------------------------------------------------
 
@@ -297,11 +255,11 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     # ---- samples and metadata ---------------------------------------------------------------------------------------
 
-    def sample_image(self, index: int, prompt: PromptOptions) -> Image:
-        """A sample image; sides are rounded down to multiples of 16, at least 64."""
+    def sample_request(self, prompt: PromptOptions) -> ImageRequest:
+        """Sides are rounded down to multiples of 16, at least 64."""
         request = self.pipeline.request(prompt, control_image=self.prompt_control(prompt))
         request.width, request.height = (max(64, side // 16 * 16) for side in (request.width, request.height))
-        return self.draw_sample(request)
+        return request
 
     def prompt_control(self, prompt: PromptOptions, place: str = "") -> Image | None:
         """The control image of a sample prompt, if a ControlNet takes part; ``place`` begins a UserError's sentence."""
@@ -323,21 +281,73 @@ class FluxNetworkTrainer(NetworkTrainer):
         if self.takes_control_images:
             path, mode = options.flux.controlnet_model_name_or_path or "", options.flux.controlnet_mode
             values |= {"controlnet": Path(path).name} | ({} if mode is None else {"controlnet_mode": mode})
-        version = "chroma" if self.is_chroma else "flux1"
-        return {"ss_base_model_version": version, **{f"ss_{name}": value for name, value in values.items()}}
+        return {"ss_base_model_version": self.version, **{f"ss_{name}": value for name, value in values.items()}}
 
     def architecture(self) -> tuple[str, str]:
-        """``flux-1-dev``, ``flux-1-schnell`` or ``chroma``."""
-        if self.is_chroma:
-            return "chroma", "https://huggingface.co/lodestones/Chroma"
+        """``flux-1-dev`` or ``flux-1-schnell``."""
         return f"flux-1-{self.pipeline.variant}", "https://github.com/black-forest-labs/flux"
+
+
+class ChromaNetworkTrainer(FluxNetworkTrainer):
+    """Chroma: T5 alone, whose text is always masked, and no embedded guidance; only the transformer is trained."""
+
+    family = "Chroma"
+    encoders = ("t5xxl",)
+    version = "chroma"
+
+    def check_family_options(self) -> None:
+        """As for FLUX.1; what Chroma needs is set and logged. Raises UserError if text encoders are to be trained."""
+        options, flux = self.options, self.options.flux
+        if options.network.network_train_text_encoder_only:
+            raise UserError(
+                "--network_train_text_encoder_only: of Chroma only the transformer is trained; leave it out."
+            )
+        if trains_t5xxl(options.network):
+            raise UserError("train_t5xxl=True: Chroma trains the transformer alone; leave it out.")
+        if not flux.apply_t5_attn_mask:
+            flux.apply_t5_attn_mask = True
+            say("--apply_t5_attn_mask is on: Chroma needs it")
+        if options.flow.guidance_scale:
+            say(f"--guidance_scale is 0, not {options.flow.guidance_scale:g}: Chroma has no embedded guidance")
+            options.flow.guidance_scale = 0.0
+        self.report_unused(["clip_l", "text_encoder_lr"], "for Chroma")
+        super().check_family_options()
+
+    def encoders_to_train(self) -> tuple[Encoder, ...]:
+        """None."""
+        return ()
+
+    def prepare_output(self) -> None:
+        """As for FLUX.1."""
+        super().prepare_output()
+        if any(prompt.guidance_scale for prompt in self.outputs.samples.prompts):
+            say("sample prompts: guidance (--g) is 0 for Chroma, which has no embedded guidance; --l is its CFG scale")
+
+    def pipeline_class(self) -> type[FluxPipeline]:
+        """Chroma's."""
+        from library.models.flux.pipeline import ChromaPipeline
+
+        return ChromaPipeline
+
+    def network_text_encoders(self, encoders: Mapping[str, Any]) -> Any:
+        """The networks' list is [CLIP-L, T5-XXL] here too."""
+        return [None, *super().network_text_encoders(encoders)]
+
+    def architecture(self) -> tuple[str, str]:
+        """``chroma``."""
+        return "chroma", "https://huggingface.co/lodestones/Chroma"
+
+
+def trains_t5xxl(options: NetworkOptions) -> bool:
+    """Whether ``--network_args`` says train_t5xxl=True."""
+    return parse_network_args(options).get("train_t5xxl", "").strip().lower() == "true"
 
 
 def main() -> None:
     """Read the options and train."""
     options = parse_options(FluxTrainingOptions, __doc__ or "")
     set_up_console(options.console)
-    FluxNetworkTrainer(options).train()
+    FluxNetworkTrainer.of(options).train()
 
 
 if __name__ == "__main__":

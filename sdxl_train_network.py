@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ class SdxlNetworkTrainer(StableDiffusionNetworkTrainer):
     def text_format(self) -> TextFormat:
         """``<stem>_te_outputs.npz``."""
         files, length = self.pipeline.files, self.text_length()
+        assert files.text_encoder_2 is not None
         arrays: dict[str, tuple[int | None, ...]] = {
             "hidden_state1": (length, files.text_encoder.hidden_size),
             "hidden_state2": (length, files.text_encoder_2.hidden_size),
@@ -63,15 +64,15 @@ class SdxlNetworkTrainer(StableDiffusionNetworkTrainer):
         }
         return self.text_outputs("_te_outputs.npz", arrays)
 
-    def network_text_encoders(self, encoders: Collection[str]) -> Any:
+    def network_text_encoders(self, encoders: Mapping[str, Any]) -> Any:
         """Both text encoders as a list, or an empty one."""
-        return self.pipeline.load_text_encoders(encoders)
+        return list(encoders.values())
 
     def network_base(self) -> Any:
         """The U-Net's layers under the original names, which SDXL's LoRA files have."""
         from library.models.stable_diffusion.original_names import under_original_names
 
-        return under_original_names(self.transformer)
+        return under_original_names(self.pipeline.load_transformer())
 
     def conditioning(self, batch: Batch) -> dict[str, Tensor]:
         """Both encoders' outputs and ``time_ids`` [batch, 6]: original size, top and left of the crop, target size."""
@@ -90,7 +91,7 @@ def main() -> None:
     """Read the options and train."""
     options = parse_options(SdxlTrainingOptions, __doc__ or "")
     set_up_console(options.console)
-    SdxlNetworkTrainer(options).train()
+    SdxlNetworkTrainer.of(options).train()
 
 
 if __name__ == "__main__":

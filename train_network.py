@@ -1,54 +1,91 @@
 """Train a network such as a LoRA inside a frozen Stable Diffusion 1.x or 2.x model.
 
-``NetworkTrainer`` is the loop that every model family shares. A family's script subclasses it and gives its options,
-its pipeline, how a noisy input and its target are made, how its model is called, and what its metadata says. Stable
-Diffusion's own such subclass stands below it.
+``NetworkTrainer`` is the loop that every model family shares, over the parts of a run, which stand in
+``library/training/``. A family's script subclasses it and gives its options, its pipeline, its objective, how its model
+is called, and what its metadata says. Stable Diffusion's own such subclass stands below it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.console import messages_above_progress, run_script, say, set_up_console, warn
 from library.data.debug import show_dataset
 from library.data.loader import BatchLoader
 from library.data.options import TextCacheOptions
-from library.errors import UserError
+from library.devices import parse_dtype
+from library.errors import UserError, in_one_line
 from library.modelspec import standard_entries
-from library.options import parse_options
+from library.options import all_values, changed_options, parse_options
 from library.prompt_options import PromptOptions
 from library.randomness import seed_global_torch
 from library.training import validation
-from library.training.distribution import average_gradients, mean_over_processes
-from library.training.finiteness import gradient_norm
+from library.training.caching import caches_text, latent_caching, text_caching
+from library.training.checks import check_training_options
+from library.training.data import read_training_data
+from library.training.distribution import choose_seed, in_turn, make_accelerator, mean_over_processes
+from library.training.family_hooks import FamilyHooks
+from library.training.finiteness import StepWatch
 from library.training.interruption import Interruption
+from library.training.latents import Latents
+from library.training.network.building import build_network, place_network
+from library.training.network.contract import import_network_module, merge_base_weights
 from library.training.objective.losses import batch_loss
 from library.training.objective.noise_options import NEEDS, check_stable_diffusion_noise_options
 from library.training.objective.step_inputs import ItemDraws, NoisyInput
-from library.training.optim.lr_schedulers import step_scheduler
-from library.training.output.state import Position
-from library.training.report.description import end_facts
-from library.training.report.timing import timed
-from library.training.report.wording import end_lines
-from library.training.run_outputs import RunOutputs
-from library.training.tracking import learning_rate_scalars, norm_scalars
+from library.training.optim.optimization import Optimization
+from library.training.output.file_metadata import FileMetadata, ModelFacts
+from library.training.output.run_outputs import RunOutputs
+from library.training.output.run_state import check_saved_state, restore_run_state, write_run_state
+from library.training.output.state import Position, SavedState
+from library.training.part_dtypes import part_dtypes
+from library.training.plan.lengths import plan_run, start_position
+from library.training.plan.unused_options import unused_options
+from library.training.progress import Progress
+from library.training.report.description import end_facts, start_facts
+from library.training.report.page import open_report
+from library.training.report.timing import RunClock, timed
+from library.training.report.wording import end_lines, start_lines
+from library.training.run_facts import RunFacts
+from library.training.run_options import memory_plan
+from library.training.step_loss import StepLoss
+from library.training.text_conditioning import TextConditioning
+from library.training.tracking import Tracker, learning_rate_scalars, norm_scalars
 from library.training.training_options import TrainingOptions
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
     from library.data.batch import Batch
-    from library.data.cache import LatentFormat, TextFormat
+    from library.data.cache import CacheReport, LatentFormat, TextFormat
+    from library.models.pipeline import ImageRequest
     from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
     from library.training.objective.ddpm import Ddpm
 
 
-class NetworkTrainer(RunOutputs):
+class NetworkTrainer(FamilyHooks):
     """Trains a network inside a frozen base model. ``train()`` is the whole run; families override the hooks."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.how_else: Callable[[str], str] = "train it with {}".format
+        """What to do with a model that is another script's, by that script's file."""
+        self.no_effect: list[str] = []
+        """Names of the given options that change nothing in this run."""
+        self.progress = Progress()
+        self.clock = RunClock()
+        self.step_watch = StepWatch()
+        self.saved: SavedState | None = None
+        """The state of ``--resume``."""
+        self.norms: Any = None
+        """What ``--scale_weight_norms`` last found."""
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run the training from checks to the final file. Raises UserError for mistakes, before models load."""
@@ -56,7 +93,8 @@ class NetworkTrainer(RunOutputs):
         self.prepare_output()
         self.check_network()
         self.start_processes()
-        self.build_datasets()
+        self.read_data()
+        self.plan_steps()
         if self.options.dataset.debug_dataset:
             return self.show_dataset()
         self.open_pipeline()
@@ -65,225 +103,142 @@ class NetworkTrainer(RunOutputs):
         self.check_network_files()
         self.prepare_uploads()
         with self.clock.part("caching"):
-            self.cache_latents()
-            self.cache_text_outputs()
+            self.fill_caches()
         with self.clock.part("loading"):
             self.load_models()
-            self.build_network()
+            self.make_network()
+            self.place_network()
             self.build_optimizer()
             self.resume()
-        self.start_tracking()
+        self.start_reports()
         with self.report:
             with Interruption() as interruption, self.batch_loader() as self.loader, self.saving_on_error():
                 self.look_before_training()
                 self.run_epochs(interruption)
             self.finish()
 
-    # ---- the loop ---------------------------------------------------------------------------------------------------
+    # ---- before anything heavy --------------------------------------------------------------------------------------
 
-    def run_epochs(self, interruption: Interruption) -> None:
-        """Train until the last step, or until someone wishes to end."""
-        from tqdm import tqdm
+    def check_options(self) -> None:
+        """Everything that is known from the options alone. Raises UserError."""
+        check_training_options(self.options)
+        self.check_family()
+        for reason, names in unused_options(self.options):
+            self.report_unused(names, reason)
 
-        self.progress = tqdm(
-            total=self.plan.max_steps,
-            initial=self.position.step,
-            disable=not self.accelerator.is_local_main_process,
-            smoothing=0.1,
-            desc="steps",
-            ascii=True,
-        )
-        with self.progress, messages_above_progress(), self.clock.part("training"):
-            while self.position.step < self.plan.max_steps and not self.interrupted:
-                self.train_epoch(interruption)
+    def check_family(self) -> None:
+        """What the family forbids or does not use. Raises UserError."""
+        cache: TextCacheOptions = self.options.text_cache
+        if cache.text_encoder_batch_size is not None and cache.text_encoder_batch_size < 1:
+            raise UserError(f"--text_encoder_batch_size must be at least 1, not {cache.text_encoder_batch_size}.")
+        self.check_family_options()
+        self.report_unused_groups()
 
-    def train_epoch(self, interruption: Interruption) -> None:
-        """Train the rest of the present epoch and do what is due at its end."""
-        epoch = self.position.epoch
-        self.network.train()
-        self.network.on_epoch_start(self.text_encoders, self.transformer)
-        self.step_watch.begin()
-        for index, batch in self.epoch_batches(epoch, self.position.batch):
-            loss = self.train_batch(epoch, index, batch)
-            self.position.batch = index + 1
-            if self.plan.ends_step(index):
-                self.update()
-            self.log_batch(index, loss)
-            if self.plan.ends_step(index):
-                self.resumable = replace(self.position)
-                self.step_watch.begin()
-                self.after_step(interruption)
-            if self.position.step >= self.plan.max_steps or self.interrupted:
-                break
-        if not self.interrupted:
-            self.after_epoch(epoch)
+    def report_unused_groups(self) -> None:
+        """Say which given options stand in a group that the family does not use."""
+        self.report_unused(name for group in self.unused_groups for name in vars(group()))
 
-    def batch_loader(self) -> BatchLoader:
-        """The threads that prepare training batches; they live as long as the run."""
-        pin_memory = self.accelerator.device.type == "cuda"
-        return BatchLoader(
-            self.train_group, workers=self.options.dataset.max_data_loader_n_workers, pin_memory=pin_memory
-        )
+    def report_unused(self, names: Iterable[str], reason: str = "") -> None:
+        """Of the options ``names``, say and remember those that were given: they change nothing (for this family)."""
+        given = changed_options(self.options)
+        idle = [name for name in names if name in given and name not in self.no_effect]
+        self.no_effect += idle
+        if idle:
+            say(f"no effect {reason or f'for {self.family}'}: {', '.join(f'--{name}' for name in idle)}")
 
-    def epoch_batches(self, epoch: int, first: int) -> Iterator[tuple[int, Batch]]:
-        """The micro-batches of an epoch from number ``first`` on, prepared ahead by the loader's threads."""
-        accelerator, accumulation = self.accelerator, self.plan.accumulation
-        plans = self.train_group.plan(epoch + 1, self.seed, accelerator.process_index, accelerator.num_processes)
-        start = self.position.step - first // accumulation
-        batches = self.loader.batches(
-            plans,
-            epoch=epoch + 1,
+    def prepare_output(self) -> None:
+        """Open output folder, prompt file and the state to resume; nothing is written yet but the folder."""
+        self.outputs = RunOutputs(self.options)
+        self.saved = self.outputs.saved
+        prompts = self.outputs.samples.prompts
+        unused = self.prompt_options_without_effect()
+        given = [name for name in unused if any(getattr(prompt, name) is not None for prompt in prompts)]
+        if given:
+            say(f"no effect in sample prompts for {self.family}: {', '.join(given)}")
+
+    def check_network(self) -> None:
+        """Import the network's module, which checks its own arguments. Raises UserError.
+
+        One that says ``TRAINS_TEXT_ENCODERS = False`` is given no text encoder.
+        """
+        self.network_module = import_network_module(self.options.network)
+        if getattr(self.network_module, "TRAINS_TEXT_ENCODERS", True) or not self.trained_encoders:
+            return
+        name = self.options.network.network_module
+        if self.options.network.network_train_text_encoder_only:
+            raise UserError(f"--network_train_text_encoder_only: {name} trains no text encoder; leave it out.")
+        say(f"{name} trains no text encoder")
+        self.trained_encoders = ()
+        self.report_unused(["text_encoder_lr"], f"with {name}")
+
+    def start_processes(self) -> None:
+        """Start accelerate, find device and dtypes, and agree on the seed."""
+        self.accelerator = make_accelerator(self.options.precision, self.options.distribution)
+        if not self.accelerator.is_main_process:
+            set_up_console(self.options.console, main_process=False)
+        if self.options.optimizer.fused_backward_pass and self.accelerator.num_processes > 1:
+            raise UserError("--fused_backward_pass works with one process only.")
+        if self.accelerator.num_processes == 1:
+            self.report_unused(["ddp_timeout", "lowram"], "with one process")
+        precision = self.options.precision.mixed_precision
+        self.weight_dtype = parse_dtype("fp32" if precision == "no" else precision)
+        self.seed = choose_seed(self.options.length.seed, self.saved)
+        seed_global_torch(self.seed, "start")
+
+    def read_data(self) -> None:
+        """Read the dataset description, list images and captions, and say what was found. Raises UserError."""
+        self.data = read_training_data(
+            self.options,
             seed=self.seed,
-            max_train_steps=self.plan.max_steps,
-            step_of=lambda index: start + index // accumulation,
-            start=first,
+            processes=self.accelerator.num_processes,
+            bucket_divisor=self.bucket_divisor,
+            size_divisor=self.size_divisor,
+            control_images=self.takes_control_images,
         )
-        return self.clock.each("waiting for data", batches)
+        if self.data.validation is None:
+            names = ["validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"]
+            self.report_unused(names, "without validation images")
+        if caches_text(self.options.text_cache):
+            from library.data.cache import check_text_cacheable
 
-    def train_batch(self, epoch: int, index: int, batch: Batch) -> float:
-        """Forward and backward of one micro-batch; returns its loss, the mean over all processes."""
-        seed_global_torch(self.seed, "modules", epoch, index, self.accelerator.process_index)
-        if hasattr(self.network, "on_step_start"):
-            self.network.on_step_start(self.text_encoders, self.transformer)
-        self.network.set_multiplier(float(batch.network_multipliers[0]))
-        draws = ItemDraws(self.seed, epoch, batch.item_ids)
-        losses = self.item_losses(batch, draws)
-        loss = batch_loss(losses, batch.loss_weights, batch.group_size, self.accelerator.num_processes)
-        self.step_watch.add(batch.image_keys)
-        if self.fused is not None:  # its updates happen during the backward pass
-            self.require_finite_loss(loss.item())
-            self.resumable = None
-        self.accelerator.backward(loss / self.plan.batches_in_step(index))
-        self.images_trained += batch.group_size
-        mean = mean_over_processes(loss.item(), self.accelerator)
-        self.require_finite_loss(mean)
-        return mean
+            for group in self.data.groups:
+                check_text_cacheable(group)
 
-    def require_finite_loss(self, loss: float) -> None:
-        """Raises UserError for a loss that must not be learned from."""
-        first = self.position.step == self.first_step
-        self.step_watch.require(math.isfinite(loss), f"the loss is {loss}", self.position.step + 1, first)
+    def plan_steps(self) -> None:
+        """The arithmetic of the run, and the position where it starts. Raises UserError."""
+        batches = self.data.train.batches_per_epoch(self.accelerator.num_processes)
+        self.plan = plan_run(self.options.length, batches)
+        self.outputs.files.resolve_epoch_ratio(self.plan.epochs)
+        self.progress.position = self.first_position()
 
-    def update(self) -> None:
-        """One optimizer step with the gradients of all micro-batches and processes."""
-        import torch
+    def first_position(self, same_data: bool = True) -> Position:
+        """Where training starts. Raises UserError when nothing is left to train."""
+        saved = None if self.saved is None else self.saved.position
+        return start_position(self.plan, self.options.resume, saved, same_data)
 
-        first, step = self.position.step == self.first_step, self.position.step + 1
-        if self.fused is not None:
-            self.step_watch.require(self.fused.was_finite(), "a gradient is not finite", step, first)
-        else:
-            average_gradients(self.parameters, self.accelerator)
-            self.accelerator.unscale_gradients(self.optimizer)
-            limit = self.options.optimizer.max_grad_norm
-            clipped = torch.nn.utils.clip_grad_norm_(self.parameters, limit) if limit > 0 else None
-            if self.accelerator.scaler is None:  # a scaler passes over steps whose scaled gradients overflow
-                norm = float(gradient_norm(self.parameters) if clipped is None else clipped)
-                self.step_watch.require(math.isfinite(norm), f"the gradients' norm is {norm}", step, first)
-            self.resumable = None
-            for name in ("update_grad_norms", "update_norms"):
-                if hasattr(self.network, name):
-                    getattr(self.network, name)()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        step_scheduler(self.scheduler, self.record.average)
-        limit = self.options.network.scale_weight_norms
-        self.norms = self.network.apply_max_norm_regularization(limit, self.accelerator.device) if limit else None
-        self.position.step += 1
-        self.progress.update(1)
+    def open_pipeline(self, parts: tuple[Any, ...] = ()) -> None:
+        """Open the checkpoint files by their headers, so that a wrong one is named before anything is loaded.
 
-    def log_batch(self, index: int, loss: float) -> None:
-        """Note a micro-batch's loss and log it with the learning rates and norms."""
-        self.record.add(index, loss)
-        average, ends_step = self.record.average, self.plan.ends_step(index)
-        self.report.add_loss(self.position.step, loss, ends_step, self.learning_rates)
-        self.progress.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
-        if self.tracker.active:
-            scalars = {"loss/current": loss, "loss/average": average, **self.learning_rates()}
-            scalars |= norm_scalars(self.network, self.norms)
-            self.tracker.log(scalars, self.position.step, epoch=self.position.epoch + 1)
+        ``parts``: those whose files are needed; all of them if empty.
+        """
+        options = self.options
+        self.pipeline = self.make_pipeline(parts)
+        self.pipeline.require_storable()
+        self.pipeline.kept = set(self.pipeline.parts) if options.model.highvram else self.control_parts()
+        self.objective = self.make_objective()
+        opened, latents, texts = set(self.pipeline.parts), None, None
+        if "autoencoder" in opened:
+            latents = latent_caching(options.cache, self.latent_format, lambda: self.pipeline.identity("autoencoder"))
+        if opened.issuperset(self.pipeline.encoders):
+            texts = text_caching(options.text_cache, options.cache, self.data, self.text_format, self.text_identity)
+        self.latents = Latents(self.pipeline, self.data, self.accelerator, latents)
+        self.text = TextConditioning(self.pipeline, self.data, self.accelerator, texts, self.trained_encoders)
+        self.step_loss = StepLoss(self, options.loss, options.dataset.masked_loss and not self.takes_control_images)
 
-    def learning_rates(self) -> dict[str, float]:
-        """The learning rate of every parameter group, by the name it is logged under."""
-        unet_only = self.options.network.network_train_unet_only
-        return learning_rate_scalars(self.optimizer, self.scheduler, self.group_names, unet_only)
-
-    def after_step(self, interruption: Interruption) -> None:
-        """What is due after an optimizer step: files, then samples and validation, and a wish to end."""
-        step = self.position.step
-        self.interrupted = interruption.wished(self.accelerator) and step < self.plan.max_steps
-        due_samples = self.samples.due_after_step(step)
-        due_file = self.output.step_is_due(step) or self.interrupted
-        due_validation = self.validation_group is not None and validation.due_after_step(self.options.validation, step)
-        if not (due_samples or due_file or due_validation):
-            return
-        if due_file:
-            state = self.output.step_state(step) if self.options.saving.save_state else None
-            self.save_due(self.output.step_file(step), state, self.position.epoch)
-            self.output.remove_old_step(step)
-        if due_samples or due_validation:
-            with self.evaluating(exact=due_file):
-                if due_samples:
-                    self.draw_samples(step, None)
-                if due_validation:
-                    self.validate("step", step)
-        if self.interrupted:
-            self.ended_by = interruption.reason or "asked by another process"
-            say(f"ended at step {step}: {self.ended_by}")
-            self.report.end("interrupted", interruption.reason or "")
-        else:
-            self.report.write()
-
-    def after_epoch(self, epoch: int) -> None:
-        """What is due at the end of an epoch (or of the run inside one): files, then validation and samples."""
-        number = epoch + 1
-        if self.position.batch >= self.plan.batches_per_epoch:
-            self.position = Position(number, 0, self.position.step)
-            if self.resumable is not None:
-                self.resumable = replace(self.position)
-        average = {"loss/epoch_average": self.record.average}
-        self.report.add_epoch_average(self.position.step, self.record.average)
-        self.tracker.log(average, number, epoch=number, global_step=self.position.step)
-        due_validation = self.validation_group is not None and validation.due_after_epoch(
-            self.options.validation, number
-        )
-        due_file = self.output.epoch_is_due(number, self.plan.epochs)
-        due_samples = self.samples.due_after_epoch(number)
-        if not (due_validation or due_file or due_samples):
-            return
-        if due_file:
-            state = self.output.epoch_state(number) if self.options.saving.save_state else None
-            self.save_due(self.output.epoch_file(number), state, number)
-            self.output.remove_old_epoch(number)
-        if due_samples or due_validation:
-            with self.evaluating(exact=due_file):
-                if due_validation:
-                    self.validate("epoch", number)
-                if due_samples:
-                    self.draw_samples(self.position.step, number)
-        self.report.write()
-
-    @timed("validation")
-    def validate(self, kind: str, x: int) -> None:
-        """Log the mean loss over the validation items at fixed noise levels; ``kind`` is step or epoch."""
-        accelerator, noise, seed = self.accelerator, self.options.noise, self.validation_seed
-        group = self.validation_group
-        assert group is not None
-        plans = group.plan(0, seed, accelerator.process_index, accelerator.num_processes)
-        plans = plans[: self.options.validation.max_validation_steps]
-        with BatchLoader(group, workers=self.options.dataset.max_data_loader_n_workers) as loader:
-            batches = loader.batches(plans, epoch=0, seed=seed, max_train_steps=1, step_of=lambda _: 0)
-            timesteps = validation.validation_timesteps(noise.min_timestep, noise.max_timestep)
-            sums = validation.validation_loss((batch for _, batch in batches), self.item_losses, timesteps, seed)
-        total, count = (mean_over_processes(number, accelerator) for number in sums)
-        average = total / max(count, 1e-12)
-        name = f"loss/validation/{kind}"
-        values = {f"{name}_average": average}
-        if self.record.losses:
-            values[f"{name}_divergence"] = average - self.record.average
-        self.tracker.log(values, x, epoch=self.position.epoch + 1, global_step=self.position.step)
-        self.report.add_validation(kind, self.position.step, average)
-        self.last_losses[f"validation ({kind})"] = average
-        say(f"{kind} {x}: validation loss {average:.5f}")
+    def prepare_uploads(self) -> None:
+        """Make the repository that files are uploaded to. Raises UserError when the hub refuses."""
+        if self.accelerator.is_main_process:
+            self.outputs.uploads.prepare()
 
     # ---- looking at plan and data -----------------------------------------------------------------------------------
 
@@ -305,37 +260,387 @@ class NetworkTrainer(RunOutputs):
     def show_dataset(self) -> None:
         """``--debug_dataset``: the contact sheet ``{output_name}.dataset.html``, lines, windows where there are any."""
         if self.accelerator.is_main_process:
-            page = self.output.folder / f"{self.options.saving.output_name or 'dataset'}.dataset.html"
+            page = self.outputs.files.folder / f"{self.options.saving.output_name or 'dataset'}.dataset.html"
             steps = self.options.length.max_train_steps
-            show_dataset(self.train_group, seed=self.seed, max_train_steps=steps, page=page)
+            show_dataset(self.data.train, seed=self.seed, max_train_steps=steps, page=page)
+
+    # ---- caches, models, network, optimizer -------------------------------------------------------------------------
+
+    def load_in_turn(self) -> AbstractContextManager[None]:
+        """Around the loading of a part: with ``--lowram`` the processes load one after another."""
+        return in_turn(self.accelerator) if self.options.model.lowram else nullcontext()
+
+    def fill_caches(self) -> list[CacheReport]:
+        """Encode images, captions and sample prompts ahead, as far as requested."""
+        reports = self.latents.fill_caches(self.load_in_turn)
+        return reports + self.text.fill_caches(self.load_in_turn, self.outputs.samples.prompts)
+
+    def load_models(self) -> None:
+        """Load the frozen transformer and what control images need; other parts come when they are first used."""
+        from library.memory.apply import apply_memory_plan
+
+        with self.load_in_turn():
+            transformer = self.pipeline.load_transformer()
+        transformer.requires_grad_(False)
+        transformer.eval()
+        plan = memory_plan(self.options.precision, compiles=not self.options.preflight.dry_run)
+        self.memory = apply_memory_plan(self.pipeline.block_lists(), plan)
+        for part in sorted(self.control_parts()):
+            with self.load_in_turn():
+                self.pipeline.load(part)
+
+    def load_network_encoders(self, encoders: Iterable[str]) -> Any:
+        """These text encoders, loaded, as network modules take them."""
+        names = tuple(encoders)
+        return self.network_text_encoders(dict(zip(names, self.pipeline.load_text_encoders(names))))
+
+    def make_network(self) -> None:
+        """Create the network, put it into the base model, and load its first weights."""
+        options, trained = self.options, self.trained_encoders
+        base = self.network_base()
+        if options.network.base_weights:
+            if self.text.caching:
+                warn(
+                    "--base_weights: captions were encoded ahead, so what these files change in text encoders is used "
+                    "only where an encoder is trained."
+                )
+            encoders = self.load_network_encoders(self.text.encoders_at_steps)
+            merge_base_weights(self.network_module, options.network, None, encoders, base)
+        if options.precision.gradient_checkpointing:
+            for module in self.pipeline.load_text_encoders(trained):
+                module.enable_gradient_checkpointing()
+                module.train()
+        self.text_encoders = self.load_network_encoders(trained)
+        seed_global_torch(self.seed, "network")
+        self.network = build_network(self.network_module, options, self.text_encoders, base, bool(trained))
+
+    def place_network(self) -> None:
+        """Put the network on the device, in the dtype that it is trained in."""
+        precision = self.options.precision
+        dtype = self.weight_dtype if precision.full_fp16 or precision.full_bf16 else parse_dtype("fp32")
+        place_network(self.network, self.text_encoders, self.network_base(), self.accelerator.device, dtype)
+
+    def build_optimizer(self) -> None:
+        """Optimizer and schedule. Raises UserError where they don't fit the network."""
+        options, steps = self.options, self.plan.max_steps
+        self.optimization = Optimization(self.network, self.accelerator, options.optimizer, options.lr_scheduler, steps)
+
+    def facts(self) -> RunFacts:
+        """The run, for all that only looks at it."""
+        return RunFacts(
+            family=self.family,
+            options=self.options,
+            seed=self.seed,
+            device=self.accelerator.device,
+            dtype=self.weight_dtype,
+            processes=self.accelerator.num_processes,
+            is_main=self.accelerator.is_main_process,
+            control_parts=frozenset(self.control_parts()),
+            sample_side=self.sample_side,
+            data=self.data,
+            plan=self.plan,
+            progress=self.progress,
+            pipeline=self.pipeline,
+            memory=self.memory,
+            network=self.network,
+            optimization=self.optimization,
+            outputs=self.outputs,
+        )
+
+    def check_saved_state(self) -> None:
+        """Compare the state of ``--resume`` with this run. Raises UserError when it belongs to another one."""
+        if self.saved is not None:
+            self.progress.position = self.first_position(check_saved_state(self.facts(), self.saved))
+
+    def resume(self) -> None:
+        """Take over the state of ``--resume`` and find the position where training starts."""
+        self.check_saved_state()
+        if self.saved is not None:
+            restore_run_state(self.facts(), self.saved, self.accelerator.scaler)
+
+    def start_reports(self) -> None:
+        """Open the trackers, gather the metadata, and say what will be trained."""
+        options, run = self.options, self.facts()
+        self.tracker = Tracker(options.logging, all_values(options), is_main=run.is_main)
+        model = ModelFacts(self.family_metadata(), *self.architecture(), self.prediction_type, self.default_resolution)
+        self.metadata = FileMetadata(run, model)
+        self.progress.first_step = self.progress.step
+        say("\n".join(start_lines(start_facts(run))))
+        self.report = open_report(run, self.clock)
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run_epochs(self, interruption: Interruption) -> None:
+        """Train until the last step, or until someone wishes to end."""
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=self.plan.max_steps,
+            initial=self.progress.step,
+            disable=not self.accelerator.is_local_main_process,
+            smoothing=0.1,
+            desc="steps",
+            ascii=True,
+        )
+        with self.bar, messages_above_progress(), self.clock.part("training"):
+            while self.progress.step < self.plan.max_steps and not self.progress.ended_by:
+                self.train_epoch(interruption)
+
+    def train_epoch(self, interruption: Interruption) -> None:
+        """Train the rest of the present epoch and do what is due at its end."""
+        progress, epoch = self.progress, self.progress.position.epoch
+        self.network.train()
+        self.network.on_epoch_start(self.text_encoders, self.pipeline.load_transformer())
+        self.step_watch.begin()
+        for index, batch in self.epoch_batches():
+            loss = self.train_batch(epoch, index, batch)
+            progress.position.batch = index + 1
+            if self.plan.ends_step(index):
+                self.update()
+            self.log_batch(index, loss)
+            if self.plan.ends_step(index):
+                progress.mark_resumable()
+                self.step_watch.begin()
+                self.after_step(interruption)
+            if progress.step >= self.plan.max_steps or progress.ended_by:
+                break
+        if not progress.ended_by:
+            self.after_epoch(epoch)
+
+    def batch_loader(self) -> BatchLoader:
+        """The threads that prepare training batches; they live as long as the run."""
+        pin_memory = self.accelerator.device.type == "cuda"
+        workers = self.options.dataset.max_data_loader_n_workers
+        return BatchLoader(self.data.train, workers=workers, pin_memory=pin_memory)
+
+    def epoch_batches(self) -> Iterator[tuple[int, Batch]]:
+        """The micro-batches of the present epoch, prepared ahead by the loader's threads."""
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        batches = self.data.batches(self.loader, self.plan, self.progress, process, processes)
+        return self.clock.each("waiting for data", batches)
+
+    def train_batch(self, epoch: int, index: int, batch: Batch) -> float:
+        """Forward and backward of one micro-batch; returns its loss, the mean over all processes."""
+        seed_global_torch(self.seed, "modules", epoch, index, self.accelerator.process_index)
+        if hasattr(self.network, "on_step_start"):
+            self.network.on_step_start(self.text_encoders, self.pipeline.load_transformer())
+        self.network.set_multiplier(float(batch.network_multipliers[0]))
+        losses = self.step_loss(batch, ItemDraws(self.seed, epoch, batch.item_ids))
+        loss = batch_loss(losses, batch.loss_weights, batch.group_size, self.accelerator.num_processes)
+        self.step_watch.add(batch.image_keys)
+        if self.optimization.fused is not None:  # its updates happen during the backward pass
+            self.require_finite(math.isfinite(loss.item()), f"the loss is {loss.item()}")
+            self.progress.resumable = None
+        self.accelerator.backward(loss / self.plan.batches_in_step(index))
+        self.progress.images += batch.group_size
+        mean = mean_over_processes(loss.item(), self.accelerator)
+        self.require_finite(math.isfinite(mean), f"the loss is {mean}")
+        return mean
+
+    def require_finite(self, finite: bool, what: str) -> None:
+        """Raises UserError unless ``finite``: ``what`` must not be learned from."""
+        self.step_watch.require(finite, what, self.progress.step + 1, self.progress.is_first_step)
+
+    def update(self) -> None:
+        """One optimizer step with the gradients of all micro-batches and processes."""
+        optimization, progress = self.optimization, self.progress
+        if optimization.fused is not None:
+            self.require_finite(optimization.fused.was_finite(), "a gradient is not finite")
+        else:
+            norm = optimization.clip_gradients()
+            self.require_finite(norm is None or math.isfinite(norm), f"the gradients' norm is {norm}")
+            progress.resumable = None
+            optimization.step()
+        optimization.step_schedule(progress.record.average)
+        limit = self.options.network.scale_weight_norms
+        self.norms = self.network.apply_max_norm_regularization(limit, self.accelerator.device) if limit else None
+        progress.position.step += 1
+        self.bar.update(1)
+
+    def log_batch(self, index: int, loss: float) -> None:
+        """Note a micro-batch's loss and log it with the learning rates and norms."""
+        progress = self.progress
+        progress.record.add(index, loss)
+        average, ends_step = progress.record.average, self.plan.ends_step(index)
+        self.report.add_loss(progress.step, loss, ends_step, self.learning_rates)
+        self.bar.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
+        if self.tracker.active:
+            scalars = {"loss/current": loss, "loss/average": average, **self.learning_rates()}
+            scalars |= norm_scalars(self.network, self.norms)
+            self.tracker.log(scalars, progress.step, epoch=progress.position.epoch + 1)
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of every parameter group, by the name it is logged under."""
+        optimization, unet_only = self.optimization, self.options.network.network_train_unet_only
+        return learning_rate_scalars(
+            optimization.optimizer, optimization.scheduler, optimization.group_names, unet_only
+        )
+
+    # ---- what is due ------------------------------------------------------------------------------------------------
+
+    def after_step(self, interruption: Interruption) -> None:
+        """What is due after an optimizer step: files, then samples and validation, and a wish to end."""
+        progress, files, step = self.progress, self.outputs.files, self.progress.step
+        if interruption.wished(self.accelerator) and step < self.plan.max_steps:
+            progress.ended_by = interruption.reason or "asked by another process"
+        due_samples = self.outputs.samples.due_after_step(step)
+        due_file = files.step_is_due(step) or bool(progress.ended_by)
+        due_validation = bool(self.data.validation) and validation.due_after_step(self.options.validation, step)
+        if not (due_samples or due_file or due_validation):
+            return
+        if due_file:
+            self.save_due(files.step_file(step), files.step_state(step), progress.position.epoch)
+            files.remove_old_step(step)
+        if due_samples or due_validation:
+            with self.optimization.evaluating(exact=due_file):
+                if due_samples:
+                    self.draw_samples(step, None)
+                if due_validation:
+                    self.validate("step", step)
+        if progress.ended_by:
+            say(f"ended at step {step}: {progress.ended_by}")
+            self.report.end("interrupted", interruption.reason or "")
+        else:
+            self.report.write()
+
+    def after_epoch(self, epoch: int) -> None:
+        """What is due at the end of an epoch (or of the run inside one): files, then validation and samples."""
+        progress, files, number = self.progress, self.outputs.files, epoch + 1
+        if progress.position.batch >= self.plan.batches_per_epoch:
+            progress.position = Position(number, 0, progress.step)
+            if progress.resumable is not None:
+                progress.mark_resumable()
+        average = progress.record.average
+        self.report.add_epoch_average(progress.step, average)
+        self.tracker.log({"loss/epoch_average": average}, number, epoch=number, global_step=progress.step)
+        due_validation = bool(self.data.validation) and validation.due_after_epoch(self.options.validation, number)
+        due_file = files.epoch_is_due(number, self.plan.epochs)
+        due_samples = self.outputs.samples.due_after_epoch(number)
+        if not (due_validation or due_file or due_samples):
+            return
+        if due_file:
+            self.save_due(files.epoch_file(number), files.epoch_state(number), number)
+            files.remove_old_epoch(number)
+        if due_samples or due_validation:
+            with self.optimization.evaluating(exact=due_file):
+                if due_validation:
+                    self.validate("epoch", number)
+                if due_samples:
+                    self.draw_samples(progress.step, number)
+        self.report.write()
+
+    @timed("validation")
+    def validate(self, kind: str, x: int) -> None:
+        """Log the mean loss over the validation items at fixed noise levels; ``kind`` is step or epoch."""
+        progress, noise = self.progress, self.options.noise
+        limit = self.options.validation.max_validation_steps
+        workers = self.options.dataset.max_data_loader_n_workers
+        timesteps = validation.validation_timesteps(noise.min_timestep, noise.max_timestep)
+        average = validation.average_loss(self.data, self.step_loss, timesteps, limit, workers, self.accelerator)
+        name = f"loss/validation/{kind}"
+        values = {f"{name}_average": average}
+        if progress.record.losses:
+            values[f"{name}_divergence"] = average - progress.record.average
+        self.tracker.log(values, x, epoch=progress.position.epoch + 1, global_step=progress.step)
+        self.report.add_validation(kind, progress.step, average)
+        progress.validation_losses[f"validation ({kind})"] = average
+        say(f"{kind} {x}: validation loss {average:.5f}")
+
+    @timed("sample images")
+    def draw_samples(self, step: int, epoch: int | None) -> None:
+        """Draw the sample prompts, dealt to the processes, with the network at full strength."""
+        samples, accelerator = self.outputs.samples, self.accelerator
+        self.network.set_multiplier(1.0)
+        with accelerator.autocast():
+            samples.draw(
+                self.draw_sample,
+                step,
+                epoch,
+                accelerator.process_index,
+                accelerator.num_processes,
+                self.tracker.log_image,
+            )
+        if self.latents.caching:
+            self.pipeline.release("autoencoder")
+        accelerator.wait_for_everyone()
+        self.report.add_samples(step, epoch, samples)
+        self.outputs.sample_files += samples.images(step, epoch).values()
+
+    def draw_sample(self, index: int, prompt: PromptOptions) -> Any:
+        """A sample prompt's PIL image; its texts are encoded as in training."""
+        request = self.sample_request(prompt)
+        self.text.add_to(request)
+        return self.pipeline.generate(request)
+
+    def save_due(self, path: Path, folder: Path, epoch: int) -> None:
+        """Write the network's file, and with ``--save_state`` the state ``folder``."""
+        with self.optimization.evaluating():
+            self.save_model(path, epoch)
+        if self.options.saving.save_state:
+            self.save_state(folder)
+
+    @timed("saving")
+    def save_model(self, path: Path, epoch: int, wait: bool = False) -> None:
+        """Write the network's file with its metadata (main process)."""
+        if self.accelerator.is_main_process:
+            step = self.progress.step
+            self.outputs.write_network(self.network, path, self.metadata.at(step, epoch), wait)
+            self.report.add_file(path, step)
+
+    @timed("saving")
+    def save_state(self, folder: Path) -> None:
+        """Write a resumable state (main process)."""
+        if self.accelerator.is_main_process:
+            run, scaler = self.facts(), self.accelerator.scaler
+            if self.outputs.write_state(self.network, folder, lambda path: write_run_state(run, path, scaler)):
+                self.report.add_file(folder, self.progress.step)
 
     # ---- before and after the loop ----------------------------------------------------------------------------------
 
     def look_before_training(self) -> None:
         """The samples of ``--sample_at_first``, and the validation loss that step validations are compared with."""
-        self.norms = None
-        if self.position.step > 0:
+        if self.progress.step > 0:
             return
-        with self.evaluating():
-            if self.samples.due_at_start():
+        with self.optimization.evaluating():
+            if self.outputs.samples.due_at_start():
                 self.draw_samples(0, 0)
-            if self.validation_group is not None and self.options.validation.validate_every_n_steps:
+            if self.data.validation is not None and self.options.validation.validate_every_n_steps:
                 self.validate("step", 0)
+
+    @contextmanager
+    def saving_on_error(self) -> Iterator[None]:
+        """Around the loop: an error saves what was trained, as Ctrl-C does, before it goes on its way."""
+        try:
+            yield
+        except Exception:
+            progress, step = self.progress, self.progress.step
+            path = self.outputs.files.step_file(step)
+            if step > progress.first_step and path not in self.outputs.written:
+                warn(f"an error ends the training at step {step}; what it has trained is saved first")
+                try:
+                    progress.position = progress.resumable or progress.position
+                    with self.optimization.evaluating():
+                        self.save_model(path, progress.position.epoch)
+                    if self.options.saving.save_state and progress.resumable is not None:
+                        self.save_state(self.outputs.files.step_state(step))
+                except Exception as second:
+                    warn(f"{path} could not be saved: {in_one_line(second)}")
+            raise
 
     def finish(self) -> None:
         """Write the final file and state, close the trackers, wait for uploads, and say where time and memory went."""
-        if not self.interrupted:
-            saving = self.options.saving
-            with self.evaluating():
-                self.save_model(self.output.final_file(), self.plan.epochs, wait=True)
+        if not self.progress.ended_by:
+            saving, files = self.options.saving, self.outputs.files
+            with self.optimization.evaluating():
+                self.save_model(files.final_file(), self.plan.epochs, wait=True)
             if saving.save_state or saving.save_state_on_train_end:
-                self.save_state(self.output.final_state())
+                self.save_state(files.final_state())
             self.report.end("finished")
         self.tracker.finish()
-        self.uploads.finish()
+        self.outputs.uploads.finish()
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
-            say("\n".join(end_lines(end_facts(self))))
+            say("\n".join(end_lines(end_facts(self.facts(), self.clock, self.report.path))))
 
 
 @dataclass
@@ -352,9 +657,8 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
     family = "Stable Diffusion"
     bucket_divisor = 64
     options: StableDiffusionTrainingOptions
+    pipeline: StableDiffusionPipeline
     encoders: tuple[str, ...] = ("text_encoder",)
-    sample_side = 512
-    """Pixels of a sample image's sides where the prompt says nothing."""
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
@@ -369,8 +673,8 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
             warn("--zero_terminal_snr is meant for v-prediction: noise cannot be predicted from pure noise.")
         require_sampler(options.sampler.sample_sampler)
         unet_only = options.network.network_train_unet_only
-        self.take_text_options(options.text_cache, () if unet_only else self.encoders)
-        if self.cache_text and self.trained_encoders:
+        self.trained_encoders = () if unet_only else self.encoders
+        if caches_text(options.text_cache) and self.trained_encoders:
             raise UserError(
                 "--cache_text_encoder_outputs needs --network_train_unet_only: a text encoder that is trained encodes "
                 "its captions anew at every step."
@@ -382,24 +686,26 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         if options.stable_diffusion.mem_eff_attn:
             self.report_unused(["xformers", "sdpa"], "beside --mem_eff_attn")
 
+    def prompt_options_without_effect(self) -> Iterable[str]:
+        """Those of FLUX.1 and Lumina."""
+        return ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+
     def prepare_output(self) -> None:
-        """As for every family; the samplers of prompts are checked, prompt options of other families are named."""
+        """As for every family; the samplers of prompts are checked. Raises UserError."""
         from library.models.stable_diffusion.sampling import require_sampler
 
         super().prepare_output()
-        prompts = self.samples.prompts
-        for number, prompt in enumerate(prompts, 1):
+        for number, prompt in enumerate(self.outputs.samples.prompts, 1):
             if prompt.sample_sampler is not None:
                 require_sampler(prompt.sample_sampler, f"{self.options.samples.sample_prompts}, prompt {number}")
-        unused = ("guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
-        given = [name for name in unused if any(getattr(prompt, name) is not None for prompt in prompts)]
-        if given:
-            say(f"no effect in sample prompts for {self.family}: {', '.join(given)}")
 
     # ---- models and caches ------------------------------------------------------------------------------------------
 
-    def make_pipeline(self) -> StableDiffusionPipeline:
-        """Open the checkpoint by its headers and find the tokenizers. Raises UserError when it is another model."""
+    def make_pipeline(self, parts: tuple[Any, ...] = ()) -> StableDiffusionPipeline:
+        """Open the checkpoint, which holds every part, by its headers, and find the tokenizers.
+
+        Raises UserError when it is another model.
+        """
         from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
 
         options, model = self.options, self.options.model
@@ -414,7 +720,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
             files,
             dtype=self.weight_dtype,
             device=self.accelerator.device,
-            dtypes=self.part_dtypes("unet", self.encoders),
+            dtypes=part_dtypes(model, options.precision, self.weight_dtype, "unet", self.encoders),
             v_parameterization=sd.v_parameterization,
             zero_terminal_snr=noise.zero_terminal_snr,
             clip_skip=options.clip_skip.clip_skip,
@@ -485,9 +791,9 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         weighted = self.options.stable_diffusion.weighted_captions
         return f"{super().text_identity()} clip_skip={skip} weighted_captions={weighted}"
 
-    def network_text_encoders(self, encoders: Collection[str]) -> Any:
+    def network_text_encoders(self, encoders: Mapping[str, Any]) -> Any:
         """One text encoder is not given as a list: its modules are then named ``lora_te``, without a number."""
-        return next(iter(self.pipeline.load_text_encoders(encoders)), None)
+        return next(iter(encoders.values()), None)
 
     # ---- the training step ------------------------------------------------------------------------------------------
 
@@ -508,11 +814,11 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
 
     # ---- samples and metadata ---------------------------------------------------------------------------------------
 
-    def sample_image(self, index: int, prompt: PromptOptions) -> Image:
-        """A sample image; sides are rounded down to multiples of 8, at least 64."""
+    def sample_request(self, prompt: PromptOptions) -> ImageRequest:
+        """The sampler is the prompt's own, or the run's."""
         width, height = (side or self.sample_side for side in (prompt.width, prompt.height))
         sampler = prompt.sample_sampler or self.options.sampler.sample_sampler
-        return self.draw_sample(self.pipeline.request(prompt, width=width, height=height, sampler=sampler))
+        return self.pipeline.request(prompt, width=width, height=height, sampler=sampler)
 
     def model_version(self) -> str:
         """``ss_base_model_version``."""
@@ -533,7 +839,7 @@ def main() -> None:
     """Read the options and train."""
     options = parse_options(StableDiffusionTrainingOptions, __doc__ or "")
     set_up_console(options.console)
-    StableDiffusionNetworkTrainer(options).train()
+    StableDiffusionNetworkTrainer.of(options).train()
 
 
 if __name__ == "__main__":

@@ -99,10 +99,10 @@ def dry_run_here(result: Path, arguments: list[str]) -> None:
     class TimedTrainer(FluxNetworkTrainer):
         seconds = 0.0
 
-        def build_datasets(self) -> None:
+        def read_data(self) -> None:
             begin = time.perf_counter()
             try:
-                super().build_datasets()
+                super().read_data()
             finally:
                 TimedTrainer.seconds = time.perf_counter() - begin
 

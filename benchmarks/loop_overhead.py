@@ -122,8 +122,12 @@ def timed_trainer(clock: Clock) -> type:
     class TimedTrainer(FluxNetworkTrainer):
         def run_epochs(self, *arguments: Any) -> None:
             self.accelerator.backward = clock.timed("backward", self.accelerator.backward)
-            self.optimizer.step = clock.timed("optimizer", self.optimizer.step)
-            self.optimizer.zero_grad = clock.timed("optimizer", self.optimizer.zero_grad)
+            optimizer, loss = self.optimization.optimizer, self.step_loss
+            optimizer.step = clock.timed("optimizer", optimizer.step)
+            optimizer.zero_grad = clock.timed("optimizer", optimizer.zero_grad)
+            self.latents.of = clock.timed("to device", self.latents.of)
+            self.objective.noisy_input = clock.timed("noise", self.objective.noisy_input)
+            self.step_loss = clock.timed("loss", loss)
             clock.start()
             super().run_epochs(*arguments)
 
@@ -144,11 +148,8 @@ def timed_trainer(clock: Clock) -> type:
 
     methods = {
         "train_batch": "read loss",
-        "clean_latents": "to device",
         "conditioning": "to device",
-        "noisy_input": "noise",
         "predict": "forward",
-        "item_losses": "loss",
         "update": "schedule",
         "log_batch": "logging",
     }

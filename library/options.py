@@ -208,6 +208,11 @@ def option_value(options: Any, option: Option) -> Any:
     return getattr(getattr(options, option.group), option.name)
 
 
+def all_values(options: Any) -> dict[str, Any]:
+    """Every option's value by name."""
+    return {name: option_value(options, option) for name, option in declared_options(type(options)).items()}
+
+
 def changed_options(options: Any) -> dict[str, Any]:
     """Name and value of every option that differs from its default."""
     known = declared_options(type(options))

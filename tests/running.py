@@ -71,7 +71,7 @@ def make_trainer(family: str | type, *arguments: object) -> Any:
 
     forget_accelerator()
     made: Any = trainer_class(family) if isinstance(family, str) else family
-    return made(parse_options(made.options_class, "test", [str(argument) for argument in arguments]))
+    return made.of(parse_options(made.options_class, "test", [str(argument) for argument in arguments]))
 
 
 def train(family: str | type, *arguments: object) -> Any:

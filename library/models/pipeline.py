@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from library.devices import empty_cache
-from library.memory.fp8 import StorageDtype
+from library.memory.fp8 import BlocksInFp8, StorageDtype
 from library.models.attention import AttentionBackend, require_backend
+from library.models.fingerprint import fingerprint
 from library.models.loading import LoadSpec, Place, TensorSource, load_module
 from library.models.sampling import ClassifierFree, Guidance, Role, Solver, StepHook, Unguided, denoise
 from library.models.tokenizer_files import TokenizerKind, load_tokenizer
@@ -161,6 +162,8 @@ class Pipeline(ABC, Generic[Request]):
         self.modules: dict[str, nn.Module] = {}
         """The loaded parts; a trainer may put a wrapped module in the place of the original."""
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self.kept: Collection[str] = ()
+        """Parts that ``release`` leaves where they are."""
 
     # Parts
 
@@ -220,8 +223,12 @@ class Pipeline(ABC, Generic[Request]):
         return self.tokenizers[encoder]
 
     def release(self, part: str) -> None:
-        """Forget a part (or all ``text_encoders``) and give its memory back; it can be loaded again."""
-        if any([self.modules.pop(name, None) is not None for name in self._named(part)]):
+        """Forget a part (or all ``text_encoders``) and give its memory back; it can be loaded again.
+
+        Those that are ``kept`` stay.
+        """
+        names = [name for name in self._named(part) if name not in self.kept]
+        if any([self.modules.pop(name, None) is not None for name in names]):
             empty_cache(self.device)
 
     def move(self, part: str, device: torch.device | str) -> None:
@@ -231,6 +238,18 @@ class Pipeline(ABC, Generic[Request]):
                 self.modules[name].to(device)
         if torch.device(device) != self.device:
             empty_cache(self.device)
+
+    def require_storable(self) -> None:
+        """Raises UserError when a part is to be stored in 8 bits whose file holds another kind of 8-bit floats."""
+        for part in self.parts:
+            if isinstance(self.dtypes[part], BlocksInFp8):
+                self.opened(part).source.require_e4m3fn()
+
+    def identity(self, *parts: str) -> str:
+        """Text that changes with the files of these parts, and with weights being kept in 8 bits."""
+        files = fingerprint(file for part in parts for file in self.opened(part).source.checkpoint.files)
+        in_fp8 = [part for part in parts if isinstance(self.dtypes[part], BlocksInFp8)]
+        return " ".join([files, *(f"{part} in 8 bits" for part in in_fp8)])
 
     def _named(self, part: str) -> tuple[str, ...]:
         return self.encoders if part == "text_encoders" else (part,)

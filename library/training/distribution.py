@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -13,11 +14,16 @@ from library.training.run_options import DistributionOptions, PrecisionOptions
 if TYPE_CHECKING:
     import torch
 
+    from library.training.output.state import SavedState
+
+LoadInTurn = Callable[[], contextlib.AbstractContextManager[None]]
+"""What parts of the model are loaded in: with ``--lowram`` the processes take turns."""
+
 
 def make_accelerator(precision: PrecisionOptions, distribution: DistributionOptions) -> Any:
     """Start accelerate: device, processes, mixed precision.
 
-    Raises UserError when the device cannot compute in the asked precision.
+    Raises UserError when the device cannot compute in the requested precision.
     """
     from datetime import timedelta
 
@@ -76,3 +82,14 @@ def mean_over_processes(value: float, accelerator: Any) -> float:
     import torch
 
     return accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="mean").item()
+
+
+def choose_seed(given: int | None, saved: SavedState | None) -> int:
+    """``--seed``, else the resumed state's, else a random one that all processes share."""
+    if given is not None:
+        return given
+    if saved is not None:
+        return saved.identity.exact["seed"]
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([secrets.randbits(32)])[0]

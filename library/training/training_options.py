@@ -17,7 +17,7 @@ from library.training.output.hub import HubOptions
 from library.training.output.metadata import MetadataOptions
 from library.training.output.sample_images import SampleOptions, SamplerOptions
 from library.training.output.state import ResumeOptions
-from library.training.report.page import ReportOptions
+from library.training.report.report_options import ReportOptions
 from library.training.run_options import (
     ClipSkipOptions,
     DistributionOptions,
@@ -29,7 +29,7 @@ from library.training.run_options import (
     StableDiffusionModelOptions,
 )
 from library.training.tracking import LoggingOptions
-from library.training.validation import ValidationOptions
+from library.training.validation_options import ValidationOptions
 
 
 @dataclass

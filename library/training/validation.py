@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError
+from library.data.loader import BatchLoader
+from library.training.distribution import mean_over_processes
 from library.training.objective.step_inputs import ItemDraws
+from library.training.validation_options import ValidationOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from library.data.batch import Batch
+    from library.training.data import TrainingData
+    from library.training.step_loss import StepLoss
 
 TIMESTEPS = 4
-
-
-@dataclass
-class ValidationOptions:
-    """Validation"""
-
-    validation_split: float = 0.0
-    """Share of each data set that is kept for validation, 0 to 1; a dataset configuration may say its own."""
-    validation_seed: int | None = None
-    """Seed of the split and of the validation noise; unset means --seed."""
-    validate_every_n_steps: int | None = None
-    """Validate every N steps, besides the epochs."""
-    validate_every_n_epochs: int | None = None
-    """Validate every N epochs; unset means every epoch."""
-    max_validation_steps: int | None = None
-    """Use at most this many validation batches."""
-
-
-def check_validation_options(options: ValidationOptions) -> None:
-    """Raises UserError for values out of range."""
-    if not 0 <= options.validation_split <= 1:
-        raise UserError(f"--validation_split must be between 0 and 1, not {options.validation_split}.")
-    for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}.")
 
 
 def validation_timesteps(min_timestep: int | None, max_timestep: int | None) -> list[int]:
@@ -61,6 +38,19 @@ def due_after_step(options: ValidationOptions, step: int) -> bool:
 def due_after_epoch(options: ValidationOptions, epoch: int) -> bool:
     """Whether validation follows ``epoch`` (1-based)."""
     return epoch % (options.validate_every_n_epochs or 1) == 0
+
+
+def average_loss(
+    data: TrainingData, loss: StepLoss, timesteps: list[int], limit: int | None, workers: int, accelerator: Any
+) -> float:
+    """The mean loss over the validation items of all processes, of at most ``limit`` batches of each."""
+    assert data.validation is not None
+    process, processes = accelerator.process_index, accelerator.num_processes
+    with BatchLoader(data.validation, workers=workers) as loader:
+        batches = data.validation_batches(loader, limit, process, processes)
+        sums = validation_loss((batch for _, batch in batches), loss, timesteps, data.validation_seed)
+    total, count = (mean_over_processes(number, accelerator) for number in sums)
+    return total / max(count, 1e-12)
 
 
 def validation_loss(

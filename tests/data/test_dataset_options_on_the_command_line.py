@@ -14,7 +14,7 @@ from library.data.options import DatasetOptions
 from library.data.unused_keys import KEY_OF_OPTION
 from library.errors import UserError
 from library.options import ConfigOptions, parse_options
-from library.training.validation import ValidationOptions
+from library.training.validation_options import ValidationOptions
 
 
 @dataclass

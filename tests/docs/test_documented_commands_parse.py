@@ -139,7 +139,7 @@ def test_every_tool_with_an_option_table_is_shown_in_use():
 def test_every_option_named_in_the_text_exists():
     """``--name`` in running text is an option of a script, of a prompt line, of accelerate or of a tool."""
     classes = [page.options_class() for page in OPTION_PAGES]
-    classes += [cache_run.caching_class(family).options_class for family in FAMILIES]
+    classes += [cache_run.caching_options(family) for family in FAMILIES]
     known = {name for options_class in classes for name in declared_options(options_class)}
     known |= {*LINE_OPTIONS, *SESSION.letters}
     known |= {"help", "num_processes", "multi_gpu", "show_all_keys"}

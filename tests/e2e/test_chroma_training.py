@@ -26,7 +26,7 @@ def images(image_folder, tmp_path) -> Path:
 
 def trainer(*arguments: object):
     words = [str(word) for word in arguments]
-    return FluxNetworkTrainer(parse_options(FluxNetworkTrainer.options_class, "", words))
+    return FluxNetworkTrainer.of(parse_options(FluxNetworkTrainer.options_class, "", words))
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -98,7 +98,7 @@ def test_padding_is_cut_and_changes_no_loss(chroma_command, dataset_toml, images
             "--output_dir", tmp_path / str(length), "--logging_dir", tmp_path / f"log{length}",
         )  # fmt: skip
         run.train()
-        losses.append(run.record.average)
+        losses.append(run.progress.record.average)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

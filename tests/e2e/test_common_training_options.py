@@ -139,12 +139,12 @@ def test_what_is_said_about_the_model_stands_in_its_file(train, tmp_path, images
 
 def test_an_initial_epoch_counts_the_earlier_ones_as_done(train, files, tmp_path):
     trainer = train("--max_train_epochs", "3", "--initial_epoch", "3", "--save_every_n_epochs", "1")
-    assert trainer.position.step == 12 and list(trainer.record.losses) == [0, 1, 2, 3]
+    assert trainer.progress.step == 12 and list(trainer.progress.record.losses) == [0, 1, 2, 3]
     assert metadata(tmp_path / "out" / "last.safetensors")["ss_steps"] == "12" and files() == {"last.safetensors"}
 
 
 def test_batches_are_averaged_and_the_seed_decides_everything(train, tmp_path):
-    assert train("--max_train_epochs", "1", "--gradient_accumulation_steps", "3", output="a").position.step == 2
+    assert train("--max_train_epochs", "1", "--gradient_accumulation_steps", "3", output="a").progress.step == 2
     for output, seed in (("b", "7"), ("c", "7"), ("d", "8")):
         train("--max_train_steps", "1", "--seed", seed, output=output)
     one, same, other = (load_file(tmp_path / name / "last.safetensors") for name in "bcd")
@@ -295,10 +295,9 @@ def opened(make):
         trainer.prepare_output()
         trainer.check_network()
         trainer.start_processes()
-        trainer.build_datasets()
+        trainer.read_data()
         trainer.open_pipeline()
-        trainer.cache_latents()
-        trainer.cache_text_outputs()
+        trainer.fill_caches()
         return trainer
 
     return run
@@ -357,7 +356,7 @@ def test_attention_in_slices_gives_the_same_numbers(opened):
     for arguments in ([], ["--sdpa"], ["--mem_eff_attn"]):
         trainer = opened(*arguments)
         trainer.load_models()
-        conditioning = trainer.encode_frozen(["a cat"])
+        conditioning = trainer.text.encode(["a cat"])
         with torch.no_grad():
             outputs.append(trainer.pipeline.predict(inputs, torch.tensor([500]), conditioning).numpy())
         outputs.append(trainer.pipeline.attention_backend)
@@ -377,7 +376,7 @@ def test_models_are_kept_in_the_format_asked_for(opened, arguments, unet, text_e
     trainer = opened(*arguments.split())
     trainer.load_models()
     (encoder,) = trainer.pipeline.load_text_encoders()
-    queries = trainer.transformer.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    queries = trainer.pipeline.load_transformer().mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert stored(queries) == unet and stored(encoder.text_model.encoder.layers[0].mlp.fc1) == text_encoder
 
 
@@ -390,7 +389,8 @@ def stored(layer: torch.nn.Module) -> torch.dtype:
 def test_the_network_is_trained_in_float32_unless_half_precision_is_asked_for(opened, arguments):
     trainer = opened(*arguments.split())
     trainer.load_models()
-    trainer.build_network()
+    trainer.make_network()
+    trainer.place_network()
     expected = torch.bfloat16 if "full" in arguments else torch.float32
     assert {parameter.dtype for parameter in trainer.network.parameters()} == {expected}
 
@@ -431,7 +431,7 @@ def test_a_tokenizer_of_ones_own_is_used(opened, tiny_sd1, tmp_path):
     (folder / "tokenizer.json").unlink(missing_ok=True)
     usual, own = opened(), opened("--tokenizer_cache_dir", tmp_path / "tokenizers")
     for text, other in (("a", "b"), ("b", "a")):
-        one, two = (trainer.encode_frozen([words])["hidden_state"] for trainer, words in ((usual, text), (own, other)))
+        one, two = (trainer.text.encode([words])["hidden_state"] for trainer, words in ((usual, text), (own, other)))
         assert torch.equal(one, two)
     with pytest.raises(UserError, match="--tokenizer_cache_dir"):
         shutil.rmtree(folder)

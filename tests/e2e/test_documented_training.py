@@ -267,7 +267,7 @@ def small_lora(flux_command, image_folder, tmp_path_factory) -> Path:
     images = f'image_dir = "{image_folder.as_posix()}"\ncaption_extension = ".txt"\n'
     dataset.write_text(f"{SMALL_DATASET}[[datasets.subsets]]\n{images}", encoding="utf-8")
     given = [*flux_command, "--dataset_config", dataset, "--output_dir", folder, "--max_train_steps", 1]
-    trainer(parse_options(trainer.options_class, "", [str(word) for word in given])).train()
+    trainer.of(parse_options(trainer.options_class, "", [str(word) for word in given])).train()
     forget_accelerator()
     return folder / "last.safetensors"
 

@@ -17,7 +17,6 @@ from library.training.plan.dry_run import plan_of
 from library.training.plan.plan_report import Plan, plan_lines
 from library.training.plan.planned_files import kept
 from library.training.report.description import part_facts, size_on_disk
-from library.training.training_run import TrainingRun
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
 from tests.running import make_trainer as begin
 from tests.running import no_weights_are_read, run_in_process
@@ -67,9 +66,9 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
-def groups_of(trainer: TrainingRun) -> list[tuple[str, int, int]]:
+def groups_of(trainer: Any) -> list[tuple[str, int, int]]:
     """Name, tensors and parameters of each parameter group."""
-    groups = zip(trainer.group_names, trainer.optimizer.param_groups)
+    groups = zip(trainer.optimization.group_names, trainer.optimization.optimizer.param_groups)
     return [(name, len(group["params"]), sum(p.numel() for p in group["params"])) for name, group in groups]
 
 
@@ -78,8 +77,8 @@ def planned_groups(plan: Plan) -> list[tuple[str, int, int]]:
     return [(group.name, group.tensors, group.parameters) for group in plan.start.groups]
 
 
-def state_bytes(trainer: TrainingRun) -> int:
-    states = trainer.optimizer.state.values()
+def state_bytes(trainer: Any) -> int:
+    states = trainer.optimization.optimizer.state.values()
     tensors = [value for state in states for value in state.values() if getattr(value, "ndim", 0)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -100,19 +99,23 @@ def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_comman
         drawn = 0
 
         def update(self) -> None:
-            self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+            self.rates.append([group["lr"] for group in self.optimization.optimizer.param_groups])
             super().update()
 
-        def sample_image(self, *given: Any) -> Any:
+        def draw_sample(self, *given: Any) -> Any:
             Recording.drawn += 1
-            return super().sample_image(*given)
+            return super().draw_sample(*given)
+
+        def fill_caches(self) -> Any:
+            self.cached = super().fill_caches()
+            return self.cached
 
     trainer = make_trainer((Recording, FluxTrainingOptions), *arguments)
     trainer.train()
 
     assert plan.start is not None
-    assert (plan.start.steps, plan.start.epochs) == (trainer.position.step, trainer.plan.epochs)
-    assert trainer.images_trained == plan.start.epochs * plan.start.images_per_epoch
+    assert (plan.start.steps, plan.start.epochs) == (trainer.progress.step, trainer.plan.epochs)
+    assert trainer.progress.images == plan.start.epochs * plan.start.images_per_epoch
     assert planned_groups(plan) == groups_of(trainer)
     assert plan.start.modules == {"transformer": 26, "text encoder": 12}
     for name, index in zip(plan.rates, range(4)):
@@ -132,7 +135,7 @@ def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_comman
     training = next(phase for phase in plan.phases if phase.name.startswith("training"))
     assert training.optimizer == state_bytes(trainer)
     assert training.network == sum(p.numel() * 4 for p in trainer.network.parameters())
-    made = [report.made for report in trainer.cache_reports]
+    made = [report.made for report in trainer.cached]
     assert [sum(cache.states.values()) for cache in plan.caches] == made
     assert all(cache.states.get("valid", 0) == 0 for cache in plan.caches)
     npz = sum(path.stat().st_size for path in (tmp_path / "images").glob("*_flux.npz"))
@@ -185,9 +188,9 @@ def test_every_family_has_a_plan_with_all_its_figures(
     assert len([phase for phase in plan.phases if "training" in phase.name]) == 2
 
     trainer = make_trainer(family, *arguments, dataset={"bucket_reso_steps": 64})
-    for step in ("check_options", "prepare_output", "check_network", "start_processes", "build_datasets"):
+    for step in ("check_options", "prepare_output", "check_network", "start_processes", "read_data", "plan_steps"):
         getattr(trainer, step)()
-    for step in ("open_pipeline", "load_models", "build_network", "build_optimizer"):
+    for step in ("open_pipeline", "load_models", "make_network", "place_network", "build_optimizer"):
         getattr(trainer, step)()
     trainer.pipeline.load_text_encoders(trainer.pipeline.encoders)
     trainer.pipeline.load_autoencoder()
@@ -196,7 +199,7 @@ def test_every_family_has_a_plan_with_all_its_figures(
     assert sorted(plan.start.parts, key=lambda part: part.name) == sorted(
         (part_facts(name, module) for name, module in loaded.items()), key=lambda part: part.name
     )
-    assert all(line.isascii() for line in plan_lines(plan) if str(trainer.output.folder) not in line)
+    assert all(line.isascii() for line in plan_lines(plan) if str(trainer.outputs.files.folder) not in line)
 
 
 def test_a_plan_for_a_resumed_run_counts_what_is_left(plan_only, make_trainer, flux_command, tmp_path):
@@ -242,7 +245,7 @@ def test_a_run_tries_weights_before_it_loads_the_model(make_trainer, flux_comman
         make_trainer(FLUX, *arguments).train()
     trainer = make_trainer(FLUX, *arguments, "--base_weights", first, "--network_dim", "2")
     trainer.train()
-    assert trainer.position.step == 1
+    assert trainer.progress.step == 1
     assert all(type(p.data) is torch.Tensor for p in trainer.network.parameters())
 
 

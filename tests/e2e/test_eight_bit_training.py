@@ -41,7 +41,7 @@ def trainer(command):
 
     def make(*arguments: object, output: str = "out", **files: object) -> FluxNetworkTrainer:
         forget_accelerator()
-        return FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", command(output, *arguments, **files)))
+        return FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", command(output, *arguments, **files)))
 
     return make
 
@@ -86,7 +86,7 @@ def test_files_in_8_bits_stay_so_in_memory(trainer, eighth):
     run = trainer("--fp8_base", pretrained_model_name_or_path=eighth["flux_8"], t5xxl=eighth["t5_8"])
     run.train()
     stored, t5 = load_file(eighth["flux_8"]), load_file(eighth["t5_8"])
-    for name, layer in layers_in_8_bits(run.transformer).items():
+    for name, layer in layers_in_8_bits(run.pipeline.load_transformer()).items():
         assert torch.equal(layer.codes.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
         assert torch.equal(layer.scale, stored[f"{name}.scale_weight"])
     encoder = run.pipeline.modules["t5xxl"]
@@ -99,7 +99,7 @@ def test_files_in_8_bits_stay_so_in_memory(trainer, eighth):
 def test_with_fp8_base_unet_text_encoders_are_in_the_training_format(trainer, eighth):
     run = trainer("--fp8_base_unet", pretrained_model_name_or_path=eighth["flux_8"], t5xxl=eighth["t5_8"])
     run.train()
-    assert layers_in_8_bits(run.transformer)
+    assert layers_in_8_bits(run.pipeline.load_transformer())
     for encoder in ("clip_l", "t5xxl"):
         assert not layers_in_8_bits(run.pipeline.modules[encoder])
         assert {p.dtype for p in run.pipeline.modules[encoder].parameters()} == {torch.bfloat16}
@@ -138,11 +138,12 @@ def test_chroma_trains_in_8_bits(chroma_command, dataset_toml, tmp_path):
     given = [*chroma_command, "--max_train_steps", 2, "--output_dir", tmp_path, "--dataset_config", dataset_toml()]
     given += ["--mixed_precision", "bf16", "--fp8_base", "--max_data_loader_n_workers", "0"]
     AcceleratorState._reset_state(True)
-    run = FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
+    run = FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
     run.train()
     AcceleratorState._reset_state(True)
-    assert not any(name.startswith("distilled_guidance_layer") for name in layers_in_8_bits(run.transformer))
-    assert layers_in_8_bits(run.transformer) and layers_in_8_bits(run.pipeline.modules["t5xxl"])
+    layers = layers_in_8_bits(run.pipeline.load_transformer())
+    assert layers and not any(name.startswith("distilled_guidance_layer") for name in layers)
+    assert layers_in_8_bits(run.pipeline.modules["t5xxl"])
     assert any(
         t.any() for name, t in load_file(tmp_path / "last.safetensors").items() if name.endswith("lora_up.weight")
     )

@@ -34,7 +34,7 @@ def run(flux_command, dataset_toml, control_folder, tmp_path):
             dataset["subset"] = {"conditioning_data_dir": control.as_posix(), **dataset.get("subset", {})}
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", tmp_path / output]
         given += ["--dataset_config", dataset_toml(**dataset), "--max_data_loader_n_workers", "0", *arguments]
-        trainer = FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
+        trainer = FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
         trainer.train()
         return trainer
 
@@ -77,7 +77,7 @@ def test_the_controlnet_changes_what_is_learned_and_stays_as_it_is(run, tmp_path
     path = make_tiny_controlnet(tmp_path / "net", "diffusers", kind)
     without = run(control=None, output="without")
     trainer = run(OPTION, path, output="with")
-    assert trainer.record.average != without.record.average
+    assert trainer.progress.record.average != without.progress.record.average
     assert differ(weights(tmp_path, "with"), weights(tmp_path, "without"))
     controlnet = trainer.pipeline.modules["controlnet"]
     assert not controlnet.training and not any(parameter.requires_grad for parameter in controlnet.parameters())
@@ -132,7 +132,7 @@ def test_cached_latents_go_with_control_images(run, tmp_path, kind):
     path = make_tiny_controlnet(tmp_path / "net", "diffusers", kind)
     trainer = run(OPTION, path, "--cache_latents", subset={"flip_aug": True})
     assert ("autoencoder" in trainer.pipeline.modules) == (kind == "instantx")
-    group = trainer.train_group
+    group = trainer.data.train
     cached = load_all(group)
     for item in group.items:
         item.latents = None
@@ -177,9 +177,9 @@ def test_validation_and_regularisation_images_have_control_images_too(
     )
     given = [*flux_command, "--dataset_config", config, OPTION, tiny_controlnet, "--max_train_steps", "2"]
     given += ["--output_dir", tmp_path / "out", "--validate_every_n_steps", "2", "--max_data_loader_n_workers", "0"]
-    trainer = FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
+    trainer = FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
     trainer.train()
-    assert trainer.last_losses and trainer.train_group.reg_image_count > 0
+    assert trainer.progress.validation_losses and trainer.data.train.reg_image_count > 0
 
 
 def test_masks_come_from_transparency_beside_control_images(
@@ -193,9 +193,9 @@ def test_masks_come_from_transparency_beside_control_images(
             image.putalpha(0)
             image.save(clear / path.name)
     trainer = run(OPTION, tiny_controlnet, "--masked_loss", folder=clear, subset={"alpha_mask": True})
-    assert trainer.record.average == 0.0 and "masks come from alpha_mask." in caplog.text
+    assert trainer.progress.record.average == 0.0 and "masks come from alpha_mask." in caplog.text
     trainer = run(OPTION, tiny_controlnet, "--masked_loss", output="plain")
-    assert trainer.record.average > 0 and "which no subset has: nothing is masked" in caplog.text
+    assert trainer.progress.record.average > 0 and "which no subset has: nothing is masked" in caplog.text
 
 
 def test_samples_with_an_image_are_controlled_and_others_are_not(run, tmp_path, tiny_controlnet, control_folder):
@@ -271,7 +271,7 @@ def test_folders_on_the_command_line_cannot_bring_control_images(flux_command, i
 def test_chroma_takes_no_controlnet(chroma_command, dataset_toml, control_folder, tiny_controlnet, tmp_path):
     config = dataset_toml(subset={"conditioning_data_dir": control_folder.as_posix()})
     given = [*chroma_command, "--dataset_config", config, OPTION, tiny_controlnet, "--output_dir", tmp_path]
-    trainer = FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
+    trainer = FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
     with pytest.raises(UserError, match=f"{OPTION}: there are no ControlNets for Chroma"):
         trainer.train()
 

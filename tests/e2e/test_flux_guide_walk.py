@@ -168,9 +168,9 @@ def run(place):
             given.append("--max_train_steps=1")
         outcome = Outcome(folder)
         try:
-            running = trainer(parse_options(trainer.options_class, "", given))
+            running = trainer.of(parse_options(trainer.options_class, "", given))
             running.train()
-            outcome.loss = running.record.losses[0]
+            outcome.loss = running.progress.record.losses[0]
             outcome.rates = {name.removeprefix("lr/"): rate for name, rate in running.learning_rates().items()}
             outcome.no_effect = tuple(sorted(running.no_effect))
         except UserError as error:

@@ -352,7 +352,7 @@ def trained_table(trainer: Any) -> dict[str, Module]:
     """What the run trained: the network's modules, the optimizer's rates, and the names that they are logged under."""
     rates: dict[int, tuple[float, str]] = {}
     logged = trainer.learning_rates()
-    for label, group in zip(trainer.group_names, trainer.optimizer.param_groups):
+    for label, group in zip(trainer.optimization.group_names, trainer.optimization.optimizer.param_groups):
         assert logged[f"lr/{label}"] == group["lr"]
         rates |= {id(parameter): (group["lr"], label) for parameter in group["params"]}
     table = {}
@@ -452,7 +452,7 @@ def run(command):
     def train(case: Case) -> Any:
         forget_accelerator()
         trainer_type = trainer_class("flux")
-        trainer = trainer_type(parse_options(trainer_type.options_class, "test", command(case)))
+        trainer = trainer_type.of(parse_options(trainer_type.options_class, "test", command(case)))
         trainer.train()
         return trainer
 

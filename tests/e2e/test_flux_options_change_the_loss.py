@@ -23,7 +23,7 @@ def make(tiny_flux, dataset_toml, tmp_path):
         given += ["--t5xxl", tiny_flux.t5xxl, "--ae", tiny_flux.autoencoder, "--network_module", "networks.lora_flux"]
         given += ["--network_train_unet_only", "--output_dir", tmp_path, "--seed", "7"]
         given += ["--dataset_config", dataset_toml(resolution=64), *arguments.split(), *files]
-        return FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
+        return FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
 
     return run
 
@@ -43,14 +43,13 @@ def loss_of(make, loaded):
         trainer.check_options()
         trainer.prepare_output()
         trainer.start_processes()
-        trainer.build_datasets()
+        trainer.read_data()
         trainer.open_pipeline()
         trainer.pipeline.modules.update(loaded)
-        trainer.cache_latents()
-        trainer.cache_text_outputs()
-        batch = trainer.train_group.load(trainer.train_group.plan(1, 7)[0], epoch=1, step=0, max_train_steps=1, seed=7)
+        trainer.fill_caches()
+        batch = trainer.data.train.load(trainer.data.train.plan(1, 7)[0], epoch=1, step=0, max_train_steps=1, seed=7)
         with torch.no_grad():
-            loss = trainer.item_losses(batch, ItemDraws(7, 1, [3, 4])).mean().item()
+            loss = trainer.step_loss(batch, ItemDraws(7, 1, [3, 4])).mean().item()
         loaded.update(trainer.pipeline.modules)
         return loss
 
@@ -129,6 +128,7 @@ def test_a_model_without_embedded_guidance_says_so(make, tmp_path, caplog):
     trainer.prepare_output()
     trainer.check_network()
     trainer.start_processes()
+    trainer.read_data()
     with caplog.at_level("INFO"):
         trainer.open_pipeline()
     assert "no effect for FLUX.1 schnell: --guidance_scale" in caplog.text

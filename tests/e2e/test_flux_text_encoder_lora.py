@@ -234,9 +234,9 @@ def test_sample_prompts_follow_the_trained_encoder(train, tmp_path):
         *("--cache_text_encoder_outputs", "--cache_latents", "--learning_rate", "1e-2"),
         *("--sample_prompts", prompts, "--sample_every_n_steps", "2", "--sample_at_first"),
     )
-    assert set(trainer.prompt_conditioning) == {("a cat", "positive"), ("dog", "negative")}
+    assert set(trainer.text.prompts) == {("a cat", "positive"), ("dog", "negative")}
     assert "t5xxl" not in trainer.pipeline.modules
-    now, ahead = trainer.sample_conditioning("a cat"), trainer.prompt_conditioning["a cat", "positive"]
+    now, ahead = trainer.text.of_prompt("a cat"), trainer.text.prompts["a cat", "positive"]
     assert torch.equal(now["t5_out"], ahead["t5_out"])
     assert (now["l_pooled"] - ahead["l_pooled"]).abs().max() > 1e-3
 

@@ -26,7 +26,7 @@ def train(flux_command, dataset_toml, tmp_path):
         forget_accelerator()
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", tmp_path / output]
         given += ["--dataset_config", dataset_toml(**dataset), "--max_data_loader_n_workers", "0", *arguments]
-        trainer = FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
+        trainer = FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
         trainer.train()
         return trainer
 
@@ -74,7 +74,7 @@ def trained_keys(path: Path) -> set[str]:
 )
 def test_short_run(train, tmp_path, arguments):
     trainer = train(*arguments.split(), "--logging_dir", tmp_path / "log")
-    assert trainer.position.step == 2
+    assert trainer.progress.step == 2
     tensors = load_file(tmp_path / "out" / "last.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
@@ -146,7 +146,7 @@ def test_a_lora_is_continued_merged_and_measured(train, tmp_path):
     continued = train("--network_weights", first, "--dim_from_weights", steps=1, output="second")
     shapes = {key: tensor.shape for key, tensor in load_file(first).items()}
     assert {key: tensor.shape for key, tensor in load_file(tmp_path / "second" / "last.safetensors").items()} == shapes
-    assert continued.position.step == 1
+    assert continued.progress.step == 1
     train("--base_weights", first, "--base_weights_multiplier", "0.5", steps=1, output="third")
     with pytest.raises(UserError, match="no LoRA file"):
         train("--base_weights", tmp_path / "none.safetensors")
@@ -182,10 +182,10 @@ def test_files_of_steps_and_epochs_with_retention(train, tmp_path):
 def test_initial_step_counts_on_and_skips_data(train, tmp_path):
     whole = train(steps=12, output="whole")
     assert whole.plan.steps_per_epoch == 7
-    assert train("--initial_step", "9", steps=12, output="a").position.step == 12
+    assert train("--initial_step", "9", steps=12, output="a").progress.step == 12
     skipped = train("--initial_step", "9", "--skip_until_initial_step", steps=12, output="b")
     # Steps 10, 11 and 12 of the uninterrupted run see batches 2, 3 and 4 of the second epoch.
-    assert list(skipped.record.losses) == [2, 3, 4]
+    assert list(skipped.progress.record.losses) == [2, 3, 4]
 
 
 def test_masked_loss_sees_only_what_the_mask_shows(train, image_folder, tmp_path):
@@ -195,7 +195,7 @@ def test_masked_loss_sees_only_what_the_mask_shows(train, image_folder, tmp_path
         with Image.open(source) as image:
             Image.new("RGB", image.size, (0, 0, 0)).save(masks / source.name)
     trainer = train("--masked_loss", subset={"conditioning_data_dir": masks.as_posix()})
-    assert trainer.record.average == 0.0
+    assert trainer.progress.record.average == 0.0
 
 
 def test_alpha_masks_weight_the_loss(train, tmp_path):
@@ -206,14 +206,14 @@ def test_alpha_masks_weight_the_loss(train, tmp_path):
         pixels = rng.integers(0, 255, (128, 128, 4), dtype=numpy.uint8)
         pixels[..., 3] = 0
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    assert train(folder=folder, subset={"alpha_mask": True}, output="masked").record.average == 0.0
-    assert train(folder=folder, output="whole").record.average > 0.0
+    assert train(folder=folder, subset={"alpha_mask": True}, output="masked").progress.record.average == 0.0
+    assert train(folder=folder, output="whole").progress.record.average > 0.0
 
 
 def test_output_preservation_keeps_marked_items_at_the_base_model(train):
     trainer = train(subset={"custom_attributes": {"diff_output_preservation": True}}, steps=1)
     # At the first step the network changes nothing yet, so the base model's output is met exactly.
-    assert trainer.record.average == 0.0
+    assert trainer.progress.record.average == 0.0
 
 
 def test_a_front_ends_configuration_file_runs_unchanged(train, tmp_path):

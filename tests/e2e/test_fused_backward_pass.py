@@ -49,7 +49,7 @@ def test_the_weights_are_those_of_ordinary_steps(train, tmp_path, more):
 
     def watched(name):
         def note(trainer):
-            gradients[name] |= {parameter.grad is None for parameter in trainer.parameters}
+            gradients[name] |= {parameter.grad is None for parameter in trainer.optimization.parameters}
 
         return note
 

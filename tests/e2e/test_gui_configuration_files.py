@@ -66,7 +66,7 @@ def train():
         forget_accelerator()
         options = parse_options(options_class(family), "test", ["--config_file", str(path)])
         set_up_console(options.console)
-        trainer = trainer_class(family)(options)
+        trainer = trainer_class(family).of(options)
         trainer.train()
         return trainer
 
@@ -88,7 +88,7 @@ def test_it_trains_unchanged(train, gui_file, tmp_path, capsys, family):
     assert found["ss_network_dim"] == str(configured_value(["--config_file", str(path)], "network_dim"))
     assert found["ss_network_alpha"] == "16.0"
     assert found["ss_num_train_images"] == "4"
-    assert trainer.position.step == (2 if family == "sdxl" else 3)
+    assert trainer.progress.step == (2 if family == "sdxl" else 3)
     idle = next(line for line in printed.splitlines() if "no effect in this script" in line)
     assert {"epoch", "noise_offset_type"} <= set(idle.partition("script: ")[2].split(", "))
     if family != "sdxl":

@@ -43,11 +43,10 @@ def make_trainer(request, tmp_path, dataset_toml):
         given = [*request.getfixturevalue(command), *arguments.split(), "--output_dir", tmp_path]
         given += ["--dataset_config", dataset_toml(bucket_reso_steps=64), "--max_train_steps", "2"]
         trainer = trainer_class(parse_options(options_class, "test", [str(value) for value in given]))
-        for step in ("check_options", "prepare_output", "check_network", "start_processes", "build_datasets"):
+        for step in ("check_options", "prepare_output", "check_network", "start_processes", "read_data", "plan_steps"):
             getattr(trainer, step)()
         trainer.open_pipeline()
         trainer.pipeline.load_tokenizers()
-        trainer.prompt_conditioning = {}
         return trainer
 
     return make
@@ -57,8 +56,13 @@ def build(trainer: Any) -> None:
     trainer.load_models()
     trainer.pipeline.load_autoencoder()
     trainer.pipeline.load_text_encoders(trainer.pipeline.encoders)
-    trainer.build_network()
+    trainer.make_network()
+    trainer.place_network()
     trainer.build_optimizer()
+
+
+def training_peak(trainer: Any, size: Largest) -> int:
+    return memory_estimate.training_peak(trainer.facts(), trainer.step_loss, size)
 
 
 def measured_peak(work: Any) -> int:
@@ -81,8 +85,8 @@ def test_fused_steps_free_gradients_in_the_plan_too(make_trainer):
         trainer = make_trainer("flux_command", arguments)
         with Simulation(trainer.pipeline).running():
             build(trainer)
-            peaks.append(memory_estimate.training_peak(trainer, largest_batch(trainer.train_group)))
-    gradients = sum(parameter.nbytes for parameter in trainer.parameters)
+            peaks.append(training_peak(trainer, largest_batch(trainer.data.train)))
+    gradients = sum(parameter.nbytes for parameter in trainer.optimization.parameters)
     assert peaks[1] - peaks[0] > 0.5 * gradients
 
 
@@ -101,15 +105,15 @@ def test_fused_steps_free_gradients_in_the_plan_too(make_trainer):
 )
 def test_the_peak_of_a_training_step(make_trainer, command, arguments):
     trainer = make_trainer(command, arguments)
-    size = largest_batch(trainer.train_group)
+    size = largest_batch(trainer.data.train)
     assert size.count == 2
     simulation = Simulation(trainer.pipeline)
     with simulation.running():
         build(trainer)
-        expected = memory_estimate.training_peak(trainer, size)
+        expected = training_peak(trainer, size)
     trainer.pipeline.modules.clear()
     build(trainer)
-    batch = memory_estimate.empty_batch(trainer, size)
+    batch = memory_estimate.empty_batch(trainer.facts(), trainer, size)
     for tensors in ({"latents": batch.latents}, batch.text or {}):
         for tensor in tensors.values():
             tensor.fill_(0.5)
@@ -117,8 +121,8 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
     trainer.network.set_multiplier(1.0)
 
     def step() -> None:
-        trainer.item_losses(batch, ItemDraws(7, 0, batch.item_ids)).mean().backward()
-        for parameter in trainer.parameters:
+        trainer.step_loss(batch, ItemDraws(7, 0, batch.item_ids)).mean().backward()
+        for parameter in trainer.optimization.parameters:
             parameter.grad = None
 
     assert expected == pytest.approx(measured_peak(step), rel=0.1)
@@ -133,18 +137,18 @@ def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
     with Simulation(trainer.pipeline).running():
         build(trainer)
         expected = memory_estimate.encoding_peak(trainer, size)
-        image = memory_estimate.sampling_peak(trainer)
+        image = memory_estimate.sampling_peak(trainer.facts(), trainer)
     trainer.pipeline.modules.clear()
     build(trainer)
     pixels = torch.zeros(size.count, 3, size.height, size.width)
     generators = [torch.Generator() for _ in range(size.count)]
     # Convolutions take memory of their own while they run, which no tensor shows.
-    assert 0.98 * expected <= measured_peak(lambda: trainer.encode_images(pixels, generators)) <= 1.6 * expected
+    assert 0.98 * expected <= measured_peak(lambda: trainer.latents.encode(pixels, generators)) <= 1.6 * expected
     trainer.network.eval()
 
     def draw() -> None:
         with torch.no_grad():
-            trainer.sample_image(0, trainer.samples.prompts[0])
+            trainer.draw_sample(0, trainer.outputs.samples.prompts[0])
 
     # What is expected is for a batch of two, which FLUX.1 has only with a negative prompt.
     assert 0.5 * image <= measured_peak(draw) <= 1.6 * image
@@ -157,7 +161,7 @@ def test_nothing_is_allocated_by_a_simulation(make_trainer):
         trainer.pipeline.modules.clear()
         with Simulation(trainer.pipeline).running():
             build(trainer)
-            memory_estimate.training_peak(trainer, Largest(1024, 1024, 8))
+            training_peak(trainer, Largest(1024, 1024, 8))
 
     assert measured_peak(simulate) < 1 << 20
 

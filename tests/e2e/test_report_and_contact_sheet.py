@@ -35,10 +35,10 @@ class WatchingTrainer(FluxNetworkTrainer):
     signal_at = 0
 
     def after_step(self, interruption):
-        if self.position.step == self.signal_at:
+        if self.progress.step == self.signal_at:
             signal.raise_signal(signal.SIGINT)
         super().after_step(interruption)
-        page = read_page_data(self.output.folder / "zog.report.html")
+        page = read_page_data(self.outputs.files.folder / "zog.report.html")
         self.seen = [*getattr(self, "seen", []), None if page is None else page["status"]["step"]]
 
 
@@ -84,7 +84,7 @@ def test_a_run_with_samples_and_validation_writes_its_report(trained):
     assert page["status"] == {"state": "finished", "reason": "", "step": 8}
     assert page["curves"]["loss"]["x"] == list(range(1, 9))
     assert all(0 < loss < 100 for loss in page["curves"]["loss"]["y"])
-    assert page["curves"]["loss epoch"]["y"][-1] == pytest.approx(trainer.record.average, rel=1e-4)
+    assert page["curves"]["loss epoch"]["y"][-1] == pytest.approx(trainer.progress.record.average, rel=1e-4)
     assert page["curves"]["validation step"]["x"] == [0, 4, 8]
     assert page["curves"]["validation epoch"]["x"] == page["curves"]["loss epoch"]["x"]
     assert page["rates"][0]["names"] == ["unet"]

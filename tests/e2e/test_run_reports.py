@@ -47,16 +47,16 @@ def test_the_reports_of_a_run(train, prompts, tmp_path, caplog):
     )
     wall = time.time() - begin
 
-    start = start_facts(trainer)
+    start = start_facts(trainer.facts())
     assert (
         "computing in float32, attention sdpa" in caplog.text
         and f"4 steps: 1 epoch of {trainer.plan.steps_per_epoch} steps" in caplog.text
     )
-    assert sum(group.parameters for group in start.groups) == sum(p.numel() for p in trainer.parameters)
+    assert sum(group.parameters for group in start.groups) == sum(p.numel() for p in trainer.network.parameters())
     assert "autoencoder" in start.absent and {part.name for part in start.parts} >= {"transformer", "clip_l"}
     assert start.effective_batches == [3]
 
-    end = end_facts(trainer)
+    end = end_facts(trainer.facts(), trainer.clock, trainer.report.path)
     assert end.steps == 4 and end.interrupted is None
     assert end.images == sum(len(plan.samples) for plan in first_batches(trainer, 4))
     assert 0.5 * wall < sum(end.parts.values()) <= wall + 1
@@ -73,7 +73,7 @@ def test_the_reports_of_a_run(train, prompts, tmp_path, caplog):
 
 
 def first_batches(trainer: Any, count: int) -> list[Any]:
-    plans = [plan for epoch in (1, 2, 3) for plan in trainer.train_group.plan(epoch, trainer.seed)]
+    plans = [plan for epoch in (1, 2, 3) for plan in trainer.data.train.plan(epoch, trainer.seed)]
     return plans[:count]
 
 
@@ -86,11 +86,11 @@ def test_an_interrupted_run_reports_too(train, caplog, number, reason):
     class Interrupted(FluxNetworkTrainer):
         def update(self) -> None:
             super().update()
-            if self.position.step == 2:
+            if self.progress.step == 2:
                 signal.raise_signal(number)
 
     trainer = train(trainer_class=Interrupted, steps=50)
-    assert trainer.position.step == 2
+    assert trainer.progress.step == 2
     images = sum(len(plan.samples) for plan in first_batches(trainer, 2))
     assert f"ended early ({reason}) after" in caplog.text and f": 2 steps, {images} images" in caplog.text
     assert "at-step00000002.safetensors" in caplog.text.split("written")[-1]
@@ -99,8 +99,8 @@ def test_an_interrupted_run_reports_too(train, caplog, number, reason):
 def test_a_resumed_run_counts_only_its_own_steps(train, tmp_path, caplog):
     train("--save_state", steps=3)
     trainer = train("--resume", tmp_path / "out" / "last-state", steps=5)
-    facts = end_facts(trainer)
-    assert facts.steps == 2 and trainer.first_step == 3
+    facts = end_facts(trainer.facts(), trainer.clock, trainer.report.path)
+    assert facts.steps == 2 and trainer.progress.first_step == 3
     assert facts.images == sum(len(plan.samples) for plan in first_batches(trainer, 5)[3:])
 
 

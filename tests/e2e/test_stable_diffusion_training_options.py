@@ -22,7 +22,7 @@ def trainer_for(commands: dict, model: str, arguments: tuple) -> StableDiffusion
     forget_accelerator()
     trainer = SdxlNetworkTrainer if model == "sdxl" else StableDiffusionNetworkTrainer
     given = [str(value) for value in (*commands[model], "--max_data_loader_n_workers", "0", *arguments)]
-    return trainer(parse_options(trainer.options_class, "test", given))
+    return trainer.of(parse_options(trainer.options_class, "test", given))
 
 
 @pytest.fixture
@@ -69,11 +69,10 @@ def prepare(commands, dataset_toml, tmp_path, loaded):
         trainer.check_options()
         trainer.prepare_output()
         trainer.start_processes()
-        trainer.build_datasets()
+        trainer.read_data()
         trainer.open_pipeline()
         trainer.pipeline.modules.update(loaded.setdefault(model, {}))
-        trainer.cache_latents()
-        trainer.cache_text_outputs()
+        trainer.fill_caches()
         return trainer
 
     yield run
@@ -86,7 +85,7 @@ def loss_of(prepare, loaded):
     def run(arguments: str, model="sd1", **dataset: object) -> float:
         trainer = prepare(arguments, model, **dataset)
         with torch.no_grad():
-            loss = trainer.item_losses(one_batch(trainer), ItemDraws(7, 1, [3, 4])).mean().item()
+            loss = trainer.step_loss(one_batch(trainer), ItemDraws(7, 1, [3, 4])).mean().item()
         loaded[model].update({part: trainer.pipeline.modules[part] for part in trainer.pipeline.parts})
         return loss
 
@@ -94,8 +93,8 @@ def loss_of(prepare, loaded):
 
 
 def one_batch(trainer):
-    (plan, *_) = trainer.train_group.plan(1, 7)
-    return trainer.train_group.load(plan, epoch=1, step=0, max_train_steps=1, seed=7)
+    (plan, *_) = trainer.data.train.plan(1, 7)
+    return trainer.data.train.load(plan, epoch=1, step=0, max_train_steps=1, seed=7)
 
 
 # ---- options of noise and loss -------------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ def test_latents_are_scaled_before_noise_is_added(prepare):
 )
 def test_short_run(train, loras, tmp_path, model, arguments, parts):
     trainer = train(*arguments.split(), "--logging_dir", tmp_path / "log", model=model, steps=2)
-    assert trainer.position.step == 2
+    assert trainer.progress.step == 2
     (tensors,) = loras("out")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert trained_keys(tmp_path / "out" / "last.safetensors") == parts
@@ -212,7 +211,7 @@ def test_another_autoencoder_gives_other_latents(train, tiny_sdxl, tmp_path):
     latents = {}
     for name, arguments in (("own", []), ("other", ["--vae", tiny_sdxl])):
         trainer = train(*arguments, "--network_train_unet_only", output=name)
-        latents[name] = trainer.clean_latents(one_batch(trainer), ItemDraws(7, 1, [3, 4]))
+        latents[name] = trainer.latents.of(one_batch(trainer), ItemDraws(7, 1, [3, 4]))
     assert not torch.allclose(latents["own"], latents["other"], atol=0.01)
     with safe_open(tmp_path / "other" / "last.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -320,12 +319,12 @@ def test_only_marked_items_are_kept_at_the_base_model(train, images, model):
     trainer = train("--learning_rate", "1e-2", model=model, folder=images, steps=2)
     batch, draws = one_batch(trainer), ItemDraws(1, 0, [0, 1])
     with torch.no_grad():
-        free = trainer.item_losses(batch, draws)
+        free = trainer.step_loss(batch, draws)
         batch.custom_attributes = [{"diff_output_preservation": True}, {}]
-        kept = trainer.item_losses(batch, draws)
+        kept = trainer.step_loss(batch, draws)
         trainer.network.set_multiplier(0.0)
         batch.network_multipliers = torch.zeros(2)
-        exact = trainer.item_losses(batch, draws)
+        exact = trainer.step_loss(batch, draws)
     assert kept[1] == free[1] and 0 < kept[0] != free[0]
     # Without the network, text encoders included, the model's output is the base model's.
     assert exact[0] == 0 < exact[1]
@@ -375,7 +374,7 @@ def test_what_is_trained_learns(train, images, part):
         trainer.network.set_multiplier(multiplier)
         with torch.no_grad():
             draws = [ItemDraws(9, epoch, [0]) for epoch in range(6)]
-            return sum(trainer.item_losses(batch, draw).item() for draw in draws)
+            return sum(trainer.step_loss(batch, draw).item() for draw in draws)
 
     assert loss(1.0) < (0.9 if "unet" in part else 0.999) * loss(0.0)
 

@@ -59,7 +59,7 @@ def make_trainer(request, tmp_path, dataset_toml):
         dataset = {"bucket_reso_steps": 64, "resolution": 64, "max_bucket_reso": 128, **dataset}
         given += ["--dataset_config", dataset_toml(**dataset), *arguments]
         kind = trainer_class(family)
-        return kind(parse_options(kind.options_class, "test", [str(value) for value in given]))
+        return kind.of(parse_options(kind.options_class, "test", [str(value) for value in given]))
 
     return make
 
@@ -78,12 +78,12 @@ def train(make_trainer):
 
 def losses(trainer: Any, multiplier: float = 1.0) -> torch.Tensor:
     """Losses of the first batch at a fixed noise level, by the models as this trainer left them."""
-    group = trainer.train_group
+    group = trainer.data.train
     batch = group.load(group.plan(1, 0)[0], epoch=1, step=0, max_train_steps=1, seed=0)
     trainer.network.eval()
     trainer.network.set_multiplier(multiplier)
     with torch.no_grad():
-        return trainer.item_losses(batch, ItemDraws(0, 0, batch.item_ids), timestep=500)
+        return trainer.step_loss(batch, ItemDraws(0, 0, batch.item_ids), timestep=500)
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -161,10 +161,10 @@ def opened(make_trainer):
         trainer.check_options()
         trainer.prepare_output()
         trainer.start_processes()
-        trainer.build_datasets()
+        trainer.read_data()
         trainer.open_pipeline()
         trainer.load_models()
-        encoders = trainer.network_text_encoders(trainer.trained_encoders)
+        encoders = trainer.load_network_encoders(trainer.trained_encoders)
         return encoders, trainer.network_base()
 
     return open_models

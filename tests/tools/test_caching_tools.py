@@ -67,7 +67,7 @@ def train(tmp_path, fresh_state):
         fresh_state()
         kind = trainer_class(family)
         more = ["--max_train_steps", "1", "--output_dir", str(tmp_path / "out")]
-        trainer = kind(parse_options(kind.options_class, "test", [*command, *more]))
+        trainer = kind.of(parse_options(kind.options_class, "test", [*command, *more]))
         trainer.train()
         return trainer
 
@@ -108,7 +108,7 @@ def test_training_uses_the_files_as_they_are_and_loads_no_encoder(command, cache
     room, pipeline = ("flux", "FluxPipeline") if family == "flux" else ("stable_diffusion", "StableDiffusionPipeline")
     for name in ("load_autoencoder", "load_text_encoders"):
         forbid(monkeypatch, getattr(importlib.import_module(f"library.models.{room}.pipeline"), pipeline), name)
-    assert train(family, given).position.step == 1
+    assert train(family, given).progress.step == 1
     assert files(folder) == made
 
 

@@ -24,7 +24,7 @@ from library.training.output.metadata import (
     OPTIONS_USED,
     BackgroundHashes,
     MetadataOptions,
-    RunFacts,
+    SessionFacts,
     at_step,
     full_hash,
     legacy_hash,
@@ -65,7 +65,7 @@ def run_options(**changes) -> dict:
     return options | changes
 
 
-def facts(options: dict, **changes) -> RunFacts:
+def facts(options: dict, **changes) -> SessionFacts:
     group = OptimizerOptions(**{name: options[name] for name in vars(OptimizerOptions())})
     created = create_optimizer(group, [torch.nn.Parameter(torch.zeros(2))], options["lr_scheduler"])
     values = {
@@ -78,7 +78,7 @@ def facts(options: dict, **changes) -> RunFacts:
         "num_epochs": 1,
         "num_train_images": 24,
     }
-    return RunFacts(**{**values, **changes})
+    return SessionFacts(**{**values, **changes})
 
 
 def flux_entries(options: dict) -> dict:

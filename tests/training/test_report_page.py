@@ -18,11 +18,10 @@ from library.training.report import page as report_page
 from library.training.report import samples as report_samples
 from library.training.report.page import (
     ReportHead,
-    ReportOptions,
     RunReport,
     describe_settings,
-    report_is_wanted,
 )
+from library.training.report.report_options import ReportOptions, report_is_wanted
 from library.training.training_options import TrainingOptions
 
 DESCRIPTION = ReportHead("zog", "FLUX.1 network", "ab12", 1.0, 100, 10, 10, 0, [], [], [("Seed", "7")])

@@ -134,6 +134,11 @@ class FluxPipeline(Pipeline[FluxRequest]):
         return self.config.in_channels // 4
 
     @property
+    def pooled_shape(self) -> tuple[int, ...]:
+        """The shape of a prompt's ``l_pooled``."""
+        return (self.config.vector_dim,)
+
+    @property
     def control_takes_latents(self) -> bool:
         """Whether there is a ControlNet whose image goes through the autoencoder."""
         return self.files.controlnet is not None and self.files.controlnet.config.takes_latents
@@ -325,6 +330,22 @@ class ChromaPipeline(FluxPipeline):
 
     def __init__(self, files: FluxFiles, dtype: torch.dtype, device: torch.device | str, **arguments: Any):
         super().__init__(files, dtype, device, **{**arguments, "apply_t5_attn_mask": True})
+
+    @property
+    def pooled_shape(self) -> tuple[int, ...]:
+        """That of the zeros which kohya-ss/sd-scripts looks for in Chroma's cache files; nothing reads them."""
+        return (77, 1)
+
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        encoders: Collection[Encoder] | None = None,
+        role: Role = "positive",
+        trained: Collection[Encoder] = (),
+    ) -> dict[str, Tensor]:
+        """As of FLUX.1, with zeros for ``l_pooled``."""
+        conditioning = super().encode_prompts(prompts, encoders, role, trained)
+        return {**conditioning, "l_pooled": conditioning["t5_out"].new_zeros(len(prompts), *self.pooled_shape)}
 
     def text_inputs(self, conditioning: Conditioning, device: torch.device) -> dict[str, Any]:
         """Without a pooled text, and without the padding that no item attends to."""

@@ -65,7 +65,7 @@ class MetadataOptions:
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class SessionFacts:
     """What the metadata says about a run beyond its options."""
 
     session_id: int
@@ -104,7 +104,7 @@ OPTIONS_USED = frozenset(_RENAMED.get(key, key) for key in _FROM_OPTIONS)
 
 
 def training_metadata(
-    options: Mapping[str, Any], facts: RunFacts, dataset: Mapping[str, Any], family: Mapping[str, Any]
+    options: Mapping[str, Any], facts: SessionFacts, dataset: Mapping[str, Any], family: Mapping[str, Any]
 ) -> dict[str, str]:
     """The ``ss_*`` entries that stay the same during a run; ``at_step`` adds the rest.
 

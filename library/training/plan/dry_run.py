@@ -10,7 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from library.console import LOGGER, silence
 from library.devices import parse_dtype
@@ -22,12 +22,20 @@ from library.training.plan.plan_report import CachePlan, Plan
 from library.training.plan.planned_files import plan_files
 from library.training.plan.simulation import Simulation, forget_values
 from library.training.report.description import module_counts, start_facts
-from library.training.report.page import report_is_wanted
+from library.training.report.report_options import report_is_wanted
 from library.training.report.wording import size_text
 
 if TYPE_CHECKING:
     from library.data.cache import LatentCache, TextCache
-    from library.training.training_step import TrainingStep
+    from library.models.pipeline import Pipeline
+    from library.training.latents import Latents
+    from library.training.output.run_outputs import RunOutputs
+    from library.training.plan.lengths import RunPlan
+    from library.training.progress import Progress
+    from library.training.run_facts import RunFacts
+    from library.training.step_loss import StepLoss
+    from library.training.text_conditioning import TextConditioning
+    from library.training.training_options import TrainingOptions
 
 RATE_POINTS = 5
 MOST_SCHEDULER_STEPS = 20_000
@@ -36,51 +44,86 @@ BYTES_PER_MODULE = 400
 """Of a network file besides the weights: names and alphas."""
 
 
-def plan_of(run: TrainingStep) -> Plan:
+class Rehearsal(Protocol):
+    """A run that has passed its checks and can build what it trains, for a plan without values."""
+
+    options: TrainingOptions
+    accelerator: Any
+    plan: RunPlan
+    progress: Progress
+    outputs: RunOutputs
+    pipeline: Pipeline
+    latents: Latents
+    text: TextConditioning
+    step_loss: StepLoss
+    network: Any
+    no_effect: list[str]
+
+    def load_models(self) -> None:
+        """Load what is frozen."""
+
+    def make_network(self) -> None:
+        """Create the network in the base model."""
+
+    def place_network(self) -> None:
+        """Put the network on the device."""
+
+    def build_optimizer(self) -> None:
+        """Make optimizer and schedule."""
+
+    def check_saved_state(self) -> None:
+        """Compare a resumed state with the run. Raises UserError."""
+
+    def facts(self) -> RunFacts:
+        """The run, once it is built."""
+
+
+def plan_of(run: Rehearsal) -> Plan:
     """The plan. Raises UserError for mistakes that show when the network and the optimizer are built."""
-    latents, texts = run.open_latent_caches(), run.open_text_caches()
+    latents, texts = run.latents.open_caches(), run.text.open_caches()
     caches = [*_cache_plans("latent cache", latents), *_cache_plans("text encoder cache", texts)]
     missing = [any(cache.missing for cache in group) for group in (latents, texts)]
-    encodes_text = not run.cache_text or missing[1] or bool(run.samples.prompts)
-    encoders = run.pipeline.encoders if encodes_text else run.trained_encoders
+    samples, outputs, device = run.outputs.samples, run.outputs, run.accelerator.device
+    encodes_text = not run.text.caching or missing[1] or bool(samples.prompts)
+    encoders = run.pipeline.encoders if encodes_text else run.text.trained
     run.pipeline.load_tokenizers(encoders)  # their files are real
     simulation = Simulation(run.pipeline)
     problem = _build(run, simulation, encoders)
-    start = None if problem else start_facts(run)
-    rates, rate_note = ({}, "unknown") if problem else learning_rates(run)
+    facts = None if problem else run.facts()
+    rates, rate_note = learning_rates(facts) if facts else ({}, "unknown")
     network_bytes, state_bytes, phases = None, None, []
-    notes = [*_in_memory(caches), _free_memory(run.accelerator.device)]
-    if not problem:
-        optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, run.parameters)
-        network_bytes, state_bytes = _file_sizes(run, optimizer_bytes)
+    notes = [*_in_memory(caches), _free_memory(device)]
+    if facts:
+        optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, facts.optimization.parameters)
+        network_bytes, state_bytes = _file_sizes(facts, optimizer_bytes)
         notes += [note] if note else []
         with simulation.running():
-            phases = memory_phases(run, optimizer_bytes, *missing)
+            phases = memory_phases(facts, run.step_loss, optimizer_bytes, *missing)
     length = run.plan
     return Plan(
-        start=start,
+        start=start_facts(facts) if facts else None,
         problem=problem,
         length={"steps": length.max_steps, "epochs": length.epochs, "steps per epoch": length.steps_per_epoch},
         rates=rates,
         rate_note=rate_note,
         caches=caches,
-        files=plan_files(length, run.position, run.output, run.samples),
+        files=plan_files(length, run.progress.position, outputs.files, samples),
         network_bytes=network_bytes,
         state_bytes=state_bytes,
-        sample_prompts=len(run.samples.prompts),
-        sample_folder=run.samples.folder,
+        sample_prompts=len(samples.prompts),
+        sample_folder=samples.folder,
         other_files=_other_files(run),
-        free_bytes=shutil.disk_usage(nearest_folder(run.output.folder)).free,
+        free_bytes=shutil.disk_usage(nearest_folder(outputs.files.folder)).free,
         phases=phases,
-        device=str(run.accelerator.device),
+        device=str(device),
         processes=run.accelerator.num_processes,
         memory_notes=notes,
         no_effect=run.no_effect,
-        seconds=time.time() - run.process_started_at,
+        seconds=time.time() - run.progress.process_started_at,
     )
 
 
-def _build(run: TrainingStep, simulation: Simulation, encoders: Collection[str]) -> str:
+def _build(run: Rehearsal, simulation: Simulation, encoders: Collection[str]) -> str:
     """Build the network, the optimizer and the schedule; returns what kept them from being built, if anything did."""
     with simulation.running():
         run.load_models()
@@ -100,7 +143,7 @@ def _build(run: TrainingStep, simulation: Simulation, encoders: Collection[str])
     return ""
 
 
-def try_network_files(run: TrainingStep) -> None:
+def try_network_files(run: Rehearsal) -> None:
     """Let the network take the files of ``--network_weights`` and ``--base_weights`` before any model is loaded.
 
     Raises UserError when they don't fit. What can only be seen with values shows when the network is really built.
@@ -108,7 +151,7 @@ def try_network_files(run: TrainingStep) -> None:
     network = run.options.network
     if not network.network_weights and not network.base_weights:
         return
-    encoders = run.pipeline.encoders if network.base_weights and not run.cache_text else run.trained_encoders
+    encoders = run.text.encoders_at_steps if network.base_weights else run.text.trained
     run.pipeline.load_tokenizers(encoders)
     simulation = Simulation(run.pipeline)
     try:
@@ -125,18 +168,19 @@ def try_network_files(run: TrainingStep) -> None:
         run.pipeline.modules.clear()
 
 
-def learning_rates(run: TrainingStep) -> tuple[dict[str, list[tuple[int, float]]], str]:
+def learning_rates(run: RunFacts) -> tuple[dict[str, list[tuple[int, float]]], str]:
     """The rate of each group at some steps (the first is 1), or a remark why they are not known ahead."""
     from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-    scheduler, first, last = run.scheduler, run.position.step, run.plan.max_steps
+    scheduler, first, last = run.optimization.scheduler, run.progress.step, run.plan.max_steps
     steps = sorted({first + 1 + (last - first - 1) * point // (RATE_POINTS - 1) for point in range(RATE_POINTS)})
     if isinstance(scheduler, ReportedLearningRate):
         return {}, "the optimizer finds its own, or follows no schedule"
     if isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "get_last_lr"):
         return {}, "depends on the loss"
-    if run.saved is not None:
-        load_scheduler_state(scheduler, run.saved.rest["lr_scheduler"])
+    saved = run.outputs.saved
+    if saved is not None:
+        load_scheduler_state(scheduler, saved.rest["lr_scheduler"])
     rates: dict[int, list[float]]
     if isinstance(scheduler, LambdaLR):
         begin, formulas = scheduler.last_epoch - first, list(zip(scheduler.base_lrs, scheduler.lr_lambdas))
@@ -193,7 +237,7 @@ def _free_memory(device: Any) -> str:
     return f"{device} has {size_text(total)}, {size_text(free)} free"
 
 
-def _file_sizes(run: TrainingStep, optimizer_bytes: int) -> tuple[int, int]:
+def _file_sizes(run: RunFacts, optimizer_bytes: int) -> tuple[int, int]:
     """Bytes of a network file and of a state, from the weights that go into them."""
     precision = run.options.saving.save_precision
     parameters = list(run.network.parameters())
@@ -205,15 +249,16 @@ def _file_sizes(run: TrainingStep, optimizer_bytes: int) -> tuple[int, int]:
     return weights + names, as_trained + optimizer_bytes + 2 * names
 
 
-def _other_files(run: TrainingStep) -> list[str]:
+def _other_files(run: Rehearsal) -> list[str]:
     """Lines about whatever else is written."""
     options, saving = run.options, run.options.saving
     lines = []
-    if report_is_wanted(options.report, bool(run.samples.prompts), run.validation_group is not None):
-        lines.append(f"report {run.output.folder / (saving.output_name or 'last')}.report.html")
+    data, outputs = run.latents.data, run.outputs
+    if report_is_wanted(options.report, bool(outputs.samples.prompts), data.validation is not None):
+        lines.append(f"report {outputs.files.folder / (saving.output_name or 'last')}.report.html")
     if options.logging.logging_dir and options.logging.log_with != "wandb":
         lines.append(f"training curves in {options.logging.logging_dir}")
-    subsets = [subset for dataset in run.train_group.datasets for subset in dataset.settings.subsets]
+    subsets = [subset for dataset in data.train.datasets for subset in dataset.settings.subsets]
     folders = dict.fromkeys(str(subset.image_dir) for subset in subsets if subset.cache_info)
     lines += [f"metadata_cache.json in {folder}" for folder in folders]
     if options.hub.huggingface_repo_id:

@@ -7,6 +7,7 @@ allocator wastes. To be called inside a ``Simulation``, after the network and th
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections import Counter
@@ -21,13 +22,13 @@ from library.training.objective.step_inputs import ItemDraws
 from library.training.optim.optimizers import create_optimizer, optimizer_name
 from library.training.plan.plan_report import MemoryPhase
 from library.training.plan.simulation import DataDependentOutputException, PeakMemory, module_bytes
-from library.training.report.description import image_model
 
 if TYPE_CHECKING:
     import torch
 
     from library.data.dataset import DatasetGroup
-    from library.training.training_step import TrainingStep
+    from library.training.run_facts import RunFacts
+    from library.training.step_loss import StepLoss, StepModel
 
 LARGEST_MEASURED = 1 << 24
 """Values of a parameter up to which the optimizer's state is measured at its own shape."""
@@ -42,20 +43,21 @@ class Largest:
     count: int
 
 
-def memory_phases(run: TrainingStep, optimizer_bytes: int, latents: bool, texts: bool) -> list[MemoryPhase]:
+def memory_phases(run: RunFacts, loss: StepLoss, optimizer_bytes: int, latents: bool, texts: bool) -> list[MemoryPhase]:
     """The phases of the run, each with what it holds at its peak; one that cannot be simulated says why.
 
-    ``latents`` and ``texts``: whether anything has to be cached.
+    ``loss`` does the work of a step. ``latents`` and ``texts``: whether anything has to be cached. The run's memory
+    plan is no longer applied afterwards.
     """
-    weights = {part: module_bytes(module) for part, module in run.pipeline.modules.items()}
-    encoders, stay = weights.keys() & set(run.pipeline.encoders), run.options.model.highvram
+    pipeline, model, options = run.pipeline, loss.model, run.options
+    weights = {part: module_bytes(module) for part, module in pipeline.modules.items()}
+    encoders, stay = weights.keys() & set(pipeline.encoders), options.model.highvram
     network = module_bytes(run.network)
-    largest = largest_batch(run.train_group)
-    needed = {image_model(run.pipeline)}
-    if not run.latents_are_cached or (stay and latents):
+    largest = largest_batch(run.data.train)
+    needed = {pipeline.denoiser, *run.control_parts}
+    if model.latents.caching is None or (stay and latents):
         needed.add("autoencoder")
-    needed |= run.control_parts()
-    needed |= encoders if stay or not run.cache_text else set(run.trained_encoders)
+    needed |= encoders if stay else set(model.text.encoders_at_steps)
     phases = []
 
     def add(name: str, parts: Iterable[str], peak: Callable[[], int], trains: bool) -> None:
@@ -63,19 +65,20 @@ def memory_phases(run: TrainingStep, optimizer_bytes: int, latents: bool, texts:
         phases.append(_phase(name, held, network if trains else 0, optimizer_bytes if trains else 0, peak))
 
     if latents:
-        batch = replace(largest, count=max(1, run.options.cache.vae_batch_size))
-        add("caching latents", {"autoencoder"}, lambda: encoding_peak(run, batch), False)
-    if texts:
-        size = run.options.text_cache.text_encoder_batch_size or run.train_group.datasets[0].settings.batch_size
-        add("caching text", encoders | ({"autoencoder"} if stay else set()), lambda: text_peak(run, size), False)
-    checkpointing = run.options.precision.gradient_checkpointing
+        batch = replace(largest, count=max(1, options.cache.vae_batch_size))
+        add("caching latents", {"autoencoder"}, lambda: encoding_peak(model, batch), False)
+    if texts and model.text.caching is not None:
+        size = model.text.caching.batch_size
+        add("caching text", encoders | ({"autoencoder"} if stay else set()), lambda: text_peak(model, size), False)
+    checkpointing = options.precision.gradient_checkpointing
     with_it, without = "with gradient checkpointing", "without gradient checkpointing"
-    add(f"training {with_it if checkpointing else without}", needed, lambda: training_peak(run, largest), True)
-    set_checkpointing(run, not checkpointing)
-    add(f"(training {without if checkpointing else with_it})", needed, lambda: training_peak(run, largest), True)
-    set_checkpointing(run, checkpointing)
-    if run.samples.prompts:
-        add("sample images", needed | {"autoencoder"}, lambda: sampling_peak(run), True)
+    peak = functools.partial(training_peak, run, loss, largest)
+    add(f"training {with_it if checkpointing else without}", needed, peak, True)
+    run.memory.remove()
+    with apply_memory_plan(pipeline.block_lists(), replace(run.memory.plan, checkpointing=not checkpointing)):
+        add(f"(training {without if checkpointing else with_it})", needed, peak, True)
+    if run.outputs.samples.prompts:
+        add("sample images", needed | {"autoencoder"}, lambda: sampling_peak(run, model), True)
     return phases
 
 
@@ -93,75 +96,71 @@ def _first_line(error: Exception) -> str:
 # ---- the peaks of single steps ---------------------------------------------------------------------------------------
 
 
-def training_peak(run: TrainingStep, size: Largest) -> int:
+def training_peak(run: RunFacts, loss: StepLoss, size: Largest) -> int:
     """Activations and gradients of one batch, from its images or cached latents on."""
-    before = 0 if run.latents_are_cached else encoding_peak(run, size)
-    if run.fused is not None:
-        run.fused.only_frees = True  # its steps would look at numbers
+    before = 0 if loss.model.latents.caching else encoding_peak(loss.model, size)
+    if run.optimization.fused is not None:
+        run.optimization.fused.only_frees = True  # its steps would look at numbers
     try:
-        return max(before, _step_peak(run, size))
+        return max(before, _step_peak(run, loss, size))
     except DataDependentOutputException:  # dropout of whole modules looks at a random number
-        return max(before, _step_peak(run, size, with_dropout=False))
+        return max(before, _step_peak(run, loss, size, with_dropout=False))
 
 
-def _step_peak(run: TrainingStep, size: Largest, with_dropout: bool = True) -> int:
+def _step_peak(run: RunFacts, loss: StepLoss, size: Largest, with_dropout: bool = True) -> int:
     """From latents to gradients."""
-    batch = empty_batch(run, size)
+    batch = empty_batch(run, loss.model, size)
     run.network.train(with_dropout)
     run.network.set_multiplier(1.0)
     try:
         with PeakMemory([*run.pipeline.modules.values(), run.network]) as memory:
-            run.item_losses(batch, ItemDraws(run.seed, 0, batch.item_ids)).mean().backward()
+            loss(batch, ItemDraws(run.seed, 0, batch.item_ids)).mean().backward()
     finally:
-        for parameter in run.parameters:
+        for parameter in run.optimization.parameters:
             parameter.grad = None
     return memory.peak
 
 
-def encoding_peak(run: TrainingStep, size: Largest) -> int:
+def encoding_peak(model: StepModel, size: Largest) -> int:
     """The autoencoder at work on pixels of that size."""
     import torch
 
     pixels = torch.empty(size.count, 3, size.height, size.width)
     generators = [torch.Generator() for _ in range(size.count)]
-    with PeakMemory([run.pipeline.load_autoencoder()]) as memory:
-        run.encode_images(pixels, generators)
+    with PeakMemory([model.latents.pipeline.load_autoencoder()]) as memory:
+        model.latents.encode(pixels, generators)
     return memory.peak
 
 
-def text_peak(run: TrainingStep, count: int) -> int:
+def text_peak(model: StepModel, count: int) -> int:
     """The text encoders at work on so many captions."""
     import torch
 
-    with torch.no_grad(), PeakMemory(run.pipeline.load_text_encoders(run.pipeline.encoders)) as memory:
-        run.encode_frozen([""] * count)
+    pipeline = model.text.pipeline
+    with torch.no_grad(), PeakMemory(pipeline.load_text_encoders(pipeline.encoders)) as memory:
+        model.text.encode([""] * count)
     return memory.peak
 
 
-def sampling_peak(run: TrainingStep) -> int:
+def sampling_peak(run: RunFacts, model: StepModel) -> int:
     """The largest sample image: a step of its denoising with guidance (a batch of two), then its decoding."""
     import torch
 
     stride = run.pipeline.latent_stride
-    sides = [(prompt.width or run.sample_side, prompt.height or run.sample_side) for prompt in run.samples.prompts]
+    prompts = run.outputs.samples.prompts
+    sides = [(prompt.width or run.sample_side, prompt.height or run.sample_side) for prompt in prompts]
     width, height = (max(64, side // 64 * 64) for side in max(sides, key=lambda pair: pair[0] * pair[1]))
-    batch, device = empty_batch(run, Largest(width, height, 2)), run.accelerator.device
-    latents = torch.empty(2, run.pipeline.latent_channels, height // stride, width // stride, device=device)
+    batch = empty_batch(run, model, Largest(width, height, 2))
+    latents = torch.empty(2, run.pipeline.latent_channels, height // stride, width // stride, device=run.device)
     run.network.eval()
     with torch.no_grad(), PeakMemory([*run.pipeline.modules.values(), run.network]) as memory:
-        noisy = run.objective.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
-        conditioning = run.conditioning(batch)
-        with run.accelerator.autocast():
-            run.objective.read_prediction(run.predict(noisy, conditioning), noisy)
+        noisy = model.objective.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
+        conditioning = model.conditioning(batch)
+        with model.accelerator.autocast():
+            model.objective.read_prediction(model.predict(noisy, conditioning), noisy)
         del noisy, conditioning
         run.pipeline.decode_latents(latents[:1])
     return memory.peak
-
-
-def set_checkpointing(run: TrainingStep, wanted: bool) -> None:
-    """Turn gradient checkpointing of the transformer or U-Net on or off."""
-    run.memory.remove()
-    run.memory = apply_memory_plan(run.pipeline.block_lists(), replace(run.memory.plan, checkpointing=wanted))
 
 
 def largest_batch(group: DatasetGroup) -> Largest:
@@ -174,24 +173,24 @@ def largest_batch(group: DatasetGroup) -> Largest:
     return max(found, key=lambda size: size.width * size.height * size.count)
 
 
-def empty_batch(run: TrainingStep, size: Largest) -> Batch:
+def empty_batch(run: RunFacts, model: StepModel, size: Largest) -> Batch:
     """A batch of that size with cached latents, and cached text where the run caches it."""
     import torch
 
     count, stride = size.count, run.pipeline.latent_stride
     text = None
-    if run.cache_text:
-        arrays = run.text_format().arrays.items()
+    if model.text.caching is not None:
+        arrays = model.text.caching.format.arrays.items()
         text = {name: torch.empty(count, *(side or 1 for side in shape or ())) for name, shape in arrays}
     return Batch(
         item_ids=list(range(count)),
         image_keys=[str(number) for number in range(count)],
-        captions=[run.train_group.items[0].caption] * count,
+        captions=[run.data.train.items[0].caption] * count,
         images=None,
         latents=torch.empty(count, run.pipeline.latent_channels, size.height // stride, size.width // stride),
         text=text,
         alpha_masks=None,
-        conditioning_images=torch.empty(count, 3, size.height, size.width) if run.takes_control_images else None,
+        conditioning_images=torch.empty(count, 3, size.height, size.width) if run.control_parts else None,
         loss_weights=torch.ones(count),
         group_size=count,
         original_sizes=[(size.height, size.width)] * count,

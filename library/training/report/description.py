@@ -14,34 +14,37 @@ from library.training.report.wording import EndFacts, FileFacts, GroupFacts, Par
 if TYPE_CHECKING:
     from torch import nn
 
+    from library.training.report.timing import RunClock
+    from library.training.run_facts import RunFacts
 
-def start_facts(run: Any) -> StartFacts:
+
+def start_facts(run: RunFacts) -> StartFacts:
     """A run that stands before its first step."""
-    options, pipeline = run.options, run.pipeline
+    options, pipeline, optimization, train = run.options, run.pipeline, run.optimization, run.data.train
     loaded = {part: pipeline.modules[part] for part in pipeline.parts if part in pipeline.modules}
     schedule = options.lr_scheduler
     return StartFacts(
         family=run.family,
-        device=device_name(run.accelerator.device),
-        processes=run.accelerator.num_processes,
-        dtype=dtype_name(run.weight_dtype),
+        device=device_name(run.device),
+        processes=run.processes,
+        dtype=dtype_name(run.dtype),
         attention=str(pipeline.attention_backend),
         gradient_checkpointing=options.precision.gradient_checkpointing,
         parts=[part_facts(part, module) for part, module in loaded.items()],
         absent=[part for part in pipeline.parts if part not in loaded],
         network=str(options.network.network_module),
-        network_dtype=", ".join(sorted({dtype_name(parameter.dtype) for parameter in run.parameters})),
-        modules=module_counts(run.network, image_model(pipeline)),
-        groups=group_facts(run.optimizer.param_groups, run.group_names),
-        optimizer=run.created.description,
-        schedule="none" if run.created.schedule_free else schedule.lr_scheduler_type or schedule.lr_scheduler,
-        batch_sizes=list(dict.fromkeys(dataset.settings.batch_size for dataset in run.train_group.datasets)),
+        network_dtype=", ".join(sorted({dtype_name(parameter.dtype) for parameter in optimization.parameters})),
+        modules=module_counts(run.network, pipeline.denoiser),
+        groups=group_facts(optimization.optimizer.param_groups, optimization.group_names),
+        optimizer=optimization.created.description,
+        schedule="none" if optimization.created.schedule_free else schedule.lr_scheduler_type or schedule.lr_scheduler,
+        batch_sizes=list(dict.fromkeys(dataset.settings.batch_size for dataset in train.datasets)),
         accumulation=run.plan.accumulation,
-        images_per_epoch=run.train_group.sample_count,
+        images_per_epoch=train.sample_count,
         steps=run.plan.max_steps,
         epochs=run.plan.epochs,
         steps_per_epoch=run.plan.steps_per_epoch,
-        start_step=run.position.step,
+        start_step=run.progress.step,
         seed=run.seed,
     )
 
@@ -71,11 +74,6 @@ def part_facts(name: str, module: nn.Module) -> PartFacts:
     return PartFacts(name, count, most, bytes_of.total())
 
 
-def image_model(pipeline: Any) -> str:
-    """The pipeline's name of its transformer or U-Net."""
-    return next(part for part in pipeline.parts if part != "autoencoder" and part not in pipeline.encoders)
-
-
 def module_counts(network: Any, image_model: str) -> dict[str, int]:
     """How many modules the network has in the transformer or U-Net and in text encoders, if it tells."""
     lists = {image_model: "unet_loras", "text encoder": "text_encoder_loras"}
@@ -99,22 +97,22 @@ def group_facts(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None
     return found
 
 
-def end_facts(run: Any) -> EndFacts:
-    """A run that has done its last step."""
-    losses = {"average": run.record.average} if run.record.losses else {}
-    page = run.report.path
-    written = dict.fromkeys([*run.written, *([page] if page else [])])
+def end_facts(run: RunFacts, clock: RunClock, page: Path | None) -> EndFacts:
+    """A run that has done its last step; ``page`` is its report."""
+    progress, outputs = run.progress, run.outputs
+    losses = {"average": progress.record.average} if progress.record.losses else {}
+    written = dict.fromkeys([*outputs.written, *([page] if page else [])])
     return EndFacts(
-        steps=run.position.step - run.first_step,
-        images=run.images_trained,
-        seconds=time.time() - run.process_started_at,
-        parts=run.clock.seconds,
+        steps=progress.step - progress.first_step,
+        images=progress.images,
+        seconds=time.time() - progress.process_started_at,
+        parts=clock.seconds,
         peak_process_bytes=peak_process_memory(),
         peak_device_bytes=peak_device_memory(),
-        losses={**losses, **run.last_losses},
+        losses={**losses, **progress.validation_losses},
         files=[FileFacts(path, size_on_disk(path)) for path in written if path.exists()],
-        samples=[FileFacts(path, size_on_disk(path)) for path in dict.fromkeys(run.sample_files) if path.exists()],
-        interrupted=run.ended_by,
+        samples=[FileFacts(path, size_on_disk(path)) for path in dict.fromkeys(outputs.sample_files) if path.exists()],
+        interrupted=progress.ended_by,
     )
 
 

@@ -11,20 +11,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from library.console import warn
 from library.data.summary import group_facts
 from library.errors import UserError
 from library.files import write_text
 from library.html_pages import link_from, read_page_data, render_page
-from library.options import SECRETS, OneWaySwitch, declared_options, option_value
+from library.options import SECRETS, declared_options, option_value
 from library.training.output.sample_images import Samples
 from library.training.report.curves import Curve
 from library.training.report.description import start_facts
+from library.training.report.report_options import report_is_wanted
 from library.training.report.samples import SampleGrid
 from library.training.report.timing import RunClock, peak_device_memory, peak_process_memory
 from library.training.report.wording import length_lines, network_lines, rate_text, size_text
+
+if TYPE_CHECKING:
+    from library.training.progress import Progress
+    from library.training.run_facts import RunFacts
 
 FORMAT = "training-report"
 VERSION = 1
@@ -36,21 +41,6 @@ LARGEST_SHARE = 0.005
 """Share of the time that those writings may take."""
 
 P = ParamSpec("P")
-
-
-@dataclass
-class ReportOptions:
-    """Report"""
-
-    report: OneWaySwitch = False
-    """Write an HTML page about the run beside the trained file; on by itself when samples or validation are."""
-    no_report: OneWaySwitch = False
-    """Never write the page; overrides --report."""
-
-
-def report_is_wanted(options: ReportOptions, samples: bool, validation: bool) -> bool:
-    """Whether a run with or without sample images and validation writes a report."""
-    return not options.no_report and (options.report or samples or validation)
 
 
 @dataclass(frozen=True)
@@ -293,30 +283,29 @@ class RunReport:
 # ---- from a run to its description -----------------------------------------------------------------------------------
 
 
-def open_report(run: Any) -> RunReport:
+def open_report(run: RunFacts, clock: RunClock) -> RunReport:
     """The report of a run that is about to train; it does nothing where none is wanted or on other processes."""
-    options, saving = run.options, run.options.saving
-    validates = run.validation_group is not None
-    wanted = report_is_wanted(options.report, bool(run.samples.prompts), validates) and run.accelerator.is_main_process
-    name = saving.output_name or "last"
+    options, progress, samples = run.options, run.progress, bool(run.outputs.samples.prompts)
+    wanted = run.is_main and report_is_wanted(options.report, samples, run.data.validation is not None)
+    name = options.saving.output_name or "last"
     head = ReportHead(
         name=name,
         what=_headline(run),
-        session=f"{run.session_id:08x}",
-        started_at=run.process_started_at,
+        session=f"{progress.session_id:08x}",
+        started_at=progress.process_started_at,
         steps=run.plan.max_steps,
         steps_per_epoch=run.plan.steps_per_epoch,
         epochs=run.plan.epochs,
-        first_step=run.position.step,
+        first_step=progress.step,
         settings=describe_settings(options) if wanted else [],
         data=_data(run) if wanted else [],
         facts=_facts(run) if wanted else [],
     )
-    path = run.output.folder / f"{name}.report.html" if wanted else None
-    return RunReport(path, head, run.saved is not None, run.clock, lambda: measured(run))
+    path = run.outputs.files.folder / f"{name}.report.html" if wanted else None
+    return RunReport(path, head, run.outputs.saved is not None, clock, lambda: measured(progress, clock))
 
 
-def _headline(run: Any) -> str:
+def _headline(run: RunFacts) -> str:
     network = run.options.network
     parts = [run.family, str(network.network_module)]
     if network.network_dim is not None:
@@ -342,15 +331,14 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _data(run: Any) -> list[dict[str, Any]]:
-    processes = run.accelerator.num_processes
-    groups = [("Training data", run.train_group), ("Validation data", run.validation_group)]
-    return [group_facts(group, title, processes) for title, group in groups if group is not None]
+def _data(run: RunFacts) -> list[dict[str, Any]]:
+    titles = ("Training data", "Validation data")
+    return [group_facts(group, title, run.processes) for title, group in zip(titles, run.data.groups)]
 
 
-def _facts(run: Any) -> list[tuple[str, str]]:
+def _facts(run: RunFacts) -> list[tuple[str, str]]:
     facts = start_facts(run)
-    name = Path(run.options.model.pretrained_model_name_or_path).name
+    name = Path(run.options.model.pretrained_model_name_or_path or "").name
     parts = [f"{part.name} {part.parameters:,} parameters in {part.dtype}" for part in facts.parts]
     batch, length = length_lines(facts)
     processes = f", {facts.processes} processes" if facts.processes > 1 else ""
@@ -366,12 +354,12 @@ def _facts(run: Any) -> list[tuple[str, str]]:
     ]
 
 
-def measured(run: Any) -> list[tuple[str, str]]:
+def measured(progress: Progress, clock: RunClock) -> list[tuple[str, str]]:
     """Speed and memory so far."""
-    seconds = sum(run.clock.seconds.get(part, 0.0) for part in ("training", "waiting for data"))
-    steps, found = run.position.step - run.first_step, []
+    seconds = sum(clock.seconds.get(part, 0.0) for part in ("training", "waiting for data"))
+    steps, found = progress.step - progress.first_step, []
     if steps and seconds:
-        speed = f"{rate_text(steps / seconds)} steps/s, {rate_text(run.images_trained / seconds)} images/s"
+        speed = f"{rate_text(steps / seconds)} steps/s, {rate_text(progress.images / seconds)} images/s"
         found.append(("Speed", f"{speed} while training"))
     device, main = peak_device_memory(), f"{size_text(peak_process_memory())} of system RAM"
     found.append(("Peak memory", main if device is None else f"{size_text(device)} on the device, {main}"))

@@ -1,0 +1,96 @@
+"""The state of a run: what identifies it, what is written, and how a run continues from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from library.console import say, warn
+from library.options import declared_options, option_value
+from library.training.network.contract import restore_training_state, training_state
+from library.training.optim.lr_schedulers import load_scheduler_state, scheduler_state
+from library.training.output.state import RunIdentity, SavedState, save_state
+from library.training.run_facts import RunFacts
+from library.training.tracking import PATH_OPTIONS
+
+SAME_RESULT_GROUPS = frozenset(
+    "config console preflight model saving resume length distribution obsolete_distribution samples sampler validation "
+    "report logging metadata hub cache text_cache".split()
+)
+"""Option groups that don't shape the result of training, or whose part in it is compared by what it leads to."""
+SAME_RESULT_OPTIONS = PATH_OPTIONS | set(
+    "max_data_loader_n_workers persistent_data_loader_workers debug_dataset mem_eff_attn".split()
+)
+
+
+def run_identity(run: RunFacts) -> RunIdentity:
+    """What a saved state must share with this run, and what must be equal for exactness."""
+    options, pipeline = run.options, run.pipeline
+    shapes = {name: list(tensor.shape) for name, tensor in training_state(run.network).items()}
+    fixed = {
+        "model family": run.family,
+        "network module": options.network.network_module,
+        "number of network tensors": len(shapes),
+        "network structure": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16],
+        "optimizer": run.optimization.created.name,
+    }
+    exact = {
+        "seed": run.seed,
+        "base model": pipeline.identity(*pipeline.parts),
+        "data": run.data.train.fingerprint(),
+        "gradient_accumulation_steps": run.plan.accumulation,
+        "processes": run.processes,
+    }
+    for name, option in declared_options(type(options)).items():
+        if option.group not in SAME_RESULT_GROUPS and name not in SAME_RESULT_OPTIONS:
+            exact[f"--{name}"] = option_value(options, option)
+    return RunIdentity(fixed, exact)
+
+
+def check_saved_state(run: RunFacts, saved: SavedState) -> bool:
+    """Compare the state of ``--resume`` with this run; returns whether its data goes by in the same order.
+
+    Raises UserError when the state belongs to another run.
+    """
+    changed = saved.check_belongs_to(run_identity(run))
+    if changed:
+        warn(
+            f"--resume: {', '.join(changed)} changed since the state was saved: the run continues, but not to the "
+            "same result. Learning rates stay those of the state."
+        )
+    return not {"data", "seed", "gradient_accumulation_steps", "processes"} & set(changed)
+
+
+def write_run_state(run: RunFacts, folder: Path, scaler: Any) -> None:
+    """Write a resumable state; ``scaler`` is the gradient scaler, if there is one. Raises TypeError for an optimizer
+    whose state is more than data and tensors."""
+    progress, optimization = run.progress, run.optimization
+    save_state(
+        folder,
+        training_state(run.network),
+        optimization.optimizer.state_dict(),
+        progress.position,
+        run_identity(run),
+        {
+            "lr_scheduler": scheduler_state(optimization.scheduler),
+            "losses": progress.record.state(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "session": {"id": progress.session_id, "started_at": progress.started_at},
+        },
+    )
+
+
+def restore_run_state(run: RunFacts, saved: SavedState, scaler: Any) -> None:
+    """Let the network, the optimizer, the schedule and the record continue from a state of this run."""
+    progress, optimization, rest = run.progress, run.optimization, saved.rest
+    restore_training_state(run.network, saved.network_state())
+    optimization.optimizer.load_state_dict(saved.optimizer_state())
+    load_scheduler_state(optimization.scheduler, rest["lr_scheduler"])
+    progress.record.load_state(rest["losses"])
+    progress.session_id, progress.started_at = rest["session"]["id"], rest["session"]["started_at"]
+    if scaler is not None and rest["scaler"]:
+        scaler.load_state_dict(rest["scaler"])
+    position = progress.position
+    say(f"resuming from {saved.folder}: step {position.step}, epoch {position.epoch + 1}")

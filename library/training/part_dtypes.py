@@ -1,0 +1,26 @@
+"""In which dtype each part of the base model is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from library.devices import parse_dtype
+from library.training.run_options import ModelOptions, PrecisionOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+def part_dtypes(
+    model: ModelOptions, precision: PrecisionOptions, compute: torch.dtype, denoiser: str, encoders: Iterable[str]
+) -> dict[Any, Any]:
+    """The dtypes of parts that are not kept in ``compute``; ``denoiser`` is the part that is trained."""
+    from library.memory.fp8 import BlocksInFp8
+
+    dtypes: dict[Any, Any] = {"autoencoder": parse_dtype("fp32")} if model.no_half_vae else {}
+    if precision.fp8_base or precision.fp8_base_unet:
+        dtypes[denoiser] = BlocksInFp8(compute)
+    if precision.fp8_base and not precision.fp8_base_unet:
+        dtypes |= {encoder: BlocksInFp8(compute) for encoder in encoders}
+    return dtypes

@@ -24,7 +24,7 @@ from library.options import parse_options
 from library.training.output.sample_images import SampleOptions, Samples
 from library.training.report.page import ReportHead, RunReport, describe_settings
 from tests.browser import DESKTOP, PHONE, Browser, browser_program
-from tests.running import forget_accelerator, launch, toml_value
+from tests.running import forget_accelerator, toml_value
 
 NASTY = '<script>document.title="run"</script><img src=x onerror=\'document.title="run"\'> {{data}} "quoted" & 猫'
 
@@ -126,20 +126,6 @@ def test_an_interrupted_run_says_so_and_a_resumed_one_completes_the_curves(train
     assert page["curves"] == whole["curves"]
     assert [entry["step"] for entry in page["samples"]["rounds"]] == [0, 4, 8]
     assert [(run["from_step"], run["to_step"]) for run in page["runs"]] == [(0, 5), (5, 8)]
-
-
-@pytest.mark.slow
-def test_one_page_for_two_processes(flux_command, train, dataset_toml, tmp_path):
-    result = launch(
-        "flux_train_network.py",
-        *(*flux_command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path, "--max_train_steps", "2"),
-        *(*train.samples, "--network_train_unet_only"),
-        processes=2,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    page = read_page_data(tmp_path / "last.report.html")
-    assert [sorted(entry["images"]) for entry in page["samples"]["rounds"]] == [["0", "1"]]
-    assert page["status"]["state"] == "finished" and "2 processes" in dict(page["facts"])["Device"]
 
 
 # ---- the contact sheet -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import pytest
 
 from tests.documented import DATASETS
 from tests.families.families import TINY
+from tests.families.stable_diffusion import make_few_blocks
 from tests.running import forget_accelerator, toml_value
 
 # A busy machine must not fail a property test.
@@ -98,6 +99,24 @@ def tiny_sd2(tmp_path_factory) -> Path:
 def tiny_sdxl(tmp_path_factory) -> Path:
     """The same of Stable Diffusion XL, with two tokenizers."""
     return TINY["sdxl"].make(tmp_path_factory.mktemp("tiny_sdxl"))
+
+
+@pytest.fixture(scope="session")
+def few_blocks_sd1(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion 1 with few blocks, for tests that train often."""
+    return make_few_blocks(tmp_path_factory.mktemp("few_blocks_sd1"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def few_blocks_sd2(tmp_path_factory) -> Path:
+    """The same of Stable Diffusion 2."""
+    return make_few_blocks(tmp_path_factory.mktemp("few_blocks_sd2"), "sd2")
+
+
+@pytest.fixture(scope="session")
+def few_blocks_sdxl(tmp_path_factory) -> Path:
+    """The same of Stable Diffusion XL."""
+    return make_few_blocks(tmp_path_factory.mktemp("few_blocks_sdxl"), "sdxl")
 
 
 @pytest.fixture(scope="session")

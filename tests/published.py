@@ -6,16 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import pytest
-
-from tools import make_tiny_stable_diffusion as make_tiny
+from tools.make_tiny_stable_diffusion import CLIP_L, SHAPES, make_tiny_stable_diffusion
 
 
 def make_published(folder: Path, layout: Literal["original", "diffusers"] = "original") -> Path:
     """A tiny Stable Diffusion 1 with the published models' norm groups and heads, which no file has to name."""
-    shape = make_tiny.SHAPES["sd1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_tiny, "GROUPS", 32)
-        patch.setattr(make_tiny, "AUTOENCODER_WIDTHS", (32, 32, 64, 64))
-        patch.setitem(make_tiny.SHAPES, "sd1", replace(shape, encoders=(replace(make_tiny.CLIP_L, heads=1),)))
-        return make_tiny.make_tiny_stable_diffusion(folder, "sd1", layout, seed=5)
+    encoders = (replace(CLIP_L, heads=1),)
+    shape = replace(SHAPES["sd1"], encoders=encoders, autoencoder_widths=(32, 32, 64, 64), groups=32)
+    return make_tiny_stable_diffusion(folder, "sd1", layout, seed=5, shape=shape)

@@ -26,9 +26,6 @@ from tools.tiny_parts import fill_randomly, write_clip_tokenizer
 
 Layout = Literal["original", "diffusers"]
 
-RESNETS = 2  # on each level, as in the real models
-GROUPS = 8
-AUTOENCODER_WIDTHS = (16, 32, 48, 48)
 TIME_ID_WIDTH = 32
 END_OF_TEXT = "<|endoftext|>"
 FIRST_ENTRY = "!"  # what Stable Diffusion 2 and XL's second encoder pad with: the vocabulary's entry 0
@@ -58,6 +55,12 @@ class Shape:
     encoders: tuple[Encoder, ...]
     open_clip: tuple[bool, ...]
     """Which encoders are stored under OpenCLIP's names in the single file."""
+    resnets: int = 2
+    """On each level of the U-Net, as in the real models."""
+    autoencoder_widths: tuple[int, ...] = (16, 32, 48, 48)
+    autoencoder_resnets: int = 2
+    groups: int = 8
+    """Of the GroupNorms, 32 in the real models."""
 
     @property
     def attention(self) -> Sequence[bool]:
@@ -92,13 +95,15 @@ def make_tiny_stable_diffusion(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     v_prediction: bool = False,
+    shape: Shape | None = None,
 ) -> Path:
     """Write the model and its tokenizers into ``folder``; the same seed gives the same weights in each layout.
 
     Returns the single file, or the Diffusers folder. ``v_prediction`` only changes what the files say of themselves.
+    ``shape`` is another than the family's in ``SHAPES``.
     """
     folder = Path(folder)
-    shape = SHAPES[variant]
+    shape = shape or SHAPES[variant]
     vocabulary = 0
     for index, encoder in enumerate(shape.encoders):
         vocabulary = write_clip_tokenizer(folder / ("tokenizer_2" if index else "tokenizer"), encoder.padding)
@@ -109,7 +114,7 @@ def make_tiny_stable_diffusion(
         states[part] = {name: value.to(dtype).contiguous() for name, value in module.state_dict().items()}
     if layout == "diffusers":
         return _write_diffusers(folder, variant, modules, states, v_prediction)
-    return _write_single_file(folder, variant, states, v_prediction)
+    return _write_single_file(folder, variant, shape, states, v_prediction)
 
 
 def build_modules(shape: Shape, vocabulary: int, scaling_factor: float = 0.18215) -> dict[str, Any]:
@@ -119,12 +124,12 @@ def build_modules(shape: Shape, vocabulary: int, scaling_factor: float = 0.18215
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in shape.depths]
     sizes = {
         "block_out_channels": shape.widths,
-        "layers_per_block": RESNETS,
+        "layers_per_block": shape.resnets,
         "down_block_types": down,
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
         "transformer_layers_per_block": [depth or 1 for depth in shape.depths],
         "attention_head_dim": shape.heads,
-        "norm_num_groups": GROUPS,
+        "norm_num_groups": shape.groups,
         "cross_attention_dim": sum(encoder.width for encoder in shape.encoders),
         "use_linear_projection": shape.linear_projection,
         "sample_size": 8,
@@ -136,11 +141,11 @@ def build_modules(shape: Shape, vocabulary: int, scaling_factor: float = 0.18215
     modules: dict[str, Any] = {
         "unet": unet_class(**sizes),
         "vae": autoencoder_class(
-            block_out_channels=AUTOENCODER_WIDTHS,
-            down_block_types=["DownEncoderBlock2D"] * len(AUTOENCODER_WIDTHS),
-            up_block_types=["UpDecoderBlock2D"] * len(AUTOENCODER_WIDTHS),
-            layers_per_block=RESNETS,
-            norm_num_groups=GROUPS,
+            block_out_channels=shape.autoencoder_widths,
+            down_block_types=["DownEncoderBlock2D"] * len(shape.autoencoder_widths),
+            up_block_types=["UpDecoderBlock2D"] * len(shape.autoencoder_widths),
+            layers_per_block=shape.autoencoder_resnets,
+            norm_num_groups=shape.groups,
             scaling_factor=scaling_factor,
             sample_size=64,
         ),
@@ -174,12 +179,12 @@ def encoder_config(encoder: Encoder, vocabulary: int) -> Any:
 
 
 def _write_single_file(
-    folder: Path, variant: Variant, states: Mapping[str, Mapping[str, Tensor]], v_prediction: bool
+    folder: Path, variant: Variant, shape: Shape, states: Mapping[str, Mapping[str, Tensor]], v_prediction: bool
 ) -> Path:
-    tensors = original_tensors(SHAPES[variant], states)
+    tensors = original_tensors(shape, states)
     tensors["betas"] = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     tensors["alphas_cumprod"] = torch.cumprod(1 - tensors["betas"], dim=0)
-    metadata = {"config": json.dumps(_exceptions(SHAPES[variant]))}
+    metadata = {"config": json.dumps(_exceptions(shape))}
     if v_prediction and variant == "sdxl":
         tensors |= {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
     elif v_prediction:
@@ -192,10 +197,10 @@ def _write_single_file(
 def original_tensors(shape: Shape, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of all parts, given by the names of their Diffusers folders, under the single file's names."""
     tensors: dict[str, Tensor] = {}
-    names = inverted(unet_table(RESNETS, shape.attention))
+    names = inverted(unet_table(shape.resnets, shape.attention))
     for name, value in states["unet"].items():
         tensors[f"model.diffusion_model.{renamed(name, names) or name}"] = value
-    names = inverted(autoencoder_table(len(AUTOENCODER_WIDTHS), RESNETS))
+    names = inverted(autoencoder_table(len(shape.autoencoder_widths), shape.autoencoder_resnets))
     for name, value in states["vae"].items():
         if ".attentions.0.to_" in name and value.dim() == 2:
             value = value[..., None, None]
@@ -214,8 +219,8 @@ def original_tensors(shape: Shape, states: Mapping[str, Mapping[str, Tensor]]) -
 def _exceptions(shape: Shape) -> dict[str, Any]:
     """What a loader cannot tell from the shapes of so narrow a model."""
     exceptions: dict[str, Any] = {
-        "unet": {"attention_head_dim": shape.heads, "norm_num_groups": GROUPS},
-        "vae": {"norm_num_groups": GROUPS},
+        "unet": {"attention_head_dim": shape.heads, "norm_num_groups": shape.groups},
+        "vae": {"norm_num_groups": shape.groups},
     }
     for index, encoder in enumerate(shape.encoders):
         exceptions["text_encoder_2" if index else "text_encoder"] = {"num_attention_heads": encoder.heads}

@@ -20,7 +20,8 @@ def tiny_files(request) -> Callable[[Family], Any]:
     """The files of a family's tiny model."""
 
     def of(family: Family) -> Any:
-        return request.getfixturevalue(f"tiny_{family.name}")
+        prefix = "few_blocks" if family.name.startswith("sd") else "tiny"
+        return request.getfixturevalue(f"{prefix}_{family.name}")
 
     return of
 

@@ -14,6 +14,7 @@ from library.options import parse_options
 from library.training.objective.step_inputs import ItemDraws
 from sdxl_train_network import SdxlNetworkTrainer
 from tests.e2e.test_flux_training_options import trained_keys
+from tests.families.families import TINY
 from tests.running import forget_accelerator
 from train_network import StableDiffusionNetworkTrainer
 
@@ -26,8 +27,9 @@ def trainer_for(commands: dict, model: str, arguments: tuple) -> StableDiffusion
 
 
 @pytest.fixture
-def commands(sd1_command, sd2_command, sdxl_command):
-    yield {"sd1": sd1_command, "sd2": sd2_command, "sdxl": sdxl_command}
+def commands(few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl):
+    models = {"sd1": few_blocks_sd1, "sd2": few_blocks_sd2, "sdxl": few_blocks_sdxl}
+    yield {name: TINY[name].command(model) for name, model in models.items()}
 
     forget_accelerator()
 
@@ -178,7 +180,6 @@ def test_latents_are_scaled_before_noise_is_added(prepare):
             "--network_train_text_encoder_only --text_encoder_lr 0 1e-3 --disable_mmap_load_safetensors",
             {"te2"},
         ),
-        pytest.param("sd1", "--torch_compile --dynamo_backend eager", {"unet", "te"}, marks=pytest.mark.slow),
     ],
 )
 def test_short_run(train, loras, tmp_path, model, arguments, parts):
@@ -187,6 +188,14 @@ def test_short_run(train, loras, tmp_path, model, arguments, parts):
     (tensors,) = loras("out")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert trained_keys(tmp_path / "out" / "last.safetensors") == parts
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_trains(train, loras, images):
+    train("--torch_compile", "--dynamo_backend", "eager", "--network_train_unet_only", folder=images)
+    (tensors,) = loras("out")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
 
 
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
@@ -199,23 +208,23 @@ def test_cached_and_uncached_text_train_the_same(train, loras, model):
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_checkpointing_changes_nothing(train, loras):
-    train("--gradient_checkpointing", output="b")
-    train("--gradient_checkpointing", "--cpu_offload_checkpointing", output="c")
-    train(output="a")
+def test_checkpointing_changes_nothing(train, loras, images):
+    train("--gradient_checkpointing", output="b", folder=images)
+    train("--gradient_checkpointing", "--cpu_offload_checkpointing", output="c", folder=images)
+    train(output="a", folder=images)
     one, two, three = loras("a", "b", "c")
     assert all(torch.equal(one[key], two[key]) and torch.equal(one[key], three[key]) for key in one)
 
 
-def test_another_autoencoder_gives_other_latents(train, tiny_sdxl, tmp_path):
+def test_another_autoencoder_gives_other_latents(train, few_blocks_sdxl, tmp_path):
     latents = {}
-    for name, arguments in (("own", []), ("other", ["--vae", tiny_sdxl])):
+    for name, arguments in (("own", []), ("other", ["--vae", few_blocks_sdxl])):
         trainer = train(*arguments, "--network_train_unet_only", output=name)
         latents[name] = trainer.latents.of(one_batch(trainer), ItemDraws(7, 1, [3, 4]))
     assert not torch.allclose(latents["own"], latents["other"], atol=0.01)
     with safe_open(tmp_path / "other" / "last.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["ss_vae_name"] == tiny_sdxl.name and len(metadata["ss_new_vae_hash"]) == 64
+    assert metadata["ss_vae_name"] == few_blocks_sdxl.name and len(metadata["ss_new_vae_hash"]) == 64
 
 
 # ---- captions and caches -------------------------------------------------------------------------------------------
@@ -330,13 +339,13 @@ def test_only_marked_items_are_kept_at_the_base_model(train, images, model):
     assert exact[0] == 0 < exact[1]
 
 
-def test_samples_change_nothing_and_have_their_sizes(train, loras, tmp_path):
+def test_samples_change_nothing_and_have_their_sizes(train, loras, images, tmp_path):
     prompts = tmp_path / "prompts.txt"
     lines = "a cat --w 70 --h 100 --s 2 --d 3 --ss euler_a\n(x) --s 1 --w 64 --h 64 --l 1\n"
     prompts.write_text(lines, encoding="utf-8")
     arguments = ["--cache_latents", "--sample_prompts", prompts, "--sample_every_n_steps", "1"]
-    train("--cache_latents", steps=2, output="a")
-    train(*arguments, "--sample_sampler", "dpmsolver++", steps=2, output="b")
+    train("--cache_latents", steps=2, output="a", folder=images)
+    train(*arguments, "--sample_sampler", "dpmsolver++", steps=2, output="b", folder=images)
     one, two = loras("a", "b")
     assert all(torch.equal(one[key], two[key]) for key in one)
     names = sorted(path.name for path in (tmp_path / "b" / "sample").iterdir())

@@ -123,6 +123,15 @@ def command(script: str, *arguments: object, accelerate: bool = True, processes:
     return [*launcher, script, *given]
 
 
+def launched_script(words: list[str]) -> tuple[str, list[str]]:
+    """The script and its arguments that ``accelerate launch`` would start with these words; it must know its own."""
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[:2] == ["accelerate", "launch"]
+    parsed = launch_command_parser().parse_args(words[2:])
+    return parsed.training_script, parsed.training_script_args
+
+
 def toml_value(value: object) -> str:
     """A Python value as TOML."""
     if isinstance(value, bool):

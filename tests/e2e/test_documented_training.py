@@ -21,7 +21,7 @@ from library.console import LOGGER
 from library.prompt_options import read_prompt_file
 from tests.docs.pages import TRAINERS, Block, blocks, commands, launched
 from tests.documented import WALK
-from tests.running import ROOT, forget_accelerator
+from tests.running import ROOT, forget_accelerator, launched_script
 
 GUIDES = (
     *("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en"),
@@ -195,18 +195,11 @@ def make_state(block: Block, place: Path, run, wanted: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("block", "words"), IN_SEVERAL)
-def test_command_for_several_processes(block, words, place, models):
-    """The launcher's own options, and a working directory that is not the project's."""
-    index = launched(words)
-    script, arguments = words[index], words[index + 1 :]
-    given = [*arguments, *models(script, words), *small_options(words)]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *words[2:index]]
-    result = subprocess.run(
-        [*launcher, str(ROOT / script), *given], capture_output=True, text=True, encoding="utf-8", timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_command_for_several_processes(block, words, place, run):
+    """The launcher knows its options; what several processes do is held by tests/conformance/."""
+    script, arguments = launched_script(words)
+    run(script, arguments)
     require_trained(place / "output")
 
 

@@ -12,7 +12,6 @@ import logging
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ from library.console import LOGGER
 from library.errors import UserError
 from library.options import parse_options
 from tests.documented import WALK, Entry
-from tests.running import ROOT, forget_accelerator, trainer_class
+from tests.running import ROOT, forget_accelerator, launched_script, run_in_process, trainer_class
 
 RUN = (
     "--network_module networks.lora_flux --network_dim 4 --learning_rate 1e-3 --train_batch_size 2 --seed 7 "
@@ -365,7 +364,7 @@ NAMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [e for e in WALK if e.kind == "command"], ids=lambda entry: entry.id)
 def test_the_commands_of_the_guide(entry, models, place, compared, tmp_path, monkeypatch):
-    """Word for word through the launcher, in a folder that is not the project's."""
+    """Word for word, in a folder that is not the project's; the launcher's own parser takes its words."""
     monkeypatch.chdir(tmp_path)
     dataset = (place / "my_flux_dataset_config.toml").read_text(encoding="utf-8")
     dataset = dataset.replace("[[datasets]]", "[[datasets]]\nbatch_size = 2")
@@ -376,10 +375,8 @@ def test_the_commands_of_the_guide(entry, models, place, compared, tmp_path, mon
     if not torch.cuda.is_available():
         text = text.replace('"fp16"', '"bf16"')
     words = [word for word in shlex.split(text) if word != "..."] + shlex.split(entry.beside)
-    assert words[:2] == ["accelerate", "launch"]
-    given = [str(ROOT / word) if word.endswith(".py") else word for word in words[2:]]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    result = subprocess.run([*launcher, *given], capture_output=True, text=True, encoding="utf-8", timeout=300)
+    script, given = launched_script(words)
+    result = run_in_process(script, *given)
     assert result.returncode == 0, result.stderr[-3000:]
     require(entry, Outcome(tmp_path / "out", said=result.stderr), compared)
 

@@ -96,7 +96,6 @@ def test_fused_steps_free_gradients_in_the_plan_too(make_trainer):
         ("flux_command", "--cache_latents"),
         ("flux_command", "--cache_latents --gradient_checkpointing --network_train_unet_only"),
         ("flux_command", "--cache_latents --mixed_precision bf16 --cache_text_encoder_outputs"),
-        pytest.param("sd1_command", "--cache_latents", marks=pytest.mark.slow),
         pytest.param(
             "sd1_command", "--cache_latents --gradient_checkpointing --mixed_precision bf16", marks=pytest.mark.slow
         ),

@@ -123,7 +123,10 @@ def source_of(test: str) -> str:
     waiting, seen, text = [name], set(), ""
     while waiting:
         current = waiting.pop()
+        if current == "TINY" and current not in seen:  # it is filled from the files of all families, by their names
+            text += "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "families").glob("*.py"))
         if current in seen or current not in known:
+            seen.add(current)
             continue
         seen.add(current)
         node = known[current]

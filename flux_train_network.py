@@ -170,7 +170,7 @@ class FluxNetworkTrainer(NetworkTrainer):
         return FluxPipeline
 
     def make_pipeline(self, parts: tuple[Any, ...] = ()) -> FluxPipeline:
-        """Open the checkpoint files by their headers and find the tokenizers."""
+        """Open the checkpoint files by their headers."""
         from library.models.flux.pipeline import PARTS, FluxFiles
 
         options, flux = self.options, self.options.flux

@@ -100,6 +100,7 @@ class NetworkTrainer(FamilyHooks):
         self.open_pipeline()
         if self.options.preflight.dry_run:
             return self.show_plan()
+        self.text.prepare(self.outputs.samples.prompts)
         self.check_network_files()
         self.prepare_uploads()
         with self.clock.part("caching"):
@@ -702,7 +703,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
     # ---- models and caches ------------------------------------------------------------------------------------------
 
     def make_pipeline(self, parts: tuple[Any, ...] = ()) -> StableDiffusionPipeline:
-        """Open the checkpoint, which holds every part, by its headers, and find the tokenizers.
+        """Open the checkpoint, which holds every part, by its headers.
 
         Raises UserError when it is another model.
         """
@@ -729,8 +730,6 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
             attention_backend="split" if sd.mem_eff_attn else "xformers" if model.xformers else "sdpa",
         )
         self.check_model(pipeline)
-        if not options.text_cache.cache_text_encoder_outputs_to_disk:  # with it, there may be nothing to tokenize
-            pipeline.load_tokenizers()
         return pipeline
 
     def check_model(self, pipeline: StableDiffusionPipeline) -> None:

@@ -44,6 +44,7 @@ class TextConditioning:
         self.caching, self.trained = caching, trained
         self.prompts: dict[Text, dict[str, Tensor]] = {}
         """The conditioning of the sample prompts, if it was made ahead."""
+        self._caches: list[TextCache] | None = None
 
     @property
     def encoders_at_steps(self) -> tuple[str, ...]:
@@ -58,11 +59,20 @@ class TextConditioning:
 
         return self.caching.open(TextCache, self.data, self.accelerator)
 
+    def prepare(self, prompts: Sequence[PromptOptions]) -> None:
+        """Look through the caches, and find the tokenizers that will be needed, before anything is encoded.
+
+        Raises UserError where there is none.
+        """
+        self._caches = self.open_caches()
+        encodes_all = not self.caching or bool(prompts) or any(cache.missing for cache in self._caches)
+        self.pipeline.load_tokenizers(self.pipeline.encoders if encodes_all else self.trained)
+
     def fill_caches(self, load_in_turn: LoadInTurn, prompts: Sequence[PromptOptions] = ()) -> list[CacheReport]:
         """Encode captions and sample prompts ahead, if requested; encoders that are not trained are released."""
         if self.caching is None:
             return []
-        caches = self.open_caches()
+        caches = self.open_caches() if self._caches is None else self._caches
         with load_in_turn():
             if any(cache.missing for cache in caches):
                 self.pipeline.load_text_encoders(self.pipeline.encoders)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.models import tokenizer_files
 from tests.running import no_weights_are_read, run_in_process
 
 LORA = "lora.safetensors"
@@ -89,3 +90,14 @@ def test_an_option_that_does_not_exist_is_one_sentence(family, command, tmp_path
     assert done.returncode == 2
     assert done.stderr == "error: Unknown option --network_dimm. Did you mean --network_dim?\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_missing_is_named_before_anything_is_loaded(family, command, tmp_path):
+    """Even where captions are encoded once and images come first."""
+    for kind in vars(tokenizer_files).values():
+        if isinstance(kind, tokenizer_files.TokenizerKind):
+            (tmp_path / "tokenizers" / kind.folder_name).mkdir(parents=True)
+    given = [*command, *CACHED, "--output_dir", tmp_path / "out", "--tokenizer_cache_dir", tmp_path / "tokenizers"]
+    with no_weights_are_read():
+        done = run_in_process(family.script, *given)
+    assert done.returncode == 2 and "--tokenizer_cache_dir" in done.stderr.splitlines()[-1]

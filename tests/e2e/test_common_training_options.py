@@ -297,6 +297,7 @@ def opened(make):
         trainer.start_processes()
         trainer.read_data()
         trainer.open_pipeline()
+        trainer.text.prepare([])
         trainer.fill_caches()
         return trainer
 

@@ -135,7 +135,7 @@ class FluxInferenceOptions:
     """All options of this script."""
 
     model: ModelFileOptions = field(default_factory=ModelFileOptions)
-    picture: ImageOptions = field(default_factory=ImageOptions)
+    image: ImageOptions = field(default_factory=ImageOptions)
     sources: PromptSourceOptions = field(default_factory=PromptSourceOptions)
     lora: LoraFileOptions = field(default_factory=LoraFileOptions)
     control: ControlNetOptions = field(default_factory=ControlNetOptions)
@@ -166,7 +166,7 @@ class FluxInference(InferenceRun):
         """Options that are missing, and lengths that cannot be."""
         if not self.options.model.ckpt_path:
             raise UserError("--ckpt_path is missing; it names the transformer's file or a Diffusers folder.")
-        length = self.options.picture.t5xxl_max_token_length
+        length = self.options.image.t5xxl_max_token_length
         if length is not None and length < 1:
             raise UserError("--t5xxl_max_token_length must be at least 1.")
         if self.options.control.controlnet_image is not None:
@@ -193,24 +193,24 @@ class FluxInference(InferenceRun):
             "clip_l": ("--clip_l_dtype", computing.clip_l_dtype),
             "t5xxl": ("--t5xxl_dtype", computing.t5xxl_dtype),
         }
-        formats, self.noise_dtype = resolve_part_dtypes(computing.dtype, names)
+        dtypes, self.noise_dtype = resolve_part_dtypes(computing.dtype, names)
         for part, like in (("controlnet", "transformer"), ("autoencoder", "autoencoder")):  # neither is kept in 8 bits
-            formats[part] = PartDtype(formats[like].compute, formats[like].compute)
-        return formats
+            dtypes[part] = PartDtype(dtypes[like].compute, dtypes[like].compute)
+        return dtypes
 
     def default_prompt(self) -> PromptOptions:
         """The command line as a prompt."""
-        picture = self.options.picture
+        image = self.options.image
         steps = STEPS.get(self.pipeline.variant, DEFAULT_STEPS)
         return PromptOptions(
-            prompt=picture.prompt,
-            negative_prompt=picture.negative_prompt,
-            width=picture.width,
-            height=picture.height,
-            seed=picture.seed,
-            sample_steps=steps if picture.steps is None else picture.steps,
-            scale=picture.cfg_scale,
-            guidance_scale=picture.guidance,
+            prompt=image.prompt,
+            negative_prompt=image.negative_prompt,
+            width=image.width,
+            height=image.height,
+            seed=image.seed,
+            sample_steps=steps if image.steps is None else image.steps,
+            scale=image.cfg_scale,
+            guidance_scale=image.guidance,
             controlnet_image=self.options.control.controlnet_image,
         )
 
@@ -218,11 +218,11 @@ class FluxInference(InferenceRun):
         """What every script says, and what the kind of model does not have."""
         super().say_what_has_no_effect()
         options, variant = self.options, self.pipeline.variant
-        if variant != "dev" and options.picture.guidance != ImageOptions.guidance:
+        if variant != "dev" and options.image.guidance != ImageOptions.guidance:
             say(f"--guidance has no effect: {variant} has no embedded guidance")
         if "clip_l" not in self.pipeline.encoders and (options.model.clip_l or options.computing.clip_l_dtype):
             say(f"--clip_l and --clip_l_dtype have no effect: {variant} has no CLIP-L")
-        if options.sources.from_file is not None and options.picture.prompt != ImageOptions.prompt:
+        if options.sources.from_file is not None and options.image.prompt != ImageOptions.prompt:
             say("--prompt has no effect with --from_file")
         unused = [name for name in NOT_FOR_FLUX if any(getattr(p, name) is not None for p in self.file_prompts)]
         if unused:
@@ -238,7 +238,7 @@ class FluxInference(InferenceRun):
         from library.devices import default_device, named_device
         from library.models.flux.pipeline import PIPELINES, FluxFiles
 
-        model, picture, computing = self.options.model, self.options.picture, self.options.computing
+        model, image, computing = self.options.model, self.options.image, self.options.computing
         control = self.options.control
         files = FluxFiles(
             transformer=model.ckpt_path or "",
@@ -251,13 +251,14 @@ class FluxInference(InferenceRun):
             controlnet_mode=control.controlnet_mode,
             transformer_option="--ckpt_path",
         )
+        stored: dict[Any, Any] = {part: dtype.stored for part, dtype in self.dtypes.items()}
         pipeline = PIPELINES[model.model_type](
             files,
-            dtype=self.formats["transformer"].compute,
+            dtype=self.dtypes["transformer"].compute,
             device=default_device() if computing.device is None else named_device(computing.device),
-            dtypes={part: formats.stored for part, formats in self.formats.items()},
-            t5xxl_max_token_length=picture.t5xxl_max_token_length,
-            apply_t5_attn_mask=picture.apply_t5_attn_mask,
+            dtypes=stored,
+            t5xxl_max_token_length=image.t5xxl_max_token_length,
+            apply_t5_attn_mask=image.apply_t5_attn_mask,
             attention_backend=computing.attn_mode,
         )
         pipeline.load_tokenizers(pipeline.encoders)

@@ -62,9 +62,9 @@ class InferenceRun(ABC):
         self.lora_files: list[LoraFile] = parse_lora_files(options.lora)
         self.check_options()
         require_writable_folder(Path(options.output.output_dir), "--output_dir")
-        self.formats = self.part_dtypes()
+        self.dtypes = self.part_dtypes()
         self.pipeline = self.open_pipeline()
-        self.require_readable_dtypes()
+        self.pipeline.require_storable()
         self.defaults = self.default_prompt()
         check_prompt_values(self.defaults)
         self.file_prompts = read_prompts(options.sources, self.defaults)
@@ -77,12 +77,6 @@ class InferenceRun(ABC):
         """Text outputs, on the CPU, by ``text_key``."""
         self.hashes: dict[Path, str] = {}
         self.say_what_has_no_effect()
-
-    def require_readable_dtypes(self) -> None:
-        """Raises UserError for the file of a part in 8 bits whose own 8-bit format cannot be kept."""
-        for part, part_format in self.formats.items():
-            if part_format.stored != part_format.compute and part in self.pipeline.parts:
-                self.pipeline.opened(part).source.require_e4m3fn()
 
     # ---- what a family gives ----------------------------------------------------------------------------------------
 
@@ -228,7 +222,7 @@ class InferenceRun(ABC):
     @contextlib.contextmanager
     def at_work(self, *parts: str) -> Iterator[None]:
         """While it is active, these parts are on the device and computation is in the first one's dtype."""
-        with self.parts.at_work(*parts), computing_in(self.pipeline.device, self.formats[parts[0]].compute):
+        with self.parts.at_work(*parts), computing_in(self.pipeline.device, self.dtypes[parts[0]].compute):
             yield
 
     def latents(self, prompt: PromptOptions) -> Tensor:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartDtype:
-    """How a part is kept in memory, and in which format it computes."""
+    """How a part is kept in memory, and in which dtype it computes."""
 
     stored: StorageDtype
     compute: torch.dtype
@@ -26,20 +26,20 @@ class PartDtype:
 def resolve_part_dtypes(
     dtype: str, own: Mapping[str, tuple[str, str | None]]
 ) -> tuple[dict[str, PartDtype], torch.dtype]:
-    """The format of each part, and the one that noise is drawn in.
+    """The dtypes of each part, and the one that noise is drawn in.
 
     ``own``: option and name by part; a name that is None means ``dtype``. A part in 8 bits computes in bfloat16, and
     then noise is drawn in float32, as kohya-ss/sd-scripts does. Raises UserError for an unknown name.
     """
     import torch
 
-    formats = {part: _format(name or dtype, option if name else "--dtype") for part, (option, name) in own.items()}
+    dtypes = {part: _part_dtype(name or dtype, option if name else "--dtype") for part, (option, name) in own.items()}
     base = parse_dtype(dtype, "--dtype")
-    has_fp8 = is_fp8(base) or any(part.stored != part.compute for part in formats.values())
-    return formats, torch.float32 if has_fp8 else base
+    has_fp8 = is_fp8(base) or any(part.stored != part.compute for part in dtypes.values())
+    return dtypes, torch.float32 if has_fp8 else base
 
 
-def _format(name: str, option: str) -> PartDtype:
+def _part_dtype(name: str, option: str) -> PartDtype:
     import torch
 
     from library.memory.fp8 import FP8, BlocksInFp8

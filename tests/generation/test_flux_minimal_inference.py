@@ -49,7 +49,7 @@ def test_the_image_is_the_pipelines_own(draw, tiny_pipeline):
 def test_schnell_has_four_steps_and_an_unshifted_schedule(tmp_path, inference, caplog):
     files = make_tiny_flux(tmp_path, "schnell")
     run = inference("--ckpt_path", files.transformer, "--seed", 3, "--guidance", "2")
-    run.options.picture.steps = None
+    run.options.image.steps = None
     assert run.default_prompt().sample_steps == 4
     assert "--guidance has no effect: schnell" in caplog.text
     pipeline = FluxPipeline(FluxFiles(**vars(files)), torch.float32, "cpu", t5xxl_max_token_length=16)
@@ -59,7 +59,7 @@ def test_schnell_has_four_steps_and_an_unshifted_schedule(tmp_path, inference, c
 
 def test_dev_has_fifty_steps(inference):
     run = inference()
-    run.options.picture.steps = None
+    run.options.image.steps = None
     assert run.default_prompt().sample_steps == 50
 
 
@@ -158,7 +158,7 @@ def test_eight_bits_take_half_the_memory_and_draw_nearly_the_same(inference, pla
 def test_other_eight_bit_formats_are_named_and_kept_as_e4m3fn(inference, caplog):
     run = inference("--flux_dtype", "fp8_e5m2")
     assert "--flux_dtype fp8_e5m2: weights are kept as float8_e4m3fn" in caplog.text
-    assert run.formats["clip_l"].compute == torch.float32
+    assert run.dtypes["clip_l"].compute == torch.float32
 
 
 def test_each_part_has_its_own_format(inference):

@@ -68,14 +68,14 @@ class SampleGrid:
         while len(self.rounds) > MOST_ROUNDS:
             del self.rounds[1]
             self.dropped += 1
-        sizes = [sum(len(picture.get("thumb", "")) for picture in entry["images"].values()) for entry in self.rounds]
+        sizes = [sum(len(image.get("thumb", "")) for image in entry["images"].values()) for entry in self.rounds]
         total = sum(sizes)
         # Oldest first, but the very first round before the newest only.
         for number in [*range(1, len(sizes) - 1), 0][: len(sizes) - 1]:
             if total <= MOST_EMBEDDED:
                 return
-            for picture in self.rounds[number]["images"].values():
-                picture.pop("thumb", None)
+            for image in self.rounds[number]["images"].values():
+                image.pop("thumb", None)
             total -= sizes[number]
 
 

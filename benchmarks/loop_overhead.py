@@ -2,13 +2,14 @@
 
     python benchmarks/loop_overhead.py --steps 40
     python benchmarks/loop_overhead.py --width 1024 --resolution 512 --batch_size 2
+    python benchmarks/loop_overhead.py --family sd1
 
 Trains a LoRA in a random FLUX.1 that is large enough for a step to take a tenth of a second or more on one CPU thread
 (with real models steps are longer and the share is smaller), with latents and text encoder outputs cached on disk and
-TensorBoard on. The trainer is the real one; the program wraps its methods with clocks. A part's time does not contain
-that of parts called inside it; ``rest`` is what no clock saw. Medians over the steps, the first of which warm up. The
-first share is on the clock; the second is on processor time and so counts the loader's threads too, which work beside
-the step.
+TensorBoard on; or in the tiny model of another family, as it is. The trainer is the real one; the program wraps its
+methods with clocks. A part's time does not contain that of parts called inside it; ``rest`` is what no clock saw.
+Medians over the steps, the first of which warm up. The first share is on the clock; the second is on processor time
+and so counts the loader's threads too, which work beside the step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import Measure, machine, parser, report, run_measured
-from benchmarks.tiny_run import make_images, training_options, write_dataset
+from benchmarks.tiny_run import make_images, stable_diffusion_training_options, training_options, write_dataset
 
 if TYPE_CHECKING:
     from tools.make_tiny_models import TinyFlux
@@ -40,7 +41,7 @@ PARTS = {
     "wait for data": "the next batch from the loader's threads",
     "to device": "latents and conditioning",
     "noise": "noise, noise levels, targets",
-    "forward": "the transformer",
+    "forward": "the transformer or U-Net",
     "loss": "loss from prediction and target",
     "backward": "",
     "read loss": "the loss as a number, seeds, the network's hooks",
@@ -113,20 +114,19 @@ class Clock:
         self.now = {}
 
 
-def timed_trainer(clock: Clock) -> type:
-    """The FLUX.1 trainer with clocks around its methods."""
+def timed_trainer(clock: Clock, trainer_class: Any) -> Any:
+    """A family's trainer with clocks around its methods."""
     import torch
 
-    from flux_train_network import FluxNetworkTrainer
-
-    class TimedTrainer(FluxNetworkTrainer):
+    class TimedTrainer(trainer_class):
         def run_epochs(self, *arguments: Any) -> None:
             self.accelerator.backward = clock.timed("backward", self.accelerator.backward)
             optimizer, loss = self.optimization.optimizer, self.step_loss
             optimizer.step = clock.timed("optimizer", optimizer.step)
             optimizer.zero_grad = clock.timed("optimizer", optimizer.zero_grad)
             self.latents.of = clock.timed("to device", self.latents.of)
-            self.objective.noisy_input = clock.timed("noise", self.objective.noisy_input)
+            objective = type(self.objective)
+            objective.noisy_input = timed_method(clock, "noise", objective.noisy_input)
             self.step_loss = clock.timed("loss", loss)
             clock.start()
             super().run_epochs(*arguments)
@@ -154,7 +154,7 @@ def timed_trainer(clock: Clock) -> type:
         "log_batch": "logging",
     }
     for method, name in methods.items():
-        setattr(TimedTrainer, method, timed_method(clock, name, getattr(FluxNetworkTrainer, method)))
+        setattr(TimedTrainer, method, timed_method(clock, name, getattr(trainer_class, method)))
     torch.nn.utils.clip_grad_norm_ = clock.timed("clip gradients", torch.nn.utils.clip_grad_norm_)
     return TimedTrainer
 
@@ -169,18 +169,19 @@ def timed_method(clock: Clock, name: str, method: Callable[..., Any]) -> Callabl
     return call
 
 
-def train_here(result: Path, arguments: list[str]) -> None:
+def train_here(result: Path, family: str, arguments: list[str]) -> None:
     """Train in this process and write the seconds of each step's parts into ``result``."""
     import torch
 
-    from flux_train_network import FluxTrainingOptions
     from library.console import set_up_console
+    from library.families import by_model
     from library.options import parse_options
 
-    options = parse_options(FluxTrainingOptions, "", arguments)
+    trainer_class = by_model(family).trainer_class()
+    options: Any = parse_options(trainer_class.options_class, "", arguments)
     set_up_console(options.console)
     clock = Clock()
-    timed_trainer(clock)(options).train()
+    timed_trainer(clock, trainer_class)(options).train()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result.write_text(json.dumps({"device": device, "steps": clock.steps}), encoding="utf-8")
 
@@ -216,11 +217,17 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # Epochs of a usual length: what happens between them belongs to no step.
     repeats = -(-steps * options.batch_size // 8)
     dataset = write_dataset(folder / "dataset.toml", images, options.resolution, options.batch_size, repeats)
-    models = write_models(folder / "models", options)
     more = {"network_dim": options.rank, "max_data_loader_n_workers": options.workers, "logging_dir": folder / "logs"}
-    arguments = training_options(models, dataset, folder / "output", steps, more)
+    if options.family == "flux":
+        models = write_models(folder / "models", options)
+        arguments = training_options(models, dataset, folder / "output", steps, more)
+    else:
+        from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+
+        model = make_tiny_stable_diffusion(folder / "models", options.family)
+        arguments = stable_diffusion_training_options(model, dataset, folder / "output", steps, more)
     result = folder / "seconds.json"
-    run_measured([sys.executable, __file__, "--train_here", result, *arguments], options.threads)
+    run_measured([sys.executable, __file__, "--train_here", result, options.family, *arguments], options.threads)
     return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -247,9 +254,10 @@ def print_parts(steps: list[dict[str, list[float]]]) -> dict[str, float]:
 def main() -> None:
     """Measure and report."""
     if sys.argv[1:2] == ["--train_here"]:
-        train_here(Path(sys.argv[2]), sys.argv[3:])
+        train_here(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
         return
     arguments = parser(__doc__)
+    arguments.add_argument("--family", choices=("flux", "sd1", "sd2", "sdxl"), default="flux")
     arguments.add_argument("--steps", type=int, default=30, help="measured steps")
     arguments.add_argument("--width", type=int, default=384, help="hidden size, a multiple of 64 (FLUX.1: 3072)")
     arguments.add_argument("--double_blocks", type=int, default=1)

@@ -162,21 +162,21 @@ def chroma_command(tiny_chroma):
 
 
 @pytest.fixture(scope="session")
-def sd1_command(tiny_sd1):
-    """For train_network.py."""
-    return TINY["sd1"].command(tiny_sd1)
+def sd1_command(few_blocks_sd1):
+    """For train_network.py, with a model of few blocks."""
+    return TINY["sd1"].command(few_blocks_sd1)
 
 
 @pytest.fixture(scope="session")
-def sd2_command(tiny_sd2):
-    """For train_network.py, with a model of 2.x that predicts v."""
-    return TINY["sd2"].command(tiny_sd2)
+def sd2_command(few_blocks_sd2):
+    """For train_network.py, with a model of few blocks of 2.x that predicts v."""
+    return TINY["sd2"].command(few_blocks_sd2)
 
 
 @pytest.fixture(scope="session")
-def sdxl_command(tiny_sdxl):
-    """For sdxl_train_network.py."""
-    return TINY["sdxl"].command(tiny_sdxl)
+def sdxl_command(few_blocks_sdxl):
+    """For sdxl_train_network.py, with a model of few blocks."""
+    return TINY["sdxl"].command(few_blocks_sdxl)
 
 
 @pytest.fixture

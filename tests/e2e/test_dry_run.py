@@ -161,14 +161,14 @@ def test_text_encoders_are_not_asked_for_where_all_captions_are_cached(
 @pytest.mark.parametrize(
     ("family", "command", "arguments", "modules"),
     [
-        (SD, "sd1_command", "--network_args conv_dim=4", {"unet": 278, "text encoder": 18}),
+        (SD, "sd1_command", "--network_args conv_dim=4", {"unet": 115, "text encoder": 12}),
         pytest.param(
             *(SDXL, "sdxl_command", "--cache_text_encoder_outputs --network_train_unet_only", None),
             marks=pytest.mark.slow,
         ),
         (FLUX, "flux_command", "--optimizer_type AdamW8bit --network_args train_t5xxl=True module_dropout=0.2", None),
         pytest.param(
-            *(SD, "sd2_command", "--network_train_unet_only --cache_latents", {"unet": 192, "text encoder": 0}),
+            *(SD, "sd2_command", "--network_train_unet_only --cache_latents", {"unet": 84, "text encoder": 0}),
             marks=pytest.mark.slow,
         ),
         pytest.param(

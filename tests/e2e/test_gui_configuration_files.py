@@ -48,7 +48,7 @@ def gui_file(request, tmp_path, image_folder):
             paths |= {"MODEL": files.transformer, "AUTOENCODER": files.autoencoder}
             paths |= {"CLIP_L": files.clip_l, "T5XXL": files.t5xxl}
         else:
-            paths["MODEL"] = request.getfixturevalue(f"tiny_{family}")
+            paths["MODEL"] = request.getfixturevalue(f"few_blocks_{family}")
         text = (ROOT / "tests" / "reference_data" / f"gui_config_{family}.toml").read_text(encoding="utf-8")
         for mark, path in paths.items():
             text = text.replace(f'"{mark}', f'"{Path(path).as_posix()}')
@@ -110,7 +110,8 @@ def test_the_variant_with_empty_strings_trains(train, gui_file, tmp_path):
 
 @pytest.mark.slow
 def test_it_trains_through_accelerate_launch(gui_file, tmp_path):
-    result = launch("train_network.py", "--config_file", gui_file("sd1"))
+    # The launcher starts the other scripts in tests/conformance/test_two_processes_equal_one.py.
+    result = launch("sdxl_train_network.py", "--config_file", gui_file("sdxl"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "output" / "my_lora.safetensors").is_file()
     assert "Traceback" not in result.stderr

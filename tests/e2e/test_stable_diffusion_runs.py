@@ -11,7 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.running import launch, run_in_process
+from tests.families.families import TINY
+from tests.families.stable_diffusion import make_few_blocks
+from tests.running import run_in_process
 
 REFERENCE = Path(__file__).parents[1] / "reference_data"
 PROMPT = "a circle, number 3, on a background"
@@ -32,15 +34,13 @@ def variant(request):
 
 @pytest.mark.slow
 def test_twenty_steps_make_a_file_that_diffusers_uses_as_we_do(request, variant, dataset_toml, tmp_path, caplog):
-    command = request.getfixturevalue(f"{variant}_command")
-    script = "sdxl_train_network.py" if variant == "sdxl" else "train_network.py"
-    # One of the two scripts through the launcher; test_gui_configuration_files.py launches the other.
-    start = launch if variant == "sdxl" else run_in_process
-    result = start(
-        script,
-        *(*command, "--max_train_steps", "20", "--network_alpha", "2", "--seed", "42", "--cache_latents"),
+    # The names were recorded with a model that has all blocks.
+    model = request.getfixturevalue("tiny_sd1" if variant == "sd1" else f"few_blocks_{variant}")
+    result = run_in_process(
+        TINY[variant].script,
+        *(*TINY[variant].command(model), "--max_train_steps", "20", "--network_alpha", "2", "--seed", "42"),
+        *("--cache_latents", "--output_name", "sd15", "--no_report", "--learning_rate", "1e-3"),
         *("--dataset_config", dataset_toml(resolution=64, bucket_reso_steps=64), "--output_dir", tmp_path),
-        *("--output_name", "sd15", "--no_report", "--learning_rate", "1e-3"),
     )
     assert result.returncode == 0, result.stderr[-3000:]
     path = tmp_path / "sd15.safetensors"
@@ -57,7 +57,7 @@ def test_twenty_steps_make_a_file_that_diffusers_uses_as_we_do(request, variant,
     said = [record.getMessage() for record in caplog.records]
     assert not [text for text in said if "key" in text.lower() or "LoRA" in text]
     assert layers == sum(key.endswith("lora_down.weight") for key in tensors)
-    torch.testing.assert_close(theirs, our_prediction(variant, command[1], path), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs, our_prediction(variant, model, path), rtol=1e-4, atol=1e-4)
 
 
 def assert_recorded_names_and_metadata(path: Path) -> None:
@@ -103,7 +103,8 @@ def prediction_of_diffusers(variant: str, lora: Path, folder: Path) -> tuple[tor
 
     from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
-    make_tiny_stable_diffusion(folder / "diffusers", variant, "diffusers")
+    make = make_tiny_stable_diffusion if variant == "sd1" else make_few_blocks
+    make(folder / "diffusers", variant, "diffusers")
     pipe = DiffusionPipeline.from_pretrained(folder / "diffusers")
     pipe.load_lora_weights(lora)
     latents, timesteps = inputs()

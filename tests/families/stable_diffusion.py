@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from library.models.stable_diffusion.checkpoint import Variant
+    from tools.make_tiny_stable_diffusion import Layout
 
 
-def make_few_blocks(folder: Path, variant: Variant) -> Path:
-    """The single file of a random tiny model under the real file's key names, with its tokenizers beside it.
+def make_few_blocks(folder: Path, variant: Variant, layout: Layout = "original") -> Path:
+    """A random tiny model in one of the real models' layouts; returns what names it to the scripts.
 
     It has two of the real model's levels; tests of the blocks themselves use the models of
     ``tools/make_tiny_stable_diffusion.py``, which have all of them.
@@ -29,4 +30,4 @@ def make_few_blocks(folder: Path, variant: Variant) -> Path:
         autoencoder_widths=(8, 16, 16, 16),
         autoencoder_resnets=1,
     )
-    return make_tiny_stable_diffusion(folder, variant, shape=shape)
+    return make_tiny_stable_diffusion(folder, variant, layout, shape=shape)

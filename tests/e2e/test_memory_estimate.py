@@ -130,7 +130,7 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
 @pytest.mark.parametrize("command", ["flux_command", pytest.param("sd1_command", marks=pytest.mark.slow)])
 def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --w 128 --h 64\n", encoding="utf-8")
+    prompts.write_text("a cat --w 128 --h 64 --s 2\n", encoding="utf-8")
     trainer = make_trainer(command, f"--sample_prompts {prompts} --sample_every_n_steps 1")
     size = Largest(128, 192, 3)
     with Simulation(trainer.pipeline).running():

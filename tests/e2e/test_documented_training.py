@@ -74,8 +74,10 @@ def models(request):
             return []
         if "flux" not in script and "--flux" not in words:
             is_xl = "sdxl" in script or "--sdxl" in words
-            model = "tiny_sdxl" if is_xl else "tiny_sd2" if "--v2" in words else "tiny_sd1"
-            return [f"--pretrained_model_name_or_path={request.getfixturevalue(model)}"]
+            names_blocks = any("lr_weight=" in word for word in words)
+            model = "sdxl" if is_xl else "sd2" if "--v2" in words else "sd1"
+            model = request.getfixturevalue(f"{'tiny' if names_blocks else 'few_blocks'}_{model}")
+            return [f"--pretrained_model_name_or_path={model}"]
         is_chroma = "chroma" in words or "--model_type=chroma" in words
         tiny = request.getfixturevalue("tiny_chroma" if is_chroma else "tiny_flux")
         transformer = "ckpt_path" if script == INFERENCE[1] else "pretrained_model_name_or_path"

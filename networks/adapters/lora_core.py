@@ -53,17 +53,20 @@ class LoRANetwork(AdapterNetwork[LoRAModule]):
 
     def update_norms(self) -> None:
         """After each optimizer step's backward pass, for GGPO; without it nothing is computed."""
-        for lora in self.loras:
+        for lora in self._with_norms():
             lora.update_norms()
 
     def update_grad_norms(self) -> None:
         """As ``update_norms``; to be called while the gradients are there."""
-        for lora in self.loras:
+        for lora in self._with_norms():
             lora.update_grad_norms()
+
+    def _with_norms(self) -> list[LoRAModule]:
+        return [lora for lora in self.loras if lora.weight_norm is not None]
 
     def weight_norms(self) -> Tensor | None:
         """Norm of each module's product [modules], for the log; None unless GGPO is on."""
-        tracked = [lora for lora in self.loras if lora.weight_norm is not None]
+        tracked = self._with_norms()
         norms = [lora.scale * product_norm(lora.down_matrix.detach(), lora.up_matrix.detach()) for lora in tracked]
         return torch.stack(norms).float() if norms else None
 

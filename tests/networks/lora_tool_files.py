@@ -112,16 +112,28 @@ def run(main: Any, *arguments: object) -> None:
 
 MEMORY_GROWTH = """
 import sys
+import threading
 from pathlib import Path
 
-def memory(kind):
+def own_memory():
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[kind].split()[0]) * 1024
+    return int(status["RssAnon"].split()[0]) * 1024
 
 def growth(work, *words):
-    Path("/proc/self/clear_refs").write_text("5")  # from here on, the peak is counted anew
-    before = memory("VmRSS")
+    before, peaks, done = own_memory(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            peaks.append(max(peaks.pop(), own_memory()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     kept = work(*words)
-    return memory("VmHWM") - before
+    done.set()
+    watcher.join()
+    return peaks[0] - before
 """
-"""``growth(work, *words)``: by how many bytes a call's peak of memory passes what was there; for scripts on Linux."""
+"""``growth(work, *words)``: by how many bytes a call's peak of memory passes what was there; for scripts on Linux.
+
+Pages of mapped files do not count: the system keeps as many of them as there is room for.
+"""

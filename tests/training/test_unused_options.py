@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.options import declared_options, parse_options
@@ -15,7 +17,7 @@ NEEDED = ["--pretrained_model_name_or_path", "model.safetensors", "--network_mod
 @pytest.fixture
 def unused(caplog, tmp_path):
     """What is said to have no effect, by reason, before anything but the options is looked at."""
-    (tmp_path / "w.safetensors").touch()
+    save_file({"lora_unet_x.alpha": torch.ones(())}, tmp_path / "w.safetensors")
     (tmp_path / "tracker.toml").write_text("[wandb]\n", encoding="utf-8")
 
     def check(arguments: str) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Checkpoint files: look into them, read them tensor by tensor, write and hash them.
+"""The safetensors format: headers read strictly, files written and hashed.
 
 The safetensors format is 8 bytes with the header's length, a JSON header, and the tensors' bytes. Headers are read
 without torch, so that a damaged file or one of the wrong family is named before anything heavy is imported.
@@ -10,16 +10,14 @@ import hashlib
 import json
 import math
 import os
-import re
 import stat
 import struct
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from library.errors import UserError, did_you_mean
+from library.errors import UserError
 from library.files import writing
 
 if TYPE_CHECKING:
@@ -49,8 +47,6 @@ DTYPES = {
 }
 LARGEST_HEADER = 100_000_000  # the safetensors library's own limit
 MOST_DIMENSIONS = 64  # of torch's
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 SIGNATURES = {
     b"GGUF": "a GGUF file, which this program cannot read; use a safetensors file in float32, float16, bfloat16 or fp8",
     b"PK\x03\x04": "a PyTorch pickle file under the name of a safetensors file; give it the suffix .ckpt or .pt",
@@ -87,7 +83,7 @@ def read_header(path: Path | str) -> Header:
     """
     path = Path(path)
     try:
-        with _opened_regular(path) as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             start = file.read(32)
@@ -106,8 +102,11 @@ def read_header(path: Path | str) -> Header:
     return _parse_header(path, text, 8 + length, size)
 
 
-def _opened_regular(path: Path) -> IO[bytes]:
-    """The file, open for reading. A pipe or a device, which could keep a reader waiting for ever, is refused."""
+def open_regular(path: Path) -> IO[bytes]:
+    """The file, open for reading.
+
+    Raises UserError for a pipe or a device, which could keep a reader waiting for ever, and OSError as opening does.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise UserError(f"{path} is not a regular file.")
     return open(path, "rb")
@@ -199,293 +198,6 @@ def _check_positions(path: Path, tensors: Mapping[str, TensorEntry], data_start:
             fault = "overlaps another one" if entry.start < position else "stands after bytes of no tensor"
             raise UserError(f'{path} is damaged: the tensor "{name}" {fault}.')
         position = entry.stop
-
-
-class Checkpoint(ABC):
-    """A set of named tensors that are read one at a time.
-
-    ``path`` is what the user named, a file or a folder; ``files`` are what it stands for; ``label`` is how messages
-    name it, with its option.
-    """
-
-    path: Path
-    files: list[Path]
-    label: str
-    metadata: dict[str, str]
-
-    @abstractmethod
-    def keys(self) -> Collection[str]: ...
-
-    @abstractmethod
-    def shape(self, key: str) -> tuple[int, ...]: ...
-
-    @abstractmethod
-    def dtype(self, key: str) -> torch.dtype:
-        """Raises UserError for a dtype that torch doesn't have."""
-
-    @abstractmethod
-    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The tensor, in memory of its own; floating-point tensors become ``dtype`` where one is given."""
-
-    @abstractmethod
-    def copy_to(self, key: str, place: torch.Tensor) -> None:
-        """Copy the tensor, cast as needed, into ``place`` of the same shape, without another copy on the way."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.keys()
-
-
-class SafetensorsCheckpoint(Checkpoint):
-    """One safetensors file or several shards. Nothing is read but headers until ``load`` is called.
-
-    ``disable_mmap`` reads with plain file reads, which is faster on some network drives.
-    """
-
-    def __init__(self, path: Path, files: list[Path], disable_mmap: bool = False):
-        self.path = path
-        self.label = str(path)
-        self.files = files
-        self.disable_mmap = disable_mmap
-        self.metadata: dict[str, str] = {}
-        self.entries: dict[str, TensorEntry] = {}
-        for file in files:
-            header = read_header(file)
-            self.metadata.update(header.metadata)
-            self.entries.update(header.tensors)
-
-    def keys(self) -> Collection[str]:
-        return self.entries.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.entries[key].shape
-
-    def dtype(self, key: str) -> torch.dtype:
-        import torch
-
-        entry = self.entries[key]
-        dtype = getattr(torch, DTYPES.get(entry.dtype, ("", 0))[0], None)
-        if dtype is None:
-            raise UserError(f'{entry.file}: tensor "{key}" has the dtype {entry.dtype}, which is not supported.')
-        return dtype
-
-    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        stored = self._stored(key)
-        wanted = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
-        loaded = stored.to(device).to(wanted)
-        # A tensor that still lies on the mapped file is copied, so that the mapping ends here.
-        return loaded.clone() if loaded is stored and not self.disable_mmap else loaded
-
-    def copy_to(self, key: str, place: torch.Tensor) -> None:
-        place.copy_(self._stored(key))
-
-    def _stored(self, key: str) -> torch.Tensor:
-        """The tensor, on the mapped file or in memory of its own."""
-        return self._bytes(key).view(self.dtype(key)).reshape(self.shape(key))
-
-    def _bytes(self, key: str) -> torch.Tensor:
-        """The stored bytes as a uint8 tensor: mapped, or read."""
-        import numpy
-        import torch
-
-        entry = self.entries[key]
-        count = entry.stop - entry.start
-        if count == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        try:
-            if self.disable_mmap:
-                data = numpy.empty(count, dtype=numpy.uint8)
-                with open(entry.file, "rb", buffering=0) as file:
-                    file.seek(entry.start)
-                    _read_into(file, data.data, entry.file)
-                return torch.from_numpy(data)
-            # Copy-on-write, because torch warns about memory that it may not write to; nothing is written.
-            mapped = numpy.memmap(str(entry.file), dtype=numpy.uint8, mode="c", offset=entry.start, shape=(count,))
-        except OSError as error:
-            raise UserError(f"{entry.file} cannot be read: {error.strerror}.") from None
-        aligned = entry.start % 8 == 0
-        return torch.from_numpy(mapped) if aligned else torch.from_numpy(numpy.array(mapped))
-
-
-def _read_into(file: IO[bytes], buffer: memoryview, path: Path) -> None:
-    filled = 0
-    while filled < len(buffer):
-        count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
-        if not count:
-            raise UserError(f"{path} became shorter while it was read.")
-        filled += count
-
-
-class PickledCheckpoint(Checkpoint):
-    """A ``.ckpt``, ``.pt``, ``.pth`` or ``.bin`` file, read with ``weights_only=True``, so that no code in it runs."""
-
-    def __init__(self, path: Path, disable_mmap: bool = False):
-        import pickle
-        import zipfile
-
-        import torch
-
-        _opened_regular(path).close()
-        self.path = path
-        self.files = [path]
-        self.label = str(path)
-        self.metadata: dict[str, str] = {}
-        can_map = not disable_mmap and zipfile.is_zipfile(path)  # the format before PyTorch 1.6 can't be mapped
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"{path} holds more than tensors, and loading it could run code that someone put there; "
-                "use the safetensors version of this model."
-            ) from None
-        except Exception as error:  # a damaged file may end the unpickler on any kind of error
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{path} cannot be read as a PyTorch file: {reason}") from None
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-        if not isinstance(content, dict):
-            raise UserError(f"{path} contains no set of named tensors.")
-        self.tensors = {
-            key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)
-        }
-        for key, value in self.tensors.items():
-            if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
-                raise UserError(f'{path}: the tensor "{key}" is sparse, quantized or without values; use a dense one.')
-
-    def keys(self) -> Collection[str]:
-        return self.tensors.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.tensors[key].shape)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self.tensors[key].dtype
-
-    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        stored = self.tensors[key].detach()
-        loaded = stored.to(device).to(dtype if dtype is not None and stored.is_floating_point() else stored.dtype)
-        return loaded.clone() if loaded is stored else loaded
-
-    def copy_to(self, key: str, place: torch.Tensor) -> None:
-        place.copy_(self.tensors[key])
-
-
-def open_checkpoint(
-    path: Path | str, subfolder: str | None = None, disable_mmap: bool = False, option: str = ""
-) -> Checkpoint:
-    """Open a checkpoint without reading its tensors.
-
-    ``path``: a safetensors file, one of several shards, an ``.index.json``, a pickled file, or a folder (with its files
-    in ``subfolder``, as in a Diffusers model folder, or in itself). Raises UserError naming ``option`` and the path.
-    """
-    path = Path(path)
-    try:
-        files = checkpoint_files(path, subfolder)
-        checkpoint: Checkpoint
-        if files[0].suffix.lower() in PICKLE_SUFFIXES:
-            checkpoint = PickledCheckpoint(files[0], disable_mmap)
-        else:
-            checkpoint = SafetensorsCheckpoint(path, files, disable_mmap)
-    except OSError as error:
-        raise UserError(f"{option}: " * bool(option) + f"{path} cannot be read: {error.strerror}.") from None
-    except UserError as error:
-        raise UserError(f"{option}: {error}" if option else str(error)) from None
-    checkpoint.label = f"{option}: {path}" if option else str(path)
-    return checkpoint
-
-
-def checkpoint_files(path: Path, subfolder: str | None = None) -> list[Path]:
-    """The file, or all shards, that ``path`` stands for. Raises UserError when there are none or some are missing."""
-    if path.is_dir():
-        if subfolder is not None and (path / subfolder).is_dir():
-            path = path / subfolder
-        return _files_of_folder(path)
-    if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{path} does not exist.{did_you_mean(path.name, siblings)}")
-    if path.name.endswith(".index.json"):
-        return _files_of_index(path)
-    shard = SHARD.match(path.name)
-    if shard is not None:
-        count = int(shard["count"])
-        return _existing(
-            [path.with_name(f"{shard['stem']}-{i + 1:05d}-of-{count:05d}.safetensors") for i in range(count)]
-        )
-    if path.suffix.lower() != ".safetensors" and path.suffix.lower() not in PICKLE_SUFFIXES:
-        read_header(path)  # names GGUF and the like; a safetensors file under another name is accepted
-    return [path]
-
-
-def _files_of_folder(folder: Path) -> list[Path]:
-    indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda file: (len(file.name), file.name))
-    if indexes:
-        return _files_of_index(indexes[0])
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: (len(file.name), file.name))
-    shards = [file for file in files if SHARD.match(file.name)]
-    if shards:
-        return checkpoint_files(shards[0])
-    for usual in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-        if folder / usual in files:
-            return [folder / usual]
-    if len(files) > 1:
-        raise UserError(
-            f"{folder} holds several safetensors files ({_few([f.name for f in files])}); name the one to use."
-        )
-    if not files:
-        raise UserError(f"{folder} contains no safetensors file.")
-    return files
-
-
-def _files_of_index(index: Path) -> list[Path]:
-    try:
-        with _opened_regular(index) as file:
-            names = sorted(set(strict_json(file.read().decode("utf-8"))["weight_map"].values()))
-    except OSError as error:
-        raise UserError(f"{index} cannot be read: {error.strerror}.") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        names = []
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{index} is not a valid index of shards.")
-    return _existing([index.parent / name for name in names])
-
-
-def _existing(files: list[Path]) -> list[Path]:
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{files[0].parent}: {len(missing)} of {len(files)} shards are missing: {_few(missing)}.")
-    return files
-
-
-def _few(names: list[str], count: int = 4) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def load_tensors(
-    path: Path | str, device: torch.device | str = "cpu", finite: bool = False
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors and the metadata of a (small) file, such as a LoRA.
-
-    With ``finite``, infinity and NaN are refused. Raises UserError.
-    """
-    checkpoint = open_checkpoint(path)
-    tensors = {key: checkpoint.load(key, device=device) for key in checkpoint}
-    for key, tensor in tensors.items() if finite else ():
-        try:
-            require_finite(key, tensor)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-    return tensors, checkpoint.metadata
-
-
-def require_finite(key: str, tensor: torch.Tensor) -> None:
-    """Raises UserError that names ``key`` when its tensor holds infinity or NaN."""
-    import torch
-
-    numbers = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-    if not bool(torch.isfinite(numbers).all()):
-        raise UserError(f'"{key}" holds numbers that are not finite; the file is damaged.')
 
 
 def save_file(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:

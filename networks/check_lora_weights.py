@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", help="LoRA file")
     parser.add_argument("-s", "--show_all_keys", action="store_true", help="list alphas and other tensors too")
     options = parser.parse_args(arguments)
-    from library.safetensors_io import open_checkpoint
+    from library.checkpoints import open_checkpoint
     from networks.adapters.lora_formats import KEY
 
     checkpoint = open_checkpoint(options.file)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import nn
 
+from library.checkpoints import open_checkpoint
 from library.console import warn
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
-from library.safetensors_io import open_checkpoint
 from networks.adapters.lora_arguments import choice, flag, text, whole_number, whole_numbers
 from networks.adapters.lora_core import LoRANetwork
 from networks.adapters.lora_formats import plain_name

@@ -84,7 +84,7 @@ def train(family: str | type, *arguments: object) -> Any:
 @contextlib.contextmanager
 def no_weights_are_read() -> Iterator[None]:
     """Fails when a tensor of a model is read from its file; those of networks may be."""
-    from library.safetensors_io import SafetensorsCheckpoint
+    from library.checkpoints import SafetensorsCheckpoint
 
     stored = SafetensorsCheckpoint._stored
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.loading import Origin, TensorSource
 from library.models.pipeline import OpenedPart
 from library.models.recognition import AUTOENCODER_PREFIXES, refuse_unless
-from library.safetensors_io import open_checkpoint
 
 LATENT_SCALE = 0.3611
 LATENT_SHIFT = 0.1159

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.memory.checkpointing import checkpoint_layers
 from library.models.loading import Origin, Place, TensorSource
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
-from library.safetensors_io import open_checkpoint
 
 HEAD_DIM = 64
 PREFIX = "text_model."

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from library.checkpoints import Checkpoint
 from library.errors import UserError
 from library.memory.fp8 import FP8, BlocksInFp8, ScaledWeight, StorageDtype, block_linears, quantise, store_in_fp8
 from library.models.recognition import names_of_part
-from library.safetensors_io import Checkpoint, json_object
+from library.safetensors_io import json_object
 
 UNREADABLE_QUANTISATION = {
     ".absmax": "bitsandbytes 4-bit",

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from library.checkpoints import Checkpoint
 from library.errors import UserError
-from library.safetensors_io import Checkpoint
 
 # Names under which programs put a whole model into one file together with its other parts.
 TRANSFORMER_PREFIXES = ("model.diffusion_model.",)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from library.checkpoints import Checkpoint
 from library.errors import UserError
 from library.models.lean_imports import prepare_transformers
-from library.safetensors_io import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from library.checkpoints import load_tensors
 from library.files import writing
-from library.safetensors_io import content_hashes, load_tensors, save_file
+from library.safetensors_io import content_hashes, save_file
 
 PEFT_METADATA = "lora_adapter_metadata"  # diffusers keeps PEFT's settings there
 SPLIT_MARK = "ss_network_split_qkv"

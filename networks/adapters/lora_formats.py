@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from library.checkpoints import require_finite
 from library.errors import UserError
-from library.safetensors_io import require_finite, strict_json
+from library.safetensors_io import strict_json
 from networks.adapters.lora_file import PEFT_METADATA, LoRAWeights
 from networks.adapters.lora_targets import Part, Rules, Target
 

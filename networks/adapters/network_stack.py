@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.families import Family
-from library.safetensors_io import open_checkpoint
 from networks.adapters.adapter_module import AdapterModule
 from networks.adapters.adapter_network import AdapterNetwork
 from networks.lora_tools.named_lora import NamedLoRA

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.checkpoints import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.files import temporary_path, writing
 from library.models.loading import TensorSource
-from library.safetensors_io import PICKLE_SUFFIXES, Checkpoint, open_checkpoint, save_one_by_one
+from library.safetensors_io import save_one_by_one
 from networks.lora_tools.arithmetic import difference
 from networks.lora_tools.merging import Ingredient
 from networks.lora_tools.named_lora import without_1x1

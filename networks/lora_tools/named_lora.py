@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.families import Family, OtherFamily, lora_family
-from library.safetensors_io import open_checkpoint
 from networks.adapters.lora_file import LoRAWeights, with_adapter_config
 from networks.adapters.lora_formats import check_shapes, grouped_keys, read_module
 from networks.lora_tools.arithmetic import layer_shape

@@ -83,6 +83,16 @@ def state_bytes(trainer: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def check_files(plan: Plan, out: Path, drawn: int) -> None:
+    """The plan's files are those in ``out``, in number and size, and its samples as many as were drawn."""
+    networks, states = (kept(paths, plan.files.removed) for paths in (plan.files.networks, plan.files.states))
+    assert {path.name for path in out.glob("*.safetensors")} == {path.name for path in networks}
+    assert {path.name for path in out.glob("*-state")} == {path.name for path in states}
+    assert plan.files.removed and plan.sample_prompts * plan.files.sample_moments == drawn
+    assert plan.network_bytes == pytest.approx(size_on_disk(out / "last.safetensors"), rel=0.05)
+    assert plan.state_bytes == pytest.approx(size_on_disk(out / "last-state"), rel=0.15)
+
+
 def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_command, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1\na dog --w 64 --h 64 --s 1\n", encoding="utf-8")
@@ -122,16 +132,7 @@ def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_comman
         assert [rate for _, rate in plan.rates[name]] == pytest.approx(
             [trainer.rates[step - 1][index] for step, _ in plan.rates[name]]
         )
-    out = tmp_path / "out"
-    assert {path.name for path in out.glob("*.safetensors")} == {
-        path.name for path in kept(plan.files.networks, plan.files.removed)
-    }
-    assert {path.name for path in out.glob("*-state")} == {
-        path.name for path in kept(plan.files.states, plan.files.removed)
-    }
-    assert plan.files.removed and plan.sample_prompts * plan.files.sample_moments == Recording.drawn
-    assert plan.network_bytes == pytest.approx(size_on_disk(out / "last.safetensors"), rel=0.05)
-    assert plan.state_bytes == pytest.approx(size_on_disk(out / "last-state"), rel=0.15)
+    check_files(plan, tmp_path / "out", Recording.drawn)
     training = next(phase for phase in plan.phases if phase.name.startswith("training"))
     assert training.optimizer == state_bytes(trainer)
     assert training.network == sum(p.numel() * 4 for p in trainer.network.parameters())

@@ -1,10 +1,13 @@
-"""Models of Stable Diffusion's families with few blocks, so that many runs of them take little time."""
+"""What the tiny models of Stable Diffusion's families share; those with few blocks make many runs take little time."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tests.families.family import Family, small_lora
 
 if TYPE_CHECKING:
     from library.models.stable_diffusion.checkpoint import Variant
@@ -31,3 +34,21 @@ def make_few_blocks(folder: Path, variant: Variant, layout: Layout = "original")
         autoencoder_resnets=1,
     )
     return make_tiny_stable_diffusion(folder, variant, layout, shape=shape)
+
+
+def make_tiny(variant: Variant, folder: Path) -> Path:
+    """The single file of a random tiny model under the real file's key names, with its tokenizers beside it."""
+    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+
+    return make_tiny_stable_diffusion(folder, variant)
+
+
+def stable_diffusion(variant: Variant, caches: tuple[str, str], *options: object) -> Family:
+    """A family whose models are one file; ``options`` are what its command line needs beside."""
+
+    def command(files: Any) -> list[object]:
+        return ["--pretrained_model_name_or_path", files, *small_lora("networks.lora"), *options]
+
+    return Family(
+        name=variant, make=partial(make_tiny, variant), command=command, idle="--ddp_static_graph", caches=caches
+    )

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from safetensors.torch import save
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.safetensors_io import json_object, open_checkpoint, read_header, strict_json
+from library.safetensors_io import json_object, read_header, strict_json
 from tests.hostile_files import DEEP, hostile_headers
 
 SOUND = save({"first": torch.randn(3, 4), "second": torch.randn(2)}, {"k": "v"})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.autoencoder_kl import open_autoencoder
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
 from library.models.recognition import KINDS, recognise
 from library.models.t5 import open_t5
-from library.safetensors_io import open_checkpoint, save_file
+from library.safetensors_io import save_file
 from tools.make_tiny_models import make_tiny_flux
 
 SD_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.flux.checkpoint import open_transformer
 from library.models.loading import LoadSpec
-from library.safetensors_io import open_checkpoint, save_file
+from library.safetensors_io import save_file
 from tools.make_tiny_models import make_tiny_flux, transformer_config
 
 PREFIX = "model.diffusion_model."

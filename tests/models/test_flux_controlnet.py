@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from library.checkpoints import load_tensors
 from library.errors import UserError
 from library.memory.apply import apply_memory_plan
 from library.memory.plan import MemoryPlan
@@ -20,7 +21,7 @@ from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.models.flux.transformer import FluxTransformer, image_ids, unpack_latents
 from library.models.loading import LoadSpec
 from library.randomness import draw_noise, seeded_generator
-from library.safetensors_io import load_tensors, save_file
+from library.safetensors_io import save_file
 from tools.make_tiny_controlnet import HINT_CHANNELS, controlnet_config, make_tiny_controlnet
 from tools.make_tiny_models import fill_randomly, transformer_config
 

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
-from library.safetensors_io import open_checkpoint, save_file
+from library.safetensors_io import save_file
 from tools.make_tiny_models import TinyFlux, make_tiny_flux
 
 LENGTH = 16

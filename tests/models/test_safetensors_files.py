@@ -15,17 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from library.checkpoints import load_tensors, open_checkpoint
 from library.errors import UserError
-from library.safetensors_io import (
-    content_hashes,
-    file_hash,
-    legacy_hash,
-    load_tensors,
-    model_hash,
-    open_checkpoint,
-    read_header,
-    save_file,
-)
+from library.safetensors_io import content_hashes, file_hash, legacy_hash, model_hash, read_header, save_file
 
 METADATA = {"ss_network_dim": "4", "modelspec.title": 'quotes " and ünïcode', "format": "pt"}
 

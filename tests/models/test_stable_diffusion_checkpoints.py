@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion, open_vae
-from library.safetensors_io import open_checkpoint, save_file
+from library.safetensors_io import save_file
 from tests.published import make_published
 from tools.make_tiny_models import make_tiny_flux
 from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion

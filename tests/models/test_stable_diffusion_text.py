@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.clip import ClipTextEncoder
 from library.models.stable_diffusion.text import (
@@ -22,7 +23,7 @@ from library.models.stable_diffusion.text import (
     tokenize,
 )
 from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, load_tokenizer
-from library.safetensors_io import open_checkpoint, save_file
+from library.safetensors_io import save_file
 
 START, END = 49406, 49407
 

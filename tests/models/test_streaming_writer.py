@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.checkpoints import open_checkpoint
 from library.models.flux.checkpoint import open_transformer
 from library.models.loading import Origin, TensorSource
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
-from library.safetensors_io import open_checkpoint, save_file, save_one_by_one
+from library.safetensors_io import save_file, save_one_by_one
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import shutil
 import pytest
 import torch
 
+from library.checkpoints import Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, T5_XXL, load_tokenizer
-from library.safetensors_io import Checkpoint, open_checkpoint, save_file
+from library.safetensors_io import save_file
 from tools.make_tiny_models import write_clip_tokenizer, write_t5_tokenizer
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.clip import ClipFile, open_clip
 from library.models.loading import LoadSpec, TensorSource
-from library.safetensors_io import open_checkpoint, save_file
+from library.safetensors_io import save_file
 
 END = 99
 

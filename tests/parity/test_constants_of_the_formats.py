@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.autoencoder_kl import AutoencoderConfig, open_autoencoder
 from library.models.autoencoder_kl import AutoencoderKL as FluxAutoencoder
 from library.models.loading import LoadSpec, TensorSource, load_module
 from library.models.stable_diffusion.checkpoint import UnetFile, infer_unet_config, open_vae
-from library.safetensors_io import open_checkpoint, save_file
+from library.safetensors_io import save_file
 from tools.make_tiny_models import diffusers_autoencoder_config, diffusers_autoencoder_state, fill_randomly
 
 WIDTHS = (32, 64)

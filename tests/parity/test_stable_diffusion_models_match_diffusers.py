@@ -11,10 +11,10 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from library.checkpoints import open_checkpoint
 from library.models.clip import ClipTextEncoder
 from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion
-from library.safetensors_io import open_checkpoint
 from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
 VARIANTS = ["sd1", "sd2", "sdxl"]

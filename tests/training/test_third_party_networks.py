@@ -162,7 +162,8 @@ def test_a_state_holds_parameters_and_buffers_as_they_are(write):
 
 
 def test_its_file_gets_the_hashes_that_front_ends_look_for(write, tmp_path):
-    from library.safetensors_io import load_tensors, model_hash
+    from library.checkpoints import load_tensors
+    from library.safetensors_io import model_hash
 
     given = {"ss_output_name": "a"}
     save_network(created(write()), tmp_path / "a.safetensors", None, given)

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from library.checkpoints import Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.loading import Origin, TensorSource
 from library.models.pipeline import OpenedPart
 from library.models.recognition import APPROXIMATOR, TRANSFORMER_PREFIXES, Kind, recognise, refuse_unless
-from library.safetensors_io import Checkpoint, open_checkpoint
 
 ModelType = Literal["flux", "chroma"]
 Variant = Literal["dev", "schnell", "chroma"]

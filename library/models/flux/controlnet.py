@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.flux.checkpoint import TransformerFile, diffusers_origins, infer_config
 from library.models.flux.transformer import FluxConfig, FluxStreams, joint_key_mask, pack_latents
 from library.models.loading import Origin, TensorSource
 from library.models.pipeline import OpenedPart
 from library.models.recognition import refuse_unless
-from library.safetensors_io import open_checkpoint
 
 OPTION = "--controlnet_model_name_or_path"
 MODE_OPTION = "--controlnet_mode"

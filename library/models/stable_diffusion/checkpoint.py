@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from library.checkpoints import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.models.autoencoder_kl import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
@@ -31,7 +32,6 @@ from library.models.stable_diffusion.keys import (
     unet_topology,
 )
 from library.models.stable_diffusion.unet import meta_unet
-from library.safetensors_io import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

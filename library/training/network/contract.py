@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints import load_tensors, open_checkpoint
 from library.console import say
 from library.errors import UserError
 from library.families import network_modules
-from library.safetensors_io import load_tensors, open_checkpoint
 from library.training.network.lycoris import LycorisModule, quiet_imports
 
 REQUIRED_METHODS = (

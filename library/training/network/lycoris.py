@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints import load_tensors
 from library.console import LOGGER, say, warn
 from library.errors import UserError, did_you_mean
-from library.safetensors_io import json_object, load_tensors
+from library.safetensors_io import json_object
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from library.checkpoints import load_tensors
 from library.files import replace_when_complete, temporary_path
-from library.safetensors_io import content_hashes, load_tensors, read_header, save_file
+from library.safetensors_io import content_hashes, read_header, save_file
 
 
 def save_network(network: Any, path: Path, dtype: Any, metadata: dict[str, str]) -> None:

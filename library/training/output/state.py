@@ -193,7 +193,7 @@ class SavedState:
         return unpack(self.document["optimizer"], self._tensors("optimizer.safetensors"))
 
     def _tensors(self, name: str) -> dict[str, Any]:
-        from library.safetensors_io import open_checkpoint
+        from library.checkpoints import open_checkpoint
 
         source = open_checkpoint(self.folder / name)
         return {key: source.load(key) for key in source.keys()}  # noqa: SIM118

@@ -12,7 +12,7 @@ from library.devices import is_fp8, parse_dtype
 if TYPE_CHECKING:
     import torch
 
-    from library.memory.fp8 import StorageDtype
+    from library.memory.storage import StorageDtype
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ def resolve_part_dtypes(
 def _part_dtype(name: str, option: str) -> PartDtype:
     import torch
 
-    from library.memory.fp8 import FP8, BlocksInFp8
+    from library.memory.storage import BlocksStoredAs
 
     dtype = parse_dtype(name, option)
     if not is_fp8(dtype):
         return PartDtype(dtype, dtype)
-    if dtype != FP8:
+    if dtype != torch.float8_e4m3fn:
         say(f"{option} {name}: weights are kept as float8_e4m3fn, which has the same size and is more exact here")
-    return PartDtype(BlocksInFp8(torch.bfloat16), torch.bfloat16)
+    return PartDtype(BlocksStoredAs(torch.bfloat16), torch.bfloat16)

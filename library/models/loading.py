@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.checkpoints import Checkpoint
 from library.errors import UserError
-from library.memory.fp8 import FP8, BlocksInFp8, ScaledWeight, StorageDtype, block_linears, quantise, store_in_fp8
+from library.memory.formats import empty, quantise, store_as
+from library.memory.scaled import FP8, ScaledWeight, by_scale
+from library.memory.storage import BlocksStoredAs, Storage, StorageDtype, block_linears
+from library.memory.stored_linear import StoredWeight
 from library.models.recognition import names_of_part
 from library.safetensors_io import json_object
 
@@ -43,17 +46,17 @@ class LoadSpec:
 
     compute: torch.dtype | None = None
     """The dtype of all tensors that are not stored otherwise; None keeps the file's."""
-    storage: Literal["dense", "fp8"] = "dense"
-    """``fp8`` keeps the Linear weights of blocks in 8 bits."""
+    storage: Storage | None = None
+    """The format of the Linear weights of blocks; None keeps them as tensors."""
     place: Place = lambda name: "cpu"
 
     @classmethod
     def of(cls, dtype: StorageDtype | None, place: Place | torch.device | str = "cpu") -> LoadSpec:
         """How a part of ``dtype`` is loaded; ``place`` may be one device for every tensor."""
         where: Place = place if callable(place) else lambda name: place
-        if isinstance(dtype, BlocksInFp8):
-            return cls(dtype.compute, "fp8", where)
-        return cls(dtype, "dense", where)
+        if isinstance(dtype, BlocksStoredAs):
+            return cls(dtype.compute, dtype.storage, where)
+        return cls(dtype, None, where)
 
 
 @dataclass(frozen=True)
@@ -211,8 +214,9 @@ class TensorSource:
         scale = self._scale(key)
         if scale is None:
             return self.checkpoint.load(key, dtype, device)
-        weight = self.checkpoint.load(key, torch.float32, device)
-        return weight.mul_(scale.to(device)).to(dtype or torch.bfloat16)
+        weight, scale = self.checkpoint.load(key, torch.float32, device), scale.to(device)
+        by_scale(weight, scale).mul_(scale)
+        return weight.to(dtype or torch.bfloat16)
 
     def stored(self, name: str, values: Tensor) -> list[tuple[str, slice, Tensor]]:
         """The way back of ``load``: ``values``, in the module's shape, as (key, rows of its tensor, their values).
@@ -231,27 +235,56 @@ class TensorSource:
         row_counts = [self.checkpoint.shape(key)[0] for key in origin.keys]
         return [(key, slice(None), rows) for key, rows in zip(origin.keys, values.split(row_counts))]
 
-    def load_fp8(self, name: str, device: torch.device | str) -> ScaledWeight:
-        """The tensor in 8 bits with one scale: as it is where the file has it so, else rounded from the file's numbers.
+    def load_stored(self, name: str, storage: Storage, device: torch.device | str) -> StoredWeight:
+        """The weight in a storage format: as it is where the file has it so, else rounded from the file's numbers.
 
-        A file's plain 8-bit numbers have the scale 1. Raises UserError where numbers are not finite, or are in an 8-bit
-        format other than e4m3fn.
+        Of fp8, a file's e4m3fn numbers are kept with the scales that it has for them; plain ones have the scale 1.
+        Raises UserError where numbers are not finite, or fp8 is wanted and they are in another 8-bit float format.
         """
-        if not self.reads_values:
-            return ScaledWeight(torch.empty(self.shape(name), dtype=FP8, device=device), torch.ones((), device=device))
-        self._require_e4m3fn(name)
         origin = self.origins[name]
-        scales = [self._scale(key) for key in origin.keys]
-        in_8_bits = all(self.checkpoint.dtype(key) == FP8 for key in origin.keys)
-        if in_8_bits and all(scale is None for scale in scales):
-            return ScaledWeight(self.load(name, None, device), torch.ones((), device=device))
-        if in_8_bits and origin == Origin(origin.keys[:1]) and scales[0] is not None and scales[0].dim() == 0:
-            return ScaledWeight(self.checkpoint.load(origin.keys[0], None, device), scales[0].to(device))
-        has_fp8 = any(self.checkpoint.dtype(key) == FP8 for key in origin.keys)
+        if storage.kind == "fp8":
+            self._require_e4m3fn(name)
+            kept = self._load_fp8(name, device)
+            if kept is not None:
+                return kept
+        if not self.reads_values:
+            return empty(self.shape(name), storage, device)
+        is_in_8_bits = any(self.checkpoint.dtype(key).itemsize == 1 for key in origin.keys)
         try:
-            return quantise(self.load(name, torch.float32 if has_fp8 else None, device))
+            return quantise(self.load(name, torch.float32 if is_in_8_bits else None, device), storage)
         except ValueError as error:
-            raise UserError(f'{self.checkpoint.label}: tensor "{name}" cannot be stored in 8 bits: {error}.') from None
+            label = f'{self.checkpoint.label}: tensor "{name}" cannot be stored {storage.label}'
+            raise UserError(f"{label}: {error}.") from None
+
+    def _load_fp8(self, name: str, device: torch.device | str) -> ScaledWeight | None:
+        """The weight with its scales if the file holds all of it in 8 bits and it need not be reordered, else None."""
+        origin = self.origins[name]
+        if any(self.checkpoint.dtype(key) != FP8 for key in origin.keys):
+            return None
+        scales = [self._scale(key) for key in origin.keys]
+        if all(scale is None for scale in scales):
+            return ScaledWeight(self.load(name, None, device), torch.ones((), device=device))
+        scale = self._joined_scale(origin, scales)
+        if scale is None or origin.transform is not None or origin.shape is not None:
+            return None
+        codes = torch.empty(self._joined_shape(origin), dtype=FP8, device=device)
+        if self.reads_values and origin.rows is not None:
+            codes.copy_(self.checkpoint.load(origin.keys[0], None, device)[slice(*origin.rows)])
+        elif self.reads_values:
+            for key, rows in zip(origin.keys, codes.split([self.checkpoint.shape(key)[0] for key in origin.keys])):
+                self.checkpoint.copy_to(key, rows)
+        return ScaledWeight(codes, scale.to(device))
+
+    def _joined_scale(self, origin: Origin, scales: Sequence[Tensor | None]) -> Tensor | None:
+        """The scales of the parts of a weight as those of the weight; None where no shape of scales can hold them."""
+        known = [torch.ones(()) if scale is None else scale for scale in scales]
+        if len(known) == 1:
+            return known[0] if origin.rows is None or known[0].dim() == 0 else known[0][slice(*origin.rows)]
+        if any(scale.dim() == 3 for scale in known):
+            is_alike = len({(scale.dim(), *scale.shape[1:]) for scale in known}) == 1
+            return torch.cat(known) if is_alike else None
+        rows = (self.checkpoint.shape(key)[0] for key in origin.keys)
+        return torch.cat([scale.float().expand(count, 1) for scale, count in zip(known, rows)])
 
     def require_e4m3fn(self) -> None:
         """Raises UserError when a tensor is in an 8-bit float format in which weights cannot be kept in memory."""
@@ -272,20 +305,32 @@ class TensorSource:
         return any(key.removesuffix(".weight") + suffix in self.file_keys for suffix in WEIGHT_SCALES)
 
     def _scale(self, key: str) -> Tensor | None:
-        """The scale of an fp8 weight, in a shape that multiplies it: a scalar or one value for each row."""
+        """The scales of an fp8 weight as ``ScaledWeight`` has them: one, one for each row, or for blocks of a row."""
         if not key.endswith(".weight"):
             return None
         for suffix in WEIGHT_SCALES:
             scale_key = key.removesuffix(".weight") + suffix
             if scale_key in self.file_keys:
-                scale = self.checkpoint.load(scale_key, torch.float32)
-                rows, *rest = self.checkpoint.shape(key)
-                if scale.numel() not in (1, rows):
-                    raise UserError(
-                        f'{self.checkpoint.label}: the scales of "{key}" are neither one nor one for each row.'
-                    )
-                return scale.reshape(()) if scale.numel() == 1 else scale.reshape(rows, *(1 for _ in rest))
+                shape, rows = self.checkpoint.shape(scale_key), self.checkpoint.shape(key)[0]
+                scale = self.checkpoint.load(scale_key, torch.float32) if self.reads_values else torch.empty(shape)
+                if scale.numel() == 1:
+                    return scale.reshape(())
+                if scale.numel() == rows:
+                    return scale.reshape(rows, *(1 for _ in self.checkpoint.shape(key)[1:]))
+                if self._is_by_block(key, shape):
+                    stored = self.checkpoint.dtype(scale_key)  # many: they stay as small as they are
+                    return scale.reshape(rows, -1, 1).to(stored if stored.itemsize == 2 else torch.float32)
+                raise UserError(
+                    f'{self.checkpoint.label}: the scales of "{key}" are neither one, nor one for each row, nor one '
+                    "for each of equal blocks of a row."
+                )
         return None
+
+    def _is_by_block(self, key: str, scales: tuple[int, ...]) -> bool:
+        """Whether scales of that shape are for equal blocks of the rows of a matrix: [out, n] or [out, n, 1]."""
+        rows, *rest = self.checkpoint.shape(key)
+        is_matrix = len(rest) == 1 and len(scales) in (2, 3) and scales[0] == rows and scales[2:] in ((), (1,))
+        return is_matrix and scales[1] > 0 and rest[0] % scales[1] == 0
 
 
 def _refuse_unreadable_quantisation(checkpoint: Checkpoint) -> None:
@@ -308,9 +353,9 @@ def load_module(
 ) -> None:
     """Fill ``module``, built on the meta device, with the tensors of ``source``; it ends frozen and in eval mode.
 
-    Weights below the module's ``not_in_fp8`` (a tuple of names), where it has that, are never stored in 8 bits. Names
-    that end in one of ``kept_in_float32`` become float32; where they are stored in 8 bits, they are computed with in
-    it. Raises UserError that lists missing and unexpected tensors or names one whose shape is wrong.
+    Weights below the module's ``kept_dense`` (a tuple of names), where it has that, are never stored in a storage
+    format. Names that end in one of ``kept_in_float32`` become float32; where they are stored in a format, they are
+    computed with in it. Raises UserError that lists missing and unexpected tensors or names one whose shape is wrong.
     """
     places = module.state_dict(keep_vars=True)
     names = set(source.names())
@@ -337,16 +382,17 @@ def load_module(
                 f'{source.checkpoint.label}: tensor "{name}" is {str(stored).removeprefix("torch.")}, but weights must '
                 "be floating-point numbers; use the float32, float16, bfloat16 or fp8 version."
             )
-    in_fp8: dict[str, nn.Linear] = {}
-    if spec.storage == "fp8":
-        layers = block_linears(module, getattr(module, "not_in_fp8", ()))
-        in_fp8 = {f"{name}.weight": layer for name, layer in layers.items()}
+    stored_layers: dict[str, nn.Linear] = {}
+    if spec.storage is not None:
+        layers = block_linears(module, getattr(module, "kept_dense", ()))
+        stored_layers = {f"{name}.weight": layer for name, layer in layers.items()}
     state = {}
     with torch.no_grad():
         for name in places:
             dtype = torch.float32 if name.endswith(tuple(kept_in_float32)) else spec.compute
-            if name in in_fp8:
-                store_in_fp8(in_fp8[name], source.load_fp8(name, spec.place(name)), dtype or torch.float32)
+            if name in stored_layers and spec.storage is not None:
+                weight = source.load_stored(name, spec.storage, spec.place(name))
+                store_as(stored_layers[name], weight, spec.storage, dtype or torch.float32)
             else:
                 state[name] = source.load(name, dtype, spec.place(name))
     module.load_state_dict(state, assign=True)

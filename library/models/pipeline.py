@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.devices import empty_cache
-from library.memory.fp8 import BlocksInFp8, StorageDtype
+from library.memory.storage import BlocksStoredAs, Storage, StorageDtype
 from library.models.attention import AttentionBackend, require_backend
 from library.models.fingerprint import fingerprint
 from library.models.loading import LoadSpec, Place, TensorSource, load_module
@@ -240,16 +240,22 @@ class Pipeline(ABC, Generic[Request]):
             empty_cache(self.device)
 
     def require_storable(self) -> None:
-        """Raises UserError when a part is to be stored in 8 bits whose file holds another kind of 8-bit floats."""
+        """Raises UserError when a part is to be stored in fp8 whose file holds another kind of 8-bit floats."""
         for part in self.parts:
-            if isinstance(self.dtypes[part], BlocksInFp8):
+            storage = self._storage(part)
+            if storage is not None and storage.kind == "fp8":
                 self.opened(part).source.require_e4m3fn()
 
     def identity(self, *parts: str) -> str:
-        """Text that changes with the files of these parts, and with weights being kept in 8 bits."""
+        """Text that changes with the files of these parts, and with the storage format of their weights."""
         files = fingerprint(file for part in parts for file in self.opened(part).source.checkpoint.files)
-        in_fp8 = [part for part in parts if isinstance(self.dtypes[part], BlocksInFp8)]
-        return " ".join([files, *(f"{part} in 8 bits" for part in in_fp8)])
+        storages = [(part, self._storage(part)) for part in parts]
+        return " ".join([files, *(f"{part} {storage.label}" for part, storage in storages if storage is not None)])
+
+    def _storage(self, part: str) -> Storage | None:
+        """The format of the weights of a part's blocks; None where they are tensors."""
+        dtype = self.dtypes[part]
+        return dtype.storage if isinstance(dtype, BlocksStoredAs) else None
 
     def _named(self, part: str) -> tuple[str, ...]:
         return self.encoders if part == "text_encoders" else (part,)

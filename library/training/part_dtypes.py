@@ -16,11 +16,11 @@ def part_dtypes(
     model: ModelOptions, precision: PrecisionOptions, compute: torch.dtype, denoiser: str, encoders: Iterable[str]
 ) -> dict[Any, Any]:
     """The dtypes of parts that are not kept in ``compute``; ``denoiser`` is the part that is trained."""
-    from library.memory.fp8 import BlocksInFp8
+    from library.memory.storage import BlocksStoredAs
 
     dtypes: dict[Any, Any] = {"autoencoder": parse_dtype("fp32")} if model.no_half_vae else {}
     if precision.fp8_base or precision.fp8_base_unet:
-        dtypes[denoiser] = BlocksInFp8(compute)
+        dtypes[denoiser] = BlocksStoredAs(compute)
     if precision.fp8_base and not precision.fp8_base_unet:
-        dtypes |= {encoder: BlocksInFp8(compute) for encoder in encoders}
+        dtypes |= {encoder: BlocksStoredAs(compute) for encoder in encoders}
     return dtypes

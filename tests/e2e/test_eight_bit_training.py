@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
-from library.memory.fp8 import FP8, Fp8Linear, quantise
+from library.memory.scaled import FP8, ScaledLinear, quantise
 from library.options import parse_options
 from tests.running import forget_accelerator, run_in_process
 
@@ -63,8 +63,8 @@ def eighth(tiny_flux, tmp_path):
     return {name: tmp_path / f"{name}.safetensors" for name in states}
 
 
-def layers_in_8_bits(module: torch.nn.Module) -> dict[str, Fp8Linear]:
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, Fp8Linear)}
+def layers_in_8_bits(module: torch.nn.Module) -> dict[str, ScaledLinear]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, ScaledLinear)}
 
 
 def test_text_encoders_train_over_files_in_8_bits_as_over_their_numbers(command, trainer, eighth, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.errors import UserError
-from library.memory.fp8 import BlocksInFp8
+from library.memory.storage import BlocksStoredAs
 from library.models.stable_diffusion.pipeline import (
     StableDiffusionFiles,
     StableDiffusionPipeline,
@@ -146,7 +146,7 @@ def test_brackets_are_weights_only_when_captions_are_weighted(tiny_sd1, sd1):
 
 
 def test_blocks_in_8_bits_draw_nearly_the_same(tiny_sdxl, sdxl):
-    in_8_bits = BlocksInFp8(torch.float32)
+    in_8_bits = BlocksStoredAs(torch.float32)
     pipeline = open_pipeline(tiny_sdxl, dtypes={"unet": in_8_bits, "text_encoder": in_8_bits})
     expected, found = latents(sdxl), latents(pipeline)
     assert 0 < (found - expected).norm() / expected.norm() < 0.1

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.memory.fp8 import quantise, store_in_fp8
-from library.memory.stored_linear import StoredLinear
+from library.memory.scaled import ScaledLinear, quantise
+from library.memory.stored_linear import StoredLinear, store
 from networks.adapters.low_rank import (
     add_low_rank,
     gradient_row_norms,
@@ -213,7 +213,7 @@ class SumOfTwo(StoredLinear):
     def stored_weight(self) -> Any:
         raise AssertionError("the weight was made")
 
-    def set_weight(self, weight: Any) -> None:
+    def quantise(self, weight: Tensor) -> Any:
         raise AssertionError
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -226,8 +226,9 @@ class SumOfTwo(StoredLinear):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_storage_format_computes_with_its_own_products(bias):
     linear, x, down, up = problem((2, 7), bias=bias)
-    stored = SumOfTwo(IN, OUT, bias=bias).requires_grad_(False).double()
+    stored: Any = nn.Linear(IN, OUT, bias=bias).requires_grad_(False).double()
     del stored.weight
+    stored.__class__ = SumOfTwo
     stored.first = torch.rand(OUT, IN, dtype=torch.float64)
     stored.second = linear.weight.detach() - stored.first
     stored.bias = linear.bias
@@ -243,7 +244,7 @@ def test_a_storage_format_computes_with_its_own_products(bias):
 def test_an_8_bit_layer_gives_the_very_bits_of_its_dense_weight(autocast):
     linear, x, down, up = problem((2, 7), torch.float32)
     eight_bit = copy.deepcopy(linear)
-    store_in_fp8(eight_bit, quantise(linear.weight), torch.float32)
+    store(eight_bit, quantise(linear.weight), ScaledLinear, torch.float32)
     linear.weight.copy_(eight_bit.dense(torch.float32))
     if autocast is not None:  # the codes times the scale are rounded once, to the dtype of the product
         linear.weight.copy_(eight_bit.dense(autocast))

@@ -94,7 +94,7 @@ def text_key_mask(attention_mask: Tensor) -> Tensor:
 class ChromaTransformer(StreamTransformer):
     """Chroma; the state dict has the keys of the original checkpoints."""
 
-    not_in_fp8 = ("distilled_guidance_layer",)
+    kept_dense = ("distilled_guidance_layer",)
 
     def __init__(self, config: ChromaConfig):
         super().__init__(config)

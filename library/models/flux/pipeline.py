@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.memory.fp8 import StorageDtype
+from library.memory.storage import StorageDtype
 from library.models.attention import AttentionBackend
 from library.models.autoencoder_kl import AutoencoderFile, open_autoencoder
 from library.models.clip import ClipFile, open_clip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from library.console import warn
 from library.errors import UserError
-from library.memory.fp8 import BlocksInFp8, StorageDtype
+from library.memory.storage import BlocksStoredAs, StorageDtype
 from library.models.attention import AttentionBackend
 from library.models.clip import ClipFile
 from library.models.pipeline import Conditioning, ImageRequest, Pipeline
@@ -173,7 +173,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
     def _compute_dtype(self, part: Part) -> torch.dtype:
         """The dtype that a part computes in."""
         dtype = self.dtypes[part]
-        if isinstance(dtype, BlocksInFp8):
+        if isinstance(dtype, BlocksStoredAs):
             return dtype.compute
         return dtype or self.load(part).dtype
 

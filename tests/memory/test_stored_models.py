@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.memory.fp8 import FP8, BlocksInFp8, Fp8Linear, quantise
+from library.memory.scaled import FP8, ScaledLinear, quantise
+from library.memory.storage import BlocksStoredAs
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
 from library.models.loading import LoadSpec
@@ -47,7 +48,7 @@ def dequantised(model, layers):
 
 
 def fp8_layers(model):
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, ScaledLinear)}
 
 
 def gradients(module, model, output):
@@ -73,7 +74,7 @@ def opened(request, tiny_flux, tiny_sd1):
 @pytest.mark.parametrize("opened", ["flux", "sd1"], indirect=True)
 def test_training_is_that_of_the_dequantised_model(opened):
     file, module, output = opened
-    model = file.load(LoadSpec.of(BlocksInFp8(torch.float32)))
+    model = file.load(LoadSpec.of(BlocksStoredAs(torch.float32)))
     layers = fp8_layers(model)
     assert len(layers) > 10
     reference = dequantised(file.load(LoadSpec.of(torch.float32)), layers)
@@ -89,12 +90,12 @@ def test_the_model_stays_near_the_original(tiny_flux):
     file = open_transformer(tiny_flux.transformer)
     original = flux_output(file.load(LoadSpec.of(torch.float32)))
     with torch.no_grad():
-        ours = flux_output(file.load(LoadSpec.of(BlocksInFp8(torch.float32))))
+        ours = flux_output(file.load(LoadSpec.of(BlocksStoredAs(torch.float32))))
     assert (ours - original).norm() / original.norm() < 0.1
 
 
 def test_embedders_norms_and_final_layers_keep_their_numbers(tiny_flux):
-    model = open_transformer(tiny_flux.transformer).load(LoadSpec.of(BlocksInFp8(torch.bfloat16)))
+    model = open_transformer(tiny_flux.transformer).load(LoadSpec.of(BlocksStoredAs(torch.bfloat16)))
     assert all(name.startswith(("double_blocks.", "single_blocks.")) for name in fp8_layers(model))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
@@ -108,7 +109,7 @@ def test_a_file_in_8_bits_is_kept_as_it_is(tiny_flux, tmp_path):
     scaled["scaled_fp8"] = torch.zeros(2, dtype=FP8)
     for tensors, codes, scale in ((plain, plain[name], 1.0), (scaled, stored.codes, stored.scale.item())):
         save_file(tensors, tmp_path / "flux.safetensors")
-        model = open_transformer(tmp_path / "flux.safetensors").load(LoadSpec.of(BlocksInFp8(torch.bfloat16)))
+        model = open_transformer(tmp_path / "flux.safetensors").load(LoadSpec.of(BlocksStoredAs(torch.bfloat16)))
         layer = model.get_submodule(name.removesuffix(".weight"))
         assert torch.equal(layer.codes.view(torch.uint8), codes.view(torch.uint8))
         assert layer.scale.item() == scale
@@ -117,16 +118,16 @@ def test_a_file_in_8_bits_is_kept_as_it_is(tiny_flux, tmp_path):
 def test_t5_gives_what_the_dequantised_model_gives(tiny_flux):
     file = open_t5(tiny_flux.t5xxl)
     tokens = torch.arange(8).reshape(1, 8)
-    ours = file.load(LoadSpec.of(BlocksInFp8(torch.float32)))
+    ours = file.load(LoadSpec.of(BlocksStoredAs(torch.float32)))
     layers = fp8_layers(ours)
     assert len(layers) == 2 * 7
     assert torch.equal(ours(tokens), dequantised(file.load(LoadSpec.of(torch.float32)), layers)(tokens))
-    kept = file.load(LoadSpec.of(BlocksInFp8(torch.float16)))
+    kept = file.load(LoadSpec.of(BlocksStoredAs(torch.float16)))
     assert kept.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32  # overflows in float16
 
 
 def test_a_lora_is_merged_into_8_bits_and_taken_out_again(tiny_flux):
-    model = open_transformer(tiny_flux.transformer).load(LoadSpec.of(BlocksInFp8(torch.float32)))
+    model = open_transformer(tiny_flux.transformer).load(LoadSpec.of(BlocksStoredAs(torch.float32)))
     before = {name: layer.codes.view(torch.uint8).clone() for name, layer in fp8_layers(model).items()}
     _, _, network = gradients(lora_flux, model, flux_output)
     with torch.no_grad():
@@ -159,7 +160,10 @@ def in_fp8(state: dict[str, torch.Tensor], scaled: bool) -> dict[str, torch.Tens
 def test_training_on_a_file_in_8_bits_is_that_of_its_dequantised_weights(tiny_flux, tmp_path, scaled):
     save_file(in_fp8(load_file(tiny_flux.transformer), scaled), tmp_path / "eighth.safetensors")
     file = open_transformer(tmp_path / "eighth.safetensors")
-    kept, dequantised_file = file.load(LoadSpec.of(BlocksInFp8(torch.float32))), file.load(LoadSpec.of(torch.float32))
+    kept, dequantised_file = (
+        file.load(LoadSpec.of(BlocksStoredAs(torch.float32))),
+        file.load(LoadSpec.of(torch.float32)),
+    )
     assert len(fp8_layers(kept)) > 10
     ours, our_gradients, _ = gradients(lora_flux, kept, flux_output)
     theirs, their_gradients, _ = gradients(lora_flux, dequantised_file, flux_output)
@@ -173,9 +177,9 @@ def test_a_diffusers_folder_in_8_bits_is_kept_as_it_is(tiny_flux, tmp_path):
     folder = make_tiny_flux(tmp_path / "diffusers", layout="diffusers").transformer
     for shard in (folder / "transformer").glob("*.safetensors"):
         save_file(in_fp8(load_file(shard), scaled=False), shard, {"format": "pt"})
-    theirs = open_transformer(folder).load(LoadSpec.of(BlocksInFp8(torch.bfloat16)))
+    theirs = open_transformer(folder).load(LoadSpec.of(BlocksStoredAs(torch.bfloat16)))
     save_file(in_fp8(load_file(tiny_flux.transformer), scaled=False), tmp_path / "eighth.safetensors")
-    ours = open_transformer(tmp_path / "eighth.safetensors").load(LoadSpec.of(BlocksInFp8(torch.bfloat16)))
+    ours = open_transformer(tmp_path / "eighth.safetensors").load(LoadSpec.of(BlocksStoredAs(torch.bfloat16)))
     for name, layer in fp8_layers(ours).items():
         other = theirs.get_submodule(name)
         assert torch.equal(layer.codes.view(torch.uint8), other.codes.view(torch.uint8)) and other.scale == 1
@@ -189,11 +193,12 @@ def test_scales_of_parts_that_become_one_layer_are_respected(tiny_flux, tmp_path
         index.unlink()  # it does not name the scales
     file = open_transformer(folder)
     name = "double_blocks.0.img_attn.qkv"
-    kept = file.load(LoadSpec.of(BlocksInFp8(torch.float32))).get_submodule(name).weight
+    layer = file.load(LoadSpec.of(BlocksStoredAs(torch.float32))).get_submodule(name)
     numbers = file.load(LoadSpec.of(torch.float32)).get_submodule(name).weight
     original = load_file(tiny_flux.transformer)[f"{name}.weight"]
     assert (numbers - original).norm() < 0.04 * original.norm()
-    assert (kept - numbers).norm() < 0.04 * original.norm()
+    assert torch.equal(layer.weight, numbers)  # kept as they are: each row with the scale of its part
+    assert len(layer.scale.unique()) == 3
 
 
 @pytest.mark.parametrize("name", ["float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
@@ -208,7 +213,7 @@ def test_other_8_bit_formats_are_numbers_to_read_but_none_to_keep(tiny_flux, tmp
     with pytest.raises(UserError, match=sentence):
         file.source.require_e4m3fn()
     with pytest.raises(UserError, match=sentence):
-        file.load(LoadSpec.of(BlocksInFp8(torch.bfloat16)))
+        file.load(LoadSpec.of(BlocksStoredAs(torch.bfloat16)))
 
 
 # Text encoders
@@ -238,7 +243,7 @@ def test_training_a_text_encoder_is_that_of_the_dequantised_one(tiny_flux, part,
         result.square().mean().backward()
         return result.detach(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
-    kept = file.load(LoadSpec.of(BlocksInFp8(torch.float32)))
+    kept = file.load(LoadSpec.of(BlocksStoredAs(torch.float32)))
     layers = fp8_layers(kept)
     ours, our_gradients = trained(kept)
     theirs, their_gradients = trained(dequantised(file.load(LoadSpec.of(torch.float32)), layers))
@@ -248,7 +253,7 @@ def test_training_a_text_encoder_is_that_of_the_dequantised_one(tiny_flux, part,
         torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("part_dtype", [torch.float16, BlocksInFp8(torch.float16)])
+@pytest.mark.parametrize("part_dtype", [torch.float16, BlocksStoredAs(torch.float16)])
 def test_t5_in_float16_stays_finite_where_its_feed_forward_passes_float16s_range(tiny_flux, tmp_path, part_dtype):
     state = load_file(tiny_flux.t5xxl)
     for name in state:
@@ -257,10 +262,10 @@ def test_t5_in_float16_stays_finite_where_its_feed_forward_passes_float16s_range
     save_file(state, tmp_path / "t5.safetensors")
     file = open_t5(tmp_path / "t5.safetensors")
     encoder = file.load(LoadSpec.of(part_dtype))
-    if isinstance(part_dtype, BlocksInFp8):  # the last matrix takes a quarter of what it would take in float32
+    if isinstance(part_dtype, BlocksStoredAs):  # the last matrix takes a quarter of what it would take in float32
         assert encoder.encoder.block[0].layer[1].DenseReluDense.wo.codes.dtype == FP8
     tokens = torch.arange(8).reshape(1, 8)
-    wide = BlocksInFp8(torch.float32) if isinstance(part_dtype, BlocksInFp8) else torch.float32
+    wide = BlocksStoredAs(torch.float32) if isinstance(part_dtype, BlocksStoredAs) else torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         ours = encoder(tokens)
     with torch.no_grad():
@@ -280,7 +285,7 @@ def test_chromas_approximator_keeps_its_numbers(tiny_chroma, tmp_path, is_in_8_b
     if is_in_8_bits:
         path = tmp_path / "eighth.safetensors"
         save_file(in_fp8(load_file(tiny_chroma.transformer), scaled=True), path)
-    model = open_transformer(path, model_type="chroma").load(LoadSpec.of(BlocksInFp8(torch.bfloat16)))
+    model = open_transformer(path, model_type="chroma").load(LoadSpec.of(BlocksStoredAs(torch.bfloat16)))
     layers = fp8_layers(model)
     assert len(layers) > 10 and all(name.startswith(("double_blocks.", "single_blocks.")) for name in layers)
     assert {parameter.dtype for parameter in model.distilled_guidance_layer.parameters()} == {torch.bfloat16}

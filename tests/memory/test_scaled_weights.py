@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from library.memory.fp8 import FP8, LARGEST, Fp8Linear, ScaledWeight, block_linears, quantise, store_in_fp8
+from library.memory.scaled import FP8, LARGEST, ScaledLinear, ScaledWeight, quantise
+from library.memory.storage import block_linears
+from library.memory.stored_linear import store
 from library.randomness import generator
 
 
@@ -41,7 +43,7 @@ def test_the_largest_weight_becomes_the_largest_code_and_zeros_stay_zeros():
     weight = torch.tensor([[0.5, -2.0], [0.0, 1.0]])
     stored = quantise(weight)
     assert stored.codes.dtype == FP8
-    assert stored.codes.float().abs().max() == LARGEST
+    assert stored.codes.float().abs().max() == LARGEST[FP8]
     assert torch.equal(stored.to(torch.float32), weight)  # powers of two are exact
     assert torch.equal(quantise(torch.zeros(3, 3)).to(torch.float32), torch.zeros(3, 3))
 
@@ -60,7 +62,7 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_layer(bias, dtype):
     reference = nn.Linear(16, 12, bias=bias).to(dtype)
     reference.load_state_dict(layer.state_dict())
     reference.weight.data = stored.to(dtype)
-    store_in_fp8(layer, stored, dtype)
+    store(layer, stored, ScaledLinear, dtype)
     x = normal(5, 3, 16, purpose="x").to(dtype).requires_grad_()
     y = x.detach().clone().requires_grad_()
     ours, theirs = layer(x), reference(y)
@@ -74,14 +76,14 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_layer(bias, dtype):
 
 def test_autocast_decides_in_which_format_the_layer_computes():
     layer = nn.Linear(16, 12)
-    store_in_fp8(layer, quantise(normal(12, 16)), torch.float32)
+    store(layer, quantise(normal(12, 16)), ScaledLinear, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(normal(4, 16)).dtype == torch.bfloat16
 
 
 def test_nothing_of_the_size_of_the_weight_is_kept_for_the_backward_pass():
     layer = nn.Linear(64, 64, bias=False)
-    store_in_fp8(layer, quantise(normal(64, 64)), torch.float32)
+    store(layer, quantise(normal(64, 64)), ScaledLinear, torch.float32)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         layer(normal(2, 64).requires_grad_())
@@ -90,8 +92,8 @@ def test_nothing_of_the_size_of_the_weight_is_kept_for_the_backward_pass():
 
 def test_the_weight_is_shown_dequantised_and_can_be_replaced():
     layer = nn.Linear(4, 4)
-    store_in_fp8(layer, quantise(torch.eye(4)), torch.bfloat16)
-    assert isinstance(layer, Fp8Linear)
+    store(layer, quantise(torch.eye(4)), ScaledLinear, torch.bfloat16)
+    assert isinstance(layer, ScaledLinear)
     assert layer.weight.dtype == torch.bfloat16
     assert torch.equal(layer.weight.float(), torch.eye(4))
     layer.set_weight(2 * torch.eye(4))
@@ -101,7 +103,7 @@ def test_the_weight_is_shown_dequantised_and_can_be_replaced():
 
 def test_a_cast_of_the_model_leaves_the_codes_and_a_move_takes_them_along():
     layer = nn.Linear(4, 4)
-    store_in_fp8(layer, quantise(torch.eye(4)), torch.float32)
+    store(layer, quantise(torch.eye(4)), ScaledLinear, torch.float32)
     layer.to(torch.bfloat16)
     assert layer.codes.dtype == FP8
     assert layer.scale.dtype == torch.float32
@@ -120,6 +122,6 @@ def test_other_layers_and_other_shapes_are_refused():
         pass
 
     with pytest.raises(ValueError, match="Special"):
-        store_in_fp8(Special(4, 4), quantise(torch.eye(4)), torch.float32)
+        store(Special(4, 4), quantise(torch.eye(4)), ScaledLinear, torch.float32)
     with pytest.raises(ValueError, match="shape"):
-        store_in_fp8(nn.Linear(4, 4), ScaledWeight(torch.zeros(2, 4, dtype=FP8), torch.ones(())), torch.float32)
+        store(nn.Linear(4, 4), ScaledWeight(torch.zeros(2, 4, dtype=FP8), torch.ones(())), ScaledLinear, torch.float32)

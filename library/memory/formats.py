@@ -1,0 +1,29 @@
+"""Weights brought into the storage format that a description names: the one place that knows every format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from library.memory import scaled
+from library.memory.storage import Storage
+from library.memory.stored_linear import StoredWeight, store
+
+
+def quantise(weight: Tensor, storage: Storage) -> StoredWeight:
+    """``weight`` [out, in] in the format. Raises ValueError where values are not finite."""
+    if storage.kind == "int8":
+        return scaled.quantise(weight, torch.int8, "channel")
+    return scaled.quantise(weight, scaled.FP8, storage.granularity)
+
+
+def empty(shape: tuple[int, ...], storage: Storage, device: torch.device | str) -> StoredWeight:
+    """What ``quantise`` would give for a weight of that shape, with undefined values."""
+    if storage.kind == "int8":
+        return scaled.empty_scaled(shape, device, torch.int8, "channel")
+    return scaled.empty_scaled(shape, device, scaled.FP8, storage.granularity)
+
+
+def store_as(layer: nn.Linear, weight: StoredWeight, storage: Storage, compute_dtype: torch.dtype) -> None:
+    """Turn ``layer`` into one that keeps ``weight``, which is in the format; see ``store``."""
+    store(layer, weight, scaled.ScaledLinear, compute_dtype)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from library.models import tokenizer_files
+from library.training.plan import dry_run
+from library.training.plan.dry_run import plan_of
+from library.training.plan.plan_report import Plan, plan_lines
+from library.training.report.description import part_facts
 from tests.running import no_weights_are_read, run_in_process
+from tests.running import train as train_in_process
 
 LORA = "lora.safetensors"
 CACHED = ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")
@@ -70,18 +76,49 @@ def test_caches_are_made_once_and_change_nothing(family, train, images, tmp_path
     assert equal(tmp_path / "made" / LORA, tmp_path / "memory" / LORA)
 
 
-def test_a_dry_run_announces_what_is_written_and_leaves_no_trace(family, command, train, images, tmp_path):
-    given = ["--max_train_steps", "3", "--save_every_n_steps", "2", *TO_DISK]
+@pytest.fixture
+def plans(monkeypatch) -> list[Plan]:
+    """The plans of the test's dry runs."""
+    made: list[Plan] = []
+
+    def kept(run: Any) -> Plan:
+        made.append(plan_of(run))
+        return made[-1]
+
+    monkeypatch.setattr(dry_run, "plan_of", kept)
+    return made
+
+
+def test_a_dry_run_announces_what_is_built_and_written_and_leaves_no_trace(
+    family, command, train, plans, images, tmp_path
+):
+    given = ["--max_train_steps", "3", "--save_every_n_steps", "2", *family.planned.split()]
     before = snapshot(images)
     with no_weights_are_read():
-        planned = train(tmp_path / "out", *given, "--dry_run", *family.idle.split()).stderr
-    assert "All checks passed" in planned and "unknown" not in planned
+        said = train(tmp_path / "out", *given, "--dry_run", *family.idle.split()).stderr
+    (plan,) = plans
+    assert "All checks passed" in said and "unknown" not in said
+    assert [phase.reason for phase in plan.phases if phase.activations is None] == []
+    assert len([phase for phase in plan.phases if "training" in phase.name]) == 2
+    assert all(line.isascii() for line in plan_lines(plan) if str(tmp_path) not in line)
     assert not (tmp_path / "out").exists() and snapshot(images) == before
-    assert f"No effect in this run: {family.idle.split()[0]}" in planned
-    train(tmp_path / "out", *given)
-    for path in (tmp_path / "out").iterdir():
-        assert path.name in planned
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {LORA, "lora-step00000002.safetensors"}
+    assert f"No effect in this run: {family.idle.split()[0]}" in said
+
+    trainer = train_in_process(family.name, *command, "--output_dir", tmp_path / "out", *given)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {LORA, "lora-step00000002.safetensors"} and all(name in said for name in written)
+    assert plan.start is not None and plan.problem == "" and plan.start.family == trainer.family
+    names = [name.partition(".")[0] for name in load_file(tmp_path / "out" / LORA)]
+    assert sum(plan.start.modules.values()) == len(set(names))
+    groups = zip(trainer.optimization.group_names, trainer.optimization.optimizer.param_groups)
+    assert [(group.name, group.tensors, group.parameters) for group in plan.start.groups] == [
+        (name, len(group["params"]), sum(p.numel() for p in group["params"])) for name, group in groups
+    ]
+    trainer.pipeline.load_text_encoders(trainer.pipeline.encoders)
+    trainer.pipeline.load_autoencoder()
+    assert sorted(plan.start.parts, key=lambda part: part.name) == [
+        part_facts(name, module) for name, module in sorted(trainer.pipeline.modules.items())
+    ]
 
 
 def test_an_option_that_does_not_exist_is_one_sentence(family, command, tmp_path):

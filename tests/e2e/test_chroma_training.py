@@ -157,12 +157,3 @@ def test_the_caching_tools_fill_the_caches_that_training_finds(chroma_command, d
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "latent cache: 12 kept, 0 made" in done.stderr and "text encoder cache: 12 kept, 0 made" in done.stderr
-
-
-def test_the_plan_of_a_dry_run_is_that_of_the_model(chroma_command, dataset_toml, tmp_path, caplog):
-    caplog.set_level("INFO")
-    run = trainer(*chroma_command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path, "--dry_run")
-    run.train()
-    text = caplog.text
-    assert "base model Chroma" in text and "20 transformer and 0 text encoder modules" in text
-    assert "clip_l" not in text and not list(tmp_path.glob("*.safetensors"))

@@ -40,5 +40,6 @@ CHROMA = Family(
     command=chroma_options,
     idle="--clip_skip 2",
     caches=("_flux.npz", "_flux_te.npz"),
+    planned="--cache_latents_to_disk --cache_text_encoder_outputs_to_disk",
     drawing=chroma_drawing,
 )

@@ -28,6 +28,8 @@ class Family:
     """Options that are accepted and have no effect for this family."""
     caches: tuple[str, str]
     """Endings of the files of cached latents and captions."""
+    planned: str
+    """Options of the run whose plan is compared with what is built: those that are special to build or to simulate."""
     drawing: Callable[[Any], list[object]] = lambda files: []
     """Options of the inference script that name the files."""
 

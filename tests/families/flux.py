@@ -40,5 +40,6 @@ FLUX = Family(
     command=flux_options,
     idle="--clip_skip 2",
     caches=("_flux.npz", "_flux_te.npz"),
+    planned="--optimizer_type AdamW8bit --network_args train_t5xxl=True module_dropout=0.2",
     drawing=flux_drawing,
 )

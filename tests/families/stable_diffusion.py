@@ -43,12 +43,17 @@ def make_tiny(variant: Variant, folder: Path) -> Path:
     return make_tiny_stable_diffusion(folder, variant)
 
 
-def stable_diffusion(variant: Variant, caches: tuple[str, str], *options: object) -> Family:
+def stable_diffusion(variant: Variant, caches: tuple[str, str], planned: str, *options: object) -> Family:
     """A family whose models are one file; ``options`` are what its command line needs beside."""
 
     def command(files: Any) -> list[object]:
         return ["--pretrained_model_name_or_path", files, *small_lora("networks.lora"), *options]
 
     return Family(
-        name=variant, make=partial(make_tiny, variant), command=command, idle="--ddp_static_graph", caches=caches
+        name=variant,
+        make=partial(make_tiny, variant),
+        command=command,
+        idle="--ddp_static_graph",
+        caches=caches,
+        planned=planned,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.console import LOGGER
 from library.errors import UserError
@@ -21,6 +23,7 @@ from library.training.optim.optimizers import (
     is_schedule_free,
     set_eval_mode,
     set_train_mode,
+    step_kernels,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +153,64 @@ def test_nesterov_gets_its_usual_momentum_unless_told_otherwise():
     )
     assert [c.optimizer.param_groups[0]["momentum"] for c in (usual, given)] == [0.9, 0.5]
     assert all(c.optimizer.param_groups[0]["nesterov"] for c in (usual, given))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("AdamW", ["weight_decay=0.1"]), ("torch.optim.Adam", ["amsgrad=True"]), ("SGDNesterov", []), ("SGD", [])],
+)
+def test_steps_over_all_parameters_at_once_end_at_the_bits_of_steps_one_by_one(name, arguments):
+    """Their states too, groups included; and one that single steps have left continues so."""
+
+    def start(*more: str) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        made = torch.Generator().manual_seed(1)
+        sizes = [(16, 64), (3, 7), (1, 33), (64, 16), (1,)]
+        parameters = [torch.nn.Parameter(torch.randn(size, generator=made)) for size in sizes]
+        groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 3e-3}]
+        options = OptimizerOptions(optimizer_type=name, learning_rate=1e-2, optimizer_args=[*arguments, *more])
+        return parameters, create_optimizer(options, groups).optimizer
+
+    def steps(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            for parameter in parameters:
+                parameter.grad = torch.sin(parameter.detach() * number + number)
+            optimizer.step()
+
+    at_once, one_by_one, resumed = start(), start("foreach=False"), start()
+    steps(*one_by_one, range(3))
+    with torch.no_grad():
+        for target, source in zip(resumed[0], one_by_one[0]):
+            target.copy_(source)
+    earlier = copy.deepcopy(one_by_one[1].state_dict())  # to load it copies nothing
+    for group in earlier["param_groups"]:
+        group["foreach"] = None
+    resumed[1].load_state_dict(earlier)
+    steps(*one_by_one, range(3, 6))
+    steps(*resumed, range(3, 6))
+    steps(*at_once, range(6))
+    for parameters, optimizer in (at_once, resumed):
+        assert all(torch.equal(a, b) for a, b in zip(parameters, one_by_one[0]))
+        state, expected = optimizer.state_dict(), one_by_one[1].state_dict()
+        assert state["param_groups"] == [{**group, "foreach": None} for group in expected["param_groups"]]
+        for number, values in expected["state"].items():
+            assert state["state"][number].keys() == values.keys()
+            for key, value in values.items():
+                assert value is None or torch.equal(state["state"][number][key], value)
+
+
+def test_how_steps_are_taken_depends_on_where_the_parameters_are_and_who_chose():
+    def kernels(name: str = "AdamW", device: str = "cpu", dtype: torch.dtype = torch.float32, **given: bool):
+        with FakeTensorMode():
+            parameters = [torch.nn.Parameter(torch.empty(2, 2, device=device, dtype=dtype)) for _ in range(2)]
+        return step_kernels(getattr(torch.optim, name), given, parameters)
+
+    for name in ("AdamW", "Adam", "SGD"):
+        assert kernels(name) == "foreach"
+        assert kernels(name, "cuda") == kernels(name, "cuda", torch.bfloat16) == "fused"
+    assert kernels(dtype=torch.bfloat16) is None  # rounded at other places
+    assert kernels("RAdam") is kernels("RAdam", "cuda") is None
+    for given in ("fused", "foreach", "differentiable"):
+        assert kernels(**{given: False}) is kernels(device="cuda", **{given: True}) is None
 
 
 def test_legacy_switches_stand_for_their_optimizers():

@@ -136,14 +136,19 @@ def matmul(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """``StoredLinear.matmul`` of a layer of any kind."""
     if isinstance(layer, StoredLinear):
         return layer.matmul(x, bias)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
+    return F.linear(x, _weight_as(layer, x.dtype), bias)
 
 
 def matmul_t(layer: nn.Linear, grad: Tensor) -> Tensor:
     """``StoredLinear.matmul_t`` of a layer of any kind."""
     if isinstance(layer, StoredLinear):
         return layer.matmul_t(grad)
-    return grad @ layer.weight.to(grad.dtype)
+    return grad @ _weight_as(layer, grad.dtype)
+
+
+def _weight_as(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    weight = layer.weight
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def stored_weight(layer: nn.Linear | nn.Conv2d) -> StoredWeight:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -21,13 +22,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes ten times as long where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale * (a @ b)`` in one kernel, so that a small scale acts before float16 could overflow."""
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 class _LinearPlusLowRank(torch.autograd.Function):
-    """A frozen Linear and its low-rank addition as one operation on ``x`` [rows, in].
+    """A frozen Linear and its low-rank addition as one operation on ``x`` [..., in].
 
     Composed of single operations, the addition costs several passes over tensors of the output's size and one over the
     input's gradient. Here both are accumulated inside the matrix product that computes them (BLAS beta = 1), ``x`` is
@@ -46,37 +52,40 @@ class _LinearPlusLowRank(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        rows = x.to(dtype)
-        down_cast, up_cast = down.to(dtype), up.to(dtype)
-        y = matmul(linear, rows, None if linear.bias is None else linear.bias.to(dtype))
-        hidden = rows @ down_cast.t()
+        bias, shape = linear.bias, x.shape
+        rows = as_dtype(x.reshape(-1, shape[-1]), dtype)
+        down_cast, up_cast = as_dtype(down, dtype), as_dtype(up, dtype)
+        y = matmul(linear, rows, None if bias is None else as_dtype(bias, dtype))
+        hidden = F.linear(rows, down_cast)
         if mask is not None:
             hidden = hidden * mask
         y.addmm_(hidden, up_cast.t(), alpha=scale)
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, down_cast, up_cast, hidden, mask)
         # Kept as an object: block swapping may have moved its weight, and moves it back before the backward pass.
         ctx.linear = linear
-        ctx.scale, ctx.dtype, ctx.dtypes = scale, dtype, (x.dtype, down.dtype, up.dtype)
-        return y
+        ctx.scale, ctx.shape, ctx.dtypes = scale, shape, (dtype, x.dtype, down.dtype, up.dtype)
+        # The result of a custom operation must not be a view, or nobody could work on it in place.
+        return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, down, up, hidden, mask = ctx.saved_tensors
-        x_dtype, down_dtype, up_dtype = ctx.dtypes
-        grad = grad.to(ctx.dtype)
+        dtype, x_dtype, down_dtype, up_dtype = ctx.dtypes
+        needs_x, needs_down, needs_up = ctx.needs_input_grad[:3]
+        grad = as_dtype(grad.reshape(-1, grad.shape[-1]), dtype)
         grad_x = grad_down = grad_up = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        if needs_x or needs_down:
             grad_hidden = scaled_product(grad, up, ctx.scale)
             if mask is not None:
                 grad_hidden = grad_hidden * mask
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             grad_x = matmul_t(ctx.linear, grad)
-            grad_x = grad_x.addmm_(grad_hidden, down).to(x_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_down = (grad_hidden.t() @ rows).to(down_dtype)
-        if ctx.needs_input_grad[2]:
-            grad_up = scaled_product(hidden.t(), grad, ctx.scale).t().to(up_dtype)
+            grad_x = as_dtype(grad_x.addmm_(grad_hidden, down), x_dtype).view(ctx.shape)
+        if needs_down:
+            grad_down = as_dtype(grad_hidden.t() @ rows, down_dtype)
+        if needs_up:
+            grad_up = as_dtype(scaled_product(hidden.t(), grad, ctx.scale).t(), up_dtype)
         return grad_x, grad_down, grad_up, None, None, None, None
 
 
@@ -91,10 +100,7 @@ def linear_plus_low_rank(
     dtype = compute_dtype(x)
     if mask is not None:
         mask = mask.to(dtype).reshape(-1, mask.shape[-1])
-    # Views stay outside: the result of a custom operation must not be one, or nobody could work on it in place.
-    rows = x.reshape(-1, x.shape[-1])
-    y = _LinearPlusLowRank.apply(rows, down, up, mask, linear, scale, dtype)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return _LinearPlusLowRank.apply(x, down, up, mask, linear, scale, dtype)
 
 
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

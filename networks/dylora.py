@@ -82,6 +82,10 @@ class DyLoRAModule(LoRAModule):
         """[out, rank]; gradients reach the drawn unit."""
         return torch.cat(self._weights(self.lora_up), dim=1)
 
+    def _kernels(self) -> tuple[Tensor, Tensor]:
+        kernel = self.org_module.weight.shape[1:]
+        return self.down_matrix.reshape(-1, *kernel), self.up_matrix[..., None, None]
+
     def _weights(self, units: nn.Module) -> list[Tensor]:
         is_cut = self.training and self.drawn is not None
         weights = [weight.flatten(1) for weight in units.parameters()]

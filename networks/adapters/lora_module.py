@@ -71,6 +71,10 @@ class Regularisation:
         return self.ggpo_sigma is not None and self.ggpo_beta is not None
 
 
+PLAIN = Regularisation()
+"""None of it."""
+
+
 class LoRAModule(AdapterModule):
     """y = layer(x) + multiplier * (alpha / rank) * up(down(x)) for one Linear or Conv2d.
 
@@ -92,7 +96,7 @@ class LoRAModule(AdapterModule):
         super().__init__(target, multiplier)
         self.lora_dim = rank
         self.alpha = as_float32(alpha or rank)
-        self.regularisation = regularisation or Regularisation()
+        self.regularisation = PLAIN if regularisation in (None, PLAIN) else regularisation
         self.split_rows = list(split_rows) if split_rows else None
         self.lora_down, self.lora_up = self._make_weights()
         if initialise:
@@ -131,7 +135,7 @@ class LoRAModule(AdapterModule):
     @property
     def parts(self) -> int:
         """Parts with a low-rank product of their own: 1, or those of ``split_rows``."""
-        return len(self.split_rows or [0])
+        return 1 if self.split_rows is None else len(self.split_rows)
 
     @property
     def scale(self) -> float:
@@ -142,13 +146,13 @@ class LoRAModule(AdapterModule):
     def down_matrix(self) -> Tensor:
         """[parts * rank, in], of a convolution [rank, in * height * width]."""
         downs = _matrices(self.lora_down)
-        return downs[0] if len(downs) == 1 else torch.cat(downs)
+        return downs[0] if self.split_rows is None else torch.cat(downs)
 
     @property
     def up_matrix(self) -> Tensor:
         """[out, parts * rank]."""
         ups = _matrices(self.lora_up)
-        return ups[0] if len(ups) == 1 else torch.block_diag(*ups)
+        return ups[0] if self.split_rows is None else torch.block_diag(*ups)
 
     def file_weights(self) -> LoRAWeights:
         """The module as files hold it: parts joined, and alpha raised with the rank so that the strength stays."""
@@ -226,13 +230,13 @@ class LoRAModule(AdapterModule):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_idle:
             return self.org_forward(x)
-        multiplier = self.multiplier
-        training, settings = self.training, self.regularisation
-        if training and settings.module_dropout > 0 and torch.rand(()).item() < settings.module_dropout:
-            return self.org_forward(x)
+        training, settings, multiplier = self.training, self.regularisation, self.multiplier
         scale = self.scale if isinstance(multiplier, Tensor) else self.scale * multiplier
-        if training and settings.rank_dropout > 0:
-            scale /= 1 - settings.rank_dropout
+        if training and settings is not PLAIN:
+            if settings.module_dropout > 0 and torch.rand(()).item() < settings.module_dropout:
+                return self.org_forward(x)
+            if settings.rank_dropout > 0:
+                scale /= 1 - settings.rank_dropout
         layer = self.org_module
         if isinstance(layer, nn.Conv2d):
             return self._forward_conv(x, scale)
@@ -248,30 +252,37 @@ class LoRAModule(AdapterModule):
     def _is_plain_frozen_linear(self) -> bool:
         """Whether the layer does what nn.Linear does, so that its product and ours can be one operation."""
         layer = self.org_module
+        forward = type(layer).forward
         return (
-            type(layer).forward in (nn.Linear.forward, StoredLinear.forward)
-            and getattr(self.org_forward, "__func__", None) is type(layer).forward
+            (forward is nn.Linear.forward or forward is StoredLinear.forward)
+            and getattr(self.org_forward, "__func__", None) is forward
             and (isinstance(layer, StoredLinear) or not layer.weight.requires_grad)
-            and (layer.bias is None or not layer.bias.requires_grad)
+            and ((bias := layer.bias) is None or not bias.requires_grad)
         )
 
     def _forward_conv(self, x: Tensor, scale: float) -> Tensor:
         y, layer = self.org_forward(x), self.org_module
         assert isinstance(layer, nn.Conv2d)
-        down = self.down_matrix.reshape(-1, *layer.weight.shape[1:])
+        down, up = self._kernels()
         hidden = layer._conv_forward(x, down, None)  # with the layer's own stride, padding and dilation
         mask = self._mask((x.shape[0], *hidden.shape[2:]), x.device)
         if mask is not None:
             hidden = hidden * mask.movedim(-1, 1).to(hidden.dtype)
-        return torch.add(y, F.conv2d(hidden, self.up_matrix[..., None, None]).to(y.dtype), alpha=scale)
+        return torch.add(y, F.conv2d(hidden, up).to(y.dtype), alpha=scale)
+
+    def _kernels(self) -> tuple[Tensor, Tensor]:
+        """Of a convolution: down [rank, in, height, width] and up [out, rank, 1, 1]."""
+        return self.lora_down.weight, self.lora_up.weight  # type: ignore[return-value]
 
     def _mask(self, rows: Sequence[int], device: torch.device) -> Tensor | None:
         """Factors [*rows, parts * rank] of the values between down and up: dropouts and multipliers of single items.
 
         ``rows`` are the input's dimensions but the last; the first is the batch.
         """
-        ranks, settings = self.lora_dim * self.parts, self.regularisation
-        mask = None
+        settings, mask = self.regularisation, None
+        if settings is PLAIN and not isinstance(self.multiplier, Tensor):
+            return None
+        ranks = self.lora_dim * self.parts
         if self.training and settings.dropout > 0:
             mask = F.dropout(torch.ones(*rows, ranks, device=device), settings.dropout)
         per_item = (rows[0], *(1 for _ in rows[1:]), -1)

@@ -39,7 +39,7 @@ FRONT_END_KEYS = frozenset(
     main_process_port multi_gpu gpu_ids extra_accelerate_launch_args sd3_checkbox flux1_checkbox lumina_checkbox
     LoRA_type LyCORIS_preset LyCORIS model_list stop_text_encoder_training stop_text_encoder_training_pct
     max_resolution train_norm train_on_input folder_name_prefix use_sage_attn use_flash_attn gemma2
-    gemma2_max_token_length system_prompt sample_batch_size byt5 text_encoder fp8_scaled fp8_vl text_encoder_cpu
+    gemma2_max_token_length system_prompt sample_batch_size byt5 text_encoder fp8_vl text_encoder_cpu
     vae_chunk_size split_attn enable_scaled_pos_embed train_text_encoder train_t5xxl diffusers_xformers
     save_n_epoch_type learning_rate_te learning_rate_te1 learning_rate_te2 no_token_padding no_token_frequency
     clip_g sd3_fused_mlp t5xxl_device save_t5xxl save_clip use_pinned_memory lowvram mem_eff_save

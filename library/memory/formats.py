@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from library.memory import scaled
+from library.memory import nf4, scaled
 from library.memory.storage import Storage
 from library.memory.stored_linear import StoredWeight, store
 
 
 def quantise(weight: Tensor, storage: Storage) -> StoredWeight:
     """``weight`` [out, in] in the format. Raises ValueError where values are not finite."""
+    if storage.kind == "nf4":
+        return nf4.quantise(weight)
     if storage.kind == "int8":
         return scaled.quantise(weight, torch.int8, "channel")
     return scaled.quantise(weight, scaled.FP8, storage.granularity)
@@ -19,6 +21,8 @@ def quantise(weight: Tensor, storage: Storage) -> StoredWeight:
 
 def empty(shape: tuple[int, ...], storage: Storage, device: torch.device | str) -> StoredWeight:
     """What ``quantise`` would give for a weight of that shape, with undefined values."""
+    if storage.kind == "nf4":
+        return nf4.empty_nf4(shape, device)
     if storage.kind == "int8":
         return scaled.empty_scaled(shape, device, torch.int8, "channel")
     return scaled.empty_scaled(shape, device, scaled.FP8, storage.granularity)
@@ -26,4 +30,10 @@ def empty(shape: tuple[int, ...], storage: Storage, device: torch.device | str) 
 
 def store_as(layer: nn.Linear, weight: StoredWeight, storage: Storage, compute_dtype: torch.dtype) -> None:
     """Turn ``layer`` into one that keeps ``weight``, which is in the format; see ``store``."""
-    store(layer, weight, scaled.ScaledLinear, compute_dtype)
+    store(layer, weight, nf4.Nf4Linear if storage.kind == "nf4" else scaled.ScaledLinear, compute_dtype)
+
+
+def require(storage: Storage, device: torch.device) -> None:
+    """Raises UserError where the device cannot work with the format."""
+    if storage.kind == "nf4":
+        nf4.require_nf4(device)

@@ -59,7 +59,7 @@ class StoredLinear(nn.Linear, ABC):
 
         Buffers keep their place in memory where the new ones have the same shape.
         """
-        for name, new in vars(self.quantise(weight) if isinstance(weight, Tensor) else weight).items():
+        for name, new in _tensors(self.quantise(weight) if isinstance(weight, Tensor) else weight):
             own = getattr(self, name)
             if new.shape == own.shape and new.dtype == own.dtype:
                 own.copy_(new)
@@ -114,8 +114,13 @@ def store(layer: nn.Linear, weight: Any, kind: type[StoredLinear], compute_dtype
     layer.__class__ = kind
     assert isinstance(layer, StoredLinear)
     layer.compute_dtype = compute_dtype
-    for name, tensor in vars(weight).items():
+    for name, tensor in _tensors(weight):
         layer.register_buffer(name, tensor, persistent=False)
+
+
+def _tensors(weight: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of a stored weight, by the names that they have as buffers."""
+    return [(name, value) for name, value in vars(weight).items() if isinstance(value, Tensor)]
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.devices import empty_cache
+from library.memory.formats import require
 from library.memory.storage import BlocksStoredAs, Storage, StorageDtype
 from library.models.attention import AttentionBackend, require_backend
 from library.models.fingerprint import fingerprint
@@ -240,9 +241,14 @@ class Pipeline(ABC, Generic[Request]):
             empty_cache(self.device)
 
     def require_storable(self) -> None:
-        """Raises UserError when a part is to be stored in fp8 whose file holds another kind of 8-bit floats."""
+        """Raises UserError when a part is to be stored in a format that the device or the part's file does not allow.
+
+        Fp8 cannot be made of a file that holds another kind of 8-bit floats.
+        """
         for part in self.parts:
             storage = self._storage(part)
+            if storage is not None:
+                require(storage, self.device)
             if storage is not None and storage.kind == "fp8":
                 self.opened(part).source.require_e4m3fn()
 

@@ -11,6 +11,8 @@ from library.training.run_options import ModelOptions, PrecisionOptions
 if TYPE_CHECKING:
     import torch
 
+    from library.memory.storage import Storage
+
 
 def part_dtypes(
     model: ModelOptions, precision: PrecisionOptions, compute: torch.dtype, denoiser: str, encoders: Iterable[str]
@@ -19,8 +21,20 @@ def part_dtypes(
     from library.memory.storage import BlocksStoredAs
 
     dtypes: dict[Any, Any] = {"autoencoder": parse_dtype("fp32")} if model.no_half_vae else {}
-    if precision.fp8_base or precision.fp8_base_unet:
-        dtypes[denoiser] = BlocksStoredAs(compute)
+    storage = denoiser_storage(precision)
+    if storage is not None:
+        dtypes[denoiser] = BlocksStoredAs(compute, storage)
     if precision.fp8_base and not precision.fp8_base_unet:
         dtypes |= {encoder: BlocksStoredAs(compute) for encoder in encoders}
     return dtypes
+
+
+def denoiser_storage(precision: PrecisionOptions) -> Storage | None:
+    """How the weights of the denoiser's blocks are stored; None as tensors."""
+    from library.memory.storage import FP8_BY_TENSOR, Storage
+
+    if precision.base_format is not None:
+        return Storage(precision.base_format)
+    if precision.fp8_scaled:
+        return Storage("fp8", precision.fp8_scaled_granularity)
+    return FP8_BY_TENSOR if precision.fp8_base or precision.fp8_base_unet else None

@@ -67,6 +67,12 @@ class PrecisionOptions:
     """Keep the frozen base model in 8-bit floats."""
     fp8_base_unet: bool = False
     """Keep only the frozen U-Net or transformer in 8-bit floats."""
+    fp8_scaled: bool = False
+    """Keep the frozen U-Net or transformer in 8-bit floats with finer scales; text encoders follow --fp8_base."""
+    fp8_scaled_granularity: Literal["tensor", "channel", "block"] = "block"
+    """What has a scale of its own with --fp8_scaled: a weight, an output channel, or 64 inputs of one (block)."""
+    base_format: Literal["int8", "nf4"] | None = None
+    """Keep the frozen U-Net or transformer in 8-bit integers, or in 4 bits (bitsandbytes' normal floats)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them."""
     cpu_offload_checkpointing: bool = False
@@ -160,8 +166,14 @@ def check_precision(options: PrecisionOptions) -> None:
         raise UserError("--full_fp16 needs --mixed_precision fp16.")
     if options.full_bf16 and options.mixed_precision != "bf16":
         raise UserError("--full_bf16 needs --mixed_precision bf16.")
-    if (options.fp8_base or options.fp8_base_unet) and options.mixed_precision == "no":
-        raise UserError("--fp8_base needs --mixed_precision fp16 or bf16.")
+    for name in ("fp8_base", "fp8_base_unet", "fp8_scaled", "base_format"):
+        if getattr(options, name) and options.mixed_precision == "no":
+            raise UserError(f"--{name} needs --mixed_precision fp16 or bf16.")
+    for name in ("fp8_base_unet", "fp8_scaled"):
+        if options.base_format is not None and getattr(options, name):
+            raise UserError(
+                f"--base_format and --{name} are mutually exclusive: both say how the U-Net or transformer is kept."
+            )
 
 
 COMPILERS = {"tensort": "tensorrt"}

@@ -41,6 +41,8 @@ def unused_options(options: Any) -> list[tuple[str, Sequence[str]]]:
 def _precision(precision: PrecisionOptions) -> Iterator[Rule]:
     compiles = precision.torch_compile
     yield precision.fp8_base_unet, "beside --fp8_base_unet", ["fp8_base"]
+    yield precision.fp8_scaled and not precision.fp8_base, "beside --fp8_scaled", ["fp8_base_unet"]
+    yield not precision.fp8_scaled, "without --fp8_scaled", ["fp8_scaled_granularity"]
     yield not precision.gradient_checkpointing, "without --gradient_checkpointing", ["cpu_offload_checkpointing"]
     yield not compiles and precision.dynamo_backend != "no", "without --torch_compile", ["dynamo_backend"]
     yield compiles and precision.dynamo_backend == "no", "with --dynamo_backend no", ["torch_compile"]

@@ -1,0 +1,107 @@
+"""Frozen Linear weights in 4 bits: the normal floats (NF4) of bitsandbytes, with a scale for 64 weights.
+
+Each group of 64 weights, row after row, is divided by its largest absolute weight; a code is the nearest of sixteen
+numbers that are quantiles of a normal distribution. Scales are kept as bfloat16. bitsandbytes does the rounding and the
+way back. Format: https://arxiv.org/abs/2305.14314.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.memory.stored_linear import StoredLinear
+
+BLOCK = 64
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that bitsandbytes takes and gives."""
+
+
+def _bitsandbytes() -> Any:
+    # On some CPUs its import warns about a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
+@dataclass(frozen=True)
+class Nf4Weight:
+    """A weight [out, in]: ``codes`` uint8 [n, 1] with two in a byte, ``absmax`` bfloat16 [n] of 64 weights each."""
+
+    codes: Tensor
+    absmax: Tensor
+    shape: torch.Size
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The weight in ``dtype``, in memory of its own."""
+        functional = _bitsandbytes()
+        state = functional.QuantState(
+            absmax=self.absmax.float(),
+            shape=self.shape,
+            dtype=dtype if dtype in COMPUTED else torch.float32,
+            blocksize=BLOCK,
+            quant_type="nf4",
+        )
+        return functional.dequantize_4bit(self.codes, state).to(dtype)
+
+
+def quantise(weight: Tensor) -> Nf4Weight:
+    """``weight`` [out, in] in 4 bits. Not a number and infinity raise ValueError."""
+    weight = weight.detach()
+    weight = weight if weight.dtype in COMPUTED else weight.float()
+    codes, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    if not (torch.isfinite(state.absmax).all() and torch.isfinite(weight).all()):
+        raise ValueError("the weight has values that are not finite")
+    return Nf4Weight(codes, state.absmax.bfloat16(), weight.shape)
+
+
+def empty_nf4(shape: tuple[int, ...], device: torch.device | str) -> Nf4Weight:
+    """What ``quantise`` would give for a weight of that shape, with undefined values."""
+    count = math.prod(shape)
+    codes = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-count // BLOCK), dtype=torch.bfloat16, device=device)
+    return Nf4Weight(codes, absmax, torch.Size(shape))
+
+
+class Nf4Linear(StoredLinear):
+    """A frozen ``nn.Linear`` whose weight is an ``Nf4Weight``."""
+
+    bulk: ClassVar[tuple[str, ...]] = ("codes",)
+    codes: Tensor
+    absmax: Tensor
+
+    @property
+    def stored_weight(self) -> Nf4Weight:
+        """The weight as it lies in memory."""
+        return Nf4Weight(self.codes, self.absmax, torch.Size((self.out_features, self.in_features)))
+
+    def quantise(self, weight: Tensor) -> Nf4Weight:
+        """``weight`` in 4 bits."""
+        return quantise(weight)
+
+
+def require_nf4(device: torch.device) -> None:
+    """Raises UserError where bitsandbytes cannot work with 4 bits on the device."""
+    try:
+        tried = torch.zeros(1, BLOCK, dtype=torch.bfloat16, device=device)
+        quantise(tried).to(torch.bfloat16)
+    except ImportError as error:
+        raise UserError(
+            f"--base_format nf4 needs the package bitsandbytes, which cannot be imported: {error}."
+        ) from None
+    except (NotImplementedError, RuntimeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"--base_format nf4: bitsandbytes has no 4-bit kernels for the device {device.type} "
+            f"({_first_line(error)}); use --base_format int8 or --fp8_scaled."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100].rstrip(".")

@@ -122,6 +122,8 @@ class ComputingOptions:
     """The same for T5-XXL; unset means --dtype."""
     flux_dtype: str | None = None
     """The same for the transformer; unset means --dtype."""
+    fp8_scaled: bool = False
+    """Keep the transformer in 8-bit floats with a scale for each 64 inputs: more exact than fp8, 3 % larger."""
     device: str | None = None
     """Device (cuda, cuda:1, cpu); unset means the accelerator where there is one."""
     attn_mode: Literal["sdpa", "split", "xformers", "flash"] = "sdpa"
@@ -193,7 +195,8 @@ class FluxInference(InferenceRun):
             "clip_l": ("--clip_l_dtype", computing.clip_l_dtype),
             "t5xxl": ("--t5xxl_dtype", computing.t5xxl_dtype),
         }
-        dtypes, self.noise_dtype = resolve_part_dtypes(computing.dtype, names)
+        scaled = ("transformer",) if computing.fp8_scaled else ()
+        dtypes, self.noise_dtype = resolve_part_dtypes(computing.dtype, names, scaled)
         for part, like in (("controlnet", "transformer"), ("autoencoder", "autoencoder")):  # neither is kept in 8 bits
             dtypes[part] = PartDtype(dtypes[like].compute, dtypes[like].compute)
         return dtypes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,16 +24,22 @@ class PartDtype:
 
 
 def resolve_part_dtypes(
-    dtype: str, own: Mapping[str, tuple[str, str | None]]
+    dtype: str, own: Mapping[str, tuple[str, str | None]], scaled: Collection[str] = ()
 ) -> tuple[dict[str, PartDtype], torch.dtype]:
     """The dtypes of each part, and the one that noise is drawn in.
 
-    ``own``: option and name by part; a name that is None means ``dtype``. A part in 8 bits computes in bfloat16, and
-    then noise is drawn in float32, as kohya-ss/sd-scripts does. Raises UserError for an unknown name.
+    ``own``: option and name by part; a name that is None means ``dtype``. A part in fp8 computes in bfloat16; those in
+    ``scaled`` compute in their dtype and are kept in fp8 with a scale for 64 inputs. With either, noise is drawn in
+    float32, as kohya-ss/sd-scripts does for fp8. Raises UserError for an unknown name.
     """
     import torch
 
+    from library.memory.storage import BlocksStoredAs, Storage
+
     dtypes = {part: _part_dtype(name or dtype, option if name else "--dtype") for part, (option, name) in own.items()}
+    for part in scaled:
+        compute = dtypes[part].compute
+        dtypes[part] = PartDtype(BlocksStoredAs(compute, Storage("fp8", "block")), compute)
     base = parse_dtype(dtype, "--dtype")
     has_fp8 = is_fp8(base) or any(part.stored != part.compute for part in dtypes.values())
     return dtypes, torch.float32 if has_fp8 else base

@@ -82,6 +82,11 @@ class Nf4Linear(StoredLinear):
         """The weight as it lies in memory."""
         return Nf4Weight(self.codes, self.absmax, torch.Size((self.out_features, self.in_features)))
 
+    @property
+    def format_name(self) -> str:
+        """nf4."""
+        return "nf4"
+
     def quantise(self, weight: Tensor) -> Nf4Weight:
         """``weight`` in 4 bits."""
         return quantise(weight)

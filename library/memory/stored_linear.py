@@ -44,6 +44,11 @@ class StoredLinear(nn.Linear, ABC):
     def stored_weight(self) -> Any:
         """The weight as it lies in memory, a ``StoredWeight`` whose tensors are named as the layer's buffers."""
 
+    @property
+    def format_name(self) -> str:
+        """The name of the format, by default that of the dtype of its codes."""
+        return str(getattr(self, self.bulk[0]).dtype).removeprefix("torch.")
+
     @abstractmethod
     def quantise(self, weight: Tensor) -> Any:
         """A tensor [out, in] in this layer's form, a ``StoredWeight``."""
@@ -154,6 +159,13 @@ def matmul_t(layer: nn.Linear, grad: Tensor) -> Tensor:
 def _weight_as(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     weight = layer.weight
     return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+def device_of(layer: nn.Linear | nn.Conv2d) -> torch.device:
+    """The device on which a layer computes: that of what stays there of a stored weight."""
+    if isinstance(layer, StoredLinear):
+        return next(buffer for name, buffer in layer.named_buffers() if name not in layer.bulk).device
+    return layer.weight.device
 
 
 def stored_weight(layer: nn.Linear | nn.Conv2d) -> StoredWeight:

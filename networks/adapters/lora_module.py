@@ -327,11 +327,11 @@ class LoRAModule(AdapterModule):
     def _perturbation(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x @ P^T with normal P whose rows are the larger, the larger the weights and the steeper the loss."""
         assert self.combined_norms is not None and self.grad_norms is not None
-        settings, layer = self.regularisation, self.org_module
+        settings = self.regularisation
         sigma, beta = settings.ggpo_sigma or 0.0, settings.ggpo_beta or 0.0
         deviation = sigma * self.combined_norms.to(x.device) + beta * self.grad_norms.to(x.device).square()
         deviation = deviation / math.sqrt(len(deviation))
-        noise = torch.randn(len(deviation), layer.weight[0].numel(), device=x.device, dtype=dtype)
+        noise = torch.randn(len(deviation), self.down_matrix.shape[1], device=x.device, dtype=dtype)
         return F.linear(x.to(dtype), noise) * deviation.to(dtype)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import nn
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.families import Family
+from library.memory.stored_linear import device_of
 from networks.adapters.adapter_module import AdapterModule
 from networks.adapters.adapter_network import AdapterNetwork
 from networks.lora_tools.named_lora import NamedLoRA
@@ -88,7 +89,7 @@ class NetworkStack:
                 place.module.merge()
                 place.module.transfer(place.meta_module)
             else:
-                place.module.to(layer.weight.device)
+                place.module.to(device_of(layer))
                 place.module.apply_to()
 
     def leave(self, part: str) -> None:

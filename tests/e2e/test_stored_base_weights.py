@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from library.memory import formats
-from library.memory.storage import Storage, block_linears
+from library.memory.storage import BlocksStoredAs, Storage, block_linears
 from library.memory.stored_linear import StoredLinear
 from library.models.flux.checkpoint import open_transformer
+from library.models.loading import LoadSpec
 from tests.running import no_weights_are_read, run_in_process, train
 
 OPTIONS = {
@@ -30,7 +31,18 @@ CACHED = ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_un
 def given(flux_command, dataset_toml) -> list[object]:
     """A command line of four steps in bfloat16, on cached images and captions, but for the output folder."""
     words = [*flux_command, *CACHED, "--mixed_precision", "bf16", "--dataset_config", dataset_toml()]
-    return [*words, "--seed", "3", "--max_train_steps", "4", "--max_data_loader_n_workers", "0", "--no_report"]
+    return [
+        *words,
+        "--seed",
+        "3",
+        "--max_train_steps",
+        "4",
+        "--max_data_loader_n_workers",
+        "0",
+        "--no_report",
+        "--output_name",
+        "lora",
+    ]
 
 
 @pytest.fixture
@@ -49,7 +61,7 @@ def rounded(tiny_flux, tmp_path):
 
 
 def lora(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "last.safetensors")
+    return load_file(folder / "lora.safetensors")
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -72,5 +84,95 @@ def test_a_lora_is_to_the_bit_that_of_the_rounded_weights(given, rounded, tmp_pa
     plain[plain.index("--pretrained_model_name_or_path") + 1] = rounded(OPTIONS[options])
     train("flux", *plain)
     assert_equal(lora(tmp_path / "stored"), lora(tmp_path / "plain"))
-    images = [next((tmp_path / name / "sample").glob("*.png")).read_bytes() for name in ("stored", "plain")]
-    assert len(images[0]) > 0
+    images = [Image.open(next((tmp_path / name / "sample").glob("*.png"))).tobytes() for name in ("stored", "plain")]
+    assert images[0] == images[1]
+
+
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        ("networks.oft_flux --network_args enable_all_linear=True", "--base_format nf4"),
+        ("networks.lora_flux --network_args ggpo_sigma=0.03 ggpo_beta=0.01", "--base_format int8"),
+        ("lycoris.kohya --network_args algo=loha", "--fp8_scaled"),
+        ("lycoris.kohya --network_args algo=lora dora_wd=True", "--base_format nf4"),
+    ],
+    ids=["oft", "ggpo", "loha", "dora"],
+)
+def test_so_is_every_other_network(given, rounded, tmp_path, network, options):
+    """Also those that look at the weights themselves."""
+    if "lycoris" in network:
+        pytest.importorskip("lycoris.kohya", reason="lycoris-lora is in requirements-dev.txt")
+    words = [*given, "--network_module", *network.split(), "--learning_rate", "1e-2", "--max_train_steps", "2"]
+    train("flux", *words, *options.split(), "--output_dir", tmp_path / "stored")
+    words[words.index("--pretrained_model_name_or_path") + 1] = rounded(OPTIONS[options])
+    train("flux", *words, "--output_dir", tmp_path / "plain")
+    stored, plain = lora(tmp_path / "stored"), lora(tmp_path / "plain")
+    assert stored.keys() == plain.keys()
+    assert all(torch.equal(stored[name], plain[name]) for name in stored)
+
+
+@pytest.mark.parametrize("options", ["--fp8_scaled", "--base_format nf4"])
+def test_a_lora_is_merged_into_the_base_model_beforehand_and_a_run_is_resumed(given, tiny_flux, tmp_path, options):
+    """--base_weights: the sum of rounded weight and LoRA is rounded again. Then two steps and two more are four."""
+    train("flux", *given, "--learning_rate", "1", "--optimizer_type", "SGD", "--output_dir", tmp_path / "first")
+    base = ["--base_weights", tmp_path / "first" / "lora.safetensors", *options.split(), "--save_state"]
+    words = [*given, *base, "--save_every_n_steps", "2"]
+    trainer = train("flux", *words, "--output_dir", tmp_path / "whole")
+    delta, storage = lora(tmp_path / "first"), OPTIONS[options]
+    original = load_file(tiny_flux.transformer)
+    transformer, seen = trainer.pipeline.load_transformer(), 0
+    for name, layer in transformer.named_modules():
+        if not isinstance(layer, StoredLinear):
+            continue
+        key = f"lora_unet_{name.replace('.', '_')}"
+        before, after = original[f"{name}.weight"], layer.dense(torch.float32)
+        unmerged = formats.quantise(before, storage).to(torch.float32)
+        if f"{key}.alpha" not in delta:
+            assert torch.equal(after, unmerged)
+            continue
+        down, up = delta[f"{key}.lora_down.weight"], delta[f"{key}.lora_up.weight"]
+        change = up @ down * (delta[f"{key}.alpha"] / len(down))
+        expected = formats.quantise(unmerged.bfloat16().float() + change, storage).to(torch.float32)
+        assert (after != expected).float().mean() < 0.01  # a sum in another order may round to the next code
+        seen += 1
+    assert seen > 10
+    state = tmp_path / "whole" / "lora-step00000002-state"
+    train("flux", *words, "--resume", state, "--output_dir", tmp_path / "resumed")
+    assert_equal(lora(tmp_path / "resumed"), lora(tmp_path / "whole"))
+
+
+# ---- before anything is loaded ---------------------------------------------------------------------------------------
+
+
+FORMATS = {"--base_format int8": "int8", "--base_format nf4": "nf4"}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_dry_run_plans_the_memory_that_is_then_used_and_reads_no_weights(given, tiny_flux, tmp_path, options):
+    with no_weights_are_read():
+        done = run_in_process("flux_train_network.py", *given, "--dry_run", *options.split(), "--output_dir", tmp_path)
+    assert done.returncode == 0 and "All checks passed" in done.stderr and "unknown" not in done.stderr
+    layers = BlocksStoredAs(torch.bfloat16, OPTIONS[options])
+    loaded = open_transformer(tiny_flux.transformer).load(LoadSpec.of(layers))
+    size = sum(t.numel() * t.element_size() for t in (*loaded.parameters(), *loaded.buffers()))
+    values = sum(value.numel() for value in load_file(tiny_flux.transformer).values())
+    (line,) = [line.split() for line in done.stderr.splitlines() if line.startswith("    transformer ")]
+    kind, kib = FORMATS.get(options, "float8_e4m3fn"), f"{size / 1024:.0f}"
+    assert line == ["transformer", f"{values:,}", "parameters", kind, kib, "KiB"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--fp8_scaled --mixed_precision no", "--fp8_scaled needs --mixed_precision fp16 or bf16."),
+        ("--base_format nf4 --mixed_precision no", "--base_format needs --mixed_precision fp16 or bf16."),
+        ("--base_format int8 --fp8_scaled", "--base_format and --fp8_scaled are mutually exclusive: both say how"),
+        ("--base_format nf4 --fp8_base_unet", "--base_format and --fp8_base_unet are mutually exclusive: both say how"),
+        ("--base_format int4", "--base_format must be one of int8, nf4, not 'int4'."),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(given, tmp_path, options, sentence):
+    with no_weights_are_read():
+        done = run_in_process("flux_train_network.py", *given, *options.split(), "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

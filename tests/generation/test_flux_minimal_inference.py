@@ -155,6 +155,16 @@ def test_eight_bits_take_half_the_memory_and_draw_nearly_the_same(inference, pla
     assert {p.dtype for p in run.pipeline.modules["transformer"].parameters()} == {torch.bfloat16}
 
 
+def test_scaled_fp8_is_the_transformers_alone_and_is_nearer_still(inference, plain):
+    run = inference("--seed", 3, "--fp8_scaled")
+    assert run.noise_dtype == torch.float32
+    actual = latents(run)
+    assert torch.nn.functional.cosine_similarity(actual.flatten(), plain.flatten(), dim=0) > 0.99
+    layer = run.pipeline.modules["transformer"].single_blocks[0].linear2
+    assert layer.stored_weight.granularity == "block" and layer.compute_dtype == torch.float32
+    assert run.dtypes["t5xxl"].stored == torch.float32
+
+
 def test_other_eight_bit_formats_are_named_and_kept_as_e4m3fn(inference, caplog):
     run = inference("--flux_dtype", "fp8_e5m2")
     assert "--flux_dtype fp8_e5m2: weights are kept as float8_e4m3fn" in caplog.text

@@ -73,10 +73,12 @@ def names(arguments: str) -> list[str]:
         ),
         (
             "--torch_compile --dynamo_backend no --mixed_precision bf16 --fp8_base --fp8_base_unet"
+            " --fp8_scaled_granularity tensor"
             " --mem_eff_attn --sdpa --max_train_epochs 2 --max_train_steps 5 --initial_step 2 --initial_epoch 3",
             {
                 "with --dynamo_backend no": "--torch_compile",
                 "beside --fp8_base_unet": "--fp8_base",
+                "without --fp8_scaled": "--fp8_scaled_granularity",
                 "beside --mem_eff_attn": "--sdpa",
                 "beside --max_train_epochs": "--max_train_steps",
                 "beside --initial_step": "--initial_epoch",
@@ -106,10 +108,12 @@ def names(arguments: str) -> list[str]:
         ),
         (
             "--no_metadata --training_comment x --metadata_title y --save_state --save_last_n_epochs_state 2"
+            " --mixed_precision bf16 --fp8_scaled --fp8_base_unet"
             " --network_train_unet_only --text_encoder_lr 1e-4"
             " --dim_from_weights --network_weights TMP/w.safetensors --network_dim 8 --network_alpha 4",
             {
                 "with --no_metadata": "--training_comment",
+                "beside --fp8_scaled": "--fp8_base_unet",
                 "without --save_every_n_epochs": "--save_last_n_epochs_state",
                 "with --network_train_unet_only": "--text_encoder_lr",
                 "with --dim_from_weights": "--network_dim --network_alpha",

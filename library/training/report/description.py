@@ -64,10 +64,18 @@ def dtype_name(dtype: Any) -> str:
 
 
 def part_facts(name: str, module: nn.Module) -> PartFacts:
-    """A loaded part of the base model; what is stored in buffers (8-bit weights) counts too."""
+    """A loaded part of the base model; weights in a storage format count as the numbers that they stand for."""
+    from library.memory.stored_linear import StoredLinear
+
     bytes_of: Counter[str] = Counter()
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     count = 0
-    for tensor in {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values():
+    for layer in module.modules():
+        if isinstance(layer, StoredLinear):
+            count += layer.in_features * layer.out_features
+            stored = [tensors.pop(id(buffer)) for buffer in layer.buffers()]
+            bytes_of[layer.format_name] += sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    for tensor in tensors.values():
         count += tensor.numel()
         bytes_of[dtype_name(tensor.dtype)] += tensor.numel() * tensor.element_size()
     most = max(bytes_of, key=lambda dtype: bytes_of[dtype], default="")

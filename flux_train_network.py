@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from library.models.pipeline import ImageRequest
 
 
+SPLIT_MODE = 18
+"""``--blocks_to_swap`` of ``--split_mode``."""
+
+
 @dataclass
 class FluxOptions:
     """FLUX.1"""
@@ -63,10 +67,8 @@ class FluxOptions:
     """Caption length in T5 tokens; unset means 512, and 256 for schnell."""
     apply_t5_attn_mask: bool = False
     """Hide the padding of captions from T5 and from the transformer; always on for Chroma."""
-    blocks_to_swap: int | None = None
-    """Transformer blocks kept in CPU memory (not yet available)."""
     split_mode: bool = False
-    """Deprecated; use --blocks_to_swap."""
+    """Deprecated; the same as --blocks_to_swap 18."""
 
 
 @dataclass
@@ -106,6 +108,17 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
+    def check_options(self) -> None:
+        """As for every family; ``--split_mode`` is what it stands for."""
+        streaming = self.options.streaming
+        if self.options.flux.split_mode:
+            warn("--split_mode is deprecated; use --blocks_to_swap.")
+            if streaming.blocks_to_swap is None:
+                streaming.blocks_to_swap = SPLIT_MODE
+            else:
+                self.report_unused(["split_mode"], "beside --blocks_to_swap")
+        super().check_options()
+
     def check_family_options(self) -> None:
         """Forbidden combinations, and options without effect."""
         options, flux = self.options, self.options.flux
@@ -116,8 +129,6 @@ class FluxNetworkTrainer(NetworkTrainer):
                 "T5-XXL is trained (by train_t5xxl=True, or because the file of --dim_from_weights holds it), so that "
                 "captions are encoded at every step; leave out --cache_text_encoder_outputs."
             )
-        if flux.blocks_to_swap and options.precision.cpu_offload_checkpointing:
-            raise UserError("--blocks_to_swap and --cpu_offload_checkpointing are mutually exclusive.")
         if flux.t5xxl_max_token_length is not None and flux.t5xxl_max_token_length < 1:
             raise UserError("--t5xxl_max_token_length must be at least 1.")
         self.say_what_has_no_effect()
@@ -147,14 +158,8 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     def say_what_has_no_effect(self) -> None:
         """One line for each reason why given options change nothing for FLUX.1."""
-        flux = self.options.flux
         if not self.takes_control_images:
             self.report_unused(["controlnet_mode"], "without --controlnet_model_name_or_path")
-        if flux.split_mode:
-            warn("--split_mode is deprecated; use --blocks_to_swap.")
-        if flux.blocks_to_swap or flux.split_mode:
-            say("--blocks_to_swap has no effect yet: all blocks stay on the device")
-            self.no_effect += [name for name in ("blocks_to_swap", "split_mode") if getattr(flux, name)]
         if not self.options.noise.ip_noise_gamma:
             self.report_unused(["ip_noise_gamma_random_strength"], "without --ip_noise_gamma")
         for reason, names in unused_flow_options(self.options.flow):

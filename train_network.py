@@ -54,6 +54,7 @@ from library.training.report.wording import end_lines, start_lines
 from library.training.run_facts import RunFacts
 from library.training.run_options import memory_plan
 from library.training.step_loss import StepLoss
+from library.training.streaming import stream_blocks
 from library.training.text_conditioning import TextConditioning
 from library.training.tracking import Tracker, learning_rate_scalars, norm_scalars
 from library.training.training_options import TrainingOptions
@@ -225,6 +226,9 @@ class NetworkTrainer(FamilyHooks):
         options = self.options
         self.pipeline = self.make_pipeline(parts)
         self.pipeline.require_storable()
+        self.pipeline.plan = memory_plan(options.precision)
+        if options.streaming.blocks_to_swap and self.pipeline.denoiser in self.pipeline.parts:
+            say(stream_blocks(self.pipeline, options.streaming))
         self.pipeline.kept = set(self.pipeline.parts) if options.model.highvram else self.control_parts()
         self.objective = self.make_objective()
         opened, latents, texts = set(self.pipeline.parts), None, None
@@ -278,14 +282,10 @@ class NetworkTrainer(FamilyHooks):
 
     def load_models(self) -> None:
         """Load the frozen transformer and what control images need; other parts come when they are first used."""
-        from library.memory.apply import apply_memory_plan
-
         with self.load_in_turn():
             transformer = self.pipeline.load_transformer()
         transformer.requires_grad_(False)
         transformer.eval()
-        plan = memory_plan(self.options.precision, compiles=not self.options.preflight.dry_run)
-        self.memory = apply_memory_plan(self.pipeline.block_lists(), plan)
         for part in sorted(self.control_parts()):
             with self.load_in_turn():
                 self.pipeline.load(part)
@@ -342,7 +342,6 @@ class NetworkTrainer(FamilyHooks):
             plan=self.plan,
             progress=self.progress,
             pipeline=self.pipeline,
-            memory=self.memory,
             network=self.network,
             optimization=self.optimization,
             outputs=self.outputs,

@@ -22,14 +22,14 @@ def computing_in(device: torch.device, dtype: torch.dtype) -> contextlib.Abstrac
 class Parts:
     """Loads a pipeline's parts when their work comes; with ``offload``, parts that do not work are on the CPU.
 
-    ``on_load(part, module)`` and ``on_move(part, device)`` are for what belongs to a part without being in it.
+    ``on_load(part, module, device)`` and ``on_move(part, device)`` are for what belongs to a part without being in it.
     """
 
     def __init__(
         self,
         pipeline: Any,
         offload: bool,
-        on_load: Callable[[str, Any], None],
+        on_load: Callable[[str, Any, Any], None],
         on_move: Callable[[str, Any], None],
     ):
         self.pipeline = pipeline
@@ -55,7 +55,7 @@ class Parts:
     def _load(self, part: str) -> None:
         self.pipeline.load(part)
         try:
-            self.on_load(part, self.pipeline.modules[part])
+            self.on_load(part, self.pipeline.modules[part], self.pipeline.device)
         except BaseException:  # Ctrl-C too: a session must not continue with a part that is only half prepared
             self.pipeline.release(part)
             raise

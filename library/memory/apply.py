@@ -2,20 +2,22 @@
 
 A block is a module that gets every tensor that it needs as an argument. Its ``forward`` is replaced on the instance, as
 LoRA modules do with layers; so it works with any model, also one of a library, and no module, parameter or name
-changes. Around the block's own forward lie, from inside to outside: compilation, checkpointing. What moves weights to
-where they are needed belongs between the two, so that it also runs when a block is computed again.
+changes. Around the block's own forward lie, from inside to outside: compilation, streaming, checkpointing; so streaming
+stays out of compiled code and also serves a block that is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from library.memory.checkpointing import checkpointed
 from library.memory.compiling import compiled_forwards
 from library.memory.plan import MemoryPlan
+from library.memory.streaming import BlockStream
 
 
 class AppliedPlan:
@@ -25,6 +27,8 @@ class AppliedPlan:
         self.plan = plan
         self.replaced: list[tuple[nn.Module, Callable[..., Any], Any]] = []
         """Each block, its forward now, and the one of the instance before (None: it had only that of its class)."""
+        self.stream: BlockStream | None = None
+        """The streamed blocks, if there are any."""
 
     def replace(self, block: nn.Module, forward: Callable[..., Any]) -> None:
         """Give ``block`` another forward until ``remove``."""
@@ -41,6 +45,9 @@ class AppliedPlan:
             else:
                 block.forward = before  # type: ignore[method-assign]
         self.replaced.clear()
+        if self.stream is not None:
+            self.stream.remove()
+            self.stream = None
 
     def __enter__(self) -> AppliedPlan:
         return self
@@ -49,15 +56,29 @@ class AppliedPlan:
         self.remove()
 
 
-def apply_memory_plan(block_lists: Mapping[str, Iterable[nn.Module]], plan: MemoryPlan) -> AppliedPlan:
-    """Put ``plan`` on the blocks, list by list as ``Pipeline.block_lists`` gives them."""
+def apply_memory_plan(
+    block_lists: Mapping[str, Sequence[nn.Module]], plan: MemoryPlan, device: torch.device | str = "cpu"
+) -> AppliedPlan:
+    """Put ``plan`` on the blocks, list by list as ``Pipeline.block_lists`` gives them.
+
+    Streamed blocks work on ``device``. Raises ValueError when their weights are trained.
+    """
     blocks = [block for blocks in block_lists.values() for block in blocks]
     forwards = [block.forward for block in blocks]
     if plan.compiler is not None:
         forwards = compiled_forwards(blocks, plan.compiler)
+    applied = AppliedPlan(plan)
+    if plan.streaming is not None:
+        streamed = [block_lists[name][index] for name, index in plan.streaming.places]
+        stream = BlockStream(streamed, torch.device(device), plan.streaming.slots, plan.streaming.pinned)
+        applied.stream = stream
+        ranks = {id(block): rank for rank, block in enumerate(streamed)}
+        forwards = [
+            stream.streamed(ranks[id(block)], forward) if id(block) in ranks else forward
+            for block, forward in zip(blocks, forwards)
+        ]
     if plan.checkpointing:
         forwards = [checkpointed(forward, plan.offload_inputs) for forward in forwards]
-    applied = AppliedPlan(plan)
     for block, forward in zip(blocks, forwards):
         if forward != block.forward:
             applied.replace(block, forward)

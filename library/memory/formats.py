@@ -28,6 +28,13 @@ def empty(shape: tuple[int, ...], storage: Storage, device: torch.device | str) 
     return scaled.empty_scaled(shape, device, scaled.FP8, storage.granularity)
 
 
+def bulk_bytes(shape: tuple[int, ...], storage: Storage) -> int:
+    """Bytes of a weight of that shape in the format, but for its scales."""
+    kind = nf4.Nf4Linear if storage.kind == "nf4" else scaled.ScaledLinear
+    weight = empty(shape, storage, "meta")
+    return sum(getattr(weight, name).nbytes for name in kind.bulk)
+
+
 def store_as(layer: nn.Linear, weight: StoredWeight, storage: Storage, compute_dtype: torch.dtype) -> None:
     """Turn ``layer`` into one that keeps ``weight``, which is in the format; see ``store``."""
     store(layer, weight, nf4.Nf4Linear if storage.kind == "nf4" else scaled.ScaledLinear, compute_dtype)

@@ -6,6 +6,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Streaming:
+    """Blocks whose weights wait in host memory and come to the device when they work."""
+
+    places: tuple[tuple[str, int], ...]
+    """(list of blocks, index in it), in the order in which they run."""
+    slots: int = 2
+    """Blocks that the device has memory for at a time."""
+    pinned: bool = True
+    """Whether the host memory is pinned, if the system allows it."""
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """By default, nothing is done."""
 
@@ -15,3 +27,5 @@ class MemoryPlan:
     """With ``checkpointing``: keep those inputs in system RAM."""
     compiler: str | None = None
     """The backend of ``torch.compile`` that compiles each block when it is first called; None compiles nothing."""
+    streaming: Streaming | None = None
+    """Blocks that are streamed, if any."""

@@ -161,13 +161,6 @@ def _weight_as(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype == dtype else weight.to(dtype)
 
 
-def device_of(layer: nn.Linear | nn.Conv2d) -> torch.device:
-    """The device on which a layer computes: that of what stays there of a stored weight."""
-    if isinstance(layer, StoredLinear):
-        return next(buffer for name, buffer in layer.named_buffers() if name not in layer.bulk).device
-    return layer.weight.device
-
-
 def stored_weight(layer: nn.Linear | nn.Conv2d) -> StoredWeight:
     """A layer's weight as it lies in memory; ``.to(dtype)`` gives the numbers."""
     return layer.stored_weight if isinstance(layer, StoredLinear) else layer.weight

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.checkpoints import Checkpoint
 from library.errors import UserError
-from library.memory.formats import empty, quantise, store_as
+from library.memory.formats import bulk_bytes, empty, quantise, store_as
 from library.memory.scaled import FP8, ScaledWeight, by_scale
 from library.memory.storage import BlocksStoredAs, Storage, StorageDtype, block_linears
 from library.memory.stored_linear import StoredWeight
@@ -382,10 +382,7 @@ def load_module(
                 f'{source.checkpoint.label}: tensor "{name}" is {str(stored).removeprefix("torch.")}, but weights must '
                 "be floating-point numbers; use the float32, float16, bfloat16 or fp8 version."
             )
-    stored_layers: dict[str, nn.Linear] = {}
-    if spec.storage is not None:
-        layers = block_linears(module, getattr(module, "kept_dense", ()))
-        stored_layers = {f"{name}.weight": layer for name, layer in layers.items()}
+    stored_layers = _stored_layers(module, spec)
     state = {}
     with torch.no_grad():
         for name in places:
@@ -397,6 +394,32 @@ def load_module(
                 state[name] = source.load(name, dtype, spec.place(name))
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False).eval()
+
+
+def loaded_bytes(
+    module: nn.Module, source: TensorSource, spec: LoadSpec, kept_in_float32: Collection[str] = ()
+) -> dict[str, int]:
+    """The bytes that each tensor takes after ``load_module`` with the same arguments, by name.
+
+    Of a weight in a storage format, the bulk counts, without its scales.
+    """
+    sizes = {}
+    stored = _stored_layers(module, spec)
+    for name, place in module.state_dict(keep_vars=True).items():
+        dtype = torch.float32 if name.endswith(tuple(kept_in_float32)) else spec.compute
+        if name in stored and spec.storage is not None:
+            sizes[name] = bulk_bytes(tuple(place.shape), spec.storage)
+        else:
+            sizes[name] = place.numel() * (dtype or source.stored_dtype(name)).itemsize
+    return sizes
+
+
+def _stored_layers(module: nn.Module, spec: LoadSpec) -> dict[str, nn.Linear]:
+    """The layers whose weights are kept in the spec's storage format, by the weight's name."""
+    if spec.storage is None:
+        return {}
+    layers = block_linears(module, getattr(module, "kept_dense", ()))
+    return {f"{name}.weight": layer for name, layer in layers.items()}
 
 
 def _few(names: list[str], count: int = 3) -> str:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from library.devices import empty_cache
+from library.errors import UserError
+from library.memory.apply import AppliedPlan, apply_memory_plan
 from library.memory.formats import require
+from library.memory.plan import MemoryPlan
 from library.memory.storage import BlocksStoredAs, Storage, StorageDtype
+from library.memory.stream_choice import BlockSizes, StreamedBlocks, choose_blocks
+from library.memory.streaming import aligned, streamed_tensors
 from library.models.attention import AttentionBackend, require_backend
 from library.models.fingerprint import fingerprint
-from library.models.loading import LoadSpec, Place, TensorSource, load_module
+from library.models.loading import LoadSpec, Place, TensorSource, load_module, loaded_bytes
 from library.models.sampling import ClassifierFree, Guidance, Role, Solver, StepHook, Unguided, denoise
 from library.models.tokenizer_files import TokenizerKind, load_tokenizer
 from library.prompt_options import PromptOptions
@@ -135,6 +140,8 @@ class Pipeline(ABC, Generic[Request]):
     """The ``ImageRequest`` of this family."""
     block_list_names: ClassVar[tuple[str, ...]]
     """The denoiser's lists of blocks, in the order in which they run (for ``block_lists``)."""
+    streams_first: ClassVar[Literal["small", "large"]] = "small"
+    """Which blocks are streamed first: of equal work, small ones are faster to copy."""
 
     files: Any
     """The opened files: an attribute for each part, None for one that isn't there."""
@@ -160,6 +167,12 @@ class Pipeline(ABC, Generic[Request]):
         self.tokenizer_cache_dir = tokenizer_cache_dir
         self.places: dict[str, Place] = {}
         """Where the tensors of a part are wanted, by part; of one that isn't named, on ``device``."""
+        self.plan = MemoryPlan()
+        """What is done to the denoiser's blocks when it is loaded."""
+        self.streamed: StreamedBlocks | None = None
+        """The blocks that are streamed according to ``plan``, if there are any."""
+        self.applied: AppliedPlan | None = None
+        """The plan that is in force, once the denoiser is loaded."""
         self.modules: dict[str, nn.Module] = {}
         """The loaded parts; a trainer may put a wrapped module in the place of the original."""
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
@@ -186,6 +199,8 @@ class Pipeline(ABC, Generic[Request]):
             module = self.opened(part).load(LoadSpec.of(self.dtypes[part], place))
             self.prepare(part, module)
             self.modules[part] = module
+            if part == self.denoiser:
+                self.applied = apply_memory_plan(self.block_lists(), self.plan, self.device)
         return self.modules[part]
 
     def prepare(self, part: str, module: Any) -> None:
@@ -229,11 +244,19 @@ class Pipeline(ABC, Generic[Request]):
         Those that are ``kept`` stay.
         """
         names = [name for name in self._named(part) if name not in self.kept]
+        if self.denoiser in names and self.applied is not None:
+            self.applied.remove()
+            self.applied = None
         if any([self.modules.pop(name, None) is not None for name in names]):
             empty_cache(self.device)
 
     def move(self, part: str, device: torch.device | str) -> None:
-        """Move a loaded part (or all ``text_encoders``), e.g. to the CPU while others work on the accelerator."""
+        """Move a loaded part (or all ``text_encoders``), e.g. to the CPU while others work on the accelerator.
+
+        Streamed blocks stay where they are; the memory that they need on the device is given back.
+        """
+        if part == self.denoiser and self.applied is not None and self.applied.stream is not None:
+            self.applied.stream.rest()
         for name in self._named(part):
             if name in self.modules:
                 self.modules[name].to(device)
@@ -266,13 +289,65 @@ class Pipeline(ABC, Generic[Request]):
     def _named(self, part: str) -> tuple[str, ...]:
         return self.encoders if part == "text_encoders" else (part,)
 
-    def block_lists(self) -> dict[str, Sequence[nn.Module]]:
-        """The denoiser's blocks, list by list in the order in which they run: what memory features attach to.
+    def block_lists(self, denoiser: Any = None) -> dict[str, Sequence[nn.Module]]:
+        """The blocks of the loaded denoiser, or of another, list by list in the order in which they run.
 
-        A block gets every tensor that it needs as an argument, so that it can be computed again.
+        They are what memory features attach to. A block gets every tensor that it needs as an argument, so that it can
+        be computed again.
         """
-        denoiser = self.load(self.denoiser)
+        denoiser = self.load(self.denoiser) if denoiser is None else denoiser
         return {name: list(getattr(denoiser, name)) for name in self.block_list_names}
+
+    # Streaming
+
+    def block_sizes(self) -> dict[str, list[int]]:
+        """The bytes of each of the denoiser's blocks that can be streamed, list by list."""
+        sizes = self._tensor_bytes(self.denoiser)
+        blocks = self._streamed_names()
+        return {
+            name: [sum(aligned(sizes[tensor]) for tensor in tensors) for tensors in blocks[name]] for name in blocks
+        }
+
+    def _streamed_names(self) -> dict[str, list[list[str]]]:
+        """The names of the denoiser's tensors that are streamed with each block, list by list."""
+        meta = self.meta_module(self.denoiser)
+        paths = {id(module): path for path, module in meta.named_modules()}
+        return {
+            name: [[f"{paths[id(owner)]}.{tensor}" for owner, tensor in streamed_tensors(block)] for block in blocks]
+            for name, blocks in self.block_lists(meta).items()
+        }
+
+    def _tensor_bytes(self, part: str) -> dict[str, int]:
+        """The bytes that each tensor of a part takes once it is loaded, by name."""
+        opened, spec = self.opened(part), LoadSpec.of(self.dtypes[part])
+        return loaded_bytes(opened.meta_module(), opened.source, spec, opened.kept_in_float32(spec.compute))
+
+    def most_to_swap(self, sizes: BlockSizes) -> int:
+        """The largest number that ``--blocks_to_swap`` may be."""
+        return sum(len(blocks) for blocks in sizes.values())
+
+    def swapped_bytes(self, count: int, sizes: BlockSizes) -> int:
+        """The memory of the device that ``--blocks_to_swap count`` frees, as it is documented for this family."""
+        return sum(sorted((size for blocks in sizes.values() for size in blocks), reverse=True)[:count])
+
+    def swap_blocks(self, count: int, slots: int) -> StreamedBlocks:
+        """The blocks that are streamed for ``--blocks_to_swap count``. Raises UserError for too large a number."""
+        sizes = self.block_sizes()
+        most = self.most_to_swap(sizes)
+        if count > most:
+            raise UserError(
+                f"--blocks_to_swap {count}: this model has {sum(map(len, sizes.values()))} blocks, all of which are "
+                f"streamed with {most}."
+            )
+        return choose_blocks(sizes, self.swapped_bytes(count, sizes), slots, self.streams_first)
+
+    def stream(self, blocks: StreamedBlocks, pinned: bool) -> None:
+        """Let these blocks be streamed once the denoiser is loaded."""
+        self.streamed = blocks
+        self.plan = replace(self.plan, streaming=blocks.streaming(pinned))
+        names = self._streamed_names()
+        streamed = {tensor for name, index in blocks.places for tensor in names[name][index]}
+        self.places[self.denoiser] = lambda tensor: "cpu" if tensor in streamed else self.device
 
     # Images and texts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from library.errors import UserError
+from library.memory.streaming_options import check_streaming_options
 from library.training.network.contract import check_network_options
 from library.training.objective.losses import check_loss_options
 from library.training.objective.noise_options import check_noise_options
@@ -20,6 +21,7 @@ def check_training_options(options: TrainingOptions) -> None:
     """Raises UserError for values and combinations that no family can train with."""
     check_precision(options.precision)
     check_compiler(options.precision)
+    check_streaming_options(options.streaming, options.precision.cpu_offload_checkpointing)
     check_lengths(options.length)
     check_network_options(options.network)
     check_optimizer_options(

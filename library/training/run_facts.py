@@ -15,7 +15,6 @@ from library.training.training_options import TrainingOptions
 if TYPE_CHECKING:
     import torch
 
-    from library.memory.apply import AppliedPlan
     from library.models.pipeline import Pipeline
 
 
@@ -40,8 +39,6 @@ class RunFacts:
     plan: RunPlan
     progress: Progress
     pipeline: Pipeline
-    memory: AppliedPlan
-    """What is done to the transformer's or U-Net's blocks."""
     network: Any
     optimization: Optimization
     outputs: RunOutputs

@@ -194,13 +194,13 @@ def check_compiler(options: PrecisionOptions) -> None:
         )
 
 
-def memory_plan(options: PrecisionOptions, compiles: bool = True) -> MemoryPlan:
-    """What the options say is done block by block; without ``compiles`` nothing is compiled."""
+def memory_plan(options: PrecisionOptions) -> MemoryPlan:
+    """What the options say is done block by block, but for streaming."""
     backend = COMPILERS.get(options.dynamo_backend, options.dynamo_backend)
     return MemoryPlan(
         checkpointing=options.gradient_checkpointing,
         offload_inputs=options.cpu_offload_checkpointing,
-        compiler=backend if compiles and options.torch_compile and backend != "no" else None,
+        compiler=backend if options.torch_compile and backend != "no" else None,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from library.console import ConsoleOptions
 from library.data.options import CacheOptions, DatasetOptions
+from library.memory.streaming_options import StreamingOptions
 from library.options import ConfigOptions
 from library.training.network.contract import NetworkOptions
 from library.training.objective.losses import LossOptions
@@ -48,6 +49,7 @@ class TrainingOptions:
     resume: ResumeOptions = field(default_factory=ResumeOptions)
     length: LengthOptions = field(default_factory=LengthOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    streaming: StreamingOptions = field(default_factory=StreamingOptions)
     distribution: DistributionOptions = field(default_factory=DistributionOptions)
     obsolete_distribution: ObsoleteDistributionOptions = field(default_factory=ObsoleteDistributionOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)

@@ -18,7 +18,6 @@ from torch import nn
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.families import Family
-from library.memory.stored_linear import device_of
 from networks.adapters.adapter_module import AdapterModule
 from networks.adapters.adapter_network import AdapterNetwork
 from networks.lora_tools.named_lora import NamedLoRA
@@ -79,17 +78,17 @@ class NetworkStack:
         """Whether any file has modules of these parts."""
         return any(self.places.get(part) for part in parts)
 
-    def enter(self, part: str, model: nn.Module) -> None:
-        """Put the modules of ``part`` into ``model``, or their effect into its weights."""
+    def enter(self, part: str, model: nn.Module, device: torch.device | str) -> None:
+        """Put the modules of ``part`` into ``model``, which works on ``device``, or their effect into its weights."""
         self.leave(part)
         for place in self.places.get(part, []):
             layer: Any = model.get_submodule(place.path)
             place.module.transfer(layer)
             if self.merge:
-                place.module.merge()
+                place.module.merge(device)
                 place.module.transfer(place.meta_module)
             else:
-                place.module.to(device_of(layer))
+                place.module.to(device)
                 place.module.apply_to()
 
     def leave(self, part: str) -> None:

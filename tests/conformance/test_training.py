@@ -50,6 +50,15 @@ def test_a_resumed_run_ends_at_the_same_weights(train, whole, tmp_path):
     assert not equal(tmp_path / LORA, whole / "lora-step00000002.safetensors")
 
 
+@pytest.mark.parametrize("given", ["", "--gradient_checkpointing --block_swap_ring_size 1"])
+def test_streamed_blocks_change_nothing(train, whole, tmp_path, given):
+    """Weights that aren't on the device are NaN in tests. The run ends in the middle of an epoch and is resumed."""
+    command = ["--max_train_steps", "4", "--save_every_n_steps", "2", "--lr_scheduler", "cosine", *given.split()]
+    done = train(tmp_path, *command, "--blocks_to_swap", "2", "--resume", whole / "lora-step00000002-state")
+    assert re.search(r"--blocks_to_swap 2: \d+ of \d+ \w+.* are streamed from", done.stderr)
+    assert equal(tmp_path / LORA, whole / LORA)
+
+
 def test_a_lora_file_is_continued_where_it_ended(train, whole, tmp_path):
     """Ranks, alphas and weights come from the file; a step with a tiny learning rate writes them again."""
     again = ["--network_weights", whole / LORA, "--dim_from_weights", "--network_dim", "16", "--network_alpha", "3"]

@@ -28,7 +28,7 @@ WITHOUT_EFFECT = set(
     offload_param_nvme_path zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients
     ddp_gradient_as_bucket_view ddp_static_graph persistent_data_loader_workers
     dataset_class conditioning_data_dir
-    model_type blocks_to_swap split_mode
+    model_type block_swap_h2d_only split_mode
     """.split()
 )
 """Options that are only ever refused, or said to change nothing."""

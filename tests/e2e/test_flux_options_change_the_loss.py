@@ -112,11 +112,11 @@ def test_what_changes_nothing_for_flux_is_said(make, caplog):
     (line,) = [text for text in caplog.messages if text.startswith("no effect for FLUX.1: ")]
     assert set(line.partition(": ")[2].split(", ")) == set(names)
     assert "--split_mode is deprecated; use --blocks_to_swap." in caplog.text
-    assert "--blocks_to_swap has no effect yet" in caplog.text
+    assert "no effect beside --blocks_to_swap: --split_mode" in caplog.text
     assert "no effect with --timestep_sampling sigma: --discrete_flow_shift" in caplog.text
     assert "no effect with --weighting_scheme uniform: --mode_scale" in caplog.text
     expected = {name.removeprefix("--") for name in names}
-    assert set(trainer.no_effect) == expected | {"split_mode", "blocks_to_swap", "mode_scale", "discrete_flow_shift"}
+    assert set(trainer.no_effect) == expected | {"split_mode", "mode_scale", "discrete_flow_shift"}
 
 
 def test_a_model_without_embedded_guidance_says_so(make, tmp_path, caplog):

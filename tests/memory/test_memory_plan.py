@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.apply import apply_memory_plan
-from library.memory.plan import MemoryPlan
+from library.memory.formats import quantise, store_as
+from library.memory.plan import MemoryPlan, Streaming
+from library.memory.storage import Storage, block_linears
 from library.models.flux.chroma import ChromaTransformer
 from library.models.flux.transformer import FluxTransformer, image_ids
 from library.models.stable_diffusion.unet import block_lists as unet_blocks
@@ -104,6 +106,54 @@ def test_checkpointing_changes_no_bit_of_output_and_gradients(case, plan):
     assert same(case.step(), expected) and len(calls) == 4
     assert not any("forward" in vars(block) for blocks in case.blocks.values() for block in blocks)
     counter.remove()
+
+
+def every_block(case: Case, **fields: Any) -> MemoryPlan:
+    """A plan that streams all blocks."""
+    places = [(name, index) for name, blocks in case.blocks.items() for index in range(len(blocks))]
+    return MemoryPlan(streaming=Streaming(tuple(places)), **fields)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_streaming_changes_no_bit_of_output_and_gradients(case, checkpointing):
+    """A weight that isn't on the device is NaN here; samples in between and an error in the middle do no harm."""
+    expected = case.step()
+    with apply_memory_plan(case.blocks, every_block(case, checkpointing=checkpointing)) as applied:
+        for _ in range(2):
+            assert same(case.step(), expected)
+            with torch.no_grad():
+                output = case.model(**case.inputs)
+                assert torch.equal(getattr(output, "sample", output), expected[0])
+        last = [*case.blocks.values()][-1][-1]
+        fails = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):
+            case.step()
+        fails.remove()
+        assert same(case.step(), expected)
+        sizes = [host.memory.nbytes for host in applied.stream.hosts]
+        applied.stream.bytes_moved = applied.stream.misses = 0
+        assert same(case.step(), expected)
+        reached = sizes[applied.stream.first_trained : -2]  # a backward pass ends where nothing before is trained
+        reached += sizes[: min(2, applied.stream.first_trained)]
+        assert applied.stream.bytes_moved == sum(sizes[2:]) + sum(reached) and not applied.stream.misses
+    assert same(case.step(), expected), "the blocks are whole again"
+
+
+@pytest.mark.parametrize("storage", [Storage("fp8"), Storage("fp8", "block"), Storage("int8"), Storage("nf4")])
+@pytest.mark.parametrize("arguments", [{"ggpo_sigma": "0.1", "ggpo_beta": "0.1"}, {"split_qkv": "True"}])
+def test_weights_in_a_storage_format_are_streamed_as_they_are(arguments, storage):
+    case = make("flux", arguments)
+    for layer in block_linears(case.model).values():
+        store_as(layer, quantise(layer.weight.detach(), storage), storage, torch.float32)
+    case.network.apply_to(None, case.model, False, True)
+    torch.manual_seed(0)
+    expected = case.step()
+    with apply_memory_plan(case.blocks, every_block(case)) as applied:
+        streamed = sum(host.memory.nbytes for host in applied.stream.hosts)
+        codes = sum(layer.codes.nbytes for layer in block_linears(case.model).values())
+        assert codes <= streamed <= 1.01 * codes + 256 * 40
+        torch.manual_seed(0)
+        assert same(case.step(), expected)
 
 
 def saved_tensors(case: Case) -> dict[int, Tensor]:
@@ -205,7 +255,7 @@ def graphs() -> Iterator[Any]:
 def test_blocks_of_a_kind_share_what_was_compiled_also_with_a_network_applied_later(graphs):
     others = ("txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "single_mod")
     case = make("flux", {f"{name}_dim": "0" for name in others}, depth=9, depth_single=1)
-    with apply_memory_plan(case.blocks, MemoryPlan(checkpointing=True, compiler="eager")):
+    with apply_memory_plan(case.blocks, every_block(case, checkpointing=True, compiler="eager")):
         case.network.apply_to(None, case.model, False, True)
         compiled = case.step()
         assert graphs() <= 3, "the first double block's text has no gradient yet: a graph of its own"

@@ -77,7 +77,7 @@ def test_files_act_in_their_order(stack, file, transformer, inputs, merge):
     results = []
     for files in ((lora, turn), (turn, lora)):
         model = copy.deepcopy(transformer)
-        stack(*files, merge=merge).enter("transformer", model)
+        stack(*files, merge=merge).enter("transformer", model, "cpu")
         results.append(output(model, inputs))
         expected = output(one_by_one(transformer, *files), inputs)
         assert (results[-1] - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -89,7 +89,7 @@ def test_what_left_is_as_before_and_is_not_kept_in_memory(stack, file, transform
     whole = stack((file("lora"), 1.0), (file("another"), 0.5))
     model = copy.deepcopy(transformer)
     before = output(model, inputs)
-    whole.enter("transformer", model)
+    whole.enter("transformer", model, "cpu")
     during = output(model, inputs)
     whole.leave("transformer")
     assert torch.equal(output(model, inputs), before) and not torch.equal(during, before)
@@ -98,7 +98,7 @@ def test_what_left_is_as_before_and_is_not_kept_in_memory(stack, file, transform
     gc.collect()
     assert memory() is None
     again = copy.deepcopy(transformer)
-    whole.enter("transformer", again)
+    whole.enter("transformer", again, "cpu")
     assert torch.equal(output(again, inputs), during)
 
 
@@ -109,7 +109,7 @@ def test_multipliers_change_what_is_not_merged(stack, file, transformer, inputs)
     outputs = []
     for each in (changed, given):
         model = copy.deepcopy(transformer)
-        each.enter("transformer", model)
+        each.enter("transformer", model, "cpu")
         outputs.append(output(model, inputs))
     assert torch.equal(*outputs)
     with pytest.raises(ValueError):
@@ -126,7 +126,7 @@ def test_alphas_in_the_metadata_of_peft_count(stack, file, transformer, inputs, 
     outputs = []
     for name in (path, peft):
         model = copy.deepcopy(transformer)
-        stack((name, 1.0)).enter("transformer", model)
+        stack((name, 1.0)).enter("transformer", model, "cpu")
         outputs.append(output(model, inputs))
     assert torch.equal(*outputs)
 
@@ -142,7 +142,7 @@ def test_comfyuis_names(stack, file, transformer, inputs, tmp_path):
     outputs = []
     for name in (path, comfy):
         model = copy.deepcopy(transformer)
-        stack((name, 0.7)).enter("transformer", model)
+        stack((name, 0.7)).enter("transformer", model, "cpu")
         outputs.append(output(model, inputs))
     assert torch.equal(*outputs)
 

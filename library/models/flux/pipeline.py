@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.memory.storage import StorageDtype
+from library.memory.stream_choice import BlockSizes
 from library.models.attention import AttentionBackend
 from library.models.autoencoder_kl import AutoencoderFile, open_autoencoder
 from library.models.clip import ClipFile, open_clip
@@ -142,6 +143,16 @@ class FluxPipeline(Pipeline[FluxRequest]):
     def control_takes_latents(self) -> bool:
         """Whether there is a ControlNet whose image goes through the autoencoder."""
         return self.files.controlnet is not None and self.files.controlnet.config.takes_latents
+
+    def most_to_swap(self, sizes: BlockSizes) -> int:
+        """Until one of the two lists is used up."""
+        double, single = (len(sizes[name]) for name in self.block_list_names)
+        return min(2 * double + 1, single // 2 * 2)
+
+    def swapped_bytes(self, count: int, sizes: BlockSizes) -> int:
+        """Half of ``count`` are double blocks, and for each other one two single blocks."""
+        double, single = (sizes[name] for name in self.block_list_names)
+        return sum(double[: count // 2]) + sum(single[: 2 * (count - count // 2)])
 
     def prepare(self, part: str, module: Any) -> None:
         """Transformer and ControlNet get the attention backend."""

@@ -162,9 +162,11 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         if part == "unet":
             set_attention_backend(module, self.attention_backend)
 
-    def block_lists(self) -> dict[str, Sequence[nn.Module]]:
+    streams_first = "large"  # they lie where the image is smallest, and hold almost all of the bytes
+
+    def block_lists(self, denoiser: Any = None) -> dict[str, Sequence[nn.Module]]:
         """The U-Net's residual and transformer blocks, stage by stage in the order in which they run."""
-        return {name: blocks for name, blocks in block_lists(self.load("unet")).items()}
+        return {**block_lists(self.load("unet") if denoiser is None else denoiser)}
 
     def tokenizer_kind(self, encoder: str) -> TokenizerKind:
         """One of CLIP's."""

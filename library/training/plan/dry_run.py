@@ -27,6 +27,7 @@ from library.training.report.wording import size_text
 
 if TYPE_CHECKING:
     from library.data.cache import LatentCache, TextCache
+    from library.memory.stream_choice import StreamedBlocks
     from library.models.pipeline import Pipeline
     from library.training.latents import Latents
     from library.training.output.run_outputs import RunOutputs
@@ -92,7 +93,7 @@ def plan_of(run: Rehearsal) -> Plan:
     facts = None if problem else run.facts()
     rates, rate_note = learning_rates(facts) if facts else ({}, "unknown")
     network_bytes, state_bytes, phases = None, None, []
-    notes = [*_in_memory(caches), _free_memory(device)]
+    notes = [*_in_memory(caches, run.pipeline.streamed), _free_memory(device)]
     if facts:
         optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, facts.optimization.parameters)
         network_bytes, state_bytes = _file_sizes(facts, optimizer_bytes)
@@ -218,9 +219,10 @@ def _cache_plans(name: str, caches: Sequence[LatentCache | TextCache]) -> list[C
     ]
 
 
-def _in_memory(caches: list[CachePlan]) -> list[str]:
+def _in_memory(caches: list[CachePlan], streamed: StreamedBlocks | None) -> list[str]:
     """What is kept in system RAM for the whole run."""
-    held = [f"{plan.name} {size_text(plan.bytes)}" for plan in caches if plan.in_memory and plan.bytes]
+    held = [] if streamed is None else [f"streamed blocks {size_text(streamed.bytes)}"]
+    held += [f"{plan.name} {size_text(plan.bytes)}" for plan in caches if plan.in_memory and plan.bytes]
     return [f"additional system RAM: {', '.join(held)}"] if held else []
 
 

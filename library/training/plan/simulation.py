@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,18 +28,25 @@ class Simulation:
     """
 
     def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
         self.sources = [getattr(pipeline.files, part).source for part in pipeline.parts]
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """While it is active, every new tensor is one without values. May be entered again."""
+        """While it is active, every new tensor is one without values. May be entered again.
+
+        Nothing is compiled or streamed.
+        """
+        plan = self.pipeline.plan
+        self.pipeline.plan = replace(plan, compiler=None, streaming=None)
         for source in self.sources:
             source.reads_values = False
         try:
             with self._mode:
                 yield
         finally:
+            self.pipeline.plan = plan
             for source in self.sources:
                 source.reads_values = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from library.memory.streaming_options import StreamingOptions
 from library.training.objective.losses import LossOptions
 from library.training.optim.lr_schedulers import unused_schedule_options
 from library.training.run_options import DistributionOptions, PrecisionOptions
@@ -24,6 +25,7 @@ def unused_options(options: Any) -> list[tuple[str, Sequence[str]]]:
     """
     rules: list[Rule] = [
         *_precision(options.precision),
+        *_streaming(options.streaming),
         (options.model.xformers, "beside --xformers", ["sdpa"]),
         *_distribution(options.distribution),
         *_length_and_resume(options),
@@ -46,6 +48,12 @@ def _precision(precision: PrecisionOptions) -> Iterator[Rule]:
     yield not precision.gradient_checkpointing, "without --gradient_checkpointing", ["cpu_offload_checkpointing"]
     yield not compiles and precision.dynamo_backend != "no", "without --torch_compile", ["dynamo_backend"]
     yield compiles and precision.dynamo_backend == "no", "with --dynamo_backend no", ["torch_compile"]
+
+
+def _streaming(streaming: StreamingOptions) -> Iterator[Rule]:
+    yield True, "(blocks are only ever copied to the device)", ["block_swap_h2d_only"]
+    names = ["block_swap_ring_size", "use_pinned_memory_for_block_swap"]
+    yield not streaming.blocks_to_swap, "without --blocks_to_swap", names
 
 
 def _distribution(distribution: DistributionOptions) -> Iterator[Rule]:

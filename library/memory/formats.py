@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from library.memory import nf4, scaled
+from library.memory import fp8_compute, nf4, scaled
 from library.memory.storage import Storage
-from library.memory.stored_linear import StoredWeight, store
+from library.memory.stored_linear import StoredLinear, StoredWeight, store
 
 
 def quantise(weight: Tensor, storage: Storage) -> StoredWeight:
@@ -37,10 +37,13 @@ def bulk_bytes(shape: tuple[int, ...], storage: Storage) -> int:
 
 def store_as(layer: nn.Linear, weight: StoredWeight, storage: Storage, compute_dtype: torch.dtype) -> None:
     """Turn ``layer`` into one that keeps ``weight``, which is in the format; see ``store``."""
-    store(layer, weight, nf4.Nf4Linear if storage.kind == "nf4" else scaled.ScaledLinear, compute_dtype)
+    kind: type[StoredLinear] = fp8_compute.FastScaledLinear if storage.fast else scaled.ScaledLinear
+    store(layer, weight, nf4.Nf4Linear if storage.kind == "nf4" else kind, compute_dtype)
 
 
 def require(storage: Storage, device: torch.device) -> None:
     """Raises UserError where the device cannot work with the format."""
     if storage.kind == "nf4":
         nf4.require_nf4(device)
+    if storage.fast:
+        fp8_compute.require_fp8_products(device)

@@ -47,7 +47,9 @@ class ScaledWeight:
     def to(self, dtype: torch.dtype) -> Tensor:
         """The weight in ``dtype``, in memory of its own; the product is rounded once."""
         weight = self.codes.to(dtype)  # codes have at most eight significant bits: the cast loses none
-        by_scale(weight, self.scale).mul_(self.scale)
+        # Beside a tensor of 16 bits, kernels of GPUs read a 0-dim scale as 16 bits, but not one with dimensions.
+        scale = self.scale if weight.device.type == "cpu" or self.scale.dim() else self.scale.view(1, 1)
+        by_scale(weight, scale).mul_(scale)
         return weight
 
 

@@ -21,6 +21,8 @@ class Storage:
     """``fp8``: 8-bit floats (e4m3fn); ``int8``: 8-bit integers; ``nf4``: 4-bit normal floats of bitsandbytes."""
     granularity: Granularity = "tensor"
     """Of fp8. The others have their own: int8 a scale for each output channel, nf4 one for 64 weights."""
+    fast: bool = False
+    """Of fp8: products are in fp8 too, of which only scales for tensors and channels allow."""
 
     @property
     def label(self) -> str:

@@ -31,10 +31,13 @@ def part_dtypes(
 
 def denoiser_storage(precision: PrecisionOptions) -> Storage | None:
     """How the weights of the denoiser's blocks are stored; None as tensors."""
-    from library.memory.storage import FP8_BY_TENSOR, Storage
+    from library.memory.storage import Storage
 
     if precision.base_format is not None:
         return Storage(precision.base_format)
     if precision.fp8_scaled:
-        return Storage("fp8", precision.fp8_scaled_granularity)
-    return FP8_BY_TENSOR if precision.fp8_base or precision.fp8_base_unet else None
+        granularity = precision.fp8_scaled_granularity or ("tensor" if precision.fp8_fast else "block")
+        return Storage("fp8", granularity, precision.fp8_fast)
+    if precision.fp8_base or precision.fp8_base_unet:
+        return Storage("fp8", fast=precision.fp8_fast)
+    return None

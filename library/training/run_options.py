@@ -69,8 +69,10 @@ class PrecisionOptions:
     """Keep only the frozen U-Net or transformer in 8-bit floats."""
     fp8_scaled: bool = False
     """Keep the frozen U-Net or transformer in 8-bit floats with finer scales; text encoders follow --fp8_base."""
-    fp8_scaled_granularity: Literal["tensor", "channel", "block"] = "block"
-    """What has a scale of its own with --fp8_scaled: a weight, an output channel, or 64 inputs of one (block)."""
+    fp8_scaled_granularity: Literal["tensor", "channel", "block"] | None = None
+    """What shares a scale with --fp8_scaled (block: 64 inputs of a channel); unset: block, with --fp8_fast tensor."""
+    fp8_fast: bool = False
+    """Also multiply weights in fp8 as they are: faster, rounds activations; not by block, from RTX 40 and H100 on."""
     base_format: Literal["int8", "nf4"] | None = None
     """Keep the frozen U-Net or transformer in 8-bit integers, or in 4 bits (bitsandbytes' normal floats)."""
     gradient_checkpointing: bool = False
@@ -169,6 +171,12 @@ def check_precision(options: PrecisionOptions) -> None:
     for name in ("fp8_base", "fp8_base_unet", "fp8_scaled", "base_format"):
         if getattr(options, name) and options.mixed_precision == "no":
             raise UserError(f"--{name} needs --mixed_precision fp16 or bf16.")
+    if options.fp8_fast and not (options.fp8_base or options.fp8_base_unet or options.fp8_scaled):
+        raise UserError("--fp8_fast needs weights in fp8: --fp8_base, --fp8_base_unet or --fp8_scaled.")
+    if options.fp8_fast and options.base_format is not None:
+        raise UserError("--fp8_fast multiplies weights in fp8, and --base_format keeps others; leave out one of them.")
+    if options.fp8_fast and options.fp8_scaled and options.fp8_scaled_granularity == "block":
+        raise UserError("--fp8_fast needs --fp8_scaled_granularity tensor or channel, not block.")
     for name in ("fp8_base_unet", "fp8_scaled"):
         if options.base_format is not None and getattr(options, name):
             raise UserError(

@@ -168,6 +168,12 @@ def test_a_dry_run_plans_the_memory_that_is_then_used_and_reads_no_weights(given
         ("--base_format nf4 --mixed_precision no", "--base_format needs --mixed_precision fp16 or bf16."),
         ("--base_format int8 --fp8_scaled", "--base_format and --fp8_scaled are mutually exclusive: both say how"),
         ("--base_format nf4 --fp8_base_unet", "--base_format and --fp8_base_unet are mutually exclusive: both say how"),
+        ("--fp8_fast", "--fp8_fast needs weights in fp8: --fp8_base, --fp8_base_unet or --fp8_scaled."),
+        ("--fp8_fast --fp8_base --base_format int8", "--fp8_fast multiplies weights in fp8, and --base_format keeps"),
+        (
+            "--fp8_fast --fp8_scaled --fp8_scaled_granularity block",
+            "--fp8_fast needs --fp8_scaled_granularity tensor or channel, not block.",
+        ),
         ("--base_format int4", "--base_format must be one of int8, nf4, not 'int4'."),
     ],
 )
@@ -176,3 +182,16 @@ def test_what_cannot_be_is_one_sentence(given, tmp_path, options, sentence):
         done = run_in_process("flux_train_network.py", *given, *options.split(), "--output_dir", tmp_path / "out")
     assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("options", ["--fp8_scaled", "--fp8_base", "--fp8_base_unet", "--fp8_scaled --dry_run"])
+def test_products_in_fp8_need_hardware_for_them(given, tmp_path, options):
+    with no_weights_are_read():
+        words = [*given, "--fp8_fast", *options.split(), "--output_dir", tmp_path / "out"]
+        done = run_in_process("flux_train_network.py", *words)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: --fp8_fast needs an NVIDIA GPU that multiplies in fp8 (compute capability 8.9 or above: RTX 40 series, "
+        "H100 and later), and this run is on the device cpu; leave it out."
+    )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+SMALL = 1 << 16
+"""Bytes of a tensor up to which reading takes less time than mapping."""
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
 
@@ -93,10 +95,15 @@ class SafetensorsCheckpoint(Checkpoint):
         wanted = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
         loaded = stored.to(device).to(wanted)
         # A tensor that still lies on the mapped file is copied, so that the mapping ends here.
-        return loaded.clone() if loaded is stored and not self.disable_mmap else loaded
+        return loaded.clone() if loaded is stored and self._is_mapped(key) else loaded
 
     def copy_to(self, key: str, place: torch.Tensor) -> None:
         place.copy_(self._stored(key))
+
+    def _is_mapped(self, key: str) -> bool:
+        """Whether the stored bytes are mapped, not read."""
+        entry = self.entries[key]
+        return not self.disable_mmap and entry.stop - entry.start > SMALL
 
     def _stored(self, key: str) -> torch.Tensor:
         """The tensor, on the mapped file or in memory of its own."""
@@ -112,7 +119,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if count == 0:
             return torch.empty(0, dtype=torch.uint8)
         try:
-            if self.disable_mmap:
+            if not self._is_mapped(key):
                 data = numpy.empty(count, dtype=numpy.uint8)
                 with open(entry.file, "rb", buffering=0) as file:
                     file.seek(entry.start)

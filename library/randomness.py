@@ -48,7 +48,11 @@ def seed_global_torch(seed: int, purpose: str, *keys: Key) -> None:
     """Seed torch's global generators (all devices), for draws inside modules such as dropout."""
     import torch
 
-    torch.manual_seed(derive_seed(seed, purpose, *keys))
+    derived = derive_seed(seed, purpose, *keys)
+    if torch.accelerator.is_available():
+        torch.manual_seed(derived)
+    else:  # torch would write down where it was called from, for each kind of device that could appear later
+        torch.default_generator.manual_seed(derived)
 
 
 def seeded_generator(seed: int | None, device: torch.device | str = "cpu") -> torch.Generator:

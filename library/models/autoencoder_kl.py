@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.models.loading import Origin, TensorSource
+from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedPart
 from library.models.recognition import AUTOENCODER_PREFIXES, refuse_unless
 
@@ -260,7 +260,7 @@ class AutoencoderFile(OpenedPart[AutoencoderKL]):
 
     def meta_module(self) -> AutoencoderKL:
         """The module on torch's meta device: its structure without its values."""
-        with torch.device("meta"):
+        with on_meta():
             return AutoencoderKL(self.config)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.memory.checkpointing import checkpoint_layers
-from library.models.loading import Origin, Place, TensorSource
+from library.models.loading import Origin, Place, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
 
@@ -101,7 +101,7 @@ class ClipFile(OpenedTextEncoder[ClipTextEncoder]):
 
         # The special ids of the configuration are unused: they come from the tokenizer.
         config = CLIPTextConfig(**self.sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0, attention_dropout=0.0)
-        with torch.device("meta"):
+        with on_meta():
             return ClipTextEncoder(config, self.projection_size)
 
     def add_buffers(self, module: ClipTextEncoder, place: Place) -> None:

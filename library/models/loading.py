@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from library.checkpoints import Checkpoint
 from library.errors import UserError
@@ -345,6 +347,23 @@ def _refuse_unreadable_quantisation(checkpoint: Checkpoint) -> None:
                 raise UserError(f"{checkpoint.label} is quantised as {described}, which is not supported; {advice}.")
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out the functions of ``torch.nn.init``, which on the meta device take time and change nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules that are built inside are on torch's meta device: their structure without their values."""
+    with torch.device("meta"), _NoInitialValues():
+        yield
+
+
 def load_module(
     module: nn.Module,
     source: TensorSource,
@@ -392,8 +411,19 @@ def load_module(
                 store_as(stored_layers[name], weight, spec.storage, dtype or torch.float32)
             else:
                 state[name] = source.load(name, dtype, spec.place(name))
-    module.load_state_dict(state, assign=True)
+    _assign(module, state)
     module.requires_grad_(False).eval()
+
+
+def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """As ``load_state_dict`` with ``assign=True``, which looks through all tensors for each of the layers."""
+    layers = dict(module.named_modules())
+    for name, tensor in state.items():
+        path, _, own = name.rpartition(".")
+        if own in layers[path]._parameters:
+            layers[path]._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            layers[path]._buffers[own] = tensor
 
 
 def loaded_bytes(

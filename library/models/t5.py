@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.memory.checkpointing import checkpoint_layers
-from library.models.loading import Origin, TensorSource
+from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import T5_PREFIXES, refuse_unless
 
@@ -89,7 +89,7 @@ class T5File(OpenedTextEncoder[T5TextEncoder]):
             use_cache=False,
             is_encoder_decoder=False,
         )
-        with torch.device("meta"):
+        with on_meta():
             return T5TextEncoder(config)
 
     def kept_in_float32(self, compute: torch.dtype | None) -> tuple[str, ...]:

@@ -39,8 +39,8 @@ assert quantizers.bnb.nn.Linear4bit is bitsandbytes.nn.Linear4bit
 beta = EulerDiscreteScheduler(use_beta_sigmas=True)
 beta.set_timesteps(3)
 unet = UNet2DConditionModel(
-    block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(8,), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
 )
 with tempfile.TemporaryDirectory() as folder:
     unet.save_pretrained(folder)

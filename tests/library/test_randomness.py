@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.randomness import derive_seed, generator
+from library.randomness import derive_seed, generator, seed_global_torch
 
 
 def test_seeds_are_the_same_in_every_process():
@@ -35,3 +35,10 @@ def test_items_draw_different_noise_with_the_right_distribution():
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     correlation = torch.corrcoef(noise[:200])
     assert (correlation - torch.eye(200)).abs().max() < 0.65
+
+
+def test_draws_of_modules_are_those_of_torch_seeded_by_the_same_name():
+    seed_global_torch(7, "dropout", 3)
+    drawn = torch.rand(5)
+    torch.manual_seed(derive_seed(7, "dropout", 3))
+    assert torch.equal(drawn, torch.rand(5))

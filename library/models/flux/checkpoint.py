@@ -16,7 +16,7 @@ from library.checkpoints import Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
-from library.models.loading import Origin, TensorSource
+from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedPart
 from library.models.recognition import APPROXIMATOR, TRANSFORMER_PREFIXES, Kind, recognise, refuse_unless
 
@@ -48,7 +48,7 @@ class TransformerFile(OpenedPart[FluxTransformer | ChromaTransformer]):
 
     def meta_module(self) -> FluxTransformer | ChromaTransformer:
         """The module on torch's meta device: its structure without its values."""
-        with torch.device("meta"):
+        with on_meta():
             if isinstance(self.config, ChromaConfig):
                 return ChromaTransformer(self.config)
             return FluxTransformer(self.config)

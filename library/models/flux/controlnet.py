@@ -20,7 +20,7 @@ from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.flux.checkpoint import TransformerFile, diffusers_origins, infer_config
 from library.models.flux.transformer import FluxConfig, FluxStreams, joint_key_mask, pack_latents
-from library.models.loading import Origin, TensorSource
+from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedPart
 from library.models.recognition import refuse_unless
 
@@ -170,7 +170,7 @@ class ControlNetFile(OpenedPart[FluxControlNet]):
 
     def meta_module(self) -> FluxControlNet:
         """The module on torch's meta device: its structure without its values."""
-        with torch.device("meta"):
+        with on_meta():
             return FluxControlNet(self.config)
 
 

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from library.checkpoints import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.models.autoencoder_kl import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
 from library.models.lean_imports import diffusers_class
-from library.models.loading import Origin, TensorSource
+from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedPart
 from library.models.recognition import AUTOENCODER_PREFIXES, TRANSFORMER_PREFIXES, Kind, refuse_unless
 from library.models.stable_diffusion.keys import (
@@ -87,7 +85,7 @@ class VaeFile(OpenedPart["AutoencoderKL"]):
     def meta_module(self) -> AutoencoderKL:
         """The module on torch's meta device: its structure without its values."""
         autoencoder_class = diffusers_class("AutoencoderKL")
-        with torch.device("meta"):
+        with on_meta():
             return autoencoder_class(**self.config)
 
 

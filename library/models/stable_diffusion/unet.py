@@ -7,11 +7,11 @@ from itertools import zip_longest
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from library.models.attention import AttentionBackend, attention
 from library.models.lean_imports import diffusers_class
+from library.models.loading import on_meta
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -24,7 +24,7 @@ def meta_unet(config: dict[str, Any]) -> UNet2DConditionModel:
     Attention and residual blocks have forwards that compute the same without divisions by 1, which cost a pass over the
     activations each, and without a look at the attention processor's signature at each call.
     """
-    with torch.device("meta"):
+    with on_meta():
         unet = diffusers_class("UNet2DConditionModel")(**config)
     inner = getattr(type(unet).forward, "__wrapped__", None)
     if inner is not None:

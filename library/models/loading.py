@@ -417,7 +417,7 @@ def load_module(
 
 def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """As ``load_state_dict`` with ``assign=True``, which looks through all tensors for each of the layers."""
-    layers = dict(module.named_modules())
+    layers = dict(module.named_modules(remove_duplicate=False))
     for name, tensor in state.items():
         path, _, own = name.rpartition(".")
         if own in layers[path]._parameters:

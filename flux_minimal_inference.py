@@ -17,6 +17,7 @@ from library.generation.lora_files import LoraFileOptions
 from library.generation.part_dtypes import PartDtype, resolve_part_dtypes
 from library.generation.prompts import PromptSourceOptions
 from library.generation.session import SessionGrammar
+from library.memory.streaming_options import StreamingOptions
 from library.options import ConfigOptions, parse_options
 from library.prompt_options import LINE_OPTIONS, PromptOptions
 
@@ -142,6 +143,7 @@ class FluxInferenceOptions:
     lora: LoraFileOptions = field(default_factory=LoraFileOptions)
     control: ControlNetOptions = field(default_factory=ControlNetOptions)
     computing: ComputingOptions = field(default_factory=ComputingOptions)
+    streaming: StreamingOptions = field(default_factory=StreamingOptions)
     output: ImageFileOptions = field(default_factory=ImageFileOptions)
     config: ConfigOptions = field(default_factory=ConfigOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)

@@ -20,6 +20,7 @@ from library.data.loader import BatchLoader
 from library.data.options import TextCacheOptions
 from library.devices import parse_dtype
 from library.errors import UserError, in_one_line
+from library.models.streamed_parts import stream_blocks
 from library.modelspec import standard_entries
 from library.options import all_values, changed_options, parse_options
 from library.prompt_options import PromptOptions
@@ -52,9 +53,8 @@ from library.training.report.page import open_report
 from library.training.report.timing import RunClock, timed
 from library.training.report.wording import end_lines, start_lines
 from library.training.run_facts import RunFacts
-from library.training.run_options import memory_plan
+from library.training.run_options import memory_plans
 from library.training.step_loss import StepLoss
-from library.training.streaming import stream_blocks
 from library.training.text_conditioning import TextConditioning
 from library.training.tracking import Tracker, learning_rate_scalars, norm_scalars
 from library.training.training_options import TrainingOptions
@@ -226,9 +226,9 @@ class NetworkTrainer(FamilyHooks):
         options = self.options
         self.pipeline = self.make_pipeline(parts)
         self.pipeline.require_storable()
-        self.pipeline.plan = memory_plan(options.precision)
-        if options.streaming.blocks_to_swap and self.pipeline.denoiser in self.pipeline.parts:
-            say(stream_blocks(self.pipeline, options.streaming))
+        self.pipeline.plans = memory_plans(self.pipeline, options.precision, self.trained_encoders)
+        for line in stream_blocks(self.pipeline, options.streaming):
+            say(line)
         self.pipeline.kept = set(self.pipeline.parts) if options.model.highvram else self.control_parts()
         self.objective = self.make_objective()
         opened, latents, texts = set(self.pipeline.parts), None, None
@@ -307,10 +307,6 @@ class NetworkTrainer(FamilyHooks):
                 )
             encoders = self.load_network_encoders(self.text.encoders_at_steps)
             merge_base_weights(self.network_module, options.network, None, encoders, base)
-        if options.precision.gradient_checkpointing:
-            for module in self.pipeline.load_text_encoders(trained):
-                module.enable_gradient_checkpointing()
-                module.train()
         self.text_encoders = self.load_network_encoders(trained)
         seed_global_torch(self.seed, "network")
         self.network = build_network(self.network_module, options, self.text_encoders, base, bool(trained))

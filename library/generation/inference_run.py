@@ -21,6 +21,8 @@ from library.generation.part_dtypes import PartDtype
 from library.generation.parts import Parts, computing_in
 from library.generation.prompts import check_sources, negative_of, read_prompts, with_seed
 from library.generation.session import Session, SessionGrammar
+from library.memory.streaming_options import check_streaming_options
+from library.models.streamed_parts import stream_blocks
 from library.prompt_options import PromptOptions, check_prompt_values
 from library.safetensors_io import legacy_hash
 
@@ -54,7 +56,8 @@ class InferenceRun(ABC):
     session: SessionGrammar
     """What a line of ``--interactive`` may say."""
     options: Any
-    """Has the groups ``sources`` (PromptSourceOptions), ``lora`` (LoraFileOptions), ``output`` (ImageFileOptions)."""
+    """Has the groups ``sources`` (PromptSourceOptions), ``lora`` (LoraFileOptions), ``output`` (ImageFileOptions) and
+    ``streaming`` (StreamingOptions)."""
 
     def __init__(self, options: Any):
         self.options = options
@@ -65,6 +68,9 @@ class InferenceRun(ABC):
         self.dtypes = self.part_dtypes()
         self.pipeline = self.open_pipeline()
         self.pipeline.require_storable()
+        check_streaming_options(options.streaming)
+        for line in stream_blocks(self.pipeline, options.streaming):
+            say(line)
         self.defaults = self.default_prompt()
         check_prompt_values(self.defaults)
         self.file_prompts = read_prompts(options.sources, self.defaults)

@@ -35,6 +35,11 @@ class AppliedPlan:
         self.replaced.append((block, forward, vars(block).get("forward")))
         block.forward = forward  # type: ignore[method-assign]
 
+    def rest(self) -> None:
+        """Between passes: let streamed weights be where they can be read and changed, and free what they took."""
+        if self.stream is not None:
+            self.stream.rest()
+
     def remove(self) -> None:
         """Let the blocks be as they were. Raises RuntimeError when a later plan is still in force."""
         if any(vars(block).get("forward") is not forward for block, forward, _ in self.replaced):

@@ -1,4 +1,4 @@
-"""Activation checkpointing: of a block, with what is kept in system RAM if requested, and in models of transformers."""
+"""Activation checkpointing: of a block, with what is kept in system RAM if requested."""
 
 from __future__ import annotations
 
@@ -33,9 +33,3 @@ def checkpointed(call: Callable[..., Any], offload_inputs: bool = False) -> Call
             return checkpoint(again, *values, use_reentrant=False)
 
     return run
-
-
-def checkpoint_layers(model: Any) -> None:
-    """Switch on checkpointing in a model of transformers, which has renamed the method."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})

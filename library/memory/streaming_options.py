@@ -15,6 +15,8 @@ class StreamingOptions:
 
     blocks_to_swap: int | None = None
     """Blocks of the U-Net or transformer whose memory on the device is freed: they are streamed from system RAM."""
+    stream_text_encoders: bool = False
+    """Stream all blocks of the text encoders from system RAM: the device then holds little of T5-XXL's 9 GB."""
     block_swap_ring_size: int = 2
     """Streamed blocks that the device has memory for at a time; more than 2 make up for uneven copying speed."""
     use_pinned_memory_for_block_swap: bool = False
@@ -23,7 +25,7 @@ class StreamingOptions:
     """Accepted for command lines of musubi-tuner; blocks are only ever copied to the device anyway."""
 
 
-def check_streaming_options(options: StreamingOptions, offloads_checkpoints: bool) -> None:
+def check_streaming_options(options: StreamingOptions, offloads_checkpoints: bool = False) -> None:
     """Raises UserError for numbers that cannot be, and beside ``--cpu_offload_checkpointing``."""
     if (options.blocks_to_swap or 0) < 0:
         raise UserError(f"--blocks_to_swap must not be negative, but is {options.blocks_to_swap}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.memory.checkpointing import checkpoint_layers
 from library.models.loading import Origin, Place, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
@@ -55,9 +55,9 @@ class ClipTextEncoder(nn.Module):
         """Where the weights are."""
         return self.text_model.embeddings.position_embedding.weight.device
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Active while the module is in train mode, which changes nothing else: there is no dropout."""
-        checkpoint_layers(self.text_model)
+    def block_lists(self) -> dict[str, Sequence[nn.Module]]:
+        """Its layers, in the order in which they run."""
+        return {"text_model.encoder.layers": list(self.text_model.encoder.layers)}
 
     def forward(self, tokens: Tensor, end_of_text: int) -> Tensor:
         """Pooled text [batch, hidden] of ``tokens`` [batch, length]: the final state at the first ``end_of_text``.

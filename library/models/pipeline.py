@@ -167,12 +167,12 @@ class Pipeline(ABC, Generic[Request]):
         self.tokenizer_cache_dir = tokenizer_cache_dir
         self.places: dict[str, Place] = {}
         """Where the tensors of a part are wanted, by part; of one that isn't named, on ``device``."""
-        self.plan = MemoryPlan()
-        """What is done to the denoiser's blocks when it is loaded."""
-        self.streamed: StreamedBlocks | None = None
-        """The blocks that are streamed according to ``plan``, if there are any."""
-        self.applied: AppliedPlan | None = None
-        """The plan that is in force, once the denoiser is loaded."""
+        self.plans: dict[str, MemoryPlan] = {}
+        """What is done to the blocks of the denoiser and of text encoders when they are loaded, by part."""
+        self.streamed: dict[str, StreamedBlocks] = {}
+        """The blocks that are streamed according to ``plans``, by part."""
+        self.applied: dict[str, AppliedPlan] = {}
+        """The plans that are in force, by loaded part."""
         self.modules: dict[str, nn.Module] = {}
         """The loaded parts; a trainer may put a wrapped module in the place of the original."""
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
@@ -199,8 +199,9 @@ class Pipeline(ABC, Generic[Request]):
             module = self.opened(part).load(LoadSpec.of(self.dtypes[part], place))
             self.prepare(part, module)
             self.modules[part] = module
-            if part == self.denoiser:
-                self.applied = apply_memory_plan(self.block_lists(), self.plan, self.device)
+            if part in (self.denoiser, *self.encoders):
+                plan = self.plans.get(part, MemoryPlan())
+                self.applied[part] = apply_memory_plan(self.blocks_of(part, module), plan, self.device)
         return self.modules[part]
 
     def prepare(self, part: str, module: Any) -> None:
@@ -244,9 +245,9 @@ class Pipeline(ABC, Generic[Request]):
         Those that are ``kept`` stay.
         """
         names = [name for name in self._named(part) if name not in self.kept]
-        if self.denoiser in names and self.applied is not None:
-            self.applied.remove()
-            self.applied = None
+        for name in names:
+            if name in self.applied:
+                self.applied.pop(name).remove()
         if any([self.modules.pop(name, None) is not None for name in names]):
             empty_cache(self.device)
 
@@ -255,10 +256,10 @@ class Pipeline(ABC, Generic[Request]):
 
         Streamed blocks stay where they are; the memory that they need on the device is given back.
         """
-        if part == self.denoiser and self.applied is not None and self.applied.stream is not None:
-            self.applied.stream.rest()
         for name in self._named(part):
             if name in self.modules:
+                if name in self.applied:
+                    self.applied[name].rest()
                 self.modules[name].to(device)
         if torch.device(device) != self.device:
             empty_cache(self.device)
@@ -300,21 +301,26 @@ class Pipeline(ABC, Generic[Request]):
 
     # Streaming
 
-    def block_sizes(self) -> dict[str, list[int]]:
-        """The bytes of each of the denoiser's blocks that can be streamed, list by list."""
-        sizes = self._tensor_bytes(self.denoiser)
-        blocks = self._streamed_names()
+    def blocks_of(self, part: str, module: Any) -> dict[str, Sequence[nn.Module]]:
+        """The blocks of the denoiser or a text encoder, list by list in the order in which they run."""
+        return self.block_lists(module) if part == self.denoiser else module.block_lists()
+
+    def block_sizes(self, part: str | None = None) -> dict[str, list[int]]:
+        """The bytes of each block of a part that can be streamed, list by list; of the denoiser by default."""
+        part = part or self.denoiser
+        sizes = self._tensor_bytes(part)
+        blocks = self._streamed_names(part)
         return {
             name: [sum(aligned(sizes[tensor]) for tensor in tensors) for tensors in blocks[name]] for name in blocks
         }
 
-    def _streamed_names(self) -> dict[str, list[list[str]]]:
-        """The names of the denoiser's tensors that are streamed with each block, list by list."""
-        meta = self.meta_module(self.denoiser)
+    def _streamed_names(self, part: str) -> dict[str, list[list[str]]]:
+        """The names of a part's tensors that are streamed with each block, list by list."""
+        meta = self.meta_module(part)
         paths = {id(module): path for path, module in meta.named_modules()}
         return {
             name: [[f"{paths[id(owner)]}.{tensor}" for owner, tensor in streamed_tensors(block)] for block in blocks]
-            for name, blocks in self.block_lists(meta).items()
+            for name, blocks in self.blocks_of(part, meta).items()
         }
 
     def _tensor_bytes(self, part: str) -> dict[str, int]:
@@ -341,13 +347,18 @@ class Pipeline(ABC, Generic[Request]):
             )
         return choose_blocks(sizes, self.swapped_bytes(count, sizes), slots, self.streams_first)
 
-    def stream(self, blocks: StreamedBlocks, pinned: bool) -> None:
-        """Let these blocks be streamed once the denoiser is loaded."""
-        self.streamed = blocks
-        self.plan = replace(self.plan, streaming=blocks.streaming(pinned))
-        names = self._streamed_names()
+    def every_block(self, part: str, slots: int) -> StreamedBlocks:
+        """All blocks of a part, to be streamed."""
+        sizes = self.block_sizes(part)
+        return choose_blocks(sizes, sum(map(sum, sizes.values())), slots, "small")
+
+    def stream(self, part: str, blocks: StreamedBlocks, pinned: bool) -> None:
+        """Let these blocks be streamed once the part is loaded."""
+        self.streamed[part] = blocks
+        self.plans[part] = replace(self.plans.get(part, MemoryPlan()), streaming=blocks.streaming(pinned))
+        names = self._streamed_names(part)
         streamed = {tensor for name, index in blocks.places for tensor in names[name][index]}
-        self.places[self.denoiser] = lambda tensor: "cpu" if tensor in streamed else self.device
+        self.places[part] = lambda tensor: "cpu" if tensor in streamed else self.device
 
     # Images and texts
 

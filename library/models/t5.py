@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.memory.checkpointing import checkpoint_layers
 from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import T5_PREFIXES, refuse_unless
@@ -45,9 +45,9 @@ class T5TextEncoder(nn.Module):
         """Where the weights are."""
         return self.encoder.final_layer_norm.weight.device
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Active while the module is in train mode, which changes nothing else: there is no dropout."""
-        checkpoint_layers(self.encoder)
+    def block_lists(self) -> dict[str, Sequence[nn.Module]]:
+        """Its layers, in the order in which they run."""
+        return {"encoder.block": list(self.encoder.block)}
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The last hidden state [batch, length, width] of ``tokens`` [batch, length].

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from library.errors import UserError
 from library.memory.plan import MemoryPlan
+
+if TYPE_CHECKING:
+    from library.models.pipeline import Pipeline
 
 
 @dataclass
@@ -202,14 +206,15 @@ def check_compiler(options: PrecisionOptions) -> None:
         )
 
 
-def memory_plan(options: PrecisionOptions) -> MemoryPlan:
-    """What the options say is done block by block, but for streaming."""
+def memory_plans(pipeline: Pipeline, options: PrecisionOptions, trained: Iterable[str]) -> dict[str, MemoryPlan]:
+    """What the options say is done block by block, but for streaming: to the denoiser and ``trained`` encoders."""
     backend = COMPILERS.get(options.dynamo_backend, options.dynamo_backend)
-    return MemoryPlan(
+    plan = MemoryPlan(
         checkpointing=options.gradient_checkpointing,
         offload_inputs=options.cpu_offload_checkpointing,
         compiler=backend if options.torch_compile and backend != "no" else None,
     )
+    return {pipeline.denoiser: plan, **{encoder: replace(plan, compiler=None) for encoder in trained}}
 
 
 @dataclass

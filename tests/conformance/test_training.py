@@ -50,7 +50,7 @@ def test_a_resumed_run_ends_at_the_same_weights(train, whole, tmp_path):
     assert not equal(tmp_path / LORA, whole / "lora-step00000002.safetensors")
 
 
-@pytest.mark.parametrize("given", ["", "--gradient_checkpointing --block_swap_ring_size 1"])
+@pytest.mark.parametrize("given", ["", "--gradient_checkpointing --block_swap_ring_size 1 --stream_text_encoders"])
 def test_streamed_blocks_change_nothing(train, whole, tmp_path, given):
     """Weights that aren't on the device are NaN in tests. The run ends in the middle of an epoch and is resumed."""
     command = ["--max_train_steps", "4", "--save_every_n_steps", "2", "--lr_scheduler", "cosine", *given.split()]

@@ -402,7 +402,7 @@ def test_the_blocks_are_checkpointed_and_compiled_if_requested(opened):
     def plan(*arguments: str) -> MemoryPlan:
         trainer = opened(*arguments)
         trainer.load_models()
-        return trainer.pipeline.applied.plan
+        return trainer.pipeline.applied[trainer.pipeline.denoiser].plan
 
     assert plan() == MemoryPlan() == plan("--torch_compile", "--dynamo_backend", "no")
     assert plan("--gradient_checkpointing") == MemoryPlan(checkpointing=True)

@@ -18,6 +18,7 @@ from library.generation.lora_files import LoraFileOptions
 from library.generation.part_dtypes import PartDtype
 from library.generation.prompts import PromptSourceOptions
 from library.generation.session import SessionGrammar
+from library.memory.streaming_options import StreamingOptions
 from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
 from library.prompt_options import PromptOptions
 from networks import lora
@@ -34,6 +35,7 @@ class Options:
     sources: PromptSourceOptions = field(default_factory=PromptSourceOptions)
     lora: LoraFileOptions = field(default_factory=LoraFileOptions)
     output: ImageFileOptions = field(default_factory=ImageFileOptions)
+    streaming: StreamingOptions = field(default_factory=StreamingOptions)
 
 
 class StableDiffusionInference(InferenceRun):

@@ -255,6 +255,21 @@ def test_offload_gives_the_same_bits_and_keeps_one_part_on_the_device(inference,
     assert seen == came_and_went + came_back + others
 
 
+@pytest.mark.parametrize("given", [(), ("--offload",), ("--merge_lora_weights",), ("--offload", "--flux_dtype", "fp8")])
+def test_streamed_blocks_draw_the_same(inference, files, caplog, given):
+    """Weights that aren't on the device are NaN in tests. The text encoders are encoded with and drawn from twice."""
+    given = ["--seed", 3, "--lora_weights", *files, "--cfg_scale", 2, *given]
+    expected = latents(inference(*given))
+    run = inference(*given, "--blocks_to_swap", 2, "--stream_text_encoders")
+    assert "--blocks_to_swap 2: 2 of 2 double_blocks and 2 of 2 single_blocks are streamed from" in caplog.text
+    assert "--stream_text_encoders: t5xxl: 2 of 2 encoder.block are streamed from" in caplog.text
+    for _ in range(2):
+        assert torch.equal(latents(run), expected)
+    stream = run.pipeline.applied["transformer"].stream
+    assert stream.misses == 0 or "--offload" in given
+    assert (stream.ring == []) == ("--offload" in given), "an idle part takes nothing on the device"
+
+
 def test_without_offload_parts_are_loaded_once_and_stay(inference, monkeypatch):
     run = inference()
     seen = moves(run, monkeypatch)
@@ -269,7 +284,7 @@ def test_text_encoders_are_gone_before_the_transformer_is_loaded(inference, file
     run = inference("--lora_weights", *files)
     encoders = []
     enter = run.parts.on_load
-    run.parts.on_load = lambda part, module: (encoders.append(weakref.ref(module)), enter(part, module))
+    run.parts.on_load = lambda part, module, device: (encoders.append(weakref.ref(module)), enter(part, module, device))
     run.encode(run.prompts())
     assert run.pipeline.modules == {}
     assert [encoder() for encoder in encoders] == [None, None]
@@ -420,6 +435,8 @@ def test_no_metadata_leaves_no_text(draw):
         (["--ckpt_path", ""], "--ckpt_path is missing"),
         (["--width", "0"], "--width must be at least 1"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--blocks_to_swap", "9"], "--blocks_to_swap 9: this model has 4 blocks, all of which are streamed with 2"),
+        (["--block_swap_ring_size", "0"], "--block_swap_ring_size must be at least 1, not 0"),
         (["--seed", str(2**64)], "the seed 18446744073709551616 does not fit into 64 bits"),
         (["--t5xxl_max_token_length", "0"], "--t5xxl_max_token_length must be at least 1"),
         (["--dtype", "bf61"], '--dtype: "bf61" is not a dtype.*Did you mean "bf16"'),

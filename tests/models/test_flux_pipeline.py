@@ -9,6 +9,8 @@ import torch
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
+from library.memory.apply import apply_memory_plan
+from library.memory.plan import MemoryPlan
 from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.safetensors_io import save_file
 from tools.make_tiny_models import TinyFlux, make_tiny_flux
@@ -103,8 +105,7 @@ def test_gradient_checkpointing_of_encoders_changes_no_gradient(files):
     calls = []
     clip.text_model.encoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for module in (clip, t5):
-        module.enable_gradient_checkpointing()
-        module.train()
+        apply_memory_plan(module.block_lists(), MemoryPlan(checkpointing=True))
     for actual, wanted in zip(gradients(), expected):
         torch.testing.assert_close(actual, wanted, atol=1e-7, rtol=1e-5)
     assert len(calls) == 2

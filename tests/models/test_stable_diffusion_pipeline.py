@@ -11,6 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.errors import UserError
+from library.memory.apply import apply_memory_plan
+from library.memory.plan import MemoryPlan
 from library.memory.storage import BlocksStoredAs
 from library.models.stable_diffusion.pipeline import (
     StableDiffusionFiles,
@@ -179,8 +181,7 @@ def test_gradient_checkpointing_of_encoders_changes_no_gradient(tiny_sdxl):
     calls = []
     encoders[1].text_model.encoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for encoder in encoders:
-        encoder.enable_gradient_checkpointing()
-        encoder.train()
+        apply_memory_plan(encoder.block_lists(), MemoryPlan(checkpointing=True))
     for actual, wanted in zip(gradients(), expected):
         torch.testing.assert_close(actual, wanted, atol=1e-7, rtol=1e-5)
     assert len(calls) == 2, "the layer ran once forward and once again for the gradient"

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.console import LOGGER, silence
+from library.console import LOGGER, silence, size_text
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.files import nearest_folder
@@ -23,7 +23,6 @@ from library.training.plan.planned_files import plan_files
 from library.training.plan.simulation import Simulation, forget_values
 from library.training.report.description import module_counts, start_facts
 from library.training.report.report_options import report_is_wanted
-from library.training.report.wording import size_text
 
 if TYPE_CHECKING:
     from library.data.cache import LatentCache, TextCache
@@ -93,7 +92,7 @@ def plan_of(run: Rehearsal) -> Plan:
     facts = None if problem else run.facts()
     rates, rate_note = learning_rates(facts) if facts else ({}, "unknown")
     network_bytes, state_bytes, phases = None, None, []
-    notes = [*_in_memory(caches, run.pipeline.streamed), _free_memory(device)]
+    notes = [*_in_memory(caches, run.pipeline.streamed.values()), _free_memory(device)]
     if facts:
         optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, facts.optimization.parameters)
         network_bytes, state_bytes = _file_sizes(facts, optimizer_bytes)
@@ -219,9 +218,9 @@ def _cache_plans(name: str, caches: Sequence[LatentCache | TextCache]) -> list[C
     ]
 
 
-def _in_memory(caches: list[CachePlan], streamed: StreamedBlocks | None) -> list[str]:
+def _in_memory(caches: list[CachePlan], streamed: Collection[StreamedBlocks]) -> list[str]:
     """What is kept in system RAM for the whole run."""
-    held = [] if streamed is None else [f"streamed blocks {size_text(streamed.bytes)}"]
+    held = [f"streamed blocks {size_text(sum(blocks.bytes for blocks in streamed))}"] if streamed else []
     held += [f"{plan.name} {size_text(plan.bytes)}" for plan in caches if plan.in_memory and plan.bytes]
     return [f"additional system RAM: {', '.join(held)}"] if held else []
 

@@ -51,8 +51,8 @@ def memory_phases(run: RunFacts, loss: StepLoss, optimizer_bytes: int, latents: 
     """
     pipeline, model, options = run.pipeline, loss.model, run.options
     weights = {part: module_bytes(module) for part, module in pipeline.modules.items()}
-    if pipeline.streamed is not None:
-        weights[pipeline.denoiser] -= pipeline.streamed.freed
+    for part in weights.keys() & pipeline.streamed.keys():
+        weights[part] -= max(0, pipeline.streamed[part].freed)
     encoders, stay = weights.keys() & set(pipeline.encoders), options.model.highvram
     network = module_bytes(run.network)
     largest = largest_batch(run.data.train)
@@ -76,9 +76,9 @@ def memory_phases(run: RunFacts, loss: StepLoss, optimizer_bytes: int, latents: 
     with_it, without = "with gradient checkpointing", "without gradient checkpointing"
     peak = functools.partial(training_peak, run, loss, largest)
     add(f"training {with_it if checkpointing else without}", needed, peak, True)
-    assert pipeline.applied is not None
-    plan = replace(pipeline.applied.plan, checkpointing=not checkpointing)
-    pipeline.applied.remove()
+    applied = pipeline.applied.pop(pipeline.denoiser)
+    plan = replace(applied.plan, checkpointing=not checkpointing)
+    applied.remove()
     with apply_memory_plan(pipeline.block_lists(), plan):
         add(f"(training {without if checkpointing else with_it})", needed, peak, True)
     if run.outputs.samples.prompts:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.console import size_text
 from library.training.plan.planned_files import PlannedFiles, kept
 from library.training.report.wording import (
     StartFacts,
@@ -13,7 +14,6 @@ from library.training.report.wording import (
     length_lines,
     network_lines,
     part_lines,
-    size_text,
     table,
     time_text,
 )

@@ -38,15 +38,15 @@ class Simulation:
 
         Nothing is compiled or streamed.
         """
-        plan = self.pipeline.plan
-        self.pipeline.plan = replace(plan, compiler=None, streaming=None)
+        plans = self.pipeline.plans
+        self.pipeline.plans = {part: replace(plan, compiler=None, streaming=None) for part, plan in plans.items()}
         for source in self.sources:
             source.reads_values = False
         try:
             with self._mode:
                 yield
         finally:
-            self.pipeline.plan = plan
+            self.pipeline.plans = plans
             for source in self.sources:
                 source.reads_values = True
 

@@ -53,7 +53,7 @@ def _precision(precision: PrecisionOptions) -> Iterator[Rule]:
 def _streaming(streaming: StreamingOptions) -> Iterator[Rule]:
     yield True, "(blocks are only ever copied to the device)", ["block_swap_h2d_only"]
     names = ["block_swap_ring_size", "use_pinned_memory_for_block_swap"]
-    yield not streaming.blocks_to_swap, "without --blocks_to_swap", names
+    yield not (streaming.blocks_to_swap or streaming.stream_text_encoders), "without --blocks_to_swap", names
 
 
 def _distribution(distribution: DistributionOptions) -> Iterator[Rule]:

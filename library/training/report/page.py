@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
-from library.console import warn
+from library.console import size_text, warn
 from library.data.summary import group_facts
 from library.errors import UserError
 from library.files import write_text
@@ -25,7 +25,7 @@ from library.training.report.description import start_facts
 from library.training.report.report_options import report_is_wanted
 from library.training.report.samples import SampleGrid
 from library.training.report.timing import RunClock, peak_device_memory, peak_process_memory
-from library.training.report.wording import length_lines, network_lines, rate_text, size_text
+from library.training.report.wording import length_lines, network_lines, rate_text
 
 if TYPE_CHECKING:
     from library.training.progress import Progress

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from library.console import size_text
+
 MOST_FILES = 12
 """Files that the end report names; of more, the last ones."""
 
@@ -222,15 +224,6 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str
 def counted(number: int, noun: str) -> str:
     """``1 step``, ``1,600 steps``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def size_text(count: float) -> str:
-    """Bytes in the largest binary unit of which there is one: ``22.2 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def time_text(seconds: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.console import run_script, set_up_console
+from library.devices import to_device
 from library.errors import UserError
 from library.options import parse_options
 from library.training.run_options import ClipSkipOptions
@@ -80,7 +81,7 @@ class SdxlNetworkTrainer(StableDiffusionNetworkTrainer):
 
         sizes = zip(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
         time_ids = torch.tensor([[*original, *crop, *target] for original, crop, target in sizes], dtype=torch.float32)
-        return {**super().conditioning(batch), "time_ids": time_ids.to(self.accelerator.device)}
+        return {**super().conditioning(batch), "time_ids": to_device(time_ids, self.accelerator.device)}
 
     def model_version(self) -> str:
         """``ss_base_model_version``."""

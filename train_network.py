@@ -7,7 +7,6 @@ is called, and what its metadata says. Stable Diffusion's own such subclass stan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from library.training import validation
 from library.training.caching import caches_text, latent_caching, text_caching
 from library.training.checks import check_training_options
 from library.training.data import read_training_data
-from library.training.distribution import choose_seed, in_turn, make_accelerator, mean_over_processes
+from library.training.distribution import choose_seed, in_turn, make_accelerator
 from library.training.family_hooks import FamilyHooks
 from library.training.finiteness import StepWatch
 from library.training.interruption import Interruption
@@ -182,6 +181,8 @@ class NetworkTrainer(FamilyHooks):
             raise UserError("--fused_backward_pass works with one process only.")
         if self.accelerator.num_processes == 1:
             self.report_unused(["ddp_timeout", "lowram"], "with one process")
+        if self.accelerator.device.type == "cpu":
+            self.report_unused(["noise_on_device"], "on a CPU")
         precision = self.options.precision.mixed_precision
         self.weight_dtype = parse_dtype("fp32" if precision == "no" else precision)
         self.seed = choose_seed(self.options.length.seed, self.saved)
@@ -389,12 +390,10 @@ class NetworkTrainer(FamilyHooks):
         self.network.on_epoch_start(self.text_encoders, self.pipeline.load_transformer())
         self.step_watch.begin()
         for index, batch in self.epoch_batches():
-            loss = self.train_batch(epoch, index, batch)
+            self.train_batch(epoch, index, batch)
             progress.position.batch = index + 1
             if self.plan.ends_step(index):
-                self.update()
-            self.log_batch(index, loss)
-            if self.plan.ends_step(index):
+                self.end_step(index)
                 progress.mark_resumable()
                 self.step_watch.begin()
                 self.after_step(interruption)
@@ -415,36 +414,42 @@ class NetworkTrainer(FamilyHooks):
         batches = self.data.batches(self.loader, self.plan, self.progress, process, processes)
         return self.clock.each("waiting for data", batches)
 
-    def train_batch(self, epoch: int, index: int, batch: Batch) -> float:
-        """Forward and backward of one micro-batch; returns its loss, the mean over all processes."""
+    def train_batch(self, epoch: int, index: int, batch: Batch) -> None:
+        """Forward and backward of one micro-batch; nothing here waits for the device."""
         seed_global_torch(self.seed, "modules", epoch, index, self.accelerator.process_index)
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start(self.text_encoders, self.pipeline.load_transformer())
-        self.network.set_multiplier(float(batch.network_multipliers[0]))
-        losses = self.step_loss(batch, ItemDraws(self.seed, epoch, batch.item_ids))
+        self.network.set_multiplier(batch.network_multipliers[0])
+        noise_device = self.accelerator.device if self.options.noise.noise_on_device else "cpu"
+        losses = self.step_loss(batch, ItemDraws(self.seed, epoch, batch.item_ids, noise_device))
         loss = batch_loss(losses, batch.loss_weights, batch.group_size, self.accelerator.num_processes)
-        self.step_watch.add(batch.image_keys)
+        self.step_watch.add(loss, batch.image_keys)
         if self.optimization.fused is not None:  # its updates happen during the backward pass
-            self.require_finite(math.isfinite(loss.item()), f"the loss is {loss.item()}")
+            self.read_step(None)
             self.progress.resumable = None
         self.accelerator.backward(loss / self.plan.batches_in_step(index))
         self.progress.images += batch.group_size
-        mean = mean_over_processes(loss.item(), self.accelerator)
-        self.require_finite(math.isfinite(mean), f"the loss is {mean}")
-        return mean
 
-    def require_finite(self, finite: bool, what: str) -> None:
-        """Raises UserError unless ``finite``: ``what`` must not be learned from."""
-        self.step_watch.require(finite, what, self.progress.step + 1, self.progress.is_first_step)
+    def read_step(self, norm: Tensor | None) -> list[float]:
+        """The losses of the step in hand. Raises UserError when one, or its gradients' ``norm``, is not finite."""
+        return self.step_watch.read(norm, self.accelerator, self.progress.step + 1, self.progress.is_first_step)
+
+    def end_step(self, index: int) -> None:
+        """The update that follows micro-batch ``index``, if every number of the step is finite, and its log."""
+        optimization = self.optimization
+        *earlier, last = self.read_step(None if optimization.fused is not None else optimization.clip_gradients())
+        for number, loss in enumerate(earlier, index - len(earlier)):
+            self.log_batch(number, loss)
+        self.update()
+        self.log_batch(index, last)
 
     def update(self) -> None:
         """One optimizer step with the gradients of all micro-batches and processes."""
         optimization, progress = self.optimization, self.progress
         if optimization.fused is not None:
-            self.require_finite(optimization.fused.was_finite(), "a gradient is not finite")
+            what, first = "a gradient is not finite", progress.is_first_step
+            self.step_watch.require(optimization.fused.was_finite(), what, progress.step + 1, first)
         else:
-            norm = optimization.clip_gradients()
-            self.require_finite(norm is None or math.isfinite(norm), f"the gradients' norm is {norm}")
             progress.resumable = None
             optimization.step()
         optimization.step_schedule(progress.record.average)

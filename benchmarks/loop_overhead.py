@@ -44,7 +44,8 @@ PARTS = {
     "forward": "the transformer or U-Net",
     "loss": "loss from prediction and target",
     "backward": "",
-    "read loss": "the loss as a number, seeds, the network's hooks",
+    "micro-batch": "seeds, the network's hooks, the loss of the batch",
+    "read losses": "the losses as numbers; on a GPU the wait for the step's work",
     "clip gradients": "norm of all gradients, scaling",
     "optimizer": "AdamW's step, gradients set free",
     "schedule": "learning rates and the rest of the update",
@@ -147,7 +148,8 @@ def timed_trainer(clock: Clock, trainer_class: Any) -> Any:
             clock.end_step()
 
     methods = {
-        "train_batch": "read loss",
+        "train_batch": "micro-batch",
+        "read_step": "read losses",
         "conditioning": "to device",
         "predict": "forward",
         "update": "schedule",

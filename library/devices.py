@@ -8,7 +8,7 @@ from library.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 DTYPE_NAMES = {
     "float": "float32",
@@ -72,6 +72,17 @@ def named_device(name: str, option: str = "--device") -> torch.device:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f'{problem} ({reason}); "cpu" always is.') from None
     return probe.device
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``tensor.to(device, dtype)``; the program does not wait for a copy from system RAM to a GPU."""
+    import torch
+
+    if dtype is not None:
+        tensor = tensor.to(dtype)  # before the copy, as torch does
+    if device.type == "cuda" and type(tensor) is torch.Tensor and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def place(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:

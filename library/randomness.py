@@ -25,11 +25,11 @@ def derive_seed(seed: int, purpose: str, *keys: Key) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little") >> 1
 
 
-def generator(seed: int, purpose: str, *keys: Key) -> torch.Generator:
-    """A torch generator (CPU) for one draw. Draw on the CPU and move: so that every device sees the same numbers."""
+def generator(seed: int, purpose: str, *keys: Key, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator for one draw. Draw on the CPU and move: so that every device sees the same numbers."""
     import torch
 
-    return torch.Generator().manual_seed(derive_seed(seed, purpose, *keys))
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *keys))
 
 
 def python_random(seed: int, purpose: str, *keys: Key) -> random.Random:

@@ -42,8 +42,8 @@ class Batch:
     target_sizes: list[Size]
     """(height, width) in pixels."""
     flipped: list[bool]
-    network_multipliers: Tensor
-    """[B] float32."""
+    network_multipliers: list[float]
+    """Strength of the network for each sample, rounded as float32; numbers, so that no step reads a tensor for it."""
     custom_attributes: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:

@@ -141,7 +141,7 @@ def _seen(batch: Batch, dataset: Dataset, item: Item) -> dict[str, Any]:
         "lost": _share_cut_off(dataset, item),
         "crop": list(batch.crop_top_lefts[0]),
         "weight": float(batch.loss_weights[0]),
-        "multiplier": float(batch.network_multipliers[0]),
+        "multiplier": batch.network_multipliers[0],
         "mirrored": batch.flipped[0],
         "attributes": {name: str(value) for name, value in batch.custom_attributes[0].items()},
     }

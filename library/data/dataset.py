@@ -328,7 +328,7 @@ class DatasetGroup:
             crop_top_lefts=[_crop_top_left(sample, width) for sample in samples],
             target_sizes=[(height, width)] * len(samples),
             flipped=[sample.flipped for sample in samples],
-            network_multipliers=torch.full((len(samples),), dataset.settings.network_multiplier),
+            network_multipliers=torch.full((len(samples),), dataset.settings.network_multiplier).tolist(),
             custom_attributes=[sample.item.subset.custom_attributes for sample in samples],
         )
 

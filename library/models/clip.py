@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
+from library.devices import to_device
 from library.errors import UserError
 from library.models.loading import Origin, Place, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
@@ -64,7 +65,7 @@ class ClipTextEncoder(nn.Module):
 
         Where there is a ``text_projection``, it is applied.
         """
-        tokens = tokens.to(self.device)
+        tokens = to_device(tokens, self.device)
         hidden = self.text_model(input_ids=tokens).last_hidden_state
         ends = (tokens == end_of_text).int().argmax(dim=-1)
         pooled = hidden[torch.arange(len(tokens), device=hidden.device), ends]

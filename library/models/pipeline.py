@@ -143,6 +143,9 @@ class Pipeline(ABC, Generic[Request]):
     streams_first: ClassVar[Literal["small", "large"]] = "small"
     """Which blocks are streamed first: of equal work, small ones are faster to copy."""
 
+    read_on_host: ClassVar[frozenset[str]] = frozenset()
+    """Conditioning whose values the program reads: kept in system RAM, or it would wait for the device at each step."""
+
     files: Any
     """The opened files: an attribute for each part, None for one that isn't there."""
     encoders: tuple[Any, ...]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
+from library.devices import to_device
 from library.errors import UserError
 from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
@@ -54,10 +55,10 @@ class T5TextEncoder(nn.Module):
 
         ``attention_mask`` [batch, length], non-zero where tokens are attended to; None: everywhere.
         """
-        mask = None if attention_mask is None else attention_mask.to(self.device)
+        mask = None if attention_mask is None else to_device(attention_mask, self.device)
         # Under autocast the feed-forward's last product would be in float16, too, and pass its range.
         with torch.autocast(self.device.type, enabled=False) if self.dtype == torch.float16 else nullcontext():
-            return self.encoder(input_ids=tokens.to(self.device), attention_mask=mask).last_hidden_state
+            return self.encoder(input_ids=to_device(tokens, self.device), attention_mask=mask).last_hidden_state
 
 
 @dataclass(frozen=True)

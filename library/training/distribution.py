@@ -75,13 +75,9 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any
         offset += count
 
 
-def mean_over_processes(value: float, accelerator: Any) -> float:
-    """The mean of a number over all processes."""
-    if accelerator.num_processes == 1:
-        return value
-    import torch
-
-    return accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="mean").item()
+def mean_over_processes(values: torch.Tensor, accelerator: Any) -> torch.Tensor:
+    """The mean of each of the values over all processes."""
+    return values if accelerator.num_processes == 1 else accelerator.reduce(values, reduction="mean")
 
 
 def choose_seed(given: int | None, saved: SavedState | None) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.training.distribution import mean_over_processes
 
 if TYPE_CHECKING:
     import torch
@@ -15,24 +17,55 @@ MOST_NAMES = 4
 
 
 class StepWatch:
-    """Remembers which images the step in hand works on, so that a number that is not finite can be traced to them."""
+    """The losses of the step in hand, and the images that they came from.
+
+    Losses stay on the device until the step's last micro-batch: the program waits for the device once a step, before
+    the update, which a number that is not finite prevents.
+    """
 
     def __init__(self) -> None:
-        self.images: list[str] = []
+        self.begin()
 
     def begin(self) -> None:
         """A new step begins."""
-        self.images = []
+        self.losses: list[torch.Tensor] = []
+        self.images: list[Sequence[str]] = []
+        self.values: list[float] = []
+        """The losses, if they were read."""
 
-    def add(self, images: Sequence[str]) -> None:
-        """A micro-batch of this process with the images of these names."""
-        self.images += images
+    def add(self, loss: torch.Tensor, images: Sequence[str]) -> None:
+        """A micro-batch of this process: its loss, a scalar, and the names of its images."""
+        self.losses.append(loss.detach())
+        self.images.append(images)
 
-    def require(self, finite: bool, what: str, step: int, first: bool) -> None:
-        """Raises UserError unless ``finite``; ``what`` is e.g. ``the loss is nan``, ``step`` counts from 1."""
+    def read(self, norm: torch.Tensor | None, accelerator: Any, step: int, first: bool) -> list[float]:
+        """The loss of each micro-batch, the mean over all processes; ``norm`` is that of the step's gradients.
+
+        Raises UserError when one of these numbers is not finite. ``step`` counts from 1; ``first``: nothing was trained
+        before it.
+        """
+        import torch
+
+        if norm is None and self.values:
+            return self.values
+        losses = mean_over_processes(torch.stack(self.losses), accelerator)
+        norms = [] if norm is None else [norm.reshape(1).to(losses)]
+        *values, last = torch.cat([losses, *norms]).tolist()
+        self.values = values if norms else [*values, last]
+        for number, value in enumerate(self.values, 1):
+            self.require(math.isfinite(value), f"the loss is {value}", step, first, number)
+        if norms:
+            self.require(math.isfinite(last), f"the gradients' norm is {last}", step, first)
+        return self.values
+
+    def require(self, finite: bool, what: str, step: int, first: bool, batches: int | None = None) -> None:
+        """Raises UserError unless ``finite``; ``what`` is e.g. ``the loss is nan``, ``step`` counts from 1.
+
+        The images are those of the first ``batches`` micro-batches of this process, or of all.
+        """
         if finite:
             return
-        names = list(dict.fromkeys(self.images))
+        names = list(dict.fromkeys(name for images in self.images[:batches] for name in images))
         shown = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if names[MOST_NAMES:] else "")
         advice = (
             "before anything was trained: look for NaN in the model's files, or compute in another --mixed_precision"

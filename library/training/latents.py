@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from library.console import warn
+from library.devices import to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,7 @@ class Latents:
 
     def encode(self, pixels: Tensor, generators: Sequence[Any]) -> Tensor:
         """Latents of pixels [batch, 3, height, width] in -1..1."""
-        return self.pipeline.encode_images(pixels.to(self.accelerator.device), generators)
+        return self.pipeline.encode_images(to_device(pixels, self.accelerator.device), generators)
 
     def of(self, batch: Batch, draws: ItemDraws) -> Tensor:
         """The batch's latents on the device, float32, from the cache or from the autoencoder."""

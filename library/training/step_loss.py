@@ -58,7 +58,7 @@ class StepLoss:
         loss = elementwise_loss(self.options, prediction.float(), target, threshold)
         loss = loss * per_item(noisy.weights, loss)
         mask = loss_mask(self.masked, batch.conditioning_images, batch.alpha_masks)
-        return item_losses(loss if mask is None else apply_mask(loss, mask.to(loss.device)))
+        return item_losses(apply_mask(loss, mask))
 
     def preserve_base_output(self, batch: Batch, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
         """The target, replaced by the base model's own prediction for items marked ``diff_output_preservation``."""
@@ -73,7 +73,7 @@ class StepLoss:
             if model.text.trained:
                 conditioning = model.conditioning(batch)
             prediction = model.objective.read_prediction(model.predict(noisy, conditioning), noisy).float()
-        model.network.set_multiplier(float(batch.network_multipliers[0]))
+        model.network.set_multiplier(batch.network_multipliers[0])
         target = noisy.target.clone()
         target[marked] = prediction[marked]
         return target

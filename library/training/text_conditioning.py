@@ -91,8 +91,11 @@ class TextConditioning:
 
     def of(self, batch: Batch) -> dict[str, Tensor]:
         """The conditioning of a batch on the device: cached, with what trained encoders give in its place."""
-        device = self.accelerator.device
-        fixed = {name: tensor.to(device, non_blocking=True) for name, tensor in (batch.text or {}).items()}
+        device, kept = self.accelerator.device, self.pipeline.read_on_host
+        fixed = {
+            name: tensor if name in kept else tensor.to(device, non_blocking=True)
+            for name, tensor in (batch.text or {}).items()
+        }
         encoders = self._encoders_beside(fixed)
         if not encoders:
             return fixed

@@ -49,7 +49,11 @@ def average_loss(
     with BatchLoader(data.validation, workers=workers) as loader:
         batches = data.validation_batches(loader, limit, process, processes)
         sums = validation_loss((batch for _, batch in batches), loss, timesteps, data.validation_seed)
-    total, count = (mean_over_processes(number, accelerator) for number in sums)
+    total, count = sums
+    if processes > 1:
+        import torch
+
+        total, count = mean_over_processes(torch.tensor(sums, device=accelerator.device), accelerator).tolist()
     return total / max(count, 1e-12)
 
 

@@ -49,7 +49,8 @@ class LoRANetwork(AdapterNetwork[LoRAModule]):
         results = [lora.limit_norm(max_norm) for lora in self.loras]
         norms = torch.stack([norm.to("cpu" if device is None else device) for norm, _ in results])
         shrunk = torch.stack([was_shrunk.to(norms.device) for _, was_shrunk in results])
-        return int(shrunk.sum()), float(norms.mean()), float(norms.max())
+        count, mean, largest = torch.stack([shrunk.sum().to(norms), norms.mean(), norms.max()]).tolist()
+        return int(count), mean, largest
 
     def update_norms(self) -> None:
         """After each optimizer step's backward pass, for GGPO; without it nothing is computed."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from library.models import tokenizer_files
 from library.training.plan import dry_run
@@ -17,6 +18,7 @@ from library.training.plan.plan_report import Plan, plan_lines
 from library.training.report.description import part_facts
 from tests.running import no_weights_are_read, run_in_process
 from tests.running import train as train_in_process
+from train_network import NetworkTrainer
 
 LORA = "lora.safetensors"
 CACHED = ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")
@@ -57,6 +59,46 @@ def test_streamed_blocks_change_nothing(train, whole, tmp_path, given):
     done = train(tmp_path, *command, "--blocks_to_swap", "2", "--resume", whole / "lora-step00000002-state")
     assert re.search(r"--blocks_to_swap 2: \d+ of \d+ \w+.* are streamed from", done.stderr)
     assert equal(tmp_path / LORA, whole / LORA)
+
+
+class Reads(TorchFunctionMode):
+    """Counts how often the program asks for values of tensors, for which it would wait for a GPU, in each step."""
+
+    asking = {getattr(torch.Tensor, f"__{kind}__") for kind in ("bool", "float", "int", "index", "array")}
+    asking |= {getattr(torch.Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "nonzero", "equal")}
+    asking |= {torch.nonzero, torch.equal, torch.allclose}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [0]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.steps[-1] += function in self.asking
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulation", ["1", "2"])
+def test_a_step_asks_for_values_of_tensors_once(train, tmp_path, monkeypatch, accumulation):
+    """However many micro-batches it has. What lies in system RAM need not be waited for, but is counted here: AdamW's
+    step counters, which SGD does without, and the mask of Chroma's text."""
+    reads, run_epochs, after_step = Reads(), NetworkTrainer.run_epochs, NetworkTrainer.after_step
+    expected = []
+
+    def counted(self: NetworkTrainer, *arguments: Any) -> None:
+        expected.append(1 + int(accumulation) * len(self.pipeline.read_on_host))
+        with reads:
+            run_epochs(self, *arguments)
+
+    def next_step(self: NetworkTrainer, *arguments: Any) -> None:
+        after_step(self, *arguments)
+        reads.steps.append(0)
+
+    monkeypatch.setattr(NetworkTrainer, "run_epochs", counted)
+    monkeypatch.setattr(NetworkTrainer, "after_step", next_step)
+    command = ["--max_train_steps", "3", "--gradient_accumulation_steps", accumulation, "--optimizer_type", "SGD"]
+    command += ["--max_data_loader_n_workers", "2"]  # so that batches are put together in other threads
+    train(tmp_path, *command, *CACHED, "--logging_dir", tmp_path / "logs")
+    assert reads.steps == [*expected * 3, 0]
 
 
 def test_a_lora_file_is_continued_where_it_ended(train, whole, tmp_path):

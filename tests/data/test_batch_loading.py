@@ -219,7 +219,7 @@ def test_regularisation_and_padding_weigh_differently(tmp_path, build, folder_of
         expected = [0.25 if "/r/" in key.replace("\\", "/") else 1.0 for key in batch.image_keys]
         assert batch.loss_weights.tolist() == ([0.0] * len(batch) if plan.padding else expected)
         assert batch.group_size == plan.group_size
-        assert batch.network_multipliers.tolist() == [0.5] * len(batch)
+        assert batch.network_multipliers == [0.5] * len(batch)
         attributes = [bool(entry) for entry in batch.custom_attributes]
         assert attributes == ["/t/" in key.replace("\\", "/") for key in batch.image_keys]
     assert plans[-1].padding or any(plan.padding for plan in plans)

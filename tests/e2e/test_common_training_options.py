@@ -192,10 +192,11 @@ def test_validation_happens_when_asked_and_on_as_many_batches(train, tmp_path):
 def test_options_that_wait_for_others_are_named_when_data_and_processes_are_known(train, caplog):
     arguments = "--validation_seed 3 --validate_every_n_steps 1 --validate_every_n_epochs 1 --max_validation_steps 2"
     with caplog.at_level("INFO"):
-        train(*arguments.split(), "--ddp_timeout", "5", "--lowram", "--max_train_steps", "1")
+        train(*arguments.split(), "--ddp_timeout", "5", "--lowram", "--noise_on_device", "--max_train_steps", "1")
     names = arguments.split()[::2]
     assert f"no effect without validation images: {', '.join(names)}" in caplog.text
     assert "no effect with one process: --ddp_timeout, --lowram" in caplog.text
+    assert "no effect on a CPU: --noise_on_device" in caplog.text
 
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ WITHOUT_EFFECT = set(
     """.split()
 )
 """Options that are only ever refused, or said to change nothing."""
-ELSEWHERE = {"xformers"}
-"""Options whose effect needs a package that the tests do not install; they are refused without it."""
+ELSEWHERE = {"xformers", "noise_on_device"}
+"""Options whose effect needs a package that the tests do not install, without which they are refused, or a GPU."""
 STATED = {"v2"}
 """Options that say what a file says anyway; refused when they contradict it."""
 

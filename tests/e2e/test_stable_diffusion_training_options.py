@@ -332,7 +332,7 @@ def test_only_marked_items_are_kept_at_the_base_model(train, images, model):
         batch.custom_attributes = [{"diff_output_preservation": True}, {}]
         kept = trainer.step_loss(batch, draws)
         trainer.network.set_multiplier(0.0)
-        batch.network_multipliers = torch.zeros(2)
+        batch.network_multipliers = [0.0, 0.0]
         exact = trainer.step_loss(batch, draws)
     assert kept[1] == free[1] and 0 < kept[0] != free[0]
     # Without the network, text encoders included, the model's output is the base model's.
@@ -379,7 +379,7 @@ def test_what_is_trained_learns(train, images, part):
     batch = one_batch(trainer)
 
     def loss(multiplier: float) -> float:
-        batch.network_multipliers = torch.full((1,), multiplier)
+        batch.network_multipliers = [multiplier]
         trainer.network.set_multiplier(multiplier)
         with torch.no_grad():
             draws = [ItemDraws(9, epoch, [0]) for epoch in range(6)]

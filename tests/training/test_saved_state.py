@@ -78,6 +78,13 @@ def test_a_state_of_another_run_is_refused_and_changes_are_named(tmp_path):
     with pytest.raises(UserError, match="belongs to another run: its optimizer is A, this run's is B"):
         saved.check_belongs_to(RunIdentity({"optimizer": "B"}))
     assert saved.check_belongs_to(RunIdentity({"optimizer": "A"}, {"data": "e"})) == ["data"]
+
+
+def test_a_state_without_a_later_option_had_its_default(tmp_path):
+    saved, later = make(tmp_path / "s"), {"data": "d", "--later": False}
+    assert saved.check_belongs_to(RunIdentity({"optimizer": "A"}, later), {"--later": False, "data": "x"}) == []
+    changed = saved.check_belongs_to(RunIdentity({"optimizer": "A"}, {**later, "--later": True}), {"--later": False})
+    assert changed == ["--later"]
     assert saved.check_belongs_to(RunIdentity({"optimizer": "A"}, {"data": "d"})) == []
 
 

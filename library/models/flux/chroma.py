@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.devices import to_device
 from library.models.flux.transformer import (
     DoubleStreamBlock,
     FluxConfig,
@@ -149,7 +150,7 @@ class ChromaTransformer(StreamTransformer):
         """
         if txt_attention_mask is None:
             raise ValueError("Chroma needs the attention mask of its text")
-        text_mask = text_key_mask(txt_attention_mask.to(img.device))
+        text_mask = text_key_mask(to_device(txt_attention_mask, img.device))
         key_mask = F.pad(text_mask, (0, img.shape[1]), value=True)
         modulations = self.modulations(timesteps)
         rope = self.positions(img_ids, txt_ids, len(img))

@@ -338,6 +338,7 @@ class ChromaPipeline(FluxPipeline):
 
     model_type = "chroma"
     all_encoders = ("t5xxl",)
+    read_on_host = frozenset({"t5_attn_mask"})
 
     def __init__(self, files: FluxFiles, dtype: torch.dtype, device: torch.device | str, **arguments: Any):
         super().__init__(files, dtype, device, **{**arguments, "apply_t5_attn_mask": True})

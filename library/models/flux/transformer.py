@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.devices import to_device
 from library.models.attention import AttentionBackend, attention, require_backend
 
 LARGEST_FLOAT16 = 65504.0
@@ -115,7 +116,7 @@ def joint_key_mask(txt_attention_mask: Tensor | None, img: Tensor) -> Tensor | N
     """Which keys are attended to, [B, L + S] boolean: text as its mask [B, L] says, every image token of ``img``."""
     if txt_attention_mask is None:
         return None
-    return F.pad(txt_attention_mask.to(device=img.device).bool(), (0, img.shape[1]), value=True)
+    return F.pad(to_device(txt_attention_mask, img.device).bool(), (0, img.shape[1]), value=True)
 
 
 class MLPEmbedder(nn.Module):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from library.devices import to_device
 from library.errors import UserError
 from library.models.stable_diffusion.prompt_weights import parse_prompt_weights
 
@@ -97,7 +98,7 @@ def encode_penultimate(encoder: ClipTextEncoder, tokens: Tokens, end_of_text: in
     hidden_states, last = _run(encoder, tokens)
     pooled = None
     if encoder.text_projection is not None:
-        ends = (tokens.ids[:, 0] == end_of_text).int().argmax(dim=-1).to(last.device)
+        ends = to_device((tokens.ids[:, 0] == end_of_text).int().argmax(dim=-1), last.device)
         first_chunks = last.unflatten(0, tokens.ids.shape[:2])[:, 0]
         pooled = encoder.text_projection(first_chunks[torch.arange(len(ends), device=last.device), ends])
     return _joined(hidden_states[-2], tokens), pooled
@@ -111,7 +112,8 @@ def require_clip_skip(clip_skip: int | None, layers: int) -> None:
 
 def _run(encoder: ClipTextEncoder, tokens: Tokens) -> tuple[tuple[Tensor, ...], Tensor]:
     """All layers' states and the last one after the final norm, [batch * chunks, 77, hidden] each."""
-    outputs = encoder.text_model(input_ids=tokens.ids.flatten(0, 1).to(encoder.device), output_hidden_states=True)
+    ids = to_device(tokens.ids.flatten(0, 1), encoder.device)
+    outputs = encoder.text_model(input_ids=ids, output_hidden_states=True)
     return outputs.hidden_states, outputs.last_hidden_state
 
 
@@ -119,4 +121,4 @@ def _joined(states: Tensor, tokens: Tokens) -> Tensor:
     joined = join_chunks(states.unflatten(0, tokens.ids.shape[:2]))
     if tokens.weights is None:
         return joined
-    return joined * join_chunks(tokens.weights).to(joined)[..., None]
+    return joined * to_device(join_chunks(tokens.weights), joined.device, joined.dtype)[..., None]

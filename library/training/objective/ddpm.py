@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from library.devices import to_device
 from library.models.schedules import TRAIN_STEPS, alphas_cumprod, rescale_to_zero_terminal_snr
 from library.randomness import draw_noise
 from library.training.objective.noise import draw_input_perturbation, draw_uniform, per_item
@@ -98,11 +99,11 @@ def add_noise_offset(
     strength = torch.full((len(noise), 1, 1, 1), options.noise_offset)
     if options.noise_offset_random_strength:
         strength = strength * per_item(draw_uniform(generators).float(), noise)
-    strength = strength.to(latents.device)
+    strength = to_device(strength, latents.device)
     if options.adaptive_noise_scale:
         mean = latents.mean(dim=(2, 3), keepdim=True).abs()
         strength = (strength + options.adaptive_noise_scale * mean).clamp(min=0)
-    return noise + strength * draw_noise((noise.shape[1], 1, 1), generators).to(noise.device)
+    return noise + strength * to_device(draw_noise((noise.shape[1], 1, 1), generators), noise.device)
 
 
 def add_multires_noise(
@@ -122,21 +123,22 @@ def add_multires_noise(
     count, discount = options.multires_noise_iterations, options.multires_noise_discount
     shape = tuple(noise.shape[1:])
     layers = torch.stack([_layers(shape, count, discount, generator) for generator in generators])
-    total = noise + layers.to(noise.device)
+    total = noise + to_device(layers, noise.device)
     return total / total.std(dim=(1, 2, 3), keepdim=True)
 
 
 def _layers(shape: tuple[int, ...], count: int, discount: float, generator: torch.Generator) -> torch.Tensor:
-    """The sum of the layers for one item, [c, h, w] on the CPU."""
+    """The sum of the layers for one item, [c, h, w] on the generator's device."""
     import torch
 
     channels, height, width = shape
-    total = torch.zeros(1, *shape)
+    device = generator.device
+    total = torch.zeros(1, *shape, device=device)
     ratios = random.Random(generator.initial_seed())  # Python's, since a dry run's tensors have no values
     for index in range(count):
         ratio = ratios.uniform(2, 4)
         rows, columns = (max(1, int(side / ratio**index)) for side in (height, width))
-        layer = torch.randn(1, channels, rows, columns, generator=generator)
+        layer = torch.randn(1, channels, rows, columns, generator=generator, device=device)
         total += discount**index * torch.nn.functional.interpolate(layer, size=(height, width), mode="bilinear")
         if rows == 1 or columns == 1:
             break
@@ -180,7 +182,7 @@ def _amplitudes(
     """sqrt(a_t) and sqrt(1 - a_t), each [batch, 1, 1, 1], on the device of ``like``."""
     alphas_cumprod = schedule.alphas_cumprod[timesteps]
     parts = (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
-    signal, amplitude = (per_item(part.to(like.device, like.dtype), like) for part in parts)
+    signal, amplitude = (per_item(to_device(part, like.device, like.dtype), like) for part in parts)
     return signal, amplitude
 
 
@@ -238,16 +240,17 @@ class Ddpm(Objective):
             timesteps = sample_timesteps(self.noise, draws.generators("timestep"))
         else:
             timesteps = fixed_timesteps(timestep, len(latents))
-        noise = draw_noise(shape, draws.generators("noise")).to(device)
+        noise = to_device(draw_noise(shape, draws.noise_generators("noise")), device)
         noise = add_noise_offset(self.options, noise, latents, draws.generators("noise_offset"))
-        noise = add_multires_noise(self.options, noise, draws.generators("multires_noise"))
-        extra = draw_input_perturbation(self.noise, shape, draws.generators("ip_noise"))
+        noise = add_multires_noise(self.options, noise, draws.noise_generators("multires_noise"))
+        extra = draw_input_perturbation(self.noise, shape, draws.noise_generators("ip_noise"))
+        weights = snr_weights(self.options, schedule.snr[timesteps], self.v_parameterization)
         return NoisyInput(
-            latents=add_noise(schedule, latents, noise, timesteps, None if extra is None else extra.to(device)),
-            sigmas=(timesteps / TRAIN_STEPS).to(device),
+            latents=add_noise(schedule, latents, noise, timesteps, None if extra is None else to_device(extra, device)),
+            sigmas=to_device(timesteps / TRAIN_STEPS, device),
             target=training_target(schedule, latents, noise, timesteps, self.v_parameterization),
-            weights=snr_weights(self.options, schedule.snr[timesteps], self.v_parameterization).float().to(device),
-            noise_to_signal=noise_to_signal(schedule, timesteps).to(device),
+            weights=to_device(weights.float(), device),
+            noise_to_signal=to_device(noise_to_signal(schedule, timesteps), device),
         )
 
     def read_prediction(self, output: torch.Tensor, noisy: NoisyInput) -> torch.Tensor:

@@ -3,7 +3,7 @@
 A noisy latent is ``(1 - sigma) * latents + sigma * noise`` with sigma in 0..1; the model predicts the velocity
 ``noise - latents`` (Lipman et al. 2023; Esser et al. 2024, "Scaling Rectified Flow Transformers"). All is float32.
 
-Every item has its own CPU generator for each kind of draw, so that no draw depends on which items share a batch.
+Every item has its own generator for each kind of draw, so that no draw depends on which items share a batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from library.devices import to_device
 from library.models.schedules import TRAIN_STEPS, flux_shift, shift_sigmas
 from library.randomness import draw_noise
 from library.training.objective.noise import draw_input_perturbation, draw_uniform, per_item
@@ -215,12 +216,12 @@ class FlowMatching(Objective):
         device, shape = latents.device, tuple(latents.shape[1:])
         if timestep is None:
             tokens = (shape[1] // self.patch_size) * (shape[2] // self.patch_size)
-            sigmas = sample_sigmas(self.options, draws.generators("sigma"), tokens, self.noise).to(device)
+            sigmas = to_device(sample_sigmas(self.options, draws.generators("sigma"), tokens, self.noise), device)
         else:
             sigmas = torch.full((len(latents),), timestep / 1000, device=device)
-        noise = draw_noise(shape, draws.generators("noise")).to(device)
-        extra = draw_input_perturbation(self.noise, shape, draws.generators("ip_noise"))
-        noisy = add_noise(latents, noise, sigmas, None if extra is None else extra.to(device))
+        noise = to_device(draw_noise(shape, draws.noise_generators("noise")), device)
+        extra = draw_input_perturbation(self.noise, shape, draws.noise_generators("ip_noise"))
+        noisy = add_noise(latents, noise, sigmas, None if extra is None else to_device(extra, device))
         return NoisyInput(
             latents=noisy,
             sigmas=sigmas,

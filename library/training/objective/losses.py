@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from library.devices import to_device
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def apply_mask(loss: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return loss
     import torch
 
-    mask = mask.to(loss.device, torch.float32).unsqueeze(1)
+    mask = to_device(mask, loss.device, torch.float32).unsqueeze(1)
     mask = torch.nn.functional.interpolate(mask, size=tuple(loss.shape[-2:]), mode="area")
     return loss * (mask if loss.ndim == 4 else mask.unsqueeze(2))
 
@@ -111,4 +112,4 @@ def batch_loss(losses: torch.Tensor, loss_weights: torch.Tensor, group_size: int
     all processes together. Because processes average their gradients, the gradient is then that of the mean over all
     real items, however they are dealt out; a padding item has weight 0.
     """
-    return (losses * loss_weights.to(losses.device)).sum() * (world_size / group_size)
+    return (losses * to_device(loss_weights, losses.device)).sum() * (world_size / group_size)

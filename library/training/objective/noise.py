@@ -1,6 +1,6 @@
 """Noise for training latents, drawn in the same way for every model family.
 
-Every item has its own CPU generator for each kind of draw, so that no draw depends on which items share a batch.
+Every item has its own generator for each kind of draw, so that no draw depends on which items share a batch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
 
 def draw_uniform(generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """A number in [0, 1) for each item, [batch] float64 on the CPU."""
+    """A number in [0, 1) for each item, [batch] on the generators' device; float64 on the CPU, else float32."""
     import torch
 
-    return torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
+    return torch.stack(
+        [
+            torch.rand((), generator=g, device=g.device, dtype=torch.float64 if g.device.type == "cpu" else None)
+            for g in generators
+        ]
+    )
 
 
 def draw_input_perturbation(

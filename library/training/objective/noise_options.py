@@ -19,6 +19,8 @@ class NoiseOptions:
     """Input perturbation: strength of extra noise in the input that the target does not contain; 0.1 is usual."""
     ip_noise_gamma_random_strength: bool = False
     """Multiply --ip_noise_gamma by a random number between 0 and 1 for every item."""
+    noise_on_device: bool = False
+    """Draw noise on the GPU: faster for small models, but other devices draw other noise from the same seed."""
 
 
 @dataclass

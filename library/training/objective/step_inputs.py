@@ -19,10 +19,16 @@ class ItemDraws:
     seed: int
     epoch: int
     item_ids: list[int]
+    noise_device: torch.device | str = "cpu"
+    """Where noise is drawn: the same numbers on every kind of device only if it is the CPU."""
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One CPU generator for each item."""
         return [generator(self.seed, purpose, self.epoch, item) for item in self.item_ids]
+
+    def noise_generators(self, purpose: str) -> list[torch.Generator]:
+        """One generator for each item on ``noise_device``, for what is as large as the latents."""
+        return [generator(self.seed, purpose, self.epoch, item, device=self.noise_device) for item in self.item_ids]
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.training.distribution import average_gradients
@@ -19,6 +19,9 @@ from library.training.optim.optimizers import (
     set_eval_mode,
     set_train_mode,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Optimization:
@@ -41,8 +44,8 @@ class Optimization:
         self.scheduler = create_lr_scheduler(schedule, self.created, max_steps)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def clip_gradients(self) -> float | None:
-        """Average the gradients over the processes and clip them; returns their norm before that.
+    def clip_gradients(self) -> torch.Tensor | None:
+        """Average the gradients over the processes and clip them; returns their norm before that, a scalar.
 
         None with a gradient scaler, which passes over steps whose scaled gradients overflow.
         """
@@ -54,7 +57,7 @@ class Optimization:
         clipped = torch.nn.utils.clip_grad_norm_(self.parameters, limit) if limit > 0 else None
         if self.accelerator.scaler is not None:
             return None
-        return float(gradient_norm(self.parameters) if clipped is None else clipped)
+        return gradient_norm(self.parameters) if clipped is None else clipped
 
     def step(self) -> None:
         """Update the weights with the gradients, and forget these."""

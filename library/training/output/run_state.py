@@ -52,9 +52,11 @@ def run_identity(run: RunFacts) -> RunIdentity:
 def check_saved_state(run: RunFacts, saved: SavedState) -> bool:
     """Compare the state of ``--resume`` with this run; returns whether its data goes by in the same order.
 
-    Raises UserError when the state belongs to another run.
+    A state that an earlier version wrote is taken to have the defaults of the options that came later. Raises UserError
+    when the state belongs to another run.
     """
-    changed = saved.check_belongs_to(run_identity(run))
+    defaults = {f"--{name}": option.default for name, option in declared_options(type(run.options)).items()}
+    changed = saved.check_belongs_to(run_identity(run), defaults)
     if changed:
         warn(
             f"--resume: {', '.join(changed)} changed since the state was saved: the run continues, but not to the "

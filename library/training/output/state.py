@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,11 @@ class SavedState:
         self.identity = RunIdentity(**document["identity"])
         self.rest = unpack(document["rest"], {})
 
-    def check_belongs_to(self, identity: RunIdentity) -> list[str]:
+    def check_belongs_to(self, identity: RunIdentity, unrecorded: Mapping[str, Any] | None = None) -> list[str]:
         """The properties of the run that changed since the state was saved and end exactness.
 
-        Raises UserError when the state belongs to another run.
+        ``unrecorded`` has what stands for properties that the state, being older, does not know. Raises UserError when
+        the state belongs to another run.
         """
         for name, value in identity.fixed.items():
             saved = self.identity.fixed.get(name)
@@ -182,7 +184,8 @@ class SavedState:
                 raise UserError(
                     f"--resume: {self.folder} belongs to another run: its {name} is {saved}, this run's is {value}."
                 )
-        return [name for name, value in identity.exact.items() if self.identity.exact.get(name) != value]
+        saved_exact = {**(unrecorded or {}), **self.identity.exact}
+        return [name for name, value in identity.exact.items() if saved_exact.get(name) != value]
 
     def network_state(self) -> dict[str, Any]:
         """The network's tensors by name."""

@@ -201,7 +201,7 @@ def empty_batch(run: RunFacts, model: StepModel, size: Largest) -> Batch:
         crop_top_lefts=[(0, 0)] * count,
         target_sizes=[(size.height, size.width)] * count,
         flipped=[False] * count,
-        network_multipliers=torch.ones(count),
+        network_multipliers=[1.0] * count,
         custom_attributes=[{}] * count,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from library.models.flux.pipeline import FluxPipeline
 from library.training.plan.dry_run import plan_of
 from library.training.plan.plan_report import Plan, plan_lines
 from library.training.plan.planned_files import kept
+from library.training.plan.simulation import PeakMemory
 from library.training.report.description import size_on_disk
 from tests.running import make_trainer as begin
 from tests.running import no_weights_are_read, run_in_process
@@ -241,3 +243,32 @@ def test_a_dry_run_from_a_configuration_file_ends_well(flux_command, dataset_tom
     for words in ("12 steps: 2 epochs of 7 steps", "26 transformer and 12 text encoder modules", "All checks passed"):
         assert words in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_says_what_is_on_the_device_and_what_in_system_ram(plan_only, flux_command):
+    arguments = [*flux_command, "--network_train_unet_only", "--cache_latents", "--cache_text_encoder_outputs"]
+    plain, streamed = (plan_only(FLUX, *arguments, "--blocks_to_swap", count) for count in ("0", "2"))
+    one, other = (
+        next(phase for phase in plan.phases if phase.name.startswith("training")) for plan in (plain, streamed)
+    )
+    assert one.weights.keys() == {"transformer"} and one.host.keys() >= {"latent cache", "text encoder cache"}
+    moved, ring = other.host["streamed blocks"], other.weights["streaming ring"]
+    assert other.weights["transformer"] + moved == one.weights["transformer"] and moved > ring > 0
+    assert one.total - other.total == moved - ring
+    assert streamed.phases[0].name == "caching latents" and "streamed blocks" not in streamed.phases[0].host
+    lines = plan_lines(streamed)
+    assert any("streaming ring" in line and "system RAM" in line for line in lines)
+    assert any(
+        re.match(r"  in system RAM beside libraries: latent cache .*, streamed blocks \d", line) for line in lines
+    )
+
+
+def test_memory_of_another_device_and_system_ram_are_counted_apart():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), PeakMemory(device=torch.device("meta")) as memory:
+        on_device = torch.empty(100, device="meta")
+        offloaded = on_device.new_empty(50, device="cpu")
+        del on_device
+        again = torch.empty(60, device="meta")
+    assert (memory.peak.device, memory.peak.host) == (400, 200) and len(offloaded) + len(again) == 110

@@ -26,7 +26,6 @@ from library.training.report.report_options import report_is_wanted
 
 if TYPE_CHECKING:
     from library.data.cache import LatentCache, TextCache
-    from library.memory.stream_choice import StreamedBlocks
     from library.models.pipeline import Pipeline
     from library.training.latents import Latents
     from library.training.output.run_outputs import RunOutputs
@@ -92,13 +91,14 @@ def plan_of(run: Rehearsal) -> Plan:
     facts = None if problem else run.facts()
     rates, rate_note = learning_rates(facts) if facts else ({}, "unknown")
     network_bytes, state_bytes, phases = None, None, []
-    notes = [*_in_memory(caches, run.pipeline.streamed.values()), _free_memory(device)]
+    notes = [_free_memory(device)]
     if facts:
         optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, facts.optimization.parameters)
         network_bytes, state_bytes = _file_sizes(facts, optimizer_bytes)
         notes += [note] if note else []
         with simulation.running():
-            phases = memory_phases(facts, run.step_loss, optimizer_bytes, *missing)
+            held = {plan.name: plan.bytes for plan in caches if plan.in_memory and plan.bytes}
+            phases = memory_phases(facts, run.step_loss, optimizer_bytes, missing[0], missing[1], held)
     length = run.plan
     return Plan(
         start=start_facts(facts) if facts else None,
@@ -216,13 +216,6 @@ def _cache_plans(name: str, caches: Sequence[LatentCache | TextCache]) -> list[C
         )
         for number, cache in enumerate(caches)
     ]
-
-
-def _in_memory(caches: list[CachePlan], streamed: Collection[StreamedBlocks]) -> list[str]:
-    """What is kept in system RAM for the whole run."""
-    held = [f"streamed blocks {size_text(sum(blocks.bytes for blocks in streamed))}"] if streamed else []
-    held += [f"{plan.name} {size_text(plan.bytes)}" for plan in caches if plan.in_memory and plan.bytes]
-    return [f"additional system RAM: {', '.join(held)}"] if held else []
 
 
 def _free_memory(device: Any) -> str:

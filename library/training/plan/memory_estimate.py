@@ -7,11 +7,12 @@ allocator wastes. To be called inside a ``Simulation``, after the network and th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,13 @@ from library.memory.apply import apply_memory_plan
 from library.training.objective.step_inputs import ItemDraws
 from library.training.optim.optimizers import create_optimizer, optimizer_name
 from library.training.plan.plan_report import MemoryPhase
-from library.training.plan.simulation import DataDependentOutputException, PeakMemory, module_bytes
+from library.training.plan.simulation import DataDependentOutputException, Peak, PeakMemory, module_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from library.data.dataset import DatasetGroup
+    from library.models.pipeline import Pipeline
     from library.training.run_facts import RunFacts
     from library.training.step_loss import StepLoss, StepModel
 
@@ -43,54 +45,95 @@ class Largest:
     count: int
 
 
-def memory_phases(run: RunFacts, loss: StepLoss, optimizer_bytes: int, latents: bool, texts: bool) -> list[MemoryPhase]:
-    """The phases of the run, each with what it holds at its peak; one that cannot be simulated says why.
+@dataclass(frozen=True)
+class Work:
+    """A phase of a run: the parts of the base model that it needs on the device, and what it does with them."""
 
-    ``loss`` does the work of a step. ``latents`` and ``texts``: whether anything has to be cached. The run's memory
-    plan is no longer applied afterwards.
+    name: str
+    parts: frozenset[str]
+    trains: bool
+    """Whether the network and the optimizer are there."""
+    peak: Callable[[], Peak]
+    """The activations and gradients, found by doing it."""
+
+
+def run_phases(run: RunFacts, loss: StepLoss, latents: bool, texts: bool) -> list[Work]:
+    """The phases of the run, the training of one step among them.
+
+    ``loss`` does the work of a step. ``latents`` and ``texts``: whether anything has to be cached.
     """
     pipeline, model, options = run.pipeline, loss.model, run.options
-    weights = {part: module_bytes(module) for part, module in pipeline.modules.items()}
-    for part in weights.keys() & pipeline.streamed.keys():
-        weights[part] -= max(0, pipeline.streamed[part].freed)
-    encoders, stay = weights.keys() & set(pipeline.encoders), options.model.highvram
-    network = module_bytes(run.network)
+    stay, encoders = options.model.highvram, frozenset(pipeline.encoders) & pipeline.modules.keys()
     largest = largest_batch(run.data.train)
     needed = {pipeline.denoiser, *run.control_parts}
     if model.latents.caching is None or (stay and latents):
         needed.add("autoencoder")
     needed |= encoders if stay else set(model.text.encoders_at_steps)
     phases = []
-
-    def add(name: str, parts: Iterable[str], peak: Callable[[], int], trains: bool) -> None:
-        held = sum(weights[part] for part in parts)
-        phases.append(_phase(name, held, network if trains else 0, optimizer_bytes if trains else 0, peak))
-
     if latents:
         batch = replace(largest, count=max(1, options.cache.vae_batch_size))
-        add("caching latents", {"autoencoder"}, lambda: encoding_peak(model, batch), False)
+        peak = functools.partial(encoding_peak, model, batch)
+        phases.append(Work("caching latents", frozenset({"autoencoder"}), False, peak))
     if texts and model.text.caching is not None:
-        size = model.text.caching.batch_size
-        add("caching text", encoders | ({"autoencoder"} if stay else set()), lambda: text_peak(model, size), False)
-    checkpointing = options.precision.gradient_checkpointing
-    with_it, without = "with gradient checkpointing", "without gradient checkpointing"
+        peak = functools.partial(text_peak, model, model.text.caching.batch_size)
+        phases.append(Work("caching text", encoders | ({"autoencoder"} if stay else set()), False, peak))
+    checkpointing = "with" if options.precision.gradient_checkpointing else "without"
     peak = functools.partial(training_peak, run, loss, largest)
-    add(f"training {with_it if checkpointing else without}", needed, peak, True)
-    applied = pipeline.applied.pop(pipeline.denoiser)
-    plan = replace(applied.plan, checkpointing=not checkpointing)
-    applied.remove()
-    with apply_memory_plan(pipeline.block_lists(), plan):
-        add(f"(training {without if checkpointing else with_it})", needed, peak, True)
+    phases.append(Work(f"training {checkpointing} gradient checkpointing", frozenset(needed), True, peak))
     if run.outputs.samples.prompts:
-        add("sample images", needed | {"autoencoder"}, lambda: sampling_peak(run, model), True)
+        peak = functools.partial(sampling_peak, run, model)
+        phases.append(Work("sample images", frozenset({*needed, "autoencoder"}), True, peak))
     return phases
 
 
-def _phase(name: str, weights: int, network: int, optimizer: int, peak: Callable[[], int]) -> MemoryPhase:
-    try:
-        return MemoryPhase(name, weights, network, optimizer, peak())
-    except Exception as error:  # whatever a model or a network of others cannot do without values
-        return MemoryPhase(name, weights, network, optimizer, None, f"{type(error).__name__}: {_first_line(error)}")
+def memory_phases(
+    run: RunFacts, loss: StepLoss, optimizer_bytes: int, latents: bool, texts: bool, held: Mapping[str, int]
+) -> list[MemoryPhase]:
+    """The phases of ``run_phases``, each with what it holds at its peak; one that cannot be simulated says why.
+
+    A training step is shown with and without gradient checkpointing. ``held``: bytes in system RAM for the whole run,
+    by what they are. The run's memory plan is no longer applied afterwards.
+    """
+    pipeline = run.pipeline
+    weights = {part: module_bytes(pipeline.modules[part]) for part in pipeline.parts if part in pipeline.modules}
+    network = module_bytes(run.network)
+
+    def phase(work: Work) -> MemoryPhase:
+        on_device, on_host = {part: weights[part] for part in weights if part in work.parts}, dict(held)
+        streamed = [blocks for part, blocks in pipeline.streamed.items() if part in on_device]
+        if streamed:
+            for part in pipeline.streamed.keys() & on_device.keys():
+                on_device[part] -= pipeline.streamed[part].bytes
+            on_device["streaming ring"] = sum(blocks.ring_bytes for blocks in streamed)
+            on_host["streamed blocks"] = sum(blocks.bytes for blocks in streamed)
+        of_training = (network, optimizer_bytes) if work.trains else (0, 0)
+        try:
+            peak = work.peak()
+        except Exception as error:  # whatever a model or a network of others cannot do without values
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            return MemoryPhase(work.name, on_device, *of_training, None, on_host, reason)
+        on_host["activations"] = peak.host
+        return MemoryPhase(work.name, on_device, *of_training, peak.device, on_host)
+
+    found = []
+    for work in run_phases(run, loss, latents, texts):
+        found.append(phase(work))
+        if work.name.startswith("training"):
+            checkpointing = run.options.precision.gradient_checkpointing
+            name = f"(training {'without' if checkpointing else 'with'} gradient checkpointing)"
+            with checkpointing_is(pipeline, not checkpointing):
+                found.append(phase(replace(work, name=name)))
+    return found
+
+
+@contextlib.contextmanager
+def checkpointing_is(pipeline: Pipeline, on: bool) -> Iterator[None]:
+    """For a while, the denoiser's blocks are checkpointed or are not."""
+    plan = pipeline.applied[pipeline.denoiser].plan
+    pipeline.applied.pop(pipeline.denoiser).remove()
+    with apply_memory_plan(pipeline.block_lists(), replace(plan, checkpointing=on)):
+        yield
+    pipeline.applied[pipeline.denoiser] = apply_memory_plan(pipeline.block_lists(), plan)
 
 
 def _first_line(error: Exception) -> str:
@@ -100,24 +143,25 @@ def _first_line(error: Exception) -> str:
 # ---- the peaks of single steps ---------------------------------------------------------------------------------------
 
 
-def training_peak(run: RunFacts, loss: StepLoss, size: Largest) -> int:
+def training_peak(run: RunFacts, loss: StepLoss, size: Largest) -> Peak:
     """Activations and gradients of one batch, from its images or cached latents on."""
-    before = 0 if loss.model.latents.caching else encoding_peak(loss.model, size)
+    before = Peak(0) if loss.model.latents.caching else encoding_peak(loss.model, size)
     if run.optimization.fused is not None:
         run.optimization.fused.only_frees = True  # its steps would look at numbers
     try:
-        return max(before, _step_peak(run, loss, size))
+        step = _step_peak(run, loss, size)
     except DataDependentOutputException:  # dropout of whole modules looks at a random number
-        return max(before, _step_peak(run, loss, size, with_dropout=False))
+        step = _step_peak(run, loss, size, with_dropout=False)
+    return Peak(max(before.device, step.device), max(before.host, step.host))
 
 
-def _step_peak(run: RunFacts, loss: StepLoss, size: Largest, with_dropout: bool = True) -> int:
+def _step_peak(run: RunFacts, loss: StepLoss, size: Largest, with_dropout: bool = True) -> Peak:
     """From latents to gradients."""
     batch = empty_batch(run, loss.model, size)
     run.network.train(with_dropout)
     run.network.set_multiplier(1.0)
     try:
-        with PeakMemory([*run.pipeline.modules.values(), run.network]) as memory:
+        with PeakMemory([*run.pipeline.modules.values(), run.network], run.device) as memory:
             loss(batch, ItemDraws(run.seed, 0, batch.item_ids)).mean().backward()
     finally:
         for parameter in run.optimization.parameters:
@@ -125,28 +169,28 @@ def _step_peak(run: RunFacts, loss: StepLoss, size: Largest, with_dropout: bool 
     return memory.peak
 
 
-def encoding_peak(model: StepModel, size: Largest) -> int:
+def encoding_peak(model: StepModel, size: Largest) -> Peak:
     """The autoencoder at work on pixels of that size."""
     import torch
 
     pixels = torch.empty(size.count, 3, size.height, size.width)
     generators = [torch.Generator() for _ in range(size.count)]
-    with PeakMemory([model.latents.pipeline.load_autoencoder()]) as memory:
+    with PeakMemory([model.latents.pipeline.load_autoencoder()], model.accelerator.device) as memory:
         model.latents.encode(pixels, generators)
     return memory.peak
 
 
-def text_peak(model: StepModel, count: int) -> int:
+def text_peak(model: StepModel, count: int) -> Peak:
     """The text encoders at work on so many captions."""
     import torch
 
     pipeline = model.text.pipeline
-    with torch.no_grad(), PeakMemory(pipeline.load_text_encoders(pipeline.encoders)) as memory:
+    with torch.no_grad(), PeakMemory(pipeline.load_text_encoders(pipeline.encoders), pipeline.device) as memory:
         model.text.encode([""] * count)
     return memory.peak
 
 
-def sampling_peak(run: RunFacts, model: StepModel) -> int:
+def sampling_peak(run: RunFacts, model: StepModel) -> Peak:
     """The largest sample image: a step of its denoising with guidance (a batch of two), then its decoding."""
     import torch
 
@@ -157,7 +201,7 @@ def sampling_peak(run: RunFacts, model: StepModel) -> int:
     batch = empty_batch(run, model, Largest(width, height, 2))
     latents = torch.empty(2, run.pipeline.latent_channels, height // stride, width // stride, device=run.device)
     run.network.eval()
-    with torch.no_grad(), PeakMemory([*run.pipeline.modules.values(), run.network]) as memory:
+    with torch.no_grad(), PeakMemory([*run.pipeline.modules.values(), run.network], run.device) as memory:
         noisy = model.objective.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
         conditioning = model.conditioning(batch)
         with model.accelerator.autocast():

@@ -37,18 +37,21 @@ class MemoryPhase:
     """What is held at once at the peak of a phase, in bytes; ``activations`` holds the gradients too."""
 
     name: str
-    weights: int
+    weights: Mapping[str, int]
+    """Of the base model on the device, by part; streamed blocks have a ring there."""
     network: int
     optimizer: int
     activations: int | None
     """None when they could not be found."""
+    host: Mapping[str, int]
+    """What is kept in system RAM beside it, by what it is."""
     reason: str = ""
-    """Why not."""
+    """Why activations are not known."""
 
     @property
     def total(self) -> int:
-        """All of it, without activations that are not known."""
-        return self.weights + self.network + self.optimizer + (self.activations or 0)
+        """All of it on the device, without activations that are not known."""
+        return sum(self.weights.values()) + self.network + self.optimizer + (self.activations or 0)
 
 
 @dataclass(frozen=True)
@@ -162,18 +165,22 @@ def _paths_lines(what: str, paths: Sequence[Path], removed: set[Path], size: int
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    head = ("", "weights", "network", "optimizer", "activations, gradients", "together")
+    parts = list(dict.fromkeys(part for phase in plan.phases for part in phase.weights))
+    head = ("", *parts, "network", "optimizer", "activations, gradients", "together", "system RAM")
     rows = [
         (
             phase.name,
-            size_text(phase.weights),
-            size_text(phase.network) if phase.network else "-",
-            size_text(phase.optimizer) if phase.optimizer else "-",
+            *(_size_or_dash(phase.weights.get(part, 0)) for part in parts),
+            _size_or_dash(phase.network),
+            _size_or_dash(phase.optimizer),
             "unknown" if phase.activations is None else size_text(phase.activations),
             f"{size_text(phase.total)}{' and more' if phase.activations is None else ''}",
+            _size_or_dash(sum(phase.host.values())),
         )
         for phase in plan.phases
     ]
+    held = {name: max(p.host.get(name, 0) for p in plan.phases) for phase in plan.phases for name in phase.host}
+    hosted = ", ".join(f"{name} {size_text(size)}" for name, size in held.items() if size)
     reasons = [f"{phase.name}: unknown because of {phase.reason}" for phase in plan.phases if phase.activations is None]
     each = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
     return [
@@ -181,5 +188,10 @@ def _memory_lines(plan: Plan) -> list[str]:
         "libraries, the driver, fragmentation and what kernels need inside them come on top",
         *(table([head, *rows]) if rows else [f"unknown ({plan.problem})"]),
         *reasons,
+        *([f"in system RAM beside libraries: {hosted}"] if hosted else []),
         *plan.memory_notes,
     ]
+
+
+def _size_or_dash(size: int) -> str:
+    return size_text(size) if size else "-"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["DataDependentOutputException", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
+__all__ = ["DataDependentOutputException", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
 
 
 class Simulation:
@@ -63,6 +63,15 @@ def forget_values(module: nn.Module) -> None:
                 part._parameters[name] = replaced[id(parameter)]
 
 
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes that work takes at once."""
+
+    device: int
+    host: int = 0
+    """In system RAM, by work on another device."""
+
+
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes of all tensors that exist at once, above those that were there before.
 
@@ -70,11 +79,12 @@ class PeakMemory(TorchDispatchMode):
     anything; what a kernel needs inside it is not seen. To be used inside a ``Simulation``.
     """
 
-    def __init__(self, there: Iterable[nn.Module | Tensor] = ()) -> None:
-        """``there``: modules and tensors that do not count."""
+    def __init__(self, there: Iterable[nn.Module | Tensor] = (), device: torch.device | None = None) -> None:
+        """``there``: modules and tensors that do not count; ``device``: where the work is done (None: anywhere)."""
         super().__init__()
-        self.live = 0
-        self.peak = 0
+        self._has_host = device is not None and device.type != "cpu"
+        self.live = self.live_on_host = 0
+        self.peak = Peak(0)
         self._sizes: dict[int, int] = {}
         for entry in there:
             for tensor in [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]:
@@ -93,12 +103,20 @@ class PeakMemory(TorchDispatchMode):
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes() if counts else 0
-        weakref.finalize(storage, self._forget, key)
-        self.live += self._sizes[key]
-        self.peak = max(self.peak, self.live)
+        on_host = self._has_host and tensor.device.type == "cpu"
+        weakref.finalize(storage, self._forget, key, on_host)
+        self._add(self._sizes[key], on_host)
 
-    def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
+    def _forget(self, key: int, on_host: bool) -> None:
+        self._add(-self._sizes.pop(key, 0), on_host)
+
+    def _add(self, size: int, on_host: bool) -> None:
+        if on_host:
+            self.live_on_host += size
+        else:
+            self.live += size
+        if size > 0 and (self.live > self.peak.device or self.live_on_host > self.peak.host):
+            self.peak = Peak(max(self.peak.device, self.live), max(self.peak.host, self.live_on_host))
 
 
 def module_bytes(module: nn.Module) -> int:

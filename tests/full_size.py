@@ -1,0 +1,94 @@
+"""Checkpoint files of the published models' sizes that hold a header and a hole: plans need no more, and no disk does.
+
+Names and shapes are those of the real files; values are zeros that nobody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.make_tiny_models import TinyFlux, write_t5_tokenizer
+
+T5_VOCABULARY = 32128
+CLIP_VOCABULARY = 49408
+FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
+
+
+def write_hollow(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Path:
+    """A safetensors file with these names and shapes, floating-point tensors in ``dtype``."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        start, end = end, end + tensor.numel() * kept.itemsize
+        header[name] = {"dtype": FORMATS[kept], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def full_flux(folder: Path, variant: str = "flux") -> TinyFlux:
+    """FLUX.1 dev or Chroma in bfloat16, T5-XXL, CLIP-L (not for Chroma) and the autoencoder."""
+    from library.models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
+    from library.models.clip import ClipTextEncoder
+    from library.models.flux.chroma import ChromaConfig, ChromaTransformer
+    from library.models.flux.transformer import FluxConfig, FluxTransformer
+    from library.models.t5 import T5TextEncoder
+    from tools.make_tiny_models import t5_config
+    from tools.make_tiny_stable_diffusion import encoder_config
+
+    write_t5_tokenizer(folder / "tokenizer_2")
+    t5 = t5_config(T5_VOCABULARY)
+    t5.d_model, t5.d_kv, t5.d_ff, t5.num_layers, t5.num_heads = 4096, 64, 10240, 24, 64
+    is_chroma = variant == "chroma"
+    modules: dict[str, Any] = {}
+    with torch.device("meta"):
+        transformer = ChromaTransformer(ChromaConfig()) if is_chroma else FluxTransformer(FluxConfig())
+        modules["clip_l"] = ClipTextEncoder(encoder_config(_clip_l(), CLIP_VOCABULARY))
+        modules |= {"ae": AutoencoderKL(AutoencoderConfig()), "t5xxl": T5TextEncoder(t5)}
+    states = {name: module.state_dict() for name, module in modules.items()}
+    states["t5xxl"]["shared.weight"] = states["t5xxl"].pop("encoder.embed_tokens.weight")
+    dtypes = {"ae": torch.float32, "clip_l": torch.float16, "t5xxl": torch.float16}
+    paths = {name: write_hollow(folder / f"{name}.safetensors", states[name], dtypes[name]) for name in states}
+    model = write_hollow(folder / f"{variant}.safetensors", transformer.state_dict(), torch.bfloat16)
+    return TinyFlux(model, paths["ae"], None if is_chroma else paths["clip_l"], paths["t5xxl"])
+
+
+def _clip_l() -> Any:
+    from tools.make_tiny_stable_diffusion import CLIP_L
+
+    return replace(CLIP_L, width=768, heads=12, layers=12, mlp_ratio=4)
+
+
+def full_stable_diffusion(folder: Path, variant: str = "sdxl") -> Path:
+    """The single file of Stable Diffusion XL or 1.5 in float16."""
+    from tools.make_tiny_stable_diffusion import FIRST_ENTRY, SHAPES, Encoder, build_modules, original_tensors
+
+    clip_g = Encoder(1280, 20, "gelu", FIRST_ENTRY, layers=32, projection=1280, mlp_ratio=4)
+    full = {"autoencoder_widths": (128, 256, 512, 512), "groups": 32}
+    shapes = {
+        "sd1": replace(SHAPES["sd1"], widths=(320, 640, 1280, 1280), encoders=(_clip_l(),), **full),
+        "sdxl": replace(
+            SHAPES["sdxl"],
+            widths=(320, 640, 1280),
+            depths=(0, 2, 10),
+            heads=(5, 10, 20),
+            encoders=(_clip_l(), clip_g),
+            **full,
+        ),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        modules = build_modules(shapes[variant], CLIP_VOCABULARY)
+        states = {part: module.state_dict() for part, module in modules.items()}
+        tensors = original_tensors(shapes[variant], states)
+    return write_hollow(folder / f"{variant}.safetensors", tensors, torch.float16)

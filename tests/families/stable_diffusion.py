@@ -11,19 +11,18 @@ from tests.families.family import Family, small_lora
 
 if TYPE_CHECKING:
     from library.models.stable_diffusion.checkpoint import Variant
-    from tools.make_tiny_stable_diffusion import Layout
+    from tools.make_tiny_stable_diffusion import Layout, Shape
 
 
-def make_few_blocks(folder: Path, variant: Variant, layout: Layout = "original") -> Path:
-    """A random tiny model in one of the real models' layouts; returns what names it to the scripts.
+def few_blocks(variant: Variant) -> Shape:
+    """The shape of a tiny model with two of the real model's levels.
 
-    It has two of the real model's levels; tests of the blocks themselves use the models of
-    ``tools/make_tiny_stable_diffusion.py``, which have all of them.
+    Tests of the blocks themselves use the models of ``tools/make_tiny_stable_diffusion.py``, which have all of them.
     """
-    from tools.make_tiny_stable_diffusion import SHAPES, make_tiny_stable_diffusion
+    from tools.make_tiny_stable_diffusion import SHAPES
 
     full = SHAPES[variant]
-    shape = replace(
+    return replace(
         full,
         widths=full.widths[:2],
         depths=(0, 1) if variant == "sdxl" else (1, 1),
@@ -33,7 +32,13 @@ def make_few_blocks(folder: Path, variant: Variant, layout: Layout = "original")
         autoencoder_widths=(8, 16, 16, 16),
         autoencoder_resnets=1,
     )
-    return make_tiny_stable_diffusion(folder, variant, layout, shape=shape)
+
+
+def make_few_blocks(folder: Path, variant: Variant, layout: Layout = "original") -> Path:
+    """A random tiny model of few blocks in one of the real models' layouts; returns what names it to the scripts."""
+    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+
+    return make_tiny_stable_diffusion(folder, variant, layout, shape=few_blocks(variant))
 
 
 def make_tiny(variant: Variant, folder: Path) -> Path:

@@ -34,7 +34,7 @@ def test_names_that_diffusers_itself_converts():
     """diffusers' reader of single files finds every tensor under the name that the tree gives it."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    unet = tiny_model("sdxl").unet
+    unet = tiny_model("sdxl", whole=True).unet
     tensors = {f"model.diffusion_model.{key}": value for key, value in under_original_names(unet).state_dict().items()}
     converted = convert_ldm_unet_checkpoint(tensors, dict(unet.config))
     own = unet.state_dict()
@@ -54,7 +54,7 @@ def test_blocks_have_the_classes_that_network_modules_look_for():
 
 
 def test_what_is_changed_in_the_tree_is_changed_in_the_model():
-    tiny = tiny_model("sdxl")
+    tiny = tiny_model("sdxl", whole=True)
     before, keys = tiny.predict(), list(tiny.unet.state_dict())
     tree = under_original_names(tiny.unet)
     layer = tree.get_submodule("output_blocks.3.1.transformer_blocks.0.attn2.to_v")

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.families.stable_diffusion import few_blocks
+
+if TYPE_CHECKING:
+    from library.models.stable_diffusion.checkpoint import Variant
 
 # As the published config.json files have them; what isn't named here is diffusers' default.
 UNETS: dict[str, dict[str, Any]] = {
@@ -60,7 +65,7 @@ def real_encoders(variant: str) -> list[nn.Module]:
 
 @dataclass
 class Tiny:
-    """A tiny model with the real one's blocks, frozen, and inputs for it."""
+    """A tiny model, frozen, and inputs for it."""
 
     variant: str
     unet: nn.Module
@@ -78,25 +83,25 @@ class Tiny:
 
 
 @cache
-def tiny_meta_module(variant: str) -> nn.Module:
+def tiny_meta_module(variant: Variant, whole: bool = False) -> nn.Module:
     """The U-Net of ``tiny_model`` on torch's meta device."""
     from tools.make_tiny_stable_diffusion import SHAPES, build_modules
 
     with torch.device("meta"):
-        return build_modules(SHAPES[variant], vocabulary=64)["unet"]  # type: ignore[index]
+        return build_modules(SHAPES[variant] if whole else few_blocks(variant), vocabulary=64)["unet"]
 
 
-def tiny_model(variant: str, dtype: torch.dtype = torch.float32) -> Tiny:
-    """Random weights, the same each time; the caller may change them."""
-    return copy.deepcopy(_made(variant, dtype))
+def tiny_model(variant: Variant, dtype: torch.dtype = torch.float32, whole: bool = False) -> Tiny:
+    """Random weights, the same each time; the caller may change them. ``whole``: with all blocks of the real model."""
+    return copy.deepcopy(_made(variant, dtype, whole))
 
 
 @cache
-def _made(variant: str, dtype: torch.dtype) -> Tiny:
+def _made(variant: Variant, dtype: torch.dtype, whole: bool) -> Tiny:
     from tools.make_tiny_models import fill_randomly
     from tools.make_tiny_stable_diffusion import SHAPES, build_modules
 
-    modules = build_modules(SHAPES[variant], vocabulary=64)  # type: ignore[index]
+    modules = build_modules(SHAPES[variant] if whole else few_blocks(variant), vocabulary=64)
     for part, module in modules.items():
         fill_randomly(module, 0, part)
         module.to(dtype).requires_grad_(False).eval()

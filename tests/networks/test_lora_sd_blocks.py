@@ -60,7 +60,7 @@ def is_wide(layer: nn.Module) -> bool:
 
 
 def made(variant: str, dim: int = 4, alpha: float = 1.0, **arguments: str):
-    return lora.create_network(1.0, dim, alpha, None, None, tiny_meta_module(variant), **arguments)
+    return lora.create_network(1.0, dim, alpha, None, None, tiny_meta_module(variant, whole=True), **arguments)
 
 
 def comma(values) -> str:
@@ -104,7 +104,7 @@ def test_a_rank_of_0_leaves_a_block_out_and_lists_that_are_missing_take_the_comm
 
 
 def test_text_encoders_are_not_in_blocks():
-    tiny = tiny_model("sd1")
+    tiny = tiny_model("sd1", whole=True)
     network = lora.create_network(
         1.0, 4, 1.0, None, tiny.encoders, tiny.unet,
         block_dims=comma([2] * 25), block_alphas=comma([9] * 25), down_lr_weight="zeros",
@@ -200,7 +200,7 @@ def test_other_topologies_are_refused_only_where_blocks_are_named(argument):
 
 def test_a_network_from_a_file_learns_block_by_block(tmp_path):
     made("sd1").save_weights(tmp_path / "lora.safetensors", None, None)
-    unet = tiny_meta_module("sd1")
+    unet = tiny_meta_module("sd1", whole=True)
     network, _ = lora.create_network_from_weights(
         1.0, tmp_path / "lora.safetensors", None, None, unet, down_lr_weight="zeros+0.5", mid_lr_weight="0"
     )

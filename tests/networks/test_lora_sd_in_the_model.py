@@ -124,7 +124,7 @@ def test_recomputed_blocks_give_the_very_same_gradients_with_every_dropout(rando
             tiny.predict().float().square().mean().backward()
         gradients.append({name: p.grad for name, p in network.named_parameters() if "lora_unet" in name})
     stored, recomputed = gradients
-    assert sum(grad is not None for grad in stored.values()) > 300
+    assert sum(grad is not None for grad in stored.values()) > 0.7 * len(stored)
     for name, grad in stored.items():
         assert (grad is None) == (recomputed[name] is None), name
         assert grad is None or torch.equal(grad, recomputed[name]), name

@@ -197,7 +197,7 @@ def test_a_model_of_another_kind_is_refused():
 
 
 def test_arguments_without_effect_are_named(messages, tmp_path):
-    unet = tiny_model("sd1").unet
+    unet = tiny_model("sd1", whole=True).unet
     network = made(unet, conv_alpha="2")
     assert any(re.search("no wide convolution is trained, so conv_alpha have no effect", text) for text in messages)
     network.save_weights(tmp_path / "lora.safetensors", None, None)

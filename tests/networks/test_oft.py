@@ -165,7 +165,7 @@ def test_keys_and_shapes_of_files(tmp_path):
 
 
 def test_first_weights_and_states(randomise, tmp_path):
-    unet = tiny_meta_module("sd1")
+    unet = tiny_meta_module("sd1", whole=True)
     first = oft.create_network(1.0, 4, 0.1, None, None, unet)
     randomise(first)
     first.save_weights(tmp_path / "oft.safetensors", None, None)

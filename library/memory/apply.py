@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.memory.activations import OffloadedInputs
 from library.memory.checkpointing import checkpointed
 from library.memory.compiling import compiled_forwards
 from library.memory.plan import MemoryPlan
@@ -29,6 +30,8 @@ class AppliedPlan:
         """Each block, its forward now, and the one of the instance before (None: it had only that of its class)."""
         self.stream: BlockStream | None = None
         """The streamed blocks, if there are any."""
+        self.offloaded: OffloadedInputs | None = None
+        """The inputs that wait in system RAM, if they do."""
 
     def replace(self, block: nn.Module, forward: Callable[..., Any]) -> None:
         """Give ``block`` another forward until ``remove``."""
@@ -83,7 +86,8 @@ def apply_memory_plan(
             for block, forward in zip(blocks, forwards)
         ]
     if plan.checkpointing:
-        forwards = [checkpointed(forward, plan.offload_inputs) for forward in forwards]
+        applied.offloaded = OffloadedInputs() if plan.offload_inputs else None
+        forwards = [checkpointed(forward, applied.offloaded, plan.keep_attention) for forward in forwards]
     for block, forward in zip(blocks, forwards):
         if forward != block.forward:
             applied.replace(block, forward)

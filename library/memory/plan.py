@@ -25,6 +25,8 @@ class MemoryPlan:
     """Keep only the inputs of each block for the backward pass, and compute the rest again there."""
     offload_inputs: bool = False
     """With ``checkpointing``: keep those inputs in system RAM."""
+    keep_attention: bool = False
+    """With ``checkpointing``: keep the outputs of attention too."""
     compiler: str | None = None
     """The backend of ``torch.compile`` that compiles each block when it is first called; None compiles nothing."""
     streaming: Streaming | None = None

@@ -83,6 +83,8 @@ class PrecisionOptions:
     """Recompute activations in the backward pass instead of storing them."""
     cpu_offload_checkpointing: bool = False
     """With --gradient_checkpointing: keep the stored block inputs in CPU memory."""
+    keep_attention_outputs: bool = False
+    """With --gradient_checkpointing: keep the outputs of attention too: faster, with more memory."""
     torch_compile: bool = False
     """Compile the blocks of the transformer or U-Net, each when it first runs (torch.compile)."""
     dynamo_backend: Literal[
@@ -186,6 +188,8 @@ def check_precision(options: PrecisionOptions) -> None:
             raise UserError(
                 f"--base_format and --{name} are mutually exclusive: both say how the U-Net or transformer is kept."
             )
+    if options.keep_attention_outputs and options.torch_compile and options.gradient_checkpointing:
+        raise UserError("--keep_attention_outputs and --torch_compile are mutually exclusive.")
 
 
 COMPILERS = {"tensort": "tensorrt"}
@@ -212,6 +216,7 @@ def memory_plans(pipeline: Pipeline, options: PrecisionOptions, trained: Iterabl
     plan = MemoryPlan(
         checkpointing=options.gradient_checkpointing,
         offload_inputs=options.cpu_offload_checkpointing,
+        keep_attention=options.keep_attention_outputs,
         compiler=backend if options.torch_compile and backend != "no" else None,
     )
     return {pipeline.denoiser: plan, **{encoder: replace(plan, compiler=None) for encoder in trained}}

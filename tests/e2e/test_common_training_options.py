@@ -409,6 +409,8 @@ def test_the_blocks_are_checkpointed_and_compiled_if_requested(opened):
     assert plan("--gradient_checkpointing") == MemoryPlan(checkpointing=True)
     offloaded = plan("--gradient_checkpointing", "--cpu_offload_checkpointing")
     assert offloaded == MemoryPlan(checkpointing=True, offload_inputs=True)
+    kept = plan("--gradient_checkpointing", "--keep_attention_outputs")
+    assert kept == MemoryPlan(checkpointing=True, keep_attention=True)
     assert plan("--torch_compile", "--dynamo_backend", "eager") == MemoryPlan(compiler="eager")
     with pytest.raises(UserError, match="--dynamo_backend ofi is unavailable on this machine; torch provides inductor"):
         plan("--torch_compile", "--dynamo_backend", "ofi")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.memory.apply import apply_memory_plan
 from library.memory.formats import quantise, store_as
@@ -17,11 +19,13 @@ from library.memory.storage import Storage, block_linears
 from library.models.flux.chroma import ChromaTransformer
 from library.models.flux.transformer import FluxTransformer, image_ids
 from library.models.stable_diffusion.unet import block_lists as unet_blocks
+from library.training.plan.simulation import PeakMemory
 from networks import lora, lora_flux
 from tests.networks.stable_diffusion import tiny_model
 from tools.make_tiny_models import fill_randomly, transformer_config
 
 CHECKPOINTED, OFFLOADED = MemoryPlan(checkpointing=True), MemoryPlan(checkpointing=True, offload_inputs=True)
+WITH_ATTENTION = MemoryPlan(checkpointing=True, keep_attention=True)
 
 
 @dataclass
@@ -87,7 +91,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("plan", [CHECKPOINTED, OFFLOADED])
+@pytest.mark.parametrize("plan", [CHECKPOINTED, OFFLOADED, WITH_ATTENTION])
 def test_checkpointing_changes_no_bit_of_output_and_gradients(case, plan):
     names, keys = [name for name, _ in case.model.named_modules()], list(case.model.state_dict())
     expected = case.step()
@@ -154,6 +158,70 @@ def test_weights_in_a_storage_format_are_streamed_as_they_are(arguments, storage
         assert codes <= streamed <= 1.01 * codes + 256 * 40
         torch.manual_seed(0)
         assert same(case.step(), expected)
+
+
+def test_trained_inputs_of_blocks_leave_the_device_and_return_ahead_of_their_blocks():
+    """All but the last one of a pass, which is needed at once. Host memory is used again, also by larger images."""
+    case = make("flux", depth=3, depth_single=4)
+    case.network.apply_to(None, case.model, False, True)
+    inputs: list[weakref.ref[Tensor]] = []
+
+    def note(block: nn.Module, given: tuple[Any, ...]) -> None:
+        inputs.extend(weakref.ref(x) for x in given if isinstance(x, Tensor) and x.requires_grad)
+
+    hooks = [block.register_forward_pre_hook(note) for blocks in case.blocks.values() for block in blocks]
+    with apply_memory_plan(case.blocks, CHECKPOINTED):
+        output = case.model(**case.inputs)
+        assert all(ref() is not None for ref in inputs)
+    del output
+    inputs.clear()
+    with apply_memory_plan(case.blocks, OFFLOADED) as applied:
+        output = case.model(**case.inputs)
+        assert len(inputs) == 2 * 2 + 4 and sum(ref() is not None for ref in inputs) == 0
+        size = applied.offloaded.bytes_out
+        tokens = case.inputs["img"].shape[1] + case.inputs["txt"].shape[1]
+        assert size == (2 + 4) * 2 * tokens * case.model.config.hidden_size * 4
+        output.square().mean().backward()
+        assert applied.offloaded.bytes_in == size and applied.offloaded.late == 1
+        del output
+        memory = {tensor.data_ptr() for tensor in applied.offloaded.free}
+        case.step()
+        assert {tensor.data_ptr() for tensor in applied.offloaded.free} == memory
+        case.inputs = flux_inputs(8, 8)
+        larger = case.step()
+        assert len(applied.offloaded.free) == len(memory)
+    assert same(case.step(), larger)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_attention_that_is_kept_runs_once(monkeypatch):
+    case = make("flux")
+    case.network.apply_to(None, case.model, False, True)
+    kept = {plan: saved_bytes(case, plan) for plan in (CHECKPOINTED, WITH_ATTENTION, MemoryPlan())}
+    assert kept[CHECKPOINTED][0] == 2 * kept[WITH_ATTENTION][0] == 2 * kept[MemoryPlan()][0] == 2 * 4
+    assert kept[CHECKPOINTED][1] < kept[WITH_ATTENTION][1] < kept[MemoryPlan()][1]
+
+
+class Operations(TorchDispatchMode):
+    """Counts attention, and the bytes of all tensors that are alive at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.attention += "scaled_dot_product" in func.name() and "backward" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def saved_bytes(case: Case, plan: MemoryPlan) -> tuple[int, int]:
+    """How often attention runs in a step, and the memory that a forward pass leaves occupied."""
+    with apply_memory_plan(case.blocks, plan), Operations() as operations, PeakMemory() as memory:
+        output = case.model(**case.inputs)
+        left = memory.live
+        output.square().mean().backward()
+    return operations.attention, left
 
 
 def saved_tensors(case: Case) -> dict[int, Tensor]:

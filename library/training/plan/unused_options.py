@@ -45,7 +45,8 @@ def _precision(precision: PrecisionOptions) -> Iterator[Rule]:
     yield precision.fp8_base_unet, "beside --fp8_base_unet", ["fp8_base"]
     yield precision.fp8_scaled and not precision.fp8_base, "beside --fp8_scaled", ["fp8_base_unet"]
     yield not precision.fp8_scaled, "without --fp8_scaled", ["fp8_scaled_granularity"]
-    yield not precision.gradient_checkpointing, "without --gradient_checkpointing", ["cpu_offload_checkpointing"]
+    checkpoints = ["cpu_offload_checkpointing", "keep_attention_outputs"]
+    yield not precision.gradient_checkpointing, "without --gradient_checkpointing", checkpoints
     yield not compiles and precision.dynamo_backend != "no", "without --torch_compile", ["dynamo_backend"]
     yield compiles and precision.dynamo_backend == "no", "with --dynamo_backend no", ["torch_compile"]
 

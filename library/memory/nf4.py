@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,14 +23,6 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that bitsandbytes takes and gives."""
 
 
-def _bitsandbytes() -> Any:
-    # On some CPUs its import warns about a kernel that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes.functional
-
-    return bitsandbytes.functional
-
-
 @dataclass(frozen=True)
 class Nf4Weight:
     """A weight [out, in]: ``codes`` uint8 [n, 1] with two in a byte, ``absmax`` bfloat16 [n] of 64 weights each."""
@@ -41,22 +33,32 @@ class Nf4Weight:
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """The weight in ``dtype``, in memory of its own."""
-        functional = _bitsandbytes()
-        state = functional.QuantState(
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        state = QuantState(
             absmax=self.absmax.float(),
             shape=self.shape,
             dtype=dtype if dtype in COMPUTED else torch.float32,
             blocksize=BLOCK,
             quant_type="nf4",
         )
-        return functional.dequantize_4bit(self.codes, state).to(dtype)
+        return dequantize_4bit(self.codes, state).to(dtype)
+
+
+def _import_quietly() -> None:
+    """Import bitsandbytes, which on some CPUs warns about a kernel that nothing here uses."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes  # noqa: F401
 
 
 def quantise(weight: Tensor) -> Nf4Weight:
     """``weight`` [out, in] in 4 bits. Not a number and infinity raise ValueError."""
+    _import_quietly()
+    from bitsandbytes.functional import quantize_4bit
+
     weight = weight.detach()
     weight = weight if weight.dtype in COMPUTED else weight.float()
-    codes, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
+    codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")
     if not (torch.isfinite(state.absmax).all() and torch.isfinite(weight).all()):
         raise ValueError("the weight has values that are not finite")
     return Nf4Weight(codes, state.absmax.bfloat16(), weight.shape)
@@ -64,6 +66,7 @@ def quantise(weight: Tensor) -> Nf4Weight:
 
 def empty_nf4(shape: tuple[int, ...], device: torch.device | str) -> Nf4Weight:
     """What ``quantise`` would give for a weight of that shape, with undefined values."""
+    _import_quietly()
     count = math.prod(shape)
     codes = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-count // BLOCK), dtype=torch.bfloat16, device=device)

@@ -72,7 +72,10 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_lora_is_to_the_bit_that_of_the_rounded_weights(given, rounded, tmp_path, options):
-    """With gradient checkpointing, accumulation and sample images; the optimizer is one that sees gradients' sizes."""
+    """Also where blocks are streamed.
+
+    With gradient checkpointing, accumulation and sample images; the optimizer is one that sees gradients' sizes.
+    """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
     learning = ["--optimizer_type", "SGD", "--learning_rate", "1", "--gradient_checkpointing"]
@@ -80,12 +83,16 @@ def test_a_lora_is_to_the_bit_that_of_the_rounded_weights(given, rounded, tmp_pa
     trainer = train("flux", *given, *learning, *options.split(), "--output_dir", tmp_path / "stored")
     layers = [layer for layer in trainer.pipeline.load_transformer().modules() if isinstance(layer, StoredLinear)]
     assert len(layers) > 10
+    streamed = [*options.split(), "--blocks_to_swap", "2", "--output_dir", tmp_path / "streamed"]
+    stream = train("flux", *given, *learning, *streamed).pipeline.applied.stream
+    assert stream.loads > 0 and stream.misses == 0
     plain = [*given, *learning, "--output_dir", tmp_path / "plain"]
     plain[plain.index("--pretrained_model_name_or_path") + 1] = rounded(OPTIONS[options])
     train("flux", *plain)
-    assert_equal(lora(tmp_path / "stored"), lora(tmp_path / "plain"))
-    images = [Image.open(next((tmp_path / name / "sample").glob("*.png"))).tobytes() for name in ("stored", "plain")]
-    assert images[0] == images[1]
+    for name in ("stored", "streamed"):
+        assert_equal(lora(tmp_path / name), lora(tmp_path / "plain"))
+    folders = [tmp_path / name / "sample" for name in ("stored", "streamed", "plain")]
+    assert len({Image.open(next(folder.glob("*.png"))).tobytes() for folder in folders}) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,8 @@ def test_so_is_every_other_network(given, rounded, tmp_path, network, options):
 
 @pytest.mark.parametrize("options", ["--fp8_scaled", "--base_format nf4"])
 def test_a_lora_is_merged_into_the_base_model_beforehand_and_a_run_is_resumed(given, tiny_flux, tmp_path, options):
-    """--base_weights: the sum of rounded weight and LoRA is rounded again. Then two steps and two more are four."""
+    """--base_weights: the sum of rounded weight and LoRA is rounded again. Then two steps and two more, which stream
+    their blocks, are four."""
     train("flux", *given, "--learning_rate", "1", "--optimizer_type", "SGD", "--output_dir", tmp_path / "first")
     base = ["--base_weights", tmp_path / "first" / "lora.safetensors", *options.split(), "--save_state"]
     words = [*given, *base, "--save_every_n_steps", "2"]
@@ -137,7 +145,7 @@ def test_a_lora_is_merged_into_the_base_model_beforehand_and_a_run_is_resumed(gi
         seen += 1
     assert seen > 10
     state = tmp_path / "whole" / "lora-step00000002-state"
-    train("flux", *words, "--resume", state, "--output_dir", tmp_path / "resumed")
+    train("flux", *words, "--resume", state, "--blocks_to_swap", "2", "--output_dir", tmp_path / "resumed")
     assert_equal(lora(tmp_path / "resumed"), lora(tmp_path / "whole"))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.memory.apply import apply_memory_plan
 from library.memory.fp8_compute import FastScaledLinear
+from library.memory.plan import MemoryPlan
 from library.memory.scaled import FP8, ScaledLinear, ScaledWeight, quantise
 from library.memory.storage import BlocksStoredAs, Storage
 from library.memory.stored_linear import StoredLinear
@@ -110,6 +113,30 @@ def test_with_products_in_fp8_it_is_nearly_that(opened, granularity):
     for ours, reference in zip(*results):
         # An output and all gradients, of which each layer's products add some 2.6 %.
         assert 0 < (ours - reference).norm() < (0.06 if module is lora_flux else 0.2) * reference.norm()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_compiled_block_has_no_graph_break_in_any_format(tiny_flux, storage, fast):
+    """Layers with a LoRA and layers without, under checkpointing."""
+    from torch._dynamo.utils import counters
+
+    if fast and storage.kind != "fp8":
+        pytest.skip("products in fp8 are for fp8 weights")
+    model = open_transformer(tiny_flux.transformer).load(
+        LoadSpec.of(BlocksStoredAs(torch.float32, replace(storage, fast=fast)))
+    )
+    plain, _, network = gradients(lora_flux, model, flux_output)
+    torch._dynamo.reset()
+    counters.clear()
+    blocks = {name: list(getattr(model, name)) for name in ("double_blocks", "single_blocks")}
+    with apply_memory_plan(blocks, MemoryPlan(checkpointing=True, compiler="aot_eager")):
+        for parameter in network.parameters():
+            parameter.grad = None
+        result = flux_output(model)
+        result.square().mean().backward()
+    assert torch.equal(result, plain)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
 
 
 def test_the_model_stays_near_the_original(tiny_flux, storage):

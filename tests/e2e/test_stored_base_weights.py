@@ -84,7 +84,7 @@ def test_a_lora_is_to_the_bit_that_of_the_rounded_weights(given, rounded, tmp_pa
     layers = [layer for layer in trainer.pipeline.load_transformer().modules() if isinstance(layer, StoredLinear)]
     assert len(layers) > 10
     streamed = [*options.split(), "--blocks_to_swap", "2", "--output_dir", tmp_path / "streamed"]
-    stream = train("flux", *given, *learning, *streamed).pipeline.applied.stream
+    stream = train("flux", *given, *learning, *streamed).pipeline.applied["transformer"].stream
     assert stream.loads > 0 and stream.misses == 0
     plain = [*given, *learning, "--output_dir", tmp_path / "plain"]
     plain[plain.index("--pretrained_model_name_or_path") + 1] = rounded(OPTIONS[options])

@@ -15,6 +15,7 @@ from library.checkpoints import open_checkpoint
 from library.models.clip import ClipTextEncoder
 from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion
+from library.models.stable_diffusion.unet import set_attention_backend
 from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
 VARIANTS = ["sd1", "sd2", "sdxl"]
@@ -99,8 +100,8 @@ def test_both_layouts_load_to_the_same_modules(variant, original, folder):
             assert not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
 
 
-@torch.no_grad()
-def test_the_unet_predicts_what_diffusers_own_does(original, folder):
+def test_the_unet_predicts_what_diffusers_own_does_to_the_bit(original, folder):
+    """Gradients too: our forwards of its blocks leave out only what changes nothing."""
     reference = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
     draw = torch.Generator().manual_seed(1)
     config = original.unet.config
@@ -112,10 +113,19 @@ def test_the_unet_predicts_what_diffusers_own_does(original, folder):
     if original.variant == "sdxl":
         sizes = torch.tensor([[512, 768, 0, 32, 512, 768]]).repeat(2, 1)
         inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 80, generator=draw), "time_ids": sizes}
-    expected = reference(**inputs).sample
-    actual = original.unet.load(LoadSpec.of(torch.float32))(**inputs).sample
-    assert expected.std() > 0.1
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    unet = original.unet.load(LoadSpec.of(torch.float32)).requires_grad_(False)
+    set_attention_backend(unet, "sdpa")
+
+    def results(module: Any) -> tuple[Tensor, Tensor]:
+        sample = inputs["sample"].clone().requires_grad_()
+        out = module(**{**inputs, "sample": sample}).sample
+        return out.detach(), *torch.autograd.grad(out.square().mean(), sample)
+
+    expected = results(reference.requires_grad_(False))
+    assert expected[0].std() > 0.1 and expected[1].any()
+    assert all(torch.equal(one, two) for one, two in zip(results(unet), expected))
+    replaced = {type(module).__name__ for module in unet.modules() if "forward" in vars(module)}
+    assert replaced == {"UNet2DConditionModel", "Attention", "ResnetBlock2D"}
 
 
 @torch.no_grad()

@@ -34,11 +34,14 @@ def few_blocks(variant: Variant) -> Shape:
     )
 
 
-def make_few_blocks(folder: Path, variant: Variant, layout: Layout = "original") -> Path:
-    """A random tiny model of few blocks in one of the real models' layouts; returns what names it to the scripts."""
+def make_few_blocks(folder: Path, variant: Variant, layout: Layout = "original", **more: Any) -> Path:
+    """A random tiny model of few blocks in one of the real models' layouts; returns what names it to the scripts.
+
+    ``more`` are further arguments of ``make_tiny_stable_diffusion``.
+    """
     from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
-    return make_tiny_stable_diffusion(folder, variant, layout, shape=few_blocks(variant))
+    return make_tiny_stable_diffusion(folder, variant, layout, shape=few_blocks(variant), **more)
 
 
 def make_tiny(variant: Variant, folder: Path) -> Path:

@@ -68,17 +68,17 @@ class StableDiffusionInference(InferenceRun):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_sd1) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(StableDiffusionFiles(tiny_sd1), torch.float32, "cpu")
+def pipeline(few_blocks_sd1) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(StableDiffusionFiles(few_blocks_sd1), torch.float32, "cpu")
 
 
 @pytest.fixture
-def draw(tiny_sd1, tmp_path):
+def draw(few_blocks_sd1, tmp_path):
     """The one image that the script draws with these LoRA files."""
 
     def run(*files: str) -> Image.Image:
         folder = tmp_path / f"images_{len(files)}"
-        options = Options(tiny_sd1, lora=LoraFileOptions(list(files)), output=ImageFileOptions(str(folder)))
+        options = Options(few_blocks_sd1, lora=LoraFileOptions(list(files)), output=ImageFileOptions(str(folder)))
         StableDiffusionInference(options).run()
         (path,) = folder.glob("*.png")
         return Image.open(path)
@@ -86,14 +86,14 @@ def draw(tiny_sd1, tmp_path):
     return run
 
 
-def test_the_image_is_the_pipelines(draw, pipeline, tiny_sd1):
+def test_the_image_is_the_pipelines(draw, pipeline, few_blocks_sd1):
     drawn = draw()
     expected = pipeline.generate(pipeline.request(PROMPT, sampler="euler"))
     assert numpy.array_equal(drawn, expected)
-    assert drawn.text["negative-prompt"] == "a dog" and drawn.text["model"] == tiny_sd1.name
+    assert drawn.text["negative-prompt"] == "a dog" and drawn.text["model"] == few_blocks_sd1.name
 
 
-def test_a_lora_file_acts_on_text_encoder_and_unet(draw, pipeline, tiny_sd1, tmp_path):
+def test_a_lora_file_acts_on_text_encoder_and_unet(draw, pipeline, few_blocks_sd1, tmp_path):
     network = lora.create_network(1.0, 4, 2.0, None, pipeline.load("text_encoder"), pipeline.load("unet"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_lora_file_acts_on_text_encoder_and_unet(draw, pipeline, tiny_sd1, tmp
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     network.save_weights(tmp_path / "lora.safetensors", None, {})
     drawn = draw(f"{tmp_path / 'lora.safetensors'};0.7")
-    with_network = StableDiffusionPipeline(StableDiffusionFiles(tiny_sd1), torch.float32, "cpu")
+    with_network = StableDiffusionPipeline(StableDiffusionFiles(few_blocks_sd1), torch.float32, "cpu")
     parts = [with_network.load(part) for part in ("text_encoder", "unet")]
     loaded, _ = lora.create_network_from_weights(0.7, tmp_path / "lora.safetensors", None, *parts, for_inference=True)
     loaded.apply_to(*parts, True, True)

@@ -30,8 +30,8 @@ def flux(tiny_flux) -> FluxPipeline:
 
 
 @pytest.fixture(scope="module")
-def sd1(tiny_sd1) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(StableDiffusionFiles(tiny_sd1), torch.float32, "cpu")
+def sd1(few_blocks_sd1) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(StableDiffusionFiles(few_blocks_sd1), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

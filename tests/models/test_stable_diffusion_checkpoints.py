@@ -17,9 +17,9 @@ from library.errors import UserError
 from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, open_stable_diffusion, open_vae
 from library.safetensors_io import save_file
+from tests.families.stable_diffusion import make_few_blocks
 from tests.published import make_published
 from tools.make_tiny_models import make_tiny_flux
-from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
 UNET = "model.diffusion_model."
 CLIP = "cond_stage_model.transformer."
@@ -29,7 +29,7 @@ OPTION = "--pretrained_model_name_or_path"
 
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory) -> Path:
-    return make_tiny_stable_diffusion(tmp_path_factory.mktemp("sd1_folder"), "sd1", "diffusers")
+    return make_few_blocks(tmp_path_factory.mktemp("sd1_folder"), "sd1", "diffusers")
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -84,9 +84,9 @@ def test_a_ckpt_file_loads_as_the_safetensors_file_does(tmp_path, nested):
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_half_precision_files_are_kept_or_converted(tiny_sdxl, changed, stored):
-    path = changed(tiny_sdxl, lambda tensors: {key: value.to(stored) for key, value in tensors.items()})
-    expected = states(open_stable_diffusion(tiny_sdxl))
+def test_half_precision_files_are_kept_or_converted(few_blocks_sdxl, changed, stored):
+    path = changed(few_blocks_sdxl, lambda tensors: {key: value.to(stored) for key, value in tensors.items()})
+    expected = states(open_stable_diffusion(few_blocks_sdxl))
     rounded = {part: {name: value.to(stored) for name, value in state.items()} for part, state in expected.items()}
     opened = open_stable_diffusion(path, disable_mmap=True)
     assert_same(states(opened, None), rounded)
@@ -94,10 +94,10 @@ def test_half_precision_files_are_kept_or_converted(tiny_sdxl, changed, stored):
     assert_same(states(opened), full)
 
 
-def test_text_encoder_keys_without_their_middle_level_are_read(tiny_sd1, changed):
-    path = changed(tiny_sd1, lambda tensors: {key.replace(".text_model.", "."): tensors[key] for key in tensors})
+def test_text_encoder_keys_without_their_middle_level_are_read(few_blocks_sd1, changed):
+    path = changed(few_blocks_sd1, lambda tensors: {key.replace(".text_model.", "."): tensors[key] for key in tensors})
     assert f"{CLIP}encoder.layers.0.mlp.fc1.weight" in read(path)
-    assert_same(states(open_stable_diffusion(path)), states(open_stable_diffusion(tiny_sd1)))
+    assert_same(states(open_stable_diffusion(path)), states(open_stable_diffusion(few_blocks_sd1)))
 
 
 EXTRAS = {
@@ -117,20 +117,20 @@ EXTRAS = {
 
 @pytest.mark.parametrize("variant", list(EXTRAS))
 def test_what_programs_leave_in_files_beside_the_model_does_no_harm(variant, request, changed):
-    plain = request.getfixturevalue(f"tiny_{variant}")
+    plain = request.getfixturevalue(f"few_blocks_{variant}")
     path = changed(plain, lambda tensors: tensors | {name: torch.ones(1) for name in EXTRAS[variant]})
     assert_same(states(open_stable_diffusion(path)), states(open_stable_diffusion(plain)))
 
 
-def test_a_projection_stored_as_a_layer_is_taken_as_it_is(tiny_sdxl, changed):
+def test_a_projection_stored_as_a_layer_is_taken_as_it_is(few_blocks_sdxl, changed):
     key = "conditioner.embedders.1.model.text_projection"
 
     def as_layer(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         return lambda tensors: tensors | {name: tensors.pop(key).t().contiguous()}
 
-    expected = states(open_stable_diffusion(tiny_sdxl))
+    expected = states(open_stable_diffusion(few_blocks_sdxl))
     for suffix in (".weight", ".weight.weight"):
-        assert_same(states(open_stable_diffusion(changed(tiny_sdxl, as_layer(key + suffix)))), expected)
+        assert_same(states(open_stable_diffusion(changed(few_blocks_sdxl, as_layer(key + suffix)))), expected)
 
 
 def test_a_diffusers_folder_is_read_in_any_number_of_shards_and_with_old_attention_names(sd1_folder, tmp_path):
@@ -178,7 +178,7 @@ def test_what_the_files_say_about_the_prediction_is_told(tmp_path):
         for layout in ("original", "diffusers"):
             for v_prediction in (False, True):
                 folder = tmp_path / f"{variant}_{layout}_{v_prediction}"
-                path = make_tiny_stable_diffusion(folder, variant, layout, v_prediction=v_prediction)
+                path = make_few_blocks(folder, variant, layout, v_prediction=v_prediction)
                 opened = open_stable_diffusion(path)
                 says[variant, layout, v_prediction] = (opened.predicts_v, opened.zero_terminal_snr)
     assert says == {
@@ -193,8 +193,8 @@ def test_what_the_files_say_about_the_prediction_is_told(tmp_path):
     }
 
 
-def test_meta_modules_have_the_structure_and_no_numbers(tiny_sdxl):
-    opened = open_stable_diffusion(tiny_sdxl)
+def test_meta_modules_have_the_structure_and_no_numbers(few_blocks_sdxl):
+    opened = open_stable_diffusion(few_blocks_sdxl)
     for file in (opened.unet, opened.autoencoder, *opened.text_encoders):
         meta_module = file.meta_module()
         assert all(parameter.is_meta for parameter in meta_module.parameters())
@@ -240,7 +240,7 @@ def vae_paths(other_vae, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_replacement_vae_is_read_from_everything_that_holds_one(request, other_vae, vae_paths, kind):
     expected = open_stable_diffusion(other_vae).autoencoder.load(LoadSpec.of(torch.float32)).state_dict()
-    path = request.getfixturevalue(f"tiny_{kind}")
+    path = request.getfixturevalue(f"few_blocks_{kind}")
     own = open_stable_diffusion(path).autoencoder
     assert not torch.equal(own.source.load("quant_conv.weight", None, "cpu"), expected["quant_conv.weight"])
     for name, vae in vae_paths.items():
@@ -252,14 +252,14 @@ def test_a_replacement_vae_is_read_from_everything_that_holds_one(request, other
         assert opened.autoencoder.config["scaling_factor"] == own.config["scaling_factor"]
 
 
-def test_a_file_without_a_vae_needs_one(tiny_sd1, changed, vae_paths):
-    path = changed(tiny_sd1, lambda tensors: {key: tensors[key] for key in tensors if not key.startswith(VAE)})
+def test_a_file_without_a_vae_needs_one(few_blocks_sd1, changed, vae_paths):
+    path = changed(few_blocks_sd1, lambda tensors: {key: tensors[key] for key in tensors if not key.startswith(VAE)})
     with pytest.raises(UserError, match=r"no autoencoder \(VAE\) in it; name one with --vae"):
         open_stable_diffusion(path)
     assert open_stable_diffusion(path, vae=vae_paths["a VAE's folder"]).autoencoder.config["latent_channels"] == 4
 
 
-def test_other_files_given_as_vae_are_named(tiny_sd1, tmp_path):
+def test_other_files_given_as_vae_are_named(few_blocks_sd1, tmp_path):
     flux = make_tiny_flux(tmp_path / "flux")
     wide = {"encoder.down.0.block.0.conv1.weight": torch.zeros(8, 8, 3, 3), "quant_conv.weight": torch.zeros(32, 32)}
     wide |= {"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3), "decoder.conv_in.weight": torch.zeros(8, 16, 3, 3)}
@@ -274,9 +274,9 @@ def test_other_files_given_as_vae_are_named(tiny_sd1, tmp_path):
     }
     for path, message in refusals.items():
         with pytest.raises(UserError, match=message):
-            open_stable_diffusion(tiny_sd1, vae=path)
+            open_stable_diffusion(few_blocks_sd1, vae=path)
     with pytest.raises(UserError, match="is a Stable Diffusion 1.x file; a Stable Diffusion autoencoder"):
-        without = {key: value for key, value in read(tiny_sd1).items() if not key.startswith(VAE)}
+        without = {key: value for key, value in read(few_blocks_sd1).items() if not key.startswith(VAE)}
         save_file(without, tmp_path / "without.safetensors")
         open_vae(tmp_path / "without.safetensors", "sd1")
 
@@ -327,7 +327,7 @@ REFUSALS = {
 @pytest.mark.parametrize("case", list(REFUSALS))
 def test_files_that_cannot_be_used_are_named(request, changed, case):
     variant, change, message = REFUSALS[case]
-    path = changed(request.getfixturevalue(f"tiny_{variant}"), change)
+    path = changed(request.getfixturevalue(f"few_blocks_{variant}"), change)
     with pytest.raises(UserError, match=f"{OPTION}: .*{message}"):
         open_stable_diffusion(path)
 
@@ -348,7 +348,7 @@ def test_files_of_other_families_are_named(tmp_path):
             open_stable_diffusion(path)
 
 
-def test_tensors_that_do_not_fit_are_listed_when_a_part_is_loaded(tiny_sd1, changed):
+def test_tensors_that_do_not_fit_are_listed_when_a_part_is_loaded(few_blocks_sd1, changed):
     query = "transformer_blocks.0.attn1.to_q.weight"
     cases = {
         r"1 tensors are unexpected \(input_blocks.1.0.odd.weight\)": lambda tensors: (
@@ -362,11 +362,11 @@ def test_tensors_that_do_not_fit_are_listed_when_a_part_is_loaded(tiny_sd1, chan
         ),
     }
     for message, change in cases.items():
-        opened = open_stable_diffusion(changed(tiny_sd1, change))
+        opened = open_stable_diffusion(changed(few_blocks_sd1, change))
         with pytest.raises(UserError, match=message):
             opened.unet.load(LoadSpec.of(torch.float32))
     for prefix, part in ((VAE, "autoencoder"), (CLIP, "text_encoders")):
-        path = changed(tiny_sd1, lambda tensors, prefix=prefix: tensors | {f"{prefix}encoder.odd": torch.ones(1)})
+        path = changed(few_blocks_sd1, lambda tensors, prefix=prefix: tensors | {f"{prefix}encoder.odd": torch.ones(1)})
         files = getattr(open_stable_diffusion(path), part)
         with pytest.raises(UserError, match=r"1 tensors are unexpected \(.*encoder.odd\)"):
             (files[0] if part == "text_encoders" else files).load(LoadSpec.of(torch.float32))
@@ -400,7 +400,7 @@ def test_damaged_or_foreign_diffusers_folders_are_named(sd1_folder, tmp_path):
     )
 
 
-def test_messages_name_the_option_that_was_given(tiny_sd1, changed):
-    path = changed(tiny_sd1, with_inputs(8))
+def test_messages_name_the_option_that_was_given(few_blocks_sd1, changed):
+    path = changed(few_blocks_sd1, with_inputs(8))
     with pytest.raises(UserError, match=re.escape(f"--base_model: {path} is a Stable Diffusion model with extra")):
         open_stable_diffusion(path, option="--base_model")

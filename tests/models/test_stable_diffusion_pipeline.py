@@ -32,18 +32,18 @@ def open_pipeline(path, dtype: torch.dtype = torch.float32, **arguments: Any) ->
 
 
 @pytest.fixture(scope="module")
-def sd1(tiny_sd1) -> StableDiffusionPipeline:
-    return open_pipeline(tiny_sd1)
+def sd1(few_blocks_sd1) -> StableDiffusionPipeline:
+    return open_pipeline(few_blocks_sd1)
 
 
 @pytest.fixture(scope="module")
-def sd2(tiny_sd2) -> StableDiffusionPipeline:
-    return open_pipeline(tiny_sd2)
+def sd2(few_blocks_sd2) -> StableDiffusionPipeline:
+    return open_pipeline(few_blocks_sd2)
 
 
 @pytest.fixture(scope="module")
-def sdxl(tiny_sdxl) -> StableDiffusionPipeline:
-    return open_pipeline(tiny_sdxl)
+def sdxl(few_blocks_sdxl) -> StableDiffusionPipeline:
+    return open_pipeline(few_blocks_sdxl)
 
 
 def latents(pipeline: StableDiffusionPipeline, **changes: Any) -> torch.Tensor:
@@ -66,8 +66,8 @@ def test_parts_are_those_of_the_family(sd1, sd2, sdxl):
     assert (sd1.latent_channels, sd1.latent_stride) == (4, 8)
 
 
-def test_nothing_is_loaded_before_it_is_needed_and_everything_can_be_let_go(tiny_sdxl):
-    pipeline = open_pipeline(tiny_sdxl)
+def test_nothing_is_loaded_before_it_is_needed_and_everything_can_be_let_go(few_blocks_sdxl):
+    pipeline = open_pipeline(few_blocks_sdxl)
     assert pipeline.modules == {}
     first = pipeline.encode_prompts(["a cat"], ["text_encoder"])
     assert pipeline.modules.keys() == {"text_encoder"} and first.keys() == {"hidden_state1"}
@@ -91,8 +91,9 @@ def test_meta_modules_have_the_parts_structure_and_no_numbers(sdxl):
         assert all(value.is_meta for value in meta_module.parameters())
 
 
-def test_each_part_has_its_own_number_format(tiny_sdxl):
-    pipeline = open_pipeline(tiny_sdxl, torch.bfloat16, dtypes={"autoencoder": torch.float32, "text_encoder": None})
+def test_each_part_has_its_own_number_format(few_blocks_sdxl):
+    dtypes = {"autoencoder": torch.float32, "text_encoder": None}
+    pipeline = open_pipeline(few_blocks_sdxl, torch.bfloat16, dtypes=dtypes)
     assert {parameter.dtype for parameter in pipeline.load_transformer().parameters()} == {torch.bfloat16}
     assert pipeline.load_autoencoder().dtype == torch.float32
     assert [encoder.dtype for encoder in pipeline.load_text_encoders()] == [torch.float32, torch.bfloat16]
@@ -118,18 +119,18 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_loaded(tiny_sd
 
 
 @pytest.mark.parametrize("max_token_length, positions", [(None, 77), (75, 77), (150, 152), (225, 227)])
-def test_conditioning_has_the_arrays_that_caches_hold(tiny_sd2, tiny_sdxl, max_token_length, positions):
+def test_conditioning_has_the_arrays_that_caches_hold(few_blocks_sd2, few_blocks_sdxl, max_token_length, positions):
     prompts = ["a cat", "the big green dog on a photo " * 9]
-    conditioning = open_pipeline(tiny_sd2, max_token_length=max_token_length).encode_prompts(prompts)
+    conditioning = open_pipeline(few_blocks_sd2, max_token_length=max_token_length).encode_prompts(prompts)
     assert {name: tuple(value.shape) for name, value in conditioning.items()} == {"hidden_state": (2, positions, 64)}
-    conditioning = open_pipeline(tiny_sdxl, max_token_length=max_token_length).encode_prompts(prompts)
+    conditioning = open_pipeline(few_blocks_sdxl, max_token_length=max_token_length).encode_prompts(prompts)
     shapes = {name: tuple(value.shape) for name, value in conditioning.items()}
     expected = {"hidden_state1": (2, positions, 64), "hidden_state2": (2, positions, 96), "pool2": (2, 80)}
     assert shapes == expected and not any(value.requires_grad for value in conditioning.values())
 
 
-def test_a_prompt_is_encoded_the_same_alone_and_in_a_batch(tiny_sdxl):
-    pipeline = open_pipeline(tiny_sdxl, max_token_length=150, weighted_captions=True)
+def test_a_prompt_is_encoded_the_same_alone_and_in_a_batch(few_blocks_sdxl):
+    pipeline = open_pipeline(few_blocks_sdxl, max_token_length=150, weighted_captions=True)
     prompts = ["a (red:1.4) cat", "", "the big [green] dog on a photo of the ring " * 5]
     together = pipeline.encode_prompts(prompts)
     for index, prompt in enumerate(prompts):
@@ -137,8 +138,8 @@ def test_a_prompt_is_encoded_the_same_alone_and_in_a_batch(tiny_sdxl):
             torch.testing.assert_close(together[name][index : index + 1], value, atol=1e-5, rtol=1e-5)
 
 
-def test_brackets_are_weights_only_when_captions_are_weighted(tiny_sd1, sd1):
-    weighted = open_pipeline(tiny_sd1, weighted_captions=True)
+def test_brackets_are_weights_only_when_captions_are_weighted(few_blocks_sd1, sd1):
+    weighted = open_pipeline(few_blocks_sd1, weighted_captions=True)
     plain = sd1.encode_prompts(["a cat"])["hidden_state"]
     ratio = weighted.encode_prompts(["a (cat:1.5)"])["hidden_state"] / plain
     expected = torch.ones(77)
@@ -147,16 +148,16 @@ def test_brackets_are_weights_only_when_captions_are_weighted(tiny_sd1, sd1):
     assert not torch.equal(sd1.encode_prompts(["a (cat:1.5)"])["hidden_state"], plain)
 
 
-def test_blocks_in_8_bits_draw_nearly_the_same(tiny_sdxl, sdxl):
+def test_blocks_in_8_bits_draw_nearly_the_same(few_blocks_sdxl, sdxl):
     in_8_bits = BlocksStoredAs(torch.float32)
-    pipeline = open_pipeline(tiny_sdxl, dtypes={"unet": in_8_bits, "text_encoder": in_8_bits})
+    pipeline = open_pipeline(few_blocks_sdxl, dtypes={"unet": in_8_bits, "text_encoder": in_8_bits})
     expected, found = latents(sdxl), latents(pipeline)
     assert 0 < (found - expected).norm() / expected.norm() < 0.1
 
 
 @pytest.mark.parametrize("trained", [(), ("text_encoder",), ("text_encoder_2",), ("text_encoder", "text_encoder_2")])
-def test_gradients_flow_through_the_trained_encoders_only(tiny_sdxl, trained):
-    pipeline = open_pipeline(tiny_sdxl)
+def test_gradients_flow_through_the_trained_encoders_only(few_blocks_sdxl, trained):
+    pipeline = open_pipeline(few_blocks_sdxl)
     for module in pipeline.load_text_encoders():
         module.requires_grad_(True)
     conditioning = pipeline.encode_prompts(["a cat"], trained=trained)
@@ -165,8 +166,8 @@ def test_gradients_flow_through_the_trained_encoders_only(tiny_sdxl, trained):
     assert conditioning["pool2"].requires_grad == ("text_encoder_2" in trained)
 
 
-def test_gradient_checkpointing_of_encoders_changes_no_gradient(tiny_sdxl):
-    pipeline = open_pipeline(tiny_sdxl)
+def test_gradient_checkpointing_of_encoders_changes_no_gradient(few_blocks_sdxl):
+    pipeline = open_pipeline(few_blocks_sdxl)
     encoders = pipeline.load_text_encoders()
     weights = [encoder.text_model.encoder.layers[0].mlp.fc1.weight for encoder in encoders]
 
@@ -204,9 +205,9 @@ def test_an_images_latents_do_not_depend_on_its_batch(sd1):
         sd1.encode_images(pixels, generators(1, 2))
 
 
-def test_a_half_precision_autoencoder_that_overflows_says_what_helps(tiny_sd1, caplog):
-    half = open_pipeline(tiny_sd1, torch.float16)
-    kept = open_pipeline(tiny_sd1, torch.float16, dtypes={"autoencoder": torch.float32})
+def test_a_half_precision_autoencoder_that_overflows_says_what_helps(few_blocks_sd1, caplog):
+    half = open_pipeline(few_blocks_sd1, torch.float16)
+    kept = open_pipeline(few_blocks_sd1, torch.float16, dtypes={"autoencoder": torch.float32})
     for pipeline in (half, kept):
         autoencoder = pipeline.load_autoencoder()
         residual_blocks = autoencoder.encoder.down_blocks[0].resnets[0], autoencoder.decoder.mid_block.resnets[0]
@@ -252,9 +253,9 @@ def test_predictions_of_a_batch_are_those_of_its_items(request, variant):
         torch.testing.assert_close(together[item : item + 1], one, atol=1e-4, rtol=1e-4)
 
 
-def test_sizes_are_not_rounded_to_a_half_format(tiny_sdxl):
+def test_sizes_are_not_rounded_to_a_half_format(few_blocks_sdxl):
     """bfloat16 cannot tell 1001 from 1000."""
-    pipeline = open_pipeline(tiny_sdxl, torch.bfloat16)
+    pipeline = open_pipeline(few_blocks_sdxl, torch.bfloat16)
     seen = []
     unet = pipeline.load_transformer()
     unet.add_time_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -264,9 +265,9 @@ def test_sizes_are_not_rounded_to_a_half_format(tiny_sdxl):
 
 
 @pytest.mark.parametrize("variant", ["sd1", "sdxl"])
-def test_split_attention_gives_the_same_predictions_and_gradients(request, variant, tiny_sd1, tiny_sdxl):
+def test_split_attention_gives_the_same_predictions_and_gradients(request, variant, few_blocks_sd1, few_blocks_sdxl):
     plain = request.getfixturevalue(variant)
-    split = open_pipeline({"sd1": tiny_sd1, "sdxl": tiny_sdxl}[variant], attention_backend="split")
+    split = open_pipeline({"sd1": few_blocks_sd1, "sdxl": few_blocks_sdxl}[variant], attention_backend="split")
     conditioning = plain.encode_prompts(["a cat", "a dog"]) | {
         "time_ids": time_ids((64, 64), (0, 0), (64, 64)).repeat(2, 1)
     }
@@ -283,14 +284,14 @@ def test_split_attention_gives_the_same_predictions_and_gradients(request, varia
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
-def test_a_missing_attention_package_is_named_at_once(tiny_sd1):
+def test_a_missing_attention_package_is_named_at_once(few_blocks_sd1):
     with pytest.raises(UserError, match="needs the package xformers"):
-        open_pipeline(tiny_sd1, attention_backend="xformers")
+        open_pipeline(few_blocks_sd1, attention_backend="xformers")
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "split"])
-def test_a_dry_run_can_do_everything_without_numbers(tiny_sdxl, backend, monkeypatch):
-    pipeline = open_pipeline(tiny_sdxl, attention_backend=backend)
+def test_a_dry_run_can_do_everything_without_numbers(few_blocks_sdxl, backend, monkeypatch):
+    pipeline = open_pipeline(few_blocks_sdxl, attention_backend=backend)
     pipeline.load_tokenizers()
     for part in pipeline.parts:
         monkeypatch.setattr(getattr(pipeline.files, part).source, "reads_values", False)
@@ -362,17 +363,17 @@ def test_time_ids_in_the_conditioning_win_over_the_requests_sizes(sdxl):
     assert not torch.equal(latents(sdxl), expected)
 
 
-def test_a_request_may_decide_on_zero_terminal_snr(tiny_sd2, sd2):
-    rescaled = open_pipeline(tiny_sd2, v_parameterization=True, zero_terminal_snr=True)
-    plain = open_pipeline(tiny_sd2, v_parameterization=True)
+def test_a_request_may_decide_on_zero_terminal_snr(few_blocks_sd2, sd2):
+    rescaled = open_pipeline(few_blocks_sd2, v_parameterization=True, zero_terminal_snr=True)
+    plain = open_pipeline(few_blocks_sd2, v_parameterization=True)
     plain.modules = rescaled.modules = sd2.modules
     assert torch.equal(latents(rescaled), latents(plain, zero_terminal_snr=True))
     assert torch.equal(latents(plain), latents(rescaled, zero_terminal_snr=False))
     assert not torch.equal(latents(rescaled), latents(plain))
 
 
-def test_an_unknown_sampler_is_refused_before_anything_is_loaded(tiny_sd1):
-    pipeline = open_pipeline(tiny_sd1)
+def test_an_unknown_sampler_is_refused_before_anything_is_loaded(few_blocks_sd1):
+    pipeline = open_pipeline(few_blocks_sd1)
     with pytest.raises(UserError, match='"unipc" is not a sampler'):
         latents(pipeline, sampler="unipc")
     assert pipeline.modules == {}

@@ -19,13 +19,13 @@ RANK, CONV_RANK = 3, 2
 
 
 @pytest.fixture(scope="session")
-def tuned(tiny_sd1, tiny_sd2, tiny_sdxl, tmp_path_factory):
+def tuned(few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl, tmp_path_factory):
     """By variant: original, the LoRA, and the model with the LoRA merged into it."""
     made = {}
 
     def make(variant):
         if variant not in made:
-            original = {"sd1": tiny_sd1, "sd2": tiny_sd2, "sdxl": tiny_sdxl}[variant]
+            original = {"sd1": few_blocks_sd1, "sd2": few_blocks_sd2, "sdxl": few_blocks_sdxl}[variant]
             place = tmp_path_factory.mktemp(f"tuned_{variant}")
             opened = open_stable_diffusion(original)
             encoders = [encoder.meta_module() for encoder in opened.text_encoders]
@@ -107,21 +107,21 @@ ENCODER_KEY = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.
 UNET_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
 
 
-def test_text_encoders_that_hardly_differ_are_left_out(tiny_sd1, tmp_path, capsys):
+def test_text_encoders_that_hardly_differ_are_left_out(few_blocks_sd1, tmp_path, capsys):
     def change(tensors):
         tensors[ENCODER_KEY][0, 0] += 0.005
         tensors[UNET_KEY][0, 0] += 0.001
 
-    model = with_changed(tiny_sd1, tmp_path / "tuned.safetensors", change)
-    made = extract(tiny_sd1, model, tmp_path / "e.safetensors", "--dim", 1)
+    model = with_changed(few_blocks_sd1, tmp_path / "tuned.safetensors", change)
+    made = extract(few_blocks_sd1, model, tmp_path / "e.safetensors", "--dim", 1)
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     assert set(ranks(made)) == {name}  # and layers that are the same in both are not in the file
     assert "text encoders differ by 0.005" in capsys.readouterr().err
-    made = extract(tiny_sd1, model, tmp_path / "f.safetensors", "--dim", 1, "--min_diff", 0.001)
+    made = extract(few_blocks_sd1, model, tmp_path / "f.safetensors", "--dim", 1, "--min_diff", 0.001)
     assert set(ranks(made)) == {name, "lora_te_text_model_encoder_layers_0_mlp_fc1"}
 
 
-def test_load_precision_rounds_both_models_first(tiny_sd1, tmp_path):
+def test_load_precision_rounds_both_models_first(few_blocks_sd1, tmp_path):
     """A tuned model in float16 differs from its float32 original by rounding alone; rounded alike, by nothing."""
 
     def halve(tensors):
@@ -129,18 +129,18 @@ def test_load_precision_rounds_both_models_first(tiny_sd1, tmp_path):
             if tensor.is_floating_point():
                 tensors[key] = tensor.half()
 
-    model = with_changed(tiny_sd1, tmp_path / "tuned.safetensors", halve)
-    assert ranks(extract(tiny_sd1, model, tmp_path / "e.safetensors", "--dim", 1))
+    model = with_changed(few_blocks_sd1, tmp_path / "tuned.safetensors", halve)
+    assert ranks(extract(few_blocks_sd1, model, tmp_path / "e.safetensors", "--dim", 1))
     with pytest.raises(UserError, match="do not differ in any layer"):
-        extract(tiny_sd1, model, tmp_path / "f.safetensors", "--dim", 1, "--load_precision", "fp16")
+        extract(few_blocks_sd1, model, tmp_path / "f.safetensors", "--dim", 1, "--load_precision", "fp16")
 
 
-def test_a_tuned_model_that_is_damaged_is_named(tiny_sd1, tmp_path):
+def test_a_tuned_model_that_is_damaged_is_named(few_blocks_sd1, tmp_path):
     model = with_changed(
-        tiny_sd1, tmp_path / "tuned.safetensors", lambda tensors: tensors[UNET_KEY].fill_(float("nan"))
+        few_blocks_sd1, tmp_path / "tuned.safetensors", lambda tensors: tensors[UNET_KEY].fill_(float("nan"))
     )
     with pytest.raises(UserError, match=r"attn1\.to_q\.weight holds numbers that are not finite"):
-        extract(tiny_sd1, model, tmp_path / "e.safetensors", "--dim", 1)
+        extract(few_blocks_sd1, model, tmp_path / "e.safetensors", "--dim", 1)
     assert not (tmp_path / "e.safetensors").exists()
 
 
@@ -157,11 +157,11 @@ def test_a_tuned_model_that_is_damaged_is_named(tiny_sd1, tmp_path):
         (("--device", "quantum"), '--device: "quantum" is not a device'),
     ],
 )
-def test_wrong_options_are_one_sentence(tiny_sd1, tmp_path, options, message):
+def test_wrong_options_are_one_sentence(few_blocks_sd1, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        extract(tiny_sd1, tiny_sd1, tmp_path / "e.safetensors", *options)
+        extract(few_blocks_sd1, few_blocks_sd1, tmp_path / "e.safetensors", *options)
 
 
-def test_models_of_two_families_are_refused(tiny_sd1, tiny_sdxl, tmp_path):
+def test_models_of_two_families_are_refused(few_blocks_sd1, few_blocks_sdxl, tmp_path):
     with pytest.raises(UserError, match=r"--model_org is Stable Diffusion 1\.x, --model_tuned Stable Diffusion XL"):
-        extract(tiny_sd1, tiny_sdxl, tmp_path / "e.safetensors")
+        extract(few_blocks_sd1, few_blocks_sdxl, tmp_path / "e.safetensors")

@@ -17,6 +17,7 @@ from library.errors import UserError
 from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from networks import lora, merge_lora, sdxl_merge_lora
+from tests.families.stable_diffusion import make_few_blocks
 from tests.networks.lora_tool_files import MEMORY_GROWTH, deltas, metadata, run
 from tests.published import make_published
 from tests.running import ROOT
@@ -32,15 +33,13 @@ def variant(request):
 @pytest.fixture(scope="session")
 def model(variant, request):
     """The single file of a tiny model."""
-    return request.getfixturevalue(f"tiny_{variant}")
+    return request.getfixturevalue(f"few_blocks_{variant}")
 
 
 @pytest.fixture(scope="session")
 def folder(variant, tmp_path_factory):
     """The same model as a Diffusers folder."""
-    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
-
-    return make_tiny_stable_diffusion(tmp_path_factory.mktemp(f"{variant}_folder"), variant, "diffusers")
+    return make_few_blocks(tmp_path_factory.mktemp(f"{variant}_folder"), variant, "diffusers")
 
 
 def make_loras(model, place):
@@ -65,8 +64,8 @@ def loras(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sd1_loras(tiny_sd1, tmp_path_factory):
-    return make_loras(tiny_sd1, tmp_path_factory.mktemp("sd1_loras"))
+def sd1_loras(few_blocks_sd1, tmp_path_factory):
+    return make_loras(few_blocks_sd1, tmp_path_factory.mktemp("sd1_loras"))
 
 
 def script(variant):
@@ -163,9 +162,7 @@ def test_only_the_loras_layers_change(variant, model, loras, merged):
 
 def test_a_weight_is_rounded_once_to_the_files_format(tmp_path):
     """A float16 model stays float16; every changed weight is the float64 sum, rounded."""
-    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
-
-    model = make_tiny_stable_diffusion(tmp_path / "half", "sd1", dtype=torch.float16)
+    model = make_few_blocks(tmp_path / "half", "sd1", dtype=torch.float16)
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     generator = torch.Generator().manual_seed(0)
@@ -193,7 +190,7 @@ def test_a_weight_is_rounded_once_to_the_files_format(tmp_path):
     )
 
 
-def test_other_programs_names_are_understood(tiny_sd1, tmp_path):
+def test_other_programs_names_are_understood(few_blocks_sd1, tmp_path):
     """What diffusers (PEFT) writes, with the strength in the metadata, gives the same as the kohya form."""
     rest = "transformer_blocks.0.attn1.to_q"
     path, original = f"down_blocks.0.attentions.0.{rest}", f"input_blocks.1.1.{rest}"
@@ -216,31 +213,32 @@ def test_other_programs_names_are_understood(tiny_sd1, tmp_path):
     for form, tensors in forms.items():
         settings = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2})}
         save_file(tensors, tmp_path / f"{form}.safetensors", settings if form == "peft" else None)
-        merged = merge("sd1", tiny_sd1, [tmp_path / f"{form}.safetensors"], tmp_path / f"m_{form}.safetensors")
+        merged = merge("sd1", few_blocks_sd1, [tmp_path / f"{form}.safetensors"], tmp_path / f"m_{form}.safetensors")
         results.append(load_file(merged))
     for other in results[1:]:
         assert all(torch.allclose(results[0][key], other[key], atol=1e-6) for key in other)
     key = f"model.diffusion_model.{original}.weight"
-    assert (results[0][key] - load_file(tiny_sd1)[key]).abs().max() > 0.1
+    assert (results[0][key] - load_file(few_blocks_sd1)[key]).abs().max() > 0.1
 
 
-def test_a_1x1_convolution_of_the_lora_fits_a_linear_layer(tiny_sd2, tmp_path):
+def test_a_1x1_convolution_of_the_lora_fits_a_linear_layer(few_blocks_sd2, tmp_path):
     """Stable Diffusion 2 files have matrices where those of 1.x, and some LoRA files, have convolutions."""
     name = "lora_unet_down_blocks_0_attentions_0_proj_in"
     down, up = torch.randn(2, 32, 1, 1), torch.randn(32, 2, 1, 1)
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "lora.safetensors")
     key = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
-    merged = load_file(merge("sd2", tiny_sd2, [tmp_path / "lora.safetensors"], tmp_path / "m.safetensors"))[key]
-    wanted = load_file(tiny_sd2)[key] + 0.7 * up.flatten(1) @ down.flatten(1)
+    merged = load_file(merge("sd2", few_blocks_sd2, [tmp_path / "lora.safetensors"], tmp_path / "m.safetensors"))[key]
+    wanted = load_file(few_blocks_sd2)[key] + 0.7 * up.flatten(1) @ down.flatten(1)
     assert merged.shape == (32, 32) and torch.allclose(merged, wanted, atol=1e-6)
 
 
-def test_pickled_models_are_read_and_written(sd1_loras, tmp_path):
+def test_pickled_models_are_read_and_written(tmp_path):
     model = make_published(tmp_path / "model")
+    loras = make_loras(model, tmp_path)
     torch.save({"state_dict": load_file(model), "global_step": 7}, tmp_path / "model.ckpt")
-    plain = load_file(merge("sd1", model, sd1_loras, tmp_path / "m.safetensors"))
-    from_pickle = load_file(merge("sd1", tmp_path / "model.ckpt", sd1_loras, tmp_path / "n.safetensors"))
-    merge("sd1", model, sd1_loras, tmp_path / "m.ckpt")
+    plain = load_file(merge("sd1", model, loras, tmp_path / "m.safetensors"))
+    from_pickle = load_file(merge("sd1", tmp_path / "model.ckpt", loras, tmp_path / "n.safetensors"))
+    merge("sd1", model, loras, tmp_path / "m.ckpt")
     into_pickle = torch.load(tmp_path / "m.ckpt", weights_only=True)["state_dict"]
     for other in (from_pickle, into_pickle):
         assert set(other) == set(plain) and all(torch.equal(other[key], plain[key]) for key in plain)
@@ -260,47 +258,48 @@ def test_metadata_of_a_merged_model(variant, model, merged):
     assert all(found[key] == value for key, value in before.items())
 
 
-def test_the_inputs_are_untouched_and_the_same_command_gives_the_same_bytes(tiny_sd1, sd1_loras, tmp_path):
+def test_the_inputs_are_untouched_and_the_same_command_gives_the_same_bytes(few_blocks_sd1, sd1_loras, tmp_path):
     """Without modelspec, which has the date; what is needed to load the model stays in the metadata."""
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tiny_sd1, *sd1_loras)]
-    first = merge("sd1", tiny_sd1, sd1_loras, tmp_path / "m.safetensors", "--no_metadata").read_bytes()
-    assert merge("sd1", tiny_sd1, sd1_loras, tmp_path / "m.safetensors", "--no_metadata").read_bytes() == first
-    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tiny_sd1, *sd1_loras)] == hashes
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (few_blocks_sd1, *sd1_loras)]
+    first = merge("sd1", few_blocks_sd1, sd1_loras, tmp_path / "m.safetensors", "--no_metadata").read_bytes()
+    assert merge("sd1", few_blocks_sd1, sd1_loras, tmp_path / "m.safetensors", "--no_metadata").read_bytes() == first
+    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in (few_blocks_sd1, *sd1_loras)] == hashes
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
-    kept = {key: value for key, value in metadata(tiny_sd1).items() if not key.startswith("modelspec.")}
+    kept = {key: value for key, value in metadata(few_blocks_sd1).items() if not key.startswith("modelspec.")}
     assert metadata(tmp_path / "m.safetensors") == kept
 
 
 # ---- what cannot be merged ---------------------------------------------------------------------------------------
 
 
-def test_every_unmatched_module_is_listed_before_anything_is_written(tiny_sd1, tmp_path):
+def test_every_unmatched_module_is_listed_before_anything_is_written(few_blocks_sd1, tmp_path):
     names = ["lora_unet_down_blocks_9_attentions_0_proj_in", "lora_unet_up_blocks_9_attentions_0_proj_in"]
     tensors = {}
     for name in names:
         tensors |= {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=f"2 of 2 modules have no layer in this model: {', '.join(names)}"):
-        merge("sd1", tiny_sd1, [tmp_path / "x.safetensors"], tmp_path / "m.safetensors")
+        merge("sd1", few_blocks_sd1, [tmp_path / "x.safetensors"], tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
 
 
-def test_a_module_of_another_size_is_named(tiny_sd1, tmp_path):
+def test_a_module_of_another_size_is_named(few_blocks_sd1, tmp_path):
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 320), f"{name}.lora_up.weight": torch.ones(320, 2)}
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(
         UserError, match=rf"{name} is for a layer of shape \[320, 320\], but this model's is \[32, 32\]"
     ):
-        merge("sd1", tiny_sd1, [tmp_path / "x.safetensors"], tmp_path / "m.safetensors")
+        merge("sd1", few_blocks_sd1, [tmp_path / "x.safetensors"], tmp_path / "m.safetensors")
 
 
-def test_numbers_too_large_for_the_format_are_named(tiny_sd1, tmp_path):
+def test_numbers_too_large_for_the_format_are_named(few_blocks_sd1, tmp_path):
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.full((2, 32), 1e3), f"{name}.lora_up.weight": torch.full((32, 2), 1e3)}
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="gets numbers too large for torch.float16"):
-        merge("sd1", tiny_sd1, [tmp_path / "x.safetensors"], tmp_path / "m.safetensors", "--save_precision", "fp16")
+        given = (few_blocks_sd1, [tmp_path / "x.safetensors"], tmp_path / "m.safetensors")
+        merge("sd1", *given, "--save_precision", "fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -321,14 +320,15 @@ MEASURED = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_memory_holds_one_tensor_and_not_the_model(tiny_sd1, tmp_path):
+def test_memory_holds_one_tensor_and_not_the_model(few_blocks_sd1, tmp_path):
     """A model that is 12 tensors of 8 MB larger is merged with little more memory than without them."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2)}
     save_file(tensors, tmp_path / "lora.safetensors")
     padding = {f"first_stage_model.loss.{index}": torch.full((2_000_000,), float(index)) for index in range(12)}
-    save_file({**load_file(tiny_sd1), **padding}, tmp_path / "large.safetensors", metadata(tiny_sd1))
-    paths = [tiny_sd1, *(tmp_path / name for name in ("large.safetensors", "lora.safetensors", "out.safetensors"))]
+    save_file({**load_file(few_blocks_sd1), **padding}, tmp_path / "large.safetensors", metadata(few_blocks_sd1))
+    names = ("large.safetensors", "lora.safetensors", "out.safetensors")
+    paths = [few_blocks_sd1, *(tmp_path / name for name in names)]
     command = [sys.executable, "-c", MEMORY_GROWTH + textwrap.dedent(MEASURED), *map(str, paths)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from tests.running import launch, run_in_process
 SIZES = {"resolution": 64, "bucket_reso_steps": 64}
 FLUX = ("flux_train_network.py", "flux_command", 1e-4)
 # What the processes share, and what only one of them writes.
-SHARED = "--cache_latents_to_disk --cache_text_encoder_outputs_to_disk --sample_every_n_steps 6 --sample_prompts"
+SHARED = "--cache_latents_to_disk --cache_text_encoder_outputs_to_disk --sample_every_n_steps 4 --sample_prompts"
 # Noise options whose draws or norms could mix the items of a batch.
 NOISE = "--noise_offset 0.1 --noise_offset_random_strength --multires_noise_iterations 4 --ip_noise_gamma 0.1"
 STABLE_DIFFUSION = ("train_network.py", "sd1_command", 1e-5)
@@ -35,7 +35,7 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(
     arguments = [*request.getfixturevalue(command), *more.split(), *([prompts] if more == SHARED else [])]
     arguments += ["--optimizer_type", "SGD", "--max_grad_norm", "0"]
     arguments += ["--max_data_loader_n_workers", "1"]
-    arguments += ["--max_train_steps", "6", "--gradient_accumulation_steps", "2", "--output_name", "lora"]
+    arguments += ["--max_train_steps", "4", "--gradient_accumulation_steps", "2", "--output_name", "lora"]
     arguments += ["--network_args", "loraplus_lr_ratio=4"]
     # Twelve or twenty-four samples in each bucket: they divide evenly, so every step has the same items.
     said = {}

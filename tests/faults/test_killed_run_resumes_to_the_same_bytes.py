@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from tests.running import ROOT, command, run_in_process
 
+STATE = "lora-step00000003-state"
 TIMES = ("ss_training_finished_at", "modelspec.date")
 
 
@@ -60,25 +63,36 @@ def arguments(request, script, dataset_toml, tmp_path):
     ]
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(script, arguments, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    again = [*arguments, "--output_dir", broken, "--logging_dir", broken / "log"]
-    state = broken / "lora-step00000003-state"
+def kill_when(written: Path, script: str, *arguments: object) -> None:
+    """Start a script and kill it as soon as a file or folder is there."""
     process = subprocess.Popen(
-        command(script, *again, accelerate=False), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(script, *arguments, accelerate=False), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 300
-    while not state.exists():
+    while not written.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()  # SIGKILL, where there are signals
     process.wait()
-    assert not (broken / "lora.safetensors").exists()
 
-    for given in ([*again, "--resume", state], [*arguments, "--output_dir", whole, "--logging_dir", whole / "log"]):
-        result = run_in_process(script, *given)
-        assert result.returncode == 0, result.stderr[-3000:]
+
+def run(script: str, *arguments: object) -> None:
+    result = run_in_process(script, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(script, arguments, tmp_path):
+    """FLUX.1 is killed while it trains; Stable Diffusion is resumed with every noise option from a state on the way."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    state = broken / STATE
+    if script == "flux_train_network.py":
+        kill_when(state, script, *arguments, "--output_dir", broken, "--logging_dir", broken / "log")
+        assert not (broken / "lora.safetensors").exists()
+    run(script, *arguments, "--output_dir", whole, "--logging_dir", whole / "log")
+    if not state.exists():
+        shutil.copytree(whole / STATE, state)
+    run(script, *arguments, "--output_dir", broken, "--logging_dir", broken / "log", "--resume", state)
     metadata, tensors = contents(whole / "lora.safetensors")
     metadata_resumed, tensors_resumed = contents(broken / "lora.safetensors")
     assert tensors == tensors_resumed

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from library.console import warn
+
 AHEAD = 2
 """Tensors on their way back beside the one in use: as many as a block has inputs."""
 
@@ -31,6 +33,12 @@ class Kept:
         self.returned: Tensor | None = None
         """On the device, or on its way there."""
         self.is_taken = False
+        self.stream: Any = None
+        """The one that it comes back on."""
+
+    def __del__(self) -> None:
+        if self.returned is not None and self.stream is not None:  # sent for, but the pass has ended early
+            self.returned.record_stream(self.stream)
 
 
 class OffloadedInputs:
@@ -45,6 +53,7 @@ class OffloadedInputs:
         self.bytes_out = self.bytes_in = self.late = 0
         """Copied so far. Late are tensors that were needed before they had been sent for: the last of each pass."""
         self._stream: Any = None
+        self._is_unpinned = False
 
     def around(self, inputs: Iterable[Any]) -> torch.autograd.graph.saved_tensors_hooks:
         """A context in which the large tensors among ``inputs`` that need a gradient are saved in host memory."""
@@ -100,7 +109,8 @@ class OffloadedInputs:
         kept.returned = torch.empty_strided(kept.shape, kept.stride, dtype=kept.dtype, device=kept.device)
         self.bytes_in += kept.host.nbytes
         if kept.returned.is_cuda:
-            with torch.cuda.stream(self._side_stream(kept.device)):
+            kept.stream = self._side_stream(kept.device)
+            with torch.cuda.stream(kept.stream):
                 kept.returned.copy_(kept.host, non_blocking=True)
         else:
             kept.returned.copy_(kept.host)
@@ -119,7 +129,13 @@ class OffloadedInputs:
             return self.free.pop(min(fitting, key=lambda index: self.free[index].nbytes))
         if self.free:  # all too small: images have become larger
             self.free.pop()
-        return torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        if tensor.is_cuda and not self._is_unpinned:
+            try:
+                return torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                self._is_unpinned = True
+                warn("the system doesn't pin that much memory: the computation waits for each offloaded input")
+        return torch.empty(tensor.nbytes, dtype=torch.uint8)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from library.memory.stored_linear import StoredLinear
-from library.memory.transfers import Copies, PinnedCopies, StagedCopies, copies_to, unpin
+from library.memory.transfers import Copies, PinnedCopies, StagedCopies, copies_to, pages, unpin
 
 ALIGNMENT = 256
 """Bytes; of each weight in a buffer."""
@@ -69,7 +69,7 @@ class HostBlock:
         if any(getattr(module, name).requires_grad for module, name in self.places):
             raise ValueError("only frozen weights can be streamed")
         self.shapes = [(getattr(module, name).shape, getattr(module, name).dtype) for module, name in self.places]
-        self.memory = torch.empty(streamed_bytes(block), dtype=torch.uint8)
+        self.memory = pages(streamed_bytes(block))
         self.home = self.views(self.memory)
         for index, view in enumerate(self.home):  # one weight after another, so that memory never holds a block twice
             module, name = self.places[index]

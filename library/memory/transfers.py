@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,23 +16,44 @@ from torch import Tensor
 
 from library.console import warn
 
+PAGE = 4096
+"""Bytes; memory is pinned page by page."""
+STAGE = 1 << 26
+"""Bytes that go through pinned memory at once where the source is not pinned."""
 _PORTABLE = 1
 """cudaHostRegisterPortable: the memory is pinned for every CUDA context of the process."""
 
 
+def pages(size: int) -> Tensor:
+    """``size`` bytes of host memory in pages that hold nothing else: no page can be pinned twice."""
+    memory = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + size]
+
+
 def pin(memory: Tensor) -> bool:
-    """Pin a CPU tensor's memory where it is, without a copy and without rounding its size up; False when refused.
+    """Pin memory that ``pages`` gave where it is, without a copy and without rounding its size up; False when refused.
 
     The tensor must live as long as ``unpin`` has not been called.
     """
     if not torch.cuda.is_available():
         return False
     cudart: Any = torch.cuda.cudart()
-    return int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)) == 0
+    if int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)) == 0:
+        return True
+    _forget_refusal()
+    return False
+
+
+def _forget_refusal() -> None:
+    """CUDA keeps the error of a refused call, and torch would blame the next operation for it."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def unpin(memory: Tensor) -> None:
-    """Undo ``pin``."""
+    """Undo ``pin``, once nothing is copied from that memory any more."""
+    torch.cuda.synchronize()
     cudart: Any = torch.cuda.cudart()
     cudart.cudaHostUnregister(memory.data_ptr())
 
@@ -51,7 +73,8 @@ class PinnedCopies(Copies):
     """Copies from pinned memory to a CUDA device, on a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)  # for a thread that has a setting of its own
         self.stream = torch.cuda.Stream(device)
         self.ready: dict[int, torch.cuda.Event] = {}
 
@@ -71,11 +94,14 @@ class PinnedCopies(Copies):
 
 
 class StagedCopies(PinnedCopies):
-    """Copies from ordinary memory: a thread moves each into one of two small pinned buffers first."""
+    """Copies from ordinary memory: a thread moves them, piece by piece, into one of two small pinned buffers first.
+
+    ``size``: bytes of the largest copy.
+    """
 
     def __init__(self, device: torch.device, size: int) -> None:
         super().__init__(device)
-        self.staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.staging = [torch.empty(min(size, STAGE), dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self.emptied: list[torch.cuda.Event | None] = [None, None]
         self.turn = 0
         self.thread = ThreadPoolExecutor(1, "block streaming")
@@ -87,14 +113,15 @@ class StagedCopies(PinnedCopies):
 
     def _stage(self, key: int, source: Tensor, target: Tensor, told: torch.cuda.Event) -> None:
         torch.cuda.set_device(self.device)  # a thread's own setting
-        turn, self.turn = self.turn, 1 - self.turn
-        emptied = self.emptied[turn]
-        if emptied is not None:
-            emptied.synchronize()
-        staged = self.staging[turn][: source.nbytes].copy_(source)
         self.stream.wait_event(told)
-        self._copy(key, staged, target)
-        self.emptied[turn] = self.ready[key]
+        size = self.staging[0].nbytes
+        for piece, place in zip(source.split(size), target.split(size)):
+            turn, self.turn = self.turn, 1 - self.turn
+            emptied = self.emptied[turn]
+            if emptied is not None:
+                emptied.synchronize()
+            self._copy(key, self.staging[turn][: piece.nbytes].copy_(piece), place)
+            self.emptied[turn] = self.ready[key]
 
     def finish(self, key: int) -> None:
         pending = self.pending.pop(key, None)

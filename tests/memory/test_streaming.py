@@ -15,6 +15,7 @@ from library.memory.apply import AppliedPlan, apply_memory_plan
 from library.memory.plan import MemoryPlan, Streaming
 from library.memory.stream_choice import choose_blocks
 from library.memory.streaming import BlockStream
+from library.memory.transfers import PAGE, pages
 
 WIDTH = 16
 
@@ -51,16 +52,25 @@ class Model(nn.Module):
 class Run:
     """A model whose layers with ``part`` in their names get a low-rank addition that is trained by hand."""
 
-    def __init__(self, part: str, streamed: Sequence[int] = (), slots: int = 2, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        part: str,
+        streamed: Sequence[int] = (),
+        slots: int = 2,
+        checkpointing: bool = False,
+        device: str = "cpu",
+        pinned: bool = True,
+    ) -> None:
         torch.manual_seed(0)
-        self.model = copy.deepcopy(Model(8)).requires_grad_(False)
+        self.device = device
+        self.model = copy.deepcopy(Model(8)).requires_grad_(False).to(device)
         self.trained: list[nn.Parameter] = []
         for name, layer in self.model.named_modules():
             if isinstance(layer, nn.Linear) and part in name:
                 self._add(layer)
         places = tuple(("blocks", index) for index in streamed)
-        plan = MemoryPlan(checkpointing=checkpointing, streaming=Streaming(places, slots) if places else None)
-        self.applied: AppliedPlan = apply_memory_plan({"blocks": list(self.model.blocks)}, plan)
+        plan = MemoryPlan(checkpointing=checkpointing, streaming=Streaming(places, slots, pinned) if places else None)
+        self.applied: AppliedPlan = apply_memory_plan({"blocks": list(self.model.blocks)}, plan, device)
 
     @property
     def stream(self) -> BlockStream:
@@ -68,7 +78,7 @@ class Run:
         return self.applied.stream
 
     def _add(self, layer: nn.Linear) -> None:
-        down, up = nn.Parameter(torch.randn(2, WIDTH) * 0.1), nn.Parameter(torch.randn(WIDTH, 2) * 0.1)
+        down, up = (nn.Parameter(torch.randn(side).mul(0.1).to(self.device)) for side in ((2, WIDTH), (WIDTH, 2)))
         self.trained += [down, up]
         own = layer.forward
         layer.forward = lambda x: own(x) + (x @ down.t()) @ up.t()  # type: ignore[method-assign]
@@ -79,7 +89,7 @@ class Run:
         found = []
         for _ in range(3):
             for _ in range(accumulation):
-                x, vector = torch.randn(2, 5, WIDTH), torch.randn(2, 1, WIDTH)
+                x, vector = torch.randn(2, 5, WIDTH).to(self.device), torch.randn(2, 1, WIDTH).to(self.device)
                 if samples:
                     with torch.no_grad():
                         found.append(self.model(x, vector))
@@ -146,6 +156,17 @@ def test_a_streamed_weight_is_read_changed_and_moved_between_passes():
     assert run.model.blocks[4].first.weight.data_ptr() == pointers[4]
     run.model.to(torch.float64)
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float64}
+
+
+def test_memory_that_is_pinned_shares_no_page():
+    buffers = [pages(size) for size in (1, 300, PAGE, 5 * PAGE + 1)]
+    assert [buffer.nbytes for buffer in buffers] == [1, 300, PAGE, 5 * PAGE + 1]
+    assert all(buffer.data_ptr() % PAGE == 0 for buffer in buffers)
+    used = [range(buffer.data_ptr() // PAGE, (buffer.data_ptr() + buffer.nbytes - 1) // PAGE + 1) for buffer in buffers]
+    assert len({page for span in used for page in span}) == sum(map(len, used))
+    start = [buffer.untyped_storage().data_ptr() for buffer in buffers]
+    end = [first + buffer.untyped_storage().nbytes() for first, buffer in zip(start, buffers)]
+    assert all(first <= PAGE * span.start and PAGE * span.stop <= last for first, last, span in zip(start, end, used))
 
 
 def test_trained_weights_are_not_streamed():

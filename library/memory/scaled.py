@@ -86,17 +86,18 @@ def quantise(weight: Tensor, codes: torch.dtype = FP8, granularity: Granularity 
     """
     weight, granularity = weight.detach(), _possible(weight.shape, granularity)
     if granularity == "tensor":
-        largest = weight.abs().amax().float() if weight.numel() else torch.zeros(())
+        least, most = torch.aminmax(weight) if weight.numel() else torch.zeros(2)
     else:
         blocks = weight.unflatten(1, (-1, BLOCK)) if granularity == "block" else weight
-        largest = blocks.abs().amax(-1, keepdim=True).float()
+        least, most = torch.aminmax(blocks, dim=-1, keepdim=True)
+    largest = torch.maximum(-least, most).float()
     if not torch.isfinite(largest).all():
         raise ValueError("the weight has values that are not finite")
     scale = largest / LARGEST[codes]
     scale = scale.bfloat16() if granularity == "block" else scale
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    quotient = weight.float()
-    quotient = (by_scale(quotient, scale) / scale).reshape(weight.shape)
+    quotient = weight.to(torch.float32, copy=True)  # the only copy: weights may be large
+    by_scale(quotient, scale).div_(scale)
     if codes == torch.int8:
         quotient.round_()
     return ScaledWeight(quotient.clamp_(-LARGEST[codes], LARGEST[codes]).to(codes), scale)

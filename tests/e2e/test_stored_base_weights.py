@@ -149,6 +149,18 @@ def test_a_lora_is_merged_into_the_base_model_beforehand_and_a_run_is_resumed(gi
     assert_equal(lora(tmp_path / "resumed"), lora(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(("options", "transformer"), [("--fp8_scaled", "float8_e4m3fn"), ("--base_format nf4", "nf4")])
+def test_text_encoders_follow_fp8_base(flux_command, dataset_toml, tmp_path, options, transformer):
+    words = [*flux_command, "--dataset_config", dataset_toml(), "--max_train_steps", "1", "--output_dir", tmp_path]
+    words += ["--mixed_precision", "bf16", "--fp8_base", "--max_data_loader_n_workers", "0", "--no_report"]
+    modules = train("flux", *words, *options.split()).pipeline.modules
+    kept = {
+        part: {layer.format_name for layer in modules[part].modules() if isinstance(layer, StoredLinear)}
+        for part in ("transformer", "clip_l", "t5xxl")
+    }
+    assert kept == {"transformer": {transformer}, "clip_l": {"float8_e4m3fn"}, "t5xxl": {"float8_e4m3fn"}}
+
+
 # ---- before anything is loaded ---------------------------------------------------------------------------------------
 
 

@@ -121,7 +121,14 @@ def test_nf4_is_that_of_bitsandbytes_but_for_the_rounding_of_scales(shape):
     torch.testing.assert_close(ours, theirs, rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_is_left_as_it_is(storage):
+    weight = normal(8, 2 * BLOCK)
+    before = weight.clone()
+    formats.quantise(weight, storage)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused(storage, value):
     weight = normal(4, BLOCK)
     weight[2, 5] = value

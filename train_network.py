@@ -50,7 +50,7 @@ from library.training.progress import Progress
 from library.training.report.description import end_facts, start_facts
 from library.training.report.page import open_report
 from library.training.report.timing import RunClock, timed
-from library.training.report.wording import end_lines, start_lines
+from library.training.report.wording import Forecast, end_lines, start_lines
 from library.training.run_facts import RunFacts
 from library.training.run_options import memory_plans
 from library.training.step_loss import StepLoss
@@ -82,6 +82,8 @@ class NetworkTrainer(FamilyHooks):
         self.step_watch = StepWatch()
         self.saved: SavedState | None = None
         """The state of ``--resume``."""
+        self.forecast: Forecast | None = None
+        """The memory that the run is expected to take, where options were chosen by it."""
         self.norms: Any = None
         """What ``--scale_weight_norms`` last found."""
 
@@ -97,6 +99,7 @@ class NetworkTrainer(FamilyHooks):
         self.plan_steps()
         if self.options.dataset.debug_dataset:
             return self.show_dataset()
+        self.fit_memory()
         self.open_pipeline()
         if self.options.preflight.dry_run:
             return self.show_plan()
@@ -218,6 +221,17 @@ class NetworkTrainer(FamilyHooks):
         """Where training starts. Raises UserError when nothing is left to train."""
         saved = None if self.saved is None else self.saved.position
         return start_position(self.plan, self.options.resume, saved, same_data)
+
+    def fit_memory(self) -> None:
+        """Set the options that ``--vram_budget`` and ``--blocks_to_swap auto`` leave open, as if they had been given.
+
+        Raises UserError when the run does not fit.
+        """
+        if self.options.precision.vram_budget is not None or self.options.streaming.blocks_to_swap == "auto":
+            from library.training.plan.budget import fit
+
+            self.forecast, line = fit(self)
+            say(line)
 
     def open_pipeline(self, parts: tuple[Any, ...] = ()) -> None:
         """Open the checkpoint files by their headers, so that a wrong one is named before anything is loaded.
@@ -641,7 +655,7 @@ class NetworkTrainer(FamilyHooks):
         self.outputs.uploads.finish()
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
-            say("\n".join(end_lines(end_facts(self.facts(), self.clock, self.report.path))))
+            say("\n".join(end_lines(end_facts(self.facts(), self.clock, self.report.path, self.forecast))))
 
 
 @dataclass

@@ -406,7 +406,8 @@ def describe_type(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe_type(part) for part in get_args(kind) if part is not type(None)))
     if origin is Literal:
-        return "one of " + ", ".join(str(part) for part in get_args(kind))
+        choices = [str(part) for part in get_args(kind)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if origin is list:
         return f"a list ({describe_type(get_args(kind)[0])} each)"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))

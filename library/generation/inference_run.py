@@ -69,6 +69,8 @@ class InferenceRun(ABC):
         self.pipeline = self.open_pipeline()
         self.pipeline.require_storable()
         check_streaming_options(options.streaming)
+        if options.streaming.blocks_to_swap == "auto":
+            raise UserError("--blocks_to_swap auto chooses for training only; give a number of blocks here.")
         for line in stream_blocks(self.pipeline, options.streaming):
             say(line)
         self.defaults = self.default_prompt()

@@ -28,11 +28,12 @@ def empty(shape: tuple[int, ...], storage: Storage, device: torch.device | str) 
     return scaled.empty_scaled(shape, device, scaled.FP8, storage.granularity)
 
 
-def bulk_bytes(shape: tuple[int, ...], storage: Storage) -> int:
-    """Bytes of a weight of that shape in the format, but for its scales."""
+def stored_bytes(shape: tuple[int, ...], storage: Storage, with_scales: bool) -> int:
+    """Bytes of a weight of that shape in the format."""
     kind = nf4.Nf4Linear if storage.kind == "nf4" else scaled.ScaledLinear
     weight = empty(shape, storage, "meta")
-    return sum(getattr(weight, name).nbytes for name in kind.bulk)
+    names = vars(weight) if with_scales else kind.bulk
+    return sum(part.nbytes for name in names if isinstance(part := getattr(weight, name), Tensor))
 
 
 def store_as(layer: nn.Linear, weight: StoredWeight, storage: Storage, compute_dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from library.errors import UserError
 
@@ -13,8 +14,9 @@ from library.errors import UserError
 class StreamingOptions:
     """Block streaming"""
 
-    blocks_to_swap: int | None = None
-    """Blocks of the U-Net or transformer whose memory on the device is freed: they are streamed from system RAM."""
+    blocks_to_swap: int | Literal["auto"] | None = None
+    """Blocks of the U-Net or transformer whose memory on the device is freed: they are streamed from system RAM; auto
+    streams as many as the device's memory needs (training only)."""
     stream_text_encoders: bool = False
     """Stream all blocks of the text encoders from system RAM: the device then holds little of T5-XXL's 9 GB."""
     block_swap_ring_size: int = 2
@@ -27,7 +29,7 @@ class StreamingOptions:
 
 def check_streaming_options(options: StreamingOptions, offloads_checkpoints: bool = False) -> None:
     """Raises UserError for numbers that cannot be, and beside ``--cpu_offload_checkpointing``."""
-    if (options.blocks_to_swap or 0) < 0:
+    if isinstance(options.blocks_to_swap, int) and options.blocks_to_swap < 0:
         raise UserError(f"--blocks_to_swap must not be negative, but is {options.blocks_to_swap}.")
     if options.block_swap_ring_size < 1:
         raise UserError(f"--block_swap_ring_size must be at least 1, not {options.block_swap_ring_size}.")

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from library.checkpoints import Checkpoint
 from library.errors import UserError
-from library.memory.formats import bulk_bytes, empty, quantise, store_as
+from library.memory.formats import empty, quantise, store_as, stored_bytes
 from library.memory.scaled import FP8, ScaledWeight, by_scale
 from library.memory.storage import BlocksStoredAs, Storage, StorageDtype, block_linears
 from library.memory.stored_linear import StoredWeight
@@ -427,18 +427,22 @@ def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def loaded_bytes(
-    module: nn.Module, source: TensorSource, spec: LoadSpec, kept_in_float32: Collection[str] = ()
+    module: nn.Module,
+    source: TensorSource,
+    spec: LoadSpec,
+    kept_in_float32: Collection[str] = (),
+    with_scales: bool = False,
 ) -> dict[str, int]:
     """The bytes that each tensor takes after ``load_module`` with the same arguments, by name.
 
-    Of a weight in a storage format, the bulk counts, without its scales.
+    Of a weight in a storage format, the scales count only ``with_scales``.
     """
     sizes = {}
     stored = _stored_layers(module, spec)
     for name, place in module.state_dict(keep_vars=True).items():
         dtype = torch.float32 if name.endswith(tuple(kept_in_float32)) else spec.compute
         if name in stored and spec.storage is not None:
-            sizes[name] = bulk_bytes(tuple(place.shape), spec.storage)
+            sizes[name] = stored_bytes(tuple(place.shape), spec.storage, with_scales)
         else:
             sizes[name] = place.numel() * (dtype or source.stored_dtype(name)).itemsize
     return sizes

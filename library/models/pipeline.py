@@ -20,7 +20,7 @@ from library.errors import UserError
 from library.memory.apply import AppliedPlan, apply_memory_plan
 from library.memory.formats import require
 from library.memory.plan import MemoryPlan
-from library.memory.storage import BlocksStoredAs, Storage, StorageDtype
+from library.memory.storage import BlocksStoredAs, Storage, StorageDtype, block_linears
 from library.memory.stream_choice import BlockSizes, StreamedBlocks, choose_blocks
 from library.memory.streaming import aligned, streamed_tensors
 from library.models.attention import AttentionBackend, require_backend
@@ -326,10 +326,23 @@ class Pipeline(ABC, Generic[Request]):
             for name, blocks in self.blocks_of(part, meta).items()
         }
 
-    def _tensor_bytes(self, part: str) -> dict[str, int]:
+    def _tensor_bytes(self, part: str, with_scales: bool = False) -> dict[str, int]:
         """The bytes that each tensor of a part takes once it is loaded, by name."""
         opened, spec = self.opened(part), LoadSpec.of(self.dtypes[part])
-        return loaded_bytes(opened.meta_module(), opened.source, spec, opened.kept_in_float32(spec.compute))
+        kept = opened.kept_in_float32(spec.compute)
+        return loaded_bytes(opened.meta_module(), opened.source, spec, kept, with_scales)
+
+    def part_bytes(self, part: str) -> int:
+        """The memory of a part's weights once it is loaded."""
+        return sum(self._tensor_bytes(part, with_scales=True).values())
+
+    def dense_bytes(self, part: str) -> int:
+        """The largest weight that a storage format makes dense for a product; 0 where there is no such format."""
+        dtype, meta = self.dtypes[part], self.meta_module(part)
+        if not isinstance(dtype, BlocksStoredAs):
+            return 0
+        layers = block_linears(meta, getattr(meta, "kept_dense", ())).values()
+        return max((layer.weight.numel() for layer in layers), default=0) * dtype.compute.itemsize
 
     def most_to_swap(self, sizes: BlockSizes) -> int:
         """The largest number that ``--blocks_to_swap`` may be."""
@@ -348,6 +361,10 @@ class Pipeline(ABC, Generic[Request]):
                 f"--blocks_to_swap {count}: this model has {sum(map(len, sizes.values()))} blocks, all of which are "
                 f"streamed with {most}."
             )
+        return self.blocks_for(count, sizes, slots)
+
+    def blocks_for(self, count: int, sizes: BlockSizes, slots: int) -> StreamedBlocks:
+        """The blocks of a denoiser of these sizes that are streamed for a number that it allows."""
         return choose_blocks(sizes, self.swapped_bytes(count, sizes), slots, self.streams_first)
 
     def every_block(self, part: str, slots: int) -> StreamedBlocks:

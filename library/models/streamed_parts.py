@@ -18,7 +18,7 @@ def stream_blocks(pipeline: Pipeline, options: StreamingOptions) -> Iterator[str
 
     Raises UserError when the model has fewer than ``--blocks_to_swap``.
     """
-    if options.blocks_to_swap and pipeline.denoiser in pipeline.parts:
+    if isinstance(options.blocks_to_swap, int) and options.blocks_to_swap and pipeline.denoiser in pipeline.parts:
         blocks = pipeline.swap_blocks(options.blocks_to_swap, options.block_swap_ring_size)
         yield _stream(pipeline, pipeline.denoiser, blocks, options, f"--blocks_to_swap {options.blocks_to_swap}")
     if options.stream_text_encoders:

@@ -85,6 +85,8 @@ class PrecisionOptions:
     """With --gradient_checkpointing: keep the stored block inputs in CPU memory."""
     keep_attention_outputs: bool = False
     """With --gradient_checkpointing: keep the outputs of attention too: faster, with more memory."""
+    vram_budget: float | None = None
+    """GiB of the device (8 for an 8 GB GPU) that the run has to fit into: options that save memory are chosen so."""
     torch_compile: bool = False
     """Compile the blocks of the transformer or U-Net, each when it first runs (torch.compile)."""
     dynamo_backend: Literal[
@@ -174,6 +176,8 @@ def check_precision(options: PrecisionOptions) -> None:
         raise UserError("--full_fp16 needs --mixed_precision fp16.")
     if options.full_bf16 and options.mixed_precision != "bf16":
         raise UserError("--full_bf16 needs --mixed_precision bf16.")
+    if options.vram_budget is not None and options.vram_budget <= 0:
+        raise UserError(f"--vram_budget must be above 0 GiB, not {options.vram_budget:g}.")
     for name in ("fp8_base", "fp8_base_unet", "fp8_scaled", "base_format"):
         if getattr(options, name) and options.mixed_precision == "no":
             raise UserError(f"--{name} needs --mixed_precision fp16 or bf16.")

@@ -44,6 +44,8 @@ class ExampleOptions:
     """Resolution."""
     warmup: StepsOrRatio = 0
     """Warm-up."""
+    swapped: int | Literal["auto"] | None = None
+    """A number or a word."""
 
 
 @dataclass
@@ -180,6 +182,7 @@ def test_toml_syntax_error_names_the_line(tmp_path):
     [
         (["--rnk", "4"], "Unknown option --rnk. Did you mean --rank?"),
         (["--rank", "x"], "--rank must be a whole number, not 'x'."),
+        (["--swapped", "most"], "--swapped must be a whole number or auto, not 'most'."),
         (["--rank"], "--rank takes one value, a whole number; 0 given."),
         (["--kind", "l3"], "--kind must be one of l2, huber, not 'l3'."),
         (["--flag", "true"], '--flag is a switch and takes no value, but "true" follows it.'),
@@ -257,3 +260,10 @@ def test_help_is_grouped_and_imports_no_torch():
     assert result.returncode == 0, result.stderr
     for heading in ("Optimizer", "Dataset", "Sample images", "FLUX.1"):
         assert heading in result.stdout
+
+
+@pytest.mark.parametrize(("word", "value"), [("18", 18), ("auto", "auto"), ("None", None)])
+def test_a_number_or_a_word(word, value, tmp_path):
+    assert parse_options(Combined, "", ["--swapped", word]).example.swapped == value
+    (tmp_path / "a.toml").write_text(f"swapped = {value!r}\n" if value else "", encoding="utf-8")
+    assert parse_options(Combined, "", ["--config_file", str(tmp_path / "a.toml")]).example.swapped == value

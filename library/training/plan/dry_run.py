@@ -6,10 +6,11 @@ the run does. Nothing is loaded and nothing is written.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.console import LOGGER, silence, size_text
@@ -58,6 +59,9 @@ class Rehearsal(Protocol):
     network: Any
     no_effect: list[str]
 
+    def open_pipeline(self) -> None:
+        """Open the base model's files as the options say. Raises UserError."""
+
     def load_models(self) -> None:
         """Load what is frozen."""
 
@@ -79,15 +83,11 @@ class Rehearsal(Protocol):
 
 def plan_of(run: Rehearsal) -> Plan:
     """The plan. Raises UserError for mistakes that show when the network and the optimizer are built."""
-    latents, texts = run.latents.open_caches(), run.text.open_caches()
-    caches = [*_cache_plans("latent cache", latents), *_cache_plans("text encoder cache", texts)]
-    missing = [any(cache.missing for cache in group) for group in (latents, texts)]
+    caches, missing, encoders = cache_plans(run)
     samples, outputs, device = run.outputs.samples, run.outputs, run.accelerator.device
-    encodes_text = not run.text.caching or missing[1] or bool(samples.prompts)
-    encoders = run.pipeline.encoders if encodes_text else run.text.trained
-    run.pipeline.load_tokenizers(encoders)  # their files are real
-    simulation = Simulation(run.pipeline)
-    problem = _build(run, simulation, encoders)
+    simulation, problem = build(run, encoders)
+    if not problem:
+        run.check_saved_state()
     facts = None if problem else run.facts()
     rates, rate_note = learning_rates(facts) if facts else ({}, "unknown")
     network_bytes, state_bytes, phases = None, None, []
@@ -123,8 +123,13 @@ def plan_of(run: Rehearsal) -> Plan:
     )
 
 
-def _build(run: Rehearsal, simulation: Simulation, encoders: Collection[str]) -> str:
-    """Build the network, the optimizer and the schedule; returns what kept them from being built, if anything did."""
+def build(run: Rehearsal, encoders: Collection[str]) -> tuple[Simulation, str]:
+    """Load the parts of a run, and make network, optimizer and schedule, without values.
+
+    Returns what they live in, and what kept them from being made, if anything did.
+    """
+    run.pipeline.load_tokenizers(encoders)  # their files are real
+    simulation = Simulation(run.pipeline)
     with simulation.running():
         run.load_models()
         run.pipeline.load_autoencoder()
@@ -138,9 +143,17 @@ def _build(run: Rehearsal, simulation: Simulation, encoders: Collection[str]) ->
     except UserError:
         raise
     except Exception as error:  # a network of others may look at numbers of the base model
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    run.check_saved_state()
-    return ""
+        return simulation, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return simulation, ""
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Around what builds a run ahead: random draws of the run itself stay what they are."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        yield
 
 
 def try_network_files(run: Rehearsal) -> None:
@@ -203,6 +216,15 @@ def _followed(scheduler: Any, first: int, steps: list[int]) -> dict[int, list[fl
                 found[step] = list(scheduler.get_last_lr())
             scheduler.step()
     return found
+
+
+def cache_plans(run: Rehearsal) -> tuple[list[CachePlan], tuple[bool, bool], Collection[str]]:
+    """The caches, whether latents and texts are missing in them, and the text encoders that the run needs at all."""
+    latents, texts = run.latents.open_caches(), run.text.open_caches()
+    caches = [*_cache_plans("latent cache", latents), *_cache_plans("text encoder cache", texts)]
+    missing = (any(cache.missing for cache in latents), any(cache.missing for cache in texts))
+    encodes_text = not run.text.caching or missing[1] or bool(run.outputs.samples.prompts)
+    return caches, missing, run.pipeline.encoders if encodes_text else run.text.trained
 
 
 def _cache_plans(name: str, caches: Sequence[LatentCache | TextCache]) -> list[CachePlan]:

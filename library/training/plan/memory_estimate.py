@@ -53,6 +53,8 @@ class Work:
     parts: frozenset[str]
     trains: bool
     """Whether the network and the optimizer are there."""
+    is_step: bool
+    """Whether it is a training step, with a backward pass."""
     peak: Callable[[], Peak]
     """The activations and gradients, found by doing it."""
 
@@ -73,16 +75,16 @@ def run_phases(run: RunFacts, loss: StepLoss, latents: bool, texts: bool) -> lis
     if latents:
         batch = replace(largest, count=max(1, options.cache.vae_batch_size))
         peak = functools.partial(encoding_peak, model, batch)
-        phases.append(Work("caching latents", frozenset({"autoencoder"}), False, peak))
+        phases.append(Work("caching latents", frozenset({"autoencoder"}), False, False, peak))
     if texts and model.text.caching is not None:
         peak = functools.partial(text_peak, model, model.text.caching.batch_size)
-        phases.append(Work("caching text", encoders | ({"autoencoder"} if stay else set()), False, peak))
+        phases.append(Work("caching text", encoders | ({"autoencoder"} if stay else set()), False, False, peak))
     checkpointing = "with" if options.precision.gradient_checkpointing else "without"
     peak = functools.partial(training_peak, run, loss, largest)
-    phases.append(Work(f"training {checkpointing} gradient checkpointing", frozenset(needed), True, peak))
+    phases.append(Work(f"training {checkpointing} gradient checkpointing", frozenset(needed), True, True, peak))
     if run.outputs.samples.prompts:
         peak = functools.partial(sampling_peak, run, model)
-        phases.append(Work("sample images", frozenset({*needed, "autoencoder"}), True, peak))
+        phases.append(Work("sample images", frozenset({*needed, "autoencoder"}), True, False, peak))
     return phases
 
 
@@ -118,7 +120,7 @@ def memory_phases(
     found = []
     for work in run_phases(run, loss, latents, texts):
         found.append(phase(work))
-        if work.name.startswith("training"):
+        if work.is_step:
             checkpointing = run.options.precision.gradient_checkpointing
             name = f"(training {'without' if checkpointing else 'with'} gradient checkpointing)"
             with checkpointing_is(pipeline, not checkpointing):
@@ -130,6 +132,9 @@ def memory_phases(
 def checkpointing_is(pipeline: Pipeline, on: bool) -> Iterator[None]:
     """For a while, the denoiser's blocks are checkpointed or are not."""
     plan = pipeline.applied[pipeline.denoiser].plan
+    if plan.checkpointing == on:
+        yield
+        return
     pipeline.applied.pop(pipeline.denoiser).remove()
     with apply_memory_plan(pipeline.block_lists(), replace(plan, checkpointing=on)):
         yield
@@ -152,7 +157,7 @@ def training_peak(run: RunFacts, loss: StepLoss, size: Largest) -> Peak:
         step = _step_peak(run, loss, size)
     except DataDependentOutputException:  # dropout of whole modules looks at a random number
         step = _step_peak(run, loss, size, with_dropout=False)
-    return Peak(max(before.device, step.device), max(before.host, step.host))
+    return Peak(max(before.device, step.device), max(before.host, step.host), step.forward_flops)
 
 
 def _step_peak(run: RunFacts, loss: StepLoss, size: Largest, with_dropout: bool = True) -> Peak:
@@ -162,11 +167,13 @@ def _step_peak(run: RunFacts, loss: StepLoss, size: Largest, with_dropout: bool 
     run.network.set_multiplier(1.0)
     try:
         with PeakMemory([*run.pipeline.modules.values(), run.network], run.device) as memory:
-            loss(batch, ItemDraws(run.seed, 0, batch.item_ids)).mean().backward()
+            losses = loss(batch, ItemDraws(run.seed, 0, batch.item_ids))
+            forward_flops = memory.flops
+            losses.mean().backward()
     finally:
         for parameter in run.optimization.parameters:
             parameter.grad = None
-    return memory.peak
+    return replace(memory.peak, forward_flops=forward_flops)
 
 
 def encoding_peak(model: StepModel, size: Largest) -> Peak:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 __all__ = ["DataDependentOutputException", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
 
@@ -70,6 +71,8 @@ class Peak:
     device: int
     host: int = 0
     """In system RAM, by work on another device."""
+    forward_flops: int = 0
+    """Of a training step's forward pass: of its matrix products and convolutions."""
 
 
 class PeakMemory(TorchDispatchMode):
@@ -85,6 +88,8 @@ class PeakMemory(TorchDispatchMode):
         self._has_host = device is not None and device.type != "cpu"
         self.live = self.live_on_host = 0
         self.peak = Peak(0)
+        self.flops = 0
+        """Of matrix products and convolutions."""
         self._sizes: dict[int, int] = {}
         for entry in there:
             for tensor in [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]:
@@ -92,6 +97,9 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf)

@@ -25,7 +25,7 @@ def unused_options(options: Any) -> list[tuple[str, Sequence[str]]]:
     """
     rules: list[Rule] = [
         *_precision(options.precision),
-        *_streaming(options.streaming),
+        *_streaming(options.streaming, options.precision.vram_budget is not None),
         (options.model.xformers, "beside --xformers", ["sdpa"]),
         *_distribution(options.distribution),
         *_length_and_resume(options),
@@ -51,10 +51,11 @@ def _precision(precision: PrecisionOptions) -> Iterator[Rule]:
     yield compiles and precision.dynamo_backend == "no", "with --dynamo_backend no", ["torch_compile"]
 
 
-def _streaming(streaming: StreamingOptions) -> Iterator[Rule]:
+def _streaming(streaming: StreamingOptions, may_stream: bool) -> Iterator[Rule]:
     yield True, "(blocks are only ever copied to the device)", ["block_swap_h2d_only"]
     names = ["block_swap_ring_size", "use_pinned_memory_for_block_swap"]
-    yield not (streaming.blocks_to_swap or streaming.stream_text_encoders), "without --blocks_to_swap", names
+    streams = streaming.blocks_to_swap or streaming.stream_text_encoders or may_stream
+    yield not streams, "without --blocks_to_swap", names
 
 
 def _distribution(distribution: DistributionOptions) -> Iterator[Rule]:

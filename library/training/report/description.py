@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.training.report.timing import peak_device_memory, peak_process_memory
-from library.training.report.wording import EndFacts, FileFacts, GroupFacts, PartFacts, StartFacts
+from library.training.report.wording import EndFacts, FileFacts, Forecast, GroupFacts, PartFacts, StartFacts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,8 +105,8 @@ def group_facts(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None
     return found
 
 
-def end_facts(run: RunFacts, clock: RunClock, page: Path | None) -> EndFacts:
-    """A run that has done its last step; ``page`` is its report."""
+def end_facts(run: RunFacts, clock: RunClock, page: Path | None, forecast: Forecast | None = None) -> EndFacts:
+    """A run that has done its last step; ``page`` is its report, ``forecast`` the memory that it was to take."""
     progress, outputs = run.progress, run.outputs
     losses = {"average": progress.record.average} if progress.record.losses else {}
     written = dict.fromkeys([*outputs.written, *([page] if page else [])])
@@ -118,6 +118,7 @@ def end_facts(run: RunFacts, clock: RunClock, page: Path | None) -> EndFacts:
         peak_process_bytes=peak_process_memory(),
         peak_device_bytes=peak_device_memory(),
         losses={**losses, **progress.validation_losses},
+        forecast=forecast,
         files=[FileFacts(path, size_on_disk(path)) for path in written if path.exists()],
         samples=[FileFacts(path, size_on_disk(path)) for path in dict.fromkeys(outputs.sample_files) if path.exists()],
         interrupted=progress.ended_by,

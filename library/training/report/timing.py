@@ -95,6 +95,13 @@ def peak_process_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
+def process_memory() -> int:
+    """The memory in bytes that this process holds now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def peak_device_memory() -> int | None:
     """The most memory in bytes that tensors of this process have taken on the CUDA device; None without one."""
     import torch

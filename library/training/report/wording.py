@@ -75,6 +75,16 @@ class StartFacts:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """The most memory that a run is expected to take, in bytes."""
+
+    device: int | None
+    """Of tensors on a device with memory of its own; None where there is none."""
+    process: int
+    """In system RAM, libraries among it."""
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """A file or folder that the run wrote."""
 
@@ -97,6 +107,8 @@ class EndFacts:
     peak_device_bytes: int | None
     losses: Mapping[str, float]
     """Last value by name."""
+    forecast: Forecast | None = None
+    """What was expected of both peaks, where it was."""
     files: Sequence[FileFacts] = field(default_factory=list)
     """Those that still exist, in the order in which they were written, without sample images."""
     samples: Sequence[FileFacts] = field(default_factory=list)
@@ -186,8 +198,13 @@ def _shares(parts: Mapping[str, float]) -> str:
 
 
 def _memory(facts: EndFacts) -> str:
+    expected = facts.forecast
     main = f"{size_text(facts.peak_process_bytes)} of system RAM"
-    return main if facts.peak_device_bytes is None else f"{size_text(facts.peak_device_bytes)} on the device, {main}"
+    main += "" if expected is None else f" ({size_text(expected.process)} predicted)"
+    if facts.peak_device_bytes is None:
+        return main
+    predicted = "" if expected is None or expected.device is None else f" ({size_text(expected.device)} predicted)"
+    return f"{size_text(facts.peak_device_bytes)} on the device{predicted}, {main}"
 
 
 def _file_lines(facts: EndFacts) -> list[str]:

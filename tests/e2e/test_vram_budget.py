@@ -1,0 +1,125 @@
+"""--vram_budget and --blocks_to_swap auto choose options that fit, keep those that were given, and change no result."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.checkpoints import load_tensors
+from library.errors import UserError
+from library.training.plan import budget
+from library.training.plan.dry_run import plan_of
+from library.training.plan.simulation import Simulation, module_bytes
+from tests.running import make_trainer, no_weights_are_read, train
+
+GIB = 1 << 30
+CHANGED = "gradient_checkpointing fp8_scaled base_format blocks_to_swap stream_text_encoders".split()
+
+
+@pytest.fixture
+def words(flux_command, dataset_toml, tmp_path) -> list[object]:
+    """A command line whose captions and latents are cached, and whose data lie in a folder of the test's own."""
+    given = [*flux_command, "--network_train_unet_only", "--cache_latents", "--cache_text_encoder_outputs"]
+    given += ["--mixed_precision", "bf16", "--output_dir", tmp_path, "--max_train_steps", "2"]
+    return [*given, "--dataset_config", dataset_toml(), "--max_data_loader_n_workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_reserved(monkeypatch):
+    """The models of these tests are smaller than what is left to the libraries of a real device."""
+    monkeypatch.setattr(budget, "RESERVED_BYTES", 0)
+    monkeypatch.setattr(budget, "RESERVED_SHARE", 0.0)
+
+
+def ready(words: list[object]) -> Any:
+    trainer = make_trainer("flux", *words)
+    for step in ("check_options", "prepare_output", "check_network", "start_processes", "read_data", "plan_steps"):
+        getattr(trainer, step)()
+    return trainer
+
+
+def fitted(words: list[object], size: float, *given: object) -> tuple[Any, dict[str, Any]]:
+    """The trainer, and the options that were chosen for ``size`` bytes."""
+    trainer = ready([*words, "--vram_budget", size / GIB, *given])
+    before = {name: budget.option_of(trainer.options, name) for name in CHANGED}
+    with no_weights_are_read():
+        trainer.fit_memory()
+    values = {name: budget.option_of(trainer.options, name) for name in CHANGED}
+    return trainer, {name: value for name, value in values.items() if value != before[name]}
+
+
+def peak(trainer: Any) -> int:
+    """What the plan of the run expects on the device."""
+    trainer.open_pipeline()
+    phases = [phase for phase in plan_of(trainer).phases if not phase.name.startswith("(")]
+    assert all(phase.activations is not None for phase in phases)
+    return max(phase.total for phase in phases)
+
+
+def test_a_smaller_budget_saves_more_and_always_fits(words):
+    trainer = ready(words)
+    size, before = peak(trainer), None
+    ranks = []
+    while True:
+        try:
+            trainer, chosen = fitted(words, size)
+        except UserError as error:
+            refused = str(error)
+            break
+        planned = peak(trainer)
+        assert planned <= size
+        ranks.append((bool(chosen), "fp8_scaled" in chosen or "base_format" in chosen, "base_format" in chosen))
+        assert chosen != before
+        before, size = chosen, min(planned - 1, round(0.7 * size))
+    assert ranks[0] == (False, False, False) and ranks == sorted(ranks) and len(ranks) >= 3
+    least = float(re.search(r"--vram_budget ([\d.]+) is the least", refused)[1])
+    assert fitted(words, least * GIB)
+
+
+@pytest.mark.parametrize("given", ["--fp8_base", "--fp8_scaled", "--base_format nf4"])
+def test_the_bytes_of_parts_by_arithmetic(words, given):
+    trainer = ready([*words, *given.split()])
+    trainer.open_pipeline()
+    pipeline = trainer.pipeline
+    with Simulation(pipeline).running():
+        for part in ("transformer", "t5xxl"):
+            assert pipeline.part_bytes(part) == pytest.approx(module_bytes(pipeline.load(part)), rel=1e-3)
+
+
+def test_given_options_stay(words):
+    size = peak(ready([*words, "--fp8_base", "--gradient_checkpointing"]))
+    trainer, chosen = fitted(words, size - 1, "--fp8_base", "--gradient_checkpointing")
+    assert chosen.keys() <= {"blocks_to_swap", "stream_text_encoders"} and chosen
+    assert trainer.options.precision.fp8_base and peak(trainer) < size
+    with pytest.raises(UserError, match="does not fit into"):
+        fitted(words, size - 1, "--fp8_base", "--gradient_checkpointing", "--blocks_to_swap", "0", "--highvram")
+
+
+def test_auto_only_streams(words):
+    size = peak(ready(words))
+    trainer, chosen = fitted(words, size - 1, "--blocks_to_swap", "auto")
+    assert chosen.keys() <= {"blocks_to_swap", "stream_text_encoders"} and trainer.options.streaming.blocks_to_swap > 0
+    with pytest.raises(UserError, match="cpu has no memory of its own; give a number or --vram_budget"):
+        ready([*words, "--blocks_to_swap", "auto"]).fit_memory()
+
+
+def test_a_budget_changes_no_result_and_the_end_compares(words, tmp_path, caplog):
+    size = peak(ready(words)) - 1
+    caplog.set_level("INFO")
+    chosen = train("flux", *words, "--vram_budget", size / GIB, "--output_name", "chosen")
+    line = re.search(r"--vram_budget \S+ chooses (--.*?):", caplog.text)[1]
+    assert re.search(r"peak memory: .* of system RAM \(.* predicted\)", caplog.text)
+    assert chosen.forecast.device is None and chosen.forecast.process > 100 << 20
+    train("flux", *words, *line.split(), "--output_name", "typed")
+    one, other = (load_tensors(Path(tmp_path) / f"{name}.safetensors")[0] for name in ("chosen", "typed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_a_budget_is_above_zero(words, value):
+    with pytest.raises(UserError, match="--vram_budget must be above 0 GiB"):
+        make_trainer("flux", *words, "--vram_budget", value).check_options()

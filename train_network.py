@@ -241,7 +241,9 @@ class NetworkTrainer(FamilyHooks):
         options = self.options
         self.pipeline = self.make_pipeline(parts)
         self.pipeline.require_storable()
-        self.pipeline.plans = memory_plans(self.pipeline, options.precision, self.trained_encoders)
+        self.pipeline.plans = memory_plans(
+            self.pipeline, options.precision, self.trained_encoders, len(self.data.sizes)
+        )
         for line in stream_blocks(self.pipeline, options.streaming):
             say(line)
         self.pipeline.kept = set(self.pipeline.parts) if options.model.highvram else self.control_parts()

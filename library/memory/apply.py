@@ -74,7 +74,7 @@ def apply_memory_plan(
     blocks = [block for blocks in block_lists.values() for block in blocks]
     forwards = [block.forward for block in blocks]
     if plan.compiler is not None:
-        forwards = compiled_forwards(blocks, plan.compiler)
+        forwards = compiled_forwards(blocks, plan.compiler, plan.dynamic)
     applied = AppliedPlan(plan)
     if plan.streaming is not None:
         streamed = [block_lists[name][index] for name, index in plan.streaming.places]

@@ -14,11 +14,16 @@ import torch
 from torch import nn
 
 COMPILATIONS_OF_A_KIND = 8
-"""For sizes of images, gradients or none, training or not; torch's own limit, which it counts for a whole class."""
+"""For gradients or none, training or not; torch's own limit, which it counts for a whole class."""
+COMPILATIONS_OF_A_SIZE = 4
+"""Where each size of images is compiled on its own."""
+MOST_SIZES = 64
 
 
-def compiled_forwards(blocks: Sequence[nn.Module], backend: str) -> list[Callable[..., Any]]:
-    """The forward of each block, compiled when it is first called.
+def compiled_forwards(
+    blocks: Sequence[nn.Module], backend: str, dynamic: bool | None = None
+) -> list[Callable[..., Any]]:
+    """The forward of each block, compiled when it is first called, for all sizes at once if ``dynamic``.
 
     Raises torch's limit of compilations where blocks of one class have many shapes, as in a U-Net.
     """
@@ -26,5 +31,7 @@ def compiled_forwards(blocks: Sequence[nn.Module], backend: str) -> list[Callabl
 
     kinds = {(type(block), tuple(t.shape for t in chain(block.parameters(), block.buffers()))) for block in blocks}
     most = max(Counter(block_class for block_class, _ in kinds).values(), default=0)
-    config.recompile_limit = max(config.recompile_limit, COMPILATIONS_OF_A_KIND * most)
-    return [torch.compile(block.forward, backend=backend) for block in blocks]
+    each = COMPILATIONS_OF_A_SIZE * MOST_SIZES if dynamic is False else COMPILATIONS_OF_A_KIND
+    config.recompile_limit = max(config.recompile_limit, each * most)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * each * most)
+    return [torch.compile(block.forward, backend=backend, dynamic=dynamic) for block in blocks]

@@ -29,5 +29,7 @@ class MemoryPlan:
     """With ``checkpointing``: keep the outputs of attention too."""
     compiler: str | None = None
     """The backend of ``torch.compile`` that compiles each block when it is first called; None compiles nothing."""
+    dynamic: bool | None = None
+    """Whether what is compiled serves all sizes of images; False: each is compiled on its own; None: torch decides."""
     streaming: Streaming | None = None
     """Blocks that are streamed, if any."""

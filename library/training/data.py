@@ -34,6 +34,11 @@ class TrainingData:
         """Those that are there."""
         return [group for group in (self.train, self.validation) if group is not None]
 
+    @property
+    def sizes(self) -> set[tuple[int, int]]:
+        """Width and height of the buckets that are trained."""
+        return {size for dataset in self.train.datasets for size in dataset.bucket_samples()}
+
     def batches(
         self, loader: BatchLoader, plan: RunPlan, progress: Progress, process: int, processes: int
     ) -> Iterator[tuple[int, Batch]]:

@@ -106,6 +106,8 @@ class PrecisionOptions:
         "tvm",
     ] = "inductor"
     """Compiler of --torch_compile."""
+    compile_dynamic: Literal["auto", "true", "false"] = "auto"
+    """Whether --torch_compile compiles once for all sizes of images; auto: if there are several."""
 
 
 @dataclass
@@ -214,14 +216,20 @@ def check_compiler(options: PrecisionOptions) -> None:
         )
 
 
-def memory_plans(pipeline: Pipeline, options: PrecisionOptions, trained: Iterable[str]) -> dict[str, MemoryPlan]:
-    """What the options say is done block by block, but for streaming: to the denoiser and ``trained`` encoders."""
+def memory_plans(
+    pipeline: Pipeline, options: PrecisionOptions, trained: Iterable[str], sizes: int
+) -> dict[str, MemoryPlan]:
+    """What the options say is done block by block, but for streaming: to the denoiser and ``trained`` encoders.
+
+    ``sizes``: how many sizes the training images have.
+    """
     backend = COMPILERS.get(options.dynamo_backend, options.dynamo_backend)
     plan = MemoryPlan(
         checkpointing=options.gradient_checkpointing,
         offload_inputs=options.cpu_offload_checkpointing,
         keep_attention=options.keep_attention_outputs,
         compiler=backend if options.torch_compile and backend != "no" else None,
+        dynamic={"true": True, "false": False, "auto": True if sizes > 1 else None}[options.compile_dynamic],
     )
     return {pipeline.denoiser: plan, **{encoder: replace(plan, compiler=None) for encoder in trained}}
 

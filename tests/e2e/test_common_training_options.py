@@ -409,6 +409,8 @@ def test_the_blocks_are_checkpointed_and_compiled_if_requested(opened):
     assert plan("--gradient_checkpointing") == MemoryPlan(checkpointing=True)
     offloaded = plan("--gradient_checkpointing", "--cpu_offload_checkpointing")
     assert offloaded == MemoryPlan(checkpointing=True, offload_inputs=True)
+    one, other = (plan("--torch_compile", "--compile_dynamic", value) for value in ("true", "false"))
+    assert (one, other) == tuple(MemoryPlan(compiler="inductor", dynamic=value) for value in (True, False))
     kept = plan("--gradient_checkpointing", "--keep_attention_outputs")
     assert kept == MemoryPlan(checkpointing=True, keep_attention=True)
     assert plan("--torch_compile", "--dynamo_backend", "eager") == MemoryPlan(compiler="eager")

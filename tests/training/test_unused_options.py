@@ -59,13 +59,14 @@ def names(arguments: str) -> list[str]:
     [
         (
             f"--cpu_offload_checkpointing --keep_attention_outputs --dynamo_backend eager {DEEPSPEED}"
+            " --compile_dynamic true"
             " --ddp_gradient_as_bucket_view --ddp_static_graph --persistent_data_loader_workers --xformers --sdpa"
             " --ip_noise_gamma_random_strength --block_swap_h2d_only --block_swap_ring_size 3",
             {
                 "(blocks are only ever copied to the device)": "--block_swap_h2d_only",
                 "without --blocks_to_swap": "--block_swap_ring_size",
                 "without --gradient_checkpointing": "--cpu_offload_checkpointing --keep_attention_outputs",
-                "without --torch_compile": "--dynamo_backend",
+                "without --torch_compile": "--compile_dynamic --dynamo_backend",
                 "without --deepspeed": " ".join(names(DEEPSPEED)),
                 "for Stable Diffusion": "--ddp_gradient_as_bucket_view --ddp_static_graph",
                 "(the loader's threads always stay)": "--persistent_data_loader_workers",

@@ -47,7 +47,8 @@ def _precision(precision: PrecisionOptions) -> Iterator[Rule]:
     yield not precision.fp8_scaled, "without --fp8_scaled", ["fp8_scaled_granularity"]
     checkpoints = ["cpu_offload_checkpointing", "keep_attention_outputs"]
     yield not precision.gradient_checkpointing, "without --gradient_checkpointing", checkpoints
-    yield not compiles and precision.dynamo_backend != "no", "without --torch_compile", ["dynamo_backend"]
+    compiler = ["compile_dynamic", *(["dynamo_backend"] if precision.dynamo_backend != "no" else [])]
+    yield not compiles, "without --torch_compile", compiler
     yield compiles and precision.dynamo_backend == "no", "with --dynamo_backend no", ["torch_compile"]
 
 

@@ -216,7 +216,7 @@ def all_values(options: Any) -> dict[str, Any]:
 def changed_options(options: Any) -> dict[str, Any]:
     """Name and value of every option that differs from its default."""
     known = declared_options(type(options))
-    return {name: option_value(options, o) for name, o in known.items() if option_value(options, o) != o.default}
+    return {name: value for name, o in known.items() if (value := option_value(options, o)) != o.default}
 
 
 def _refuse_unknown_options(arguments: Sequence[str], known: dict[str, Option]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.checkpoints import open_checkpoint
 from library.devices import to_device
 from library.errors import UserError
+from library.models.lean_imports import transformers_class
 from library.models.loading import Origin, Place, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
@@ -34,9 +35,7 @@ class ClipTextEncoder(nn.Module):
 
     def __init__(self, config: Any, projection_size: int | None = None):
         super().__init__()
-        from transformers.models.clip.modeling_clip import CLIPTextModel
-
-        self.text_model = CLIPTextModel(config)
+        self.text_model = transformers_class("clip.modeling_clip", "CLIPTextModel")(config)
         self.text_projection = None
         if projection_size is not None:
             self.text_projection = nn.Linear(config.hidden_size, projection_size, bias=False)

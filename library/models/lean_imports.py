@@ -36,6 +36,8 @@ MODEL_CODE = (
 LOADER_CODE = ("transformers", "peft.tuners.tuners_utils", "diffusers.schedulers")
 """The same of the loaders of LoRA and single files, which are bases of the model classes."""
 LOADERS = ("diffusers.loaders.lora_base", "diffusers.loaders.single_file_utils")
+LOSS_CODE = ("scipy.optimize",)
+"""What every model of transformers imports for the losses of a few detectors of objects."""
 RUN_FOR = ("__all__", "__version__")
 """The only names with double underscores that run a package; debuggers and tests look for the others everywhere."""
 _lock = threading.RLock()
@@ -56,6 +58,17 @@ def prepare_transformers() -> None:
     """Call before a module ``transformers.models.X.Y`` is imported: its packages then don't read the other models."""
     with _lock:
         _defer("transformers.models")
+
+
+def transformers_class(module: str, name: str) -> Any:
+    """A model class: ``name`` of ``transformers.models.<module>``."""
+    path = f"transformers.models.{module}"
+    with _lock:
+        if path not in sys.modules:
+            prepare_transformers()
+            with _stand_ins(LOSS_CODE):
+                importlib.import_module(path)
+    return getattr(sys.modules[path], name)
 
 
 def _import_lean(name: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.checkpoints import open_checkpoint
 from library.devices import to_device
 from library.errors import UserError
+from library.models.lean_imports import transformers_class
 from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import T5_PREFIXES, refuse_unless
@@ -27,9 +28,7 @@ class T5TextEncoder(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        from transformers.models.t5.modeling_t5 import T5Stack
-
-        self.encoder = T5Stack(config)
+        self.encoder = transformers_class("t5.modeling_t5", "T5Stack")(config)
 
     @property
     def config(self) -> Any:

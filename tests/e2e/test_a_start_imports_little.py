@@ -19,6 +19,9 @@ from tests.running import train
 for family, arguments in {arguments!r}.items():
     train(family, *arguments)
 print("IMPORTED", sorted(set({heavy!r}) & set(sys.modules)))
+from library.models.lean_imports import transformers_class
+transformers_class("clip.modeling_clip", "CLIPTextModel")
+print("ENCODERS", sorted({{"scipy", "peft", "bitsandbytes"}} & set(sys.modules)))
 """
 USE = """
 import tempfile
@@ -36,6 +39,8 @@ from transformers import BertModel, CLIPTextModel, CLIPTokenizer
 assert again.UNet2DConditionModel is UNet2DConditionModel is diffusers.models.unets.UNet2DConditionModel
 assert transformers.models.clip.CLIPTokenizer is CLIPTokenizer and transformers.models.bert.BertModel is BertModel
 assert quantizers.bnb.nn.Linear4bit is bitsandbytes.nn.Linear4bit
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+assert linear_sum_assignment([[1, 0], [0, 1]])[1].tolist() == [1, 0]
 beta = EulerDiscreteScheduler(use_beta_sigmas=True)
 beta.set_timesteps(3)
 unet = UNet2DConditionModel(
@@ -78,5 +83,5 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     code = TRAIN.format(arguments=arguments, heavy=(*HEAVY, *UNUSED, *MODELS)) + USE
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "IMPORTED []" in result.stdout
+    assert "IMPORTED []" in result.stdout and "ENCODERS []" in result.stdout
     assert result.stdout.endswith("USED\n")

@@ -62,7 +62,7 @@ def places(model: str, files: Any) -> dict[str, Path]:
 
 @pytest.mark.parametrize("model", ["sd1", "sdxl", "flux", "chroma"])
 def test_training_scripts_refuse_hostile_files(request, dataset_toml, tmp_path, model):
-    files = request.getfixturevalue(f"tiny_{model}")
+    files = request.getfixturevalue(f"{'few_blocks' if model.startswith('sd') else 'tiny'}_{model}")
     family = TINY[model]
     given = [*family.command(files), "--dataset_config", dataset_toml(bucket_reso_steps=64)]
     given += ["--output_dir", tmp_path / "out", "--max_train_steps", "1", "--no_report"]
@@ -86,7 +86,7 @@ def test_training_scripts_refuse_hostile_files(request, dataset_toml, tmp_path, 
     ],
 )
 def test_programs_that_read_models_refuse_hostile_files(request, tmp_path, script, model, arguments):
-    files = request.getfixturevalue(f"tiny_{model}")
+    files = request.getfixturevalue(f"{'few_blocks' if model.startswith('sd') else 'tiny'}_{model}")
     sound = Path(files.transformer if model in FLUX.model_names else files)
     for kind, path in hostile(sound, tmp_path):
         words = [{"SOUND": sound, "FILE": path}.get(word, word) for word in arguments.split()]

@@ -71,6 +71,10 @@ def make_caption(
     return _replace_secondary_separator(caption, rules)
 
 
+_OF_ONE = random.Random(0)
+"""For choices that have a single option left. (To make one for each caption takes longer than all else.)"""
+
+
 def fixed_caption(caption: str, rules: CaptionRules) -> str:
     """The one prompt that ``caption`` always gives, for caching: prefix, suffix and separators applied.
 
@@ -83,8 +87,7 @@ def fixed_caption(caption: str, rules: CaptionRules) -> str:
             f"text encoder outputs cannot be cached with enable_wildcard when a caption has {reason}: "
             "each use of the image may choose another text."
         )
-    # Nothing is drawn: every choice left has a single option.
-    return make_caption(caption, rules, rng=random.Random(0), epoch=0, step=0, max_train_steps=1)
+    return make_caption(caption, rules, rng=_OF_ONE, epoch=0, step=0, max_train_steps=1)
 
 
 def _add_prefix_and_suffix(caption: str, rules: CaptionRules) -> str:

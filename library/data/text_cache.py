@@ -37,8 +37,13 @@ class TextFormat:
 
 def check_text_cacheable(group: DatasetGroup) -> None:
     """Raises UserError when an option gives captions more than one outcome, naming option and place."""
+    free: dict[int, bool] = {}  # by subset: whether no option of it can make a caption change
     for item in group.items:
-        _fixed_caption(item)
+        rules, subset = item.subset.captions, id(item.subset)
+        if subset not in free:
+            free[subset] = not rules.enable_wildcard and not rules.changing_options()
+        if not free[subset]:
+            _fixed_caption(item)
 
 
 def _fixed_caption(item: Item) -> str:

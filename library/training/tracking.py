@@ -296,4 +296,15 @@ def norm_scalars(network: Any, max_norm_result: tuple[Any, Any, Any] | None) -> 
         }
     else:
         found = {}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    known = {name: value for name, value in found.items() if value is not None}
+    return dict(zip(known, _as_floats(list(known.values()))))
+
+
+def _as_floats(values: list[Any]) -> list[float]:
+    """Tensors of one device and dtype are read at once, so that the program waits for a GPU only once."""
+    import torch
+
+    kinds = {(value.device, value.dtype) if isinstance(value, torch.Tensor) else None for value in values}
+    if len(kinds) == 1 and None not in kinds:
+        return torch.stack([value.reshape(()) for value in values]).tolist()
+    return [float(value) for value in values]

@@ -10,11 +10,13 @@ import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,6 +150,37 @@ class _Watch(threading.Thread):
         self.ended.set()
         self.join()
         return sum(self.seen.values())
+
+
+class Attempts:
+    """Parts of a benchmark, of which some may fail, run out of memory or get no time: the others are still reported."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+        """What did not work, in words."""
+        self._is_over = False
+        signal.signal(signal.SIGTERM, self._end)
+
+    def _end(self, *_: object) -> None:
+        raise TimeoutError("the time was up")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Notes an error that ends the part. After SIGTERM, no later part begins."""
+        try:
+            if self._is_over:
+                raise TimeoutError("there was no time left")
+            yield
+        except Exception as error:
+            self._is_over = self._is_over or isinstance(error, TimeoutError)
+            first_line = (str(error).strip().splitlines() or [""])[0][:200]
+            self.failures.append(f"{name}: {type(error).__name__}: {first_line}")
+            print(f"failed: {self.failures[-1]}", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """End the program, with an error where a part has failed."""
+        if self.failures:
+            sys.exit(f"error: {len(self.failures)} parts failed: {'; '.join(self.failures)}")
 
 
 def peak_memory() -> int:

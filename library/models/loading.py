@@ -337,10 +337,14 @@ class TensorSource:
 
 def _refuse_unreadable_quantisation(checkpoint: Checkpoint) -> None:
     advice = "use the float32, float16, bfloat16 or fp8 version"
+    suffixes = tuple(UNREADABLE_QUANTISATION)
     for key in checkpoint:
-        for suffix, meaning in UNREADABLE_QUANTISATION.items():
-            if key.endswith(suffix) or ".quant_state." in key:
-                raise UserError(f"{checkpoint.label} is quantised ({meaning}), which is not supported; {advice}.")
+        if key.endswith(suffixes) or ".quant_state." in key:
+            meanings = (meaning for suffix, meaning in UNREADABLE_QUANTISATION.items() if key.endswith(suffix))
+            raise UserError(
+                f"{checkpoint.label} is quantised ({next(meanings, 'bitsandbytes 4-bit')}), which is not supported; "
+                f"{advice}."
+            )
         if key.endswith(".comfy_quant"):
             described = bytes(checkpoint.load(key).tolist()).decode("utf-8", errors="replace")
             if '"float8_e4m3fn"' not in described and '"float8_e5m2"' not in described:

@@ -153,13 +153,11 @@ def test_gradient_checkpointing_of_encoders_changes_nothing(train, tmp_path):
 
 @pytest.mark.parametrize("t5", ["False", "True"])
 def test_no_encoder_drops_anything_in_training(train, t5):
-    """Encoders come with dropouts of 0.1 in their configurations; frozen ones must stay in eval mode."""
+    """Encoders come with dropouts of 0.1 in their configurations; all stay in eval mode, checkpointed or not."""
     seen = []
 
     def watch(trainer, batch, conditioning):
-        encoders = {name: trainer.pipeline.modules[name] for name in ("clip_l", "t5xxl")}
-        assert encoders["clip_l"].training
-        assert encoders["t5xxl"].training == (t5 == "True")
+        assert not any(trainer.pipeline.modules[name].training for name in ("clip_l", "t5xxl"))
         again = trainer.pipeline.encode_prompts(batch.captions)
         for name, tensor in again.items():
             torch.testing.assert_close(tensor, conditioning[name].detach(), rtol=0, atol=0)

@@ -199,9 +199,9 @@ def _construct(
     name: str, optimizer_class: Any, groups: list[Any], rate: float | None, arguments: dict[str, Any]
 ) -> Any:
     parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
-    lean_class = _without_compiler(optimizer_class, step_kernels(optimizer_class, arguments, parameters))
+    kernels = step_kernels(optimizer_class, arguments, parameters)
     try:
-        optimizer = lean_class(groups, lr=rate, **arguments)
+        optimizer = _without_compiler(optimizer_class, kernels)(groups, lr=rate, **arguments)
     except Exception as error:
         raise UserError(f"--optimizer_type {name} refuses its arguments: {error}") from error
     if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):

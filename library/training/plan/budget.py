@@ -112,11 +112,10 @@ def fit(run: Rehearsal) -> tuple[Forecast, str]:
     only_streams = options.streaming.blocks_to_swap == "auto"
     why = "--blocks_to_swap auto" if only_streams else f"--vram_budget {options.precision.vram_budget:g}"
     budget = _budget(options, device)
-    limit = math.floor(budget * (1 - RESERVED_SHARE)) - RESERVED_BYTES
+    limit = usable(budget)
     no_effect = list(run.no_effect)
-    before = process_memory()
     with silence(), without_values():
-        needs = _needs(run)
+        needs = needs_of(run)
         found, least = None, None
         for candidate in _candidates(run, needs, only_streams, limit):
             least = candidate if least is None or candidate.device < least.device else least
@@ -124,6 +123,7 @@ def fit(run: Rehearsal) -> tuple[Forecast, str]:
                 found = candidate
                 break
     run.no_effect[:] = no_effect
+    before = process_memory()  # with the libraries that the run works with
     if found is None:
         assert least is not None
         needed = math.ceil((least.device + RESERVED_BYTES) / (1 - RESERVED_SHARE) / GIB * 4) / 4
@@ -140,6 +140,11 @@ def fit(run: Rehearsal) -> tuple[Forecast, str]:
     return forecast, f"{why} {chosen}: {memory} on the device at the peak, {size_text(found.host)} in system RAM"
 
 
+def usable(budget: int) -> int:
+    """Bytes of a device of ``budget`` bytes that tensors may take."""
+    return math.floor(budget * (1 - RESERVED_SHARE)) - RESERVED_BYTES
+
+
 def _budget(options: Any, device: Any) -> int:
     """Bytes. Raises UserError where there is none."""
     if options.precision.vram_budget is not None:
@@ -154,7 +159,7 @@ def _budget(options: Any, device: Any) -> int:
 # ---- what a run needs ------------------------------------------------------------------------------------------------
 
 
-def _needs(run: Rehearsal) -> Needs:
+def needs_of(run: Rehearsal) -> Needs:
     """Build the run without values, and simulate its phases when they are asked for."""
     options = run.options
     given = (options.precision.gradient_checkpointing, options.streaming.blocks_to_swap)
@@ -190,7 +195,7 @@ def _of_checkpointing(peak: Callable[[bool], Peak], checkpointing: bool) -> Peak
     return peak(True)
 
 
-def _stored_model(run: Rehearsal, changes: Changes, parts: frozenset[str]) -> StoredModel | None:
+def stored_model(run: Rehearsal, changes: Changes, parts: frozenset[str]) -> StoredModel | None:
     """The model of the run with other options; None where the device or the files do not allow them."""
     given = {name: option_of(run.options, name) for name in (*changes, "blocks_to_swap", "stream_text_encoders")}
     simulated = dict(vars(run))
@@ -225,7 +230,7 @@ def _candidates(run: Rehearsal, needs: Needs, only_streams: bool, limit: int) ->
     precision, streaming = options.precision, options.streaming
     parts = frozenset(part for phase in needs.phases for part in phase.parts)
     keeps_format = only_streams or precision.mixed_precision == "no" or _format_is_given(precision)
-    plain = _stored_model(run, {}, parts)
+    plain = stored_model(run, {}, parts)
     if plain is None:
         run.open_pipeline()  # which says why
         raise AssertionError("the options that were given cannot be used")
@@ -249,7 +254,7 @@ def _candidates(run: Rehearsal, needs: Needs, only_streams: bool, limit: int) ->
     yield from candidates(plain, given, hidden if streams else 0)
     smaller: list[Changes] = [] if keeps_format else [{"fp8_scaled": True}, {"base_format": "nf4"}]
     for changes in smaller:
-        model = _stored_model(run, changes, parts)
+        model = stored_model(run, changes, parts)
         if model is not None:
             yield from candidates(model, given, model.most if streams else 0)
 

@@ -1,0 +1,99 @@
+"""The configurations in configs/ are taken by their scripts, and fit into the GPUs that their names say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+
+from library.families import by_model
+from library.options import declared_options, read_config_file
+from library.training.plan.budget import GIB, Needs, needs_of, stored_model, usable
+from tests.full_size import full_flux, full_stable_diffusion
+from tests.running import ROOT, make_trainer, no_weights_are_read, trainer_class
+
+PRESETS = sorted((ROOT / "configs").glob("*.toml"))
+FAMILIES = sorted({path.stem.split("_")[0] for path in PRESETS})
+GUIDE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
+def presets_of(family: str) -> list[tuple[Path, int]]:
+    """Presets of a family, each with its GPU's memory in GiB, the smallest last."""
+    found = {path: int(re.fullmatch(r"[a-z0-9]+_(\d+)gb", path.stem)[1]) for path in PRESETS}
+    return sorted(
+        ((path, size) for path, size in found.items() if path.stem.startswith(family + "_")), key=lambda x: -x[1]
+    )
+
+
+def expected(path: Path) -> tuple[float, float]:
+    """The figures of its comment: GiB on the device and in system RAM."""
+    found = re.search(
+        r"^# .*: ([\d.]+) GiB on the device, ([\d.]+) GiB of system RAM", path.read_text(encoding="utf-8"), re.M
+    )
+    assert found, path
+    return float(found[1]), float(found[2])
+
+
+def words_of(family: str, folder: Path, data: Path) -> list[object]:
+    """What is filled into a family's presets."""
+    if family in ("flux", "chroma"):
+        files: Any = full_flux(folder, family)
+        paths: list[object] = ["--pretrained_model_name_or_path", files.transformer, "--t5xxl", files.t5xxl]
+        paths += ["--ae", files.autoencoder, *(["--clip_l", files.clip_l] if files.clip_l else [])]
+    else:
+        paths = ["--pretrained_model_name_or_path", full_stable_diffusion(folder, family)]
+    return [*paths, "--dataset_config", data, "--output_dir", folder, "--max_train_epochs", "1"]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_taken_whole(path):
+    known = declared_options(trainer_class(path.stem.split("_")[0]).options_class)
+    keys = {key for table in toml.loads(path.read_text(encoding="utf-8")).values() for key in table}
+    assert set(read_config_file(path, known)) == keys  # none of them without effect
+    text = path.read_text(encoding="utf-8")
+    script = by_model(path.stem.split("_")[0]).file
+    assert f"accelerate launch {script} --config_file configs/{path.name}" in text and "<" in text
+    device, host = expected(path)
+    assert re.search(rf"`{path.name}`.*\| {device:g} GiB \| {host:g} GiB \|", GUIDE), f"{path.name} in docs/memory.md"
+
+
+def test_every_family_has_presets():
+    assert FAMILIES == ["chroma", "flux", "sd1", "sdxl"]
+    for family in ("chroma", "flux", "sdxl"):
+        assert [size for _, size in presets_of(family)] == [24, 16, 12, 10, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_presets_fit_into_their_gpus_by_the_plan(family, tmp_path):
+    """The published model in its true size: a step is simulated once, its weights are added for each preset."""
+    from PIL import Image
+
+    side = 512 if family == "sd1" else 1024
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (side, side)).save(tmp_path / "images" / "a.png")
+    data = tmp_path / "data.toml"
+    data.write_text(
+        f"[general]\nresolution = {side}\n[[datasets]]\nbatch_size = 1\n"
+        f'[[datasets.subsets]]\nimage_dir = "{tmp_path / "images"}"\nclass_tokens = "a cat"\n',
+        encoding="utf-8",
+    )
+    words = words_of(family, tmp_path, data)
+    needs: Needs | None = None
+    for path, size in presets_of(family):
+        trainer = make_trainer(family, "--config_file", path, *words)
+        for step in ("check_options", "prepare_output", "check_network", "start_processes", "read_data", "plan_steps"):
+            getattr(trainer, step)()
+        with no_weights_are_read():
+            needs = needs or needs_of(trainer)
+            model = stored_model(trainer, {}, frozenset(part for phase in needs.phases for part in phase.parts))
+        assert model is not None
+        precision, streaming = trainer.options.precision, trainer.options.streaming
+        device, host = needs.of(
+            model, precision.gradient_checkpointing, streaming.blocks_to_swap or 0, streaming.stream_text_encoders
+        )
+        assert device <= usable(size * GIB), path
+        assert (device / GIB, host / GIB) == pytest.approx(expected(path), abs=0.06), path

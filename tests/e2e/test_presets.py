@@ -11,7 +11,7 @@ import toml
 
 from library.families import by_model
 from library.options import declared_options, read_config_file
-from library.training.plan.budget import GIB, Needs, needs_of, stored_model, usable
+from library.training.plan.budget import GIB, Needs, StoredModel, needs_of, stored_model, usable
 from tests.full_size import full_flux, full_stable_diffusion
 from tests.running import ROOT, make_trainer, no_weights_are_read, trainer_class
 
@@ -83,15 +83,20 @@ def test_presets_fit_into_their_gpus_by_the_plan(family, tmp_path):
     )
     words = words_of(family, tmp_path, data)
     needs: Needs | None = None
+    models: dict[bool, StoredModel | None] = {}
     for path, size in presets_of(family):
         trainer = make_trainer(family, "--config_file", path, *words)
         for step in ("check_options", "prepare_output", "check_network", "start_processes", "read_data", "plan_steps"):
             getattr(trainer, step)()
         with no_weights_are_read():
             needs = needs or needs_of(trainer)
-            model = stored_model(trainer, {}, frozenset(part for phase in needs.phases for part in phase.parts))
+            precision, streaming = trainer.options.precision, trainer.options.streaming
+            if precision.fp8_scaled not in models:
+                parts = frozenset(part for phase in needs.phases for part in phase.parts)
+                models[precision.fp8_scaled] = stored_model(trainer, {}, parts)
+        assert not (precision.fp8_base or precision.fp8_base_unet or precision.base_format)
+        model = models[precision.fp8_scaled]
         assert model is not None
-        precision, streaming = trainer.options.precision, trainer.options.streaming
         device, host = needs.of(
             model, precision.gradient_checkpointing, streaming.blocks_to_swap or 0, streaming.stream_text_encoders
         )

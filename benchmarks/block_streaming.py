@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from benchmarks.random_models import (
 )
 
 PARTS = ("fp8", "steps", "overhead", "load")
+"""Most important first."""
 COUNTS = {"full": (8, 18, 28, 38), "tiny": (2, 4, 6, 8)}
 FP8_COUNT = {"full": 28, "tiny": 6}
 FP8_LIMIT = 8.0
@@ -73,7 +75,7 @@ def bandwidth(device: Any, pinned: bool, size: int) -> float:
     return size / min(taken)
 
 
-def measure_fp8(options: argparse.Namespace, device: Any) -> list[Measure]:
+def measure_fp8(options: argparse.Namespace, device: Any) -> Iterator[Measure]:
     """The peak of a step in fp8 with many streamed blocks."""
     import torch
 
@@ -89,31 +91,31 @@ def measure_fp8(options: argparse.Namespace, device: Any) -> list[Measure]:
     training = Training(pipeline, options.device, options.resolution)
     taken = training.seconds(options.steps)
     peak, name = peak_bytes(device), f"fp8, {count} streamed"
-    measures = [Measure(f"{name}: step", 1000 * taken, "ms")]
+    yield Measure(f"{name}: step", 1000 * taken, "ms")
     if peak is not None:
         limit = FP8_LIMIT if options.size == "full" else None
         reserved = torch.cuda.max_memory_reserved() / 1e9
-        measures.append(Measure(f"{name}: peak of tensors on the device", peak / 1e9, "GB", limit))
-        measures.append(Measure(f"{name}: peak with what the allocator holds back", reserved, "GB", limit))
-    return measures
+        yield Measure(f"{name}: peak of tensors on the device", peak / 1e9, "GB", limit)
+        yield Measure(f"{name}: peak with what the allocator holds back", reserved, "GB", limit)
 
 
-def measure_steps(options: argparse.Namespace, device: Any) -> list[Measure]:
+def measure_steps(options: argparse.Namespace, device: Any) -> Iterator[Measure]:
     """Steps with and without streaming."""
     from library.memory.plan import MemoryPlan
 
     size = 1 << (29 if options.size == "full" else 24)
     rates = {kind: bandwidth(device, kind == "pinned", size) for kind in ("pinned", "pageable")}
-    measures = [Measure(f"host to device, {kind}", rate / 1e9, "GB/s") for kind, rate in rates.items()]
+    for kind, rate in rates.items():
+        yield Measure(f"host to device, {kind}", rate / 1e9, "GB/s")
     training = Training(open_random(config_of("flux", options.size), device), options.device, options.resolution)
     plan = MemoryPlan(checkpointing=True)
     with training.with_plan(plan):
         training.step()
         start_peak(device)
         alone, peak = training.seconds(options.steps), peak_bytes(device)
-    measures.append(Measure("no block streamed: step", 1000 * alone, "ms"))
+    yield Measure("no block streamed: step", 1000 * alone, "ms")
     if peak is not None:
-        measures.append(Measure("no block streamed: peak memory", peak / 1e9, "GB"))
+        yield Measure("no block streamed: peak memory", peak / 1e9, "GB")
     for count in options.counts or COUNTS[options.size]:
         streaming, blocks = streaming_plan(plan, training.pipeline, count, options.pinned)
         with training.with_plan(streaming) as applied:
@@ -126,7 +128,7 @@ def measure_steps(options: argparse.Namespace, device: Any) -> list[Measure]:
             misses = stream.misses
         copying = moved / rates["pinned" if options.pinned else "pageable"]
         is_held = device.type == "cuda" and options.size == "full" and options.pinned
-        measures += [
+        yield from (
             Measure(f"{name}: step", 1000 * taken, "ms"),
             Measure(f"{name}: copied bytes per step", moved / 1e9, "GB"),
             Measure(f"{name}: copied bytes, away from the formula", abs(moved - blocks.bytes_per_step), "bytes", 0.0),
@@ -137,13 +139,12 @@ def measure_steps(options: argparse.Namespace, device: Any) -> list[Measure]:
                 "x",
                 STEP_LIMIT if is_held else None,
             ),
-        ]
+        )
         if peak is not None:
-            measures.append(Measure(f"{name}: peak memory", peak / 1e9, "GB"))
-    return measures
+            yield Measure(f"{name}: peak memory", peak / 1e9, "GB")
 
 
-def measure_overhead(options: argparse.Namespace) -> list[Measure]:
+def measure_overhead(options: argparse.Namespace) -> Iterator[Measure]:
     """The state machine alone, on the CPU."""
     import torch
 
@@ -166,10 +167,10 @@ def measure_overhead(options: argparse.Namespace) -> list[Measure]:
                     taken[way].append(time.process_time() - start)
         assert applied.stream.loads == len(places), "nothing is copied after the first pass"
     shares = [mine / other - 1 for mine, other in zip(taken["streamed"], taken["plain"])]
-    return [
+    yield from (
         Measure("free copies: step without streaming", 1000 * statistics.median(taken["plain"]), "ms"),
         Measure("free copies: streaming adds", 100 * statistics.median(shares), "%", OVERHEAD_LIMIT),
-    ]
+    )
 
 
 class AnonymousMemory(threading.Thread):
@@ -226,7 +227,7 @@ def load_here(checkpoint: Path, device_name: str, pinned: bool) -> None:
     print(json.dumps({**found, "resident": size - blocks.bytes + blocks.ring_bytes}))
 
 
-def measure_load(options: argparse.Namespace) -> list[Measure]:
+def measure_load(options: argparse.Namespace) -> Iterator[Measure]:
     """Loading a checkpoint of which half is streamed."""
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
@@ -237,7 +238,7 @@ def measure_load(options: argparse.Namespace) -> list[Measure]:
     finally:
         shutil.rmtree(folder)
     size = found["size"]
-    measures = [
+    yield from (
         Measure("loading, half of the blocks streamed: size", size / 1e9, "GB"),
         Measure(
             "loading: host memory at its most / size",
@@ -245,11 +246,10 @@ def measure_load(options: argparse.Namespace) -> list[Measure]:
             "x",
             LOAD_LIMIT if options.gigabytes >= 2 else None,
         ),
-    ]
+    )
     if found["device"] is not None:
         share = found["device"] / found["resident"]
-        measures.append(Measure("loading: device memory / (resident part + ring)", share, "x", 1.01))
-    return measures
+        yield Measure("loading: device memory / (resident part + ring)", share, "x", 1.01)
 
 
 def main() -> None:
@@ -276,14 +276,16 @@ def main() -> None:
     options.gigabytes = options.gigabytes or (2.0 if options.size == "full" else 0.2)
     device, attempts = torch.device(options.device), Attempts()
     measures: list[Measure] = []
+    found = {
+        "fp8": lambda: measure_fp8(options, device),
+        "steps": lambda: measure_steps(options, device),
+        "overhead": lambda: measure_overhead(options),
+        "load": lambda: measure_load(options),
+    }
     for part in options.parts:
         with attempts.part(part):
-            if part == "fp8":
-                measures += measure_fp8(options, device)
-            elif part == "steps":
-                measures += measure_steps(options, device)
-            else:
-                measures += measure_overhead(options) if part == "overhead" else measure_load(options)
+            for measure in found[part]():  # one by one, so that an error loses none of those before
+                measures.append(measure)
         empty_cache(device)
     where = machine(options.device, torch.get_num_threads())
     report("block_streaming", measures, options, where, failures=attempts.failures)

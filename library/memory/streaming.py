@@ -132,6 +132,8 @@ class BlockStream:
         self._guarded = [module for host in self.hosts for module, _ in host.places]
         for module in self._guarded:
             _leave_streamed_tensors(module)
+        for block in blocks:  # what is small may have been loaded together with the rest, as scales are
+            block.to(device)
 
     @property
     def host_bytes(self) -> int:
@@ -261,11 +263,16 @@ def _leave_streamed_tensors(module: nn.Module) -> None:
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         tensors: list[dict[str, Any]] = [module._parameters, module._buffers]
         names = {name for owner, name in streamed_tensors(module) if owner is module}
-        streamed = [{name: held.pop(name) for name in names & held.keys()} for held in tensors]
+        before = [dict(held) for held in tensors]
+        for held in tensors:
+            for name in names & held.keys():
+                del held[name]
         try:
             return type(module)._apply(module, fn, recurse)
         finally:
-            for held, own in zip(tensors, streamed):
-                held.update(own)
+            for held, own in zip(tensors, before):  # the order in which they are named is kept, too
+                moved = {**own, **held}
+                held.clear()
+                held.update(moved)
 
     module._apply = apply  # type: ignore[method-assign]

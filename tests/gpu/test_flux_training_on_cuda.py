@@ -12,7 +12,7 @@ from tools.make_tiny_controlnet import make_tiny_controlnet
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp16 --fp8_base", "bf16 --fp8_base"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp16 --fp8_base", "bf16 --fp8_base --blocks_to_swap 2"])
 def test_half_precision_trains(flux_command, dataset_toml, tmp_path, precision):
     result = launch(
         "flux_train_network.py",

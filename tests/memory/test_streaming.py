@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from library.memory import formats
 from library.memory.apply import AppliedPlan, apply_memory_plan
 from library.memory.plan import MemoryPlan, Streaming
 from library.memory.stream_choice import choose_blocks
 from library.memory.streaming import BlockStream
 from library.memory.transfers import PAGE, pages
+from tests.memory.test_storage_formats import FORMATS
 
 WIDTH = 16
 
@@ -167,6 +169,19 @@ def test_memory_that_is_pinned_shares_no_page():
     start = [buffer.untyped_storage().data_ptr() for buffer in buffers]
     end = [first + buffer.untyped_storage().nbytes() for first, buffer in zip(start, buffers)]
     assert all(first <= PAGE * span.start and PAGE * span.stop <= last for first, last, span in zip(start, end, used))
+
+
+@pytest.mark.parametrize("storage", FORMATS.values(), ids=FORMATS.keys())
+def test_what_is_small_in_a_streamed_block_lies_on_the_device(storage):
+    block = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)).requires_grad_(False)
+    layer = block[0]
+    assert isinstance(layer, nn.Linear)
+    formats.store_as(layer, formats.quantise(layer.weight, storage), storage, torch.float32)
+    BlockStream([block], torch.device("meta"))
+    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    on_host = {name for name, tensor in tensors.items() if tensor.device.type == "cpu"}
+    assert on_host == {"0.codes", "2.weight"} and len(tensors) > 5
+    assert [name for name, _ in block[2].named_parameters()] == ["weight", "bias"]
 
 
 def test_trained_weights_are_not_streamed():

@@ -53,6 +53,7 @@ from library.training.report.timing import RunClock, timed
 from library.training.report.wording import Forecast, end_lines, start_lines
 from library.training.run_facts import RunFacts
 from library.training.run_options import memory_plans
+from library.training.spilling import SpillWatch, used_share
 from library.training.step_loss import StepLoss
 from library.training.text_conditioning import TextConditioning
 from library.training.tracking import Tracker, learning_rate_scalars, norm_scalars
@@ -82,6 +83,7 @@ class NetworkTrainer(FamilyHooks):
         self.step_watch = StepWatch()
         self.saved: SavedState | None = None
         """The state of ``--resume``."""
+        self.spill_watch = SpillWatch(lambda: used_share(self.accelerator.device))
         self.forecast: Forecast | None = None
         """The memory that the run is expected to take, where options were chosen by it."""
         self.norms: Any = None
@@ -473,6 +475,9 @@ class NetworkTrainer(FamilyHooks):
         self.norms = self.network.apply_max_norm_regularization(limit, self.accelerator.device) if limit else None
         progress.position.step += 1
         self.bar.update(1)
+        slow = self.spill_watch.step()
+        if slow is not None:
+            warn(slow)
 
     def log_batch(self, index: int, loss: float) -> None:
         """Note a micro-batch's loss and log it with the learning rates and norms."""

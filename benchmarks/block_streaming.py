@@ -282,7 +282,7 @@ def main() -> None:
         "overhead": lambda: measure_overhead(options),
         "load": lambda: measure_load(options),
     }
-    for part in options.parts:
+    for part in attempts.in_time(options.parts):
         with attempts.part(part):
             for measure in found[part]():  # one by one, so that an error loses none of those before
                 measures.append(measure)

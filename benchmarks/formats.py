@@ -55,7 +55,8 @@ def measure(options: argparse.Namespace, attempts: Attempts) -> tuple[list[Measu
     skipped: list[str] = []
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     plain: dict[str, float] = {}
-    for name, settings in FORMATS.items():
+    for name in attempts.in_time(FORMATS):
+        settings = FORMATS[name]
         with attempts.part(name):
             with torch.device("meta"):
                 layer = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)

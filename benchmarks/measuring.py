@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,12 +164,18 @@ class Attempts:
     def _end(self, *_: object) -> None:
         raise TimeoutError("the time was up")
 
+    def in_time(self, names: Iterable[str]) -> Iterator[str]:
+        """The names of parts, one after another, until SIGTERM; those whose turn never comes are failures."""
+        for name in names:
+            if self._is_over:
+                self.failures.append(f"{name}: no time was left")
+            else:
+                yield name
+
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Notes an error that ends the part. After SIGTERM, no later part begins."""
+        """Notes an error that ends the part."""
         try:
-            if self._is_over:
-                raise TimeoutError("there was no time left")
             yield
         except Exception as error:
             self._is_over = self._is_over or isinstance(error, TimeoutError)

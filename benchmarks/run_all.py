@@ -1,6 +1,6 @@
 """Run every benchmark, keep the figures, and print them as a Markdown table.
 
-    python benchmarks/run_all.py                                 # about five minutes on an idle machine
+    python benchmarks/run_all.py                                 # about ten minutes on an idle machine
     python benchmarks/run_all.py --write                         # and put the table into benchmarks/README.md
     python benchmarks/run_all.py --only first_step loop_overhead
 
@@ -20,7 +20,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import ROOT, Measure, environment, machine, parser
+from benchmarks.measuring import ROOT, Measure, environment, parser
 from library.files import write_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -34,6 +34,13 @@ RUNS = {
     "lora_overhead": [["lora_overhead.py", "--repeats", "15"]],
     "dry_run": [["dry_run.py"]],
     "fused_backward": [["fused_backward.py"]],
+    "block_streaming": [
+        ["block_streaming.py", "--parts", "fp8", "steps", "overhead"],
+        ["block_streaming.py", "--parts", "load", "--gigabytes", "2"],
+    ],
+    "train_step": [["train_step.py"]],
+    "compile": [["compile.py"]],
+    "formats": [["formats.py"]],
 }
 
 
@@ -64,9 +71,14 @@ def markdown(results: list[dict[str, Any]]) -> str:
             met = {True: "yes", False: "**no**", None: ""}[measure.met]
             value = f"{measure.value:.3g} {measure.unit}".strip()
             lines.append(f"| `{result['command']}` | {measure.what} | {value} | {measure.target} | {met} |")
-    where = machine()
-    place = f"{where['processor']}, {where['cores']} cores, {where['system']}, Python {where['python']}"
-    return "\n".join([f"{where['date']}, {place}, torch {where['torch']}, one thread.", "", *lines])
+    places: dict[str, list[str]] = {}
+    for result in results:
+        where = result["machine"]
+        place = f"{where['date']}, {where['processor']}, {where['cores']} cores, {where['system']}"
+        place += f", Python {where['python']}, torch {where['torch']}, one thread"
+        places.setdefault(place, []).append(f"`{result['benchmark']}`")
+    heads = [f"- {place}: {', '.join(dict.fromkeys(names))}" for place, names in places.items()]
+    return "\n".join([*heads, "", *lines])
 
 
 def into_readme(table: str) -> None:

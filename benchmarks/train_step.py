@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, attempts: Attempts) -> list[Measure]:
     measures = [Measure(f"limit ({source})", limit / 1e12, "TFLOP/s")]
     flops: dict[bool, int] = {}
     training, storage = None, "none yet"
-    for name in options.ways:
+    for name in attempts.in_time(options.ways):
         way, checkpoints = WAYS[name], "checkpointed" in name
         with attempts.part(name):
             if way.get("storage") != storage or training is None:
@@ -91,7 +91,8 @@ def measure(options: argparse.Namespace, attempts: Attempts) -> list[Measure]:
             if checkpoints not in flops and options.count_flops:
                 with training.with_plan(memory_plan({"checkpointing": checkpoints}, device)):
                     flops[checkpoints] = training.flops()
-                measures.append(Measure(f"FLOPs, {name.split(' ')[0].strip(',')}", flops[checkpoints] / 1e12, "TFLOP"))
+                kind = "with checkpointing" if checkpoints else "without checkpointing"
+                measures.append(Measure(f"products {kind}", flops[checkpoints] / 1e12, "TFLOP"))
             with training.with_plan(memory_plan(way, device)):
                 training.step()
                 wait(device)

@@ -14,6 +14,7 @@ from library.options import parse_options
 from library.training.objective.step_inputs import ItemDraws
 from library.training.optim.optimizers import OptimizerOptions, create_optimizer
 from library.training.plan import memory_estimate
+from library.training.plan.dry_run import plan_of
 from library.training.plan.memory_estimate import Largest, largest_batch, optimizer_state_bytes
 from library.training.plan.simulation import PeakMemory, Simulation
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
@@ -125,6 +126,35 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
             parameter.grad = None
 
     assert expected == pytest.approx(measured_peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "--gradient_checkpointing --fp8_scaled", "--gradient_checkpointing --blocks_to_swap 2"]
+)
+def test_the_peak_from_loading_to_the_first_gradients(make_trainer, arguments):
+    """Weights on the device and in system RAM, which are the same here, the LoRA, and a step."""
+    common = "--cache_latents --cache_text_encoder_outputs --network_train_unet_only --mixed_precision bf16"
+    trainer = make_trainer("flux_command", f"{common} {arguments}")
+    size = largest_batch(trainer.data.train)
+    phase = next(phase for phase in plan_of(trainer).phases if phase.name.startswith("training"))
+    expected = phase.total - phase.optimizer + phase.host.get("streamed blocks", 0)
+
+    def work() -> None:
+        trainer.pipeline.modules.clear()
+        trainer.pipeline.applied.clear()
+        trainer.load_models()
+        trainer.make_network()
+        trainer.place_network()
+        trainer.build_optimizer()
+        batch = memory_estimate.empty_batch(trainer.facts(), trainer, size)
+        for tensor in (batch.latents, *(batch.text or {}).values()):
+            tensor.fill_(0.5)
+        trainer.network.train()
+        trainer.network.set_multiplier(1.0)
+        trainer.step_loss(batch, ItemDraws(7, 0, batch.item_ids)).mean().backward()
+
+    measured = measured_peak(work)
+    assert expected == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("command", ["flux_command", pytest.param("sd1_command", marks=pytest.mark.slow)])

@@ -164,6 +164,8 @@ def test_unknown_network_argument(given):
         (["--fp8_base"], "--fp8_base needs --mixed_precision"),
         (["--blocks_to_swap", "2", "--cpu_offload_checkpointing"], "are mutually exclusive"),
         (["--blocks_to_swap", "3"], "--blocks_to_swap 3: this model has 4 blocks, all of which are streamed with 2"),
+        (["--blocks_to_swap", "auto"], "cpu has no memory of its own; give a number or --vram_budget"),
+        (["--vram_budget", "0.5"], "the run does not fit into 0.5 GiB; --vram_budget 1 is the least"),
         (["--blocks_to_swap", "-1"], "--blocks_to_swap must not be negative, but is -1"),
         (["--keep_attention_outputs", "--gradient_checkpointing", "--torch_compile"], "are mutually exclusive"),
         (["--network_args", "train_t5xxl=True", "--cache_text_encoder_outputs"], "train_t5xxl"),

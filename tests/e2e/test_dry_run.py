@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,7 @@ def test_a_network_that_looks_at_numbers_is_unknown_but_no_error(plan_only, flux
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     plan = plan_only(FLUX, *flux_command, "--network_module", "curious_network", "--max_train_steps", "4")
     text = "\n".join(plan_lines(plan))
     assert plan.start is None and "network: unknown (DataDependentOutputException" in text

@@ -9,7 +9,9 @@ from library.errors import UserError
 from library.memory.apply import apply_memory_plan
 from library.memory.plan import MemoryPlan
 from library.models.attention import attention
+from library.models.flux import transformer as flux
 from library.models.flux.transformer import (
+    KEPT_POSITIONS,
     LARGEST_FLOAT16,
     FluxConfig,
     FluxTransformer,
@@ -141,6 +143,20 @@ def test_autocast_stays_close_to_float32(transformer, stored):
 def test_a_guidance_distilled_model_asks_for_guidance(transformer):
     with pytest.raises(ValueError, match="guidance"):
         transformer(**inputs() | {"guidance": None})
+
+
+def test_positions_are_computed_once_for_a_size_and_are_those_of_every_ids(transformer, monkeypatch):
+    computed = []
+    ours = rope_rotations
+    monkeypatch.setattr(flux, "rope_rotations", lambda ids, *rest: (computed.append(len(ids)), ours(ids, *rest))[1])
+    sizes = [(height, 6) for height in range(4, 4 + 2 * KEPT_POSITIONS, 2)]
+    for size in 3 * sizes:
+        rope = transformer.positions(image_ids(*size), torch.zeros(5, 3), 2)
+        ids = torch.cat([torch.zeros(5, 3), image_ids(*size)]).expand(2, -1, -1)
+        assert torch.equal(rope, ours(ids, transformer.config.axes_dims, transformer.config.theta))
+    assert len(computed) == len(sizes)
+    other = transformer.positions(image_ids(4, 6), torch.ones(5, 3), 2)
+    assert not torch.equal(other, transformer.positions(image_ids(4, 6), torch.zeros(5, 3), 2))
 
 
 def test_position_axes_must_fill_the_head():

@@ -86,6 +86,7 @@ class FluxPipeline(Pipeline[FluxRequest]):
     denoiser = "transformer"
     request_class = FluxRequest
     block_list_names = ("double_blocks", "single_blocks")
+    read_on_host = frozenset({"txt_ids"})
     model_type: ClassVar[ModelType] = "flux"
     """What the transformer must be."""
     all_encoders: ClassVar[tuple[Encoder, ...]] = ENCODERS
@@ -258,7 +259,7 @@ class FluxPipeline(Pipeline[FluxRequest]):
         device, (height, width) = latents.device, latents.shape[-2:]
         inputs: dict[str, Any] = dict(
             img=pack_latents(latents),
-            img_ids=image_ids(height, width, device=device),
+            img_ids=image_ids(height, width),
             timesteps=timesteps.to(device),
             guidance=guidance,
             **self.text_inputs(conditioning, device),
@@ -270,7 +271,7 @@ class FluxPipeline(Pipeline[FluxRequest]):
         """What the transformer is given of the text, as its arguments."""
         return dict(
             txt=conditioning["t5_out"].to(device),
-            txt_ids=conditioning["txt_ids"].to(device),
+            txt_ids=conditioning["txt_ids"],
             y=conditioning["l_pooled"].to(device),
             txt_attention_mask=conditioning["t5_attn_mask"] if self.apply_t5_attn_mask else None,
         )
@@ -338,7 +339,7 @@ class ChromaPipeline(FluxPipeline):
 
     model_type = "chroma"
     all_encoders = ("t5xxl",)
-    read_on_host = frozenset({"t5_attn_mask"})
+    read_on_host = frozenset({"t5_attn_mask", "txt_ids"})
 
     def __init__(self, files: FluxFiles, dtype: torch.dtype, device: torch.device | str, **arguments: Any):
         super().__init__(files, dtype, device, **{**arguments, "apply_t5_attn_mask": True})
@@ -364,7 +365,7 @@ class ChromaPipeline(FluxPipeline):
         text = attended_text(conditioning)
         return dict(
             txt=text["t5_out"].to(device),
-            txt_ids=text["txt_ids"].to(device),
+            txt_ids=text["txt_ids"],
             y=None,
             txt_attention_mask=text["t5_attn_mask"],
         )

@@ -50,12 +50,13 @@ def encode_t5(
 ) -> dict[str, Tensor]:
     """``t5_out``, ``txt_ids`` and ``t5_attn_mask`` of ``tokens`` (from ``t5_tokens``).
 
-    The mask stays where it is. Without ``apply_attention_mask`` T5 also attends to padding, as FLUX.1 was trained.
+    Ids and mask stay where the mask is. Without ``apply_attention_mask`` T5 also attends to padding, as FLUX.1 was
+    trained.
     """
     mask = tokens["t5_attn_mask"]
     with torch.set_grad_enabled(with_gradients):
         states = encoder(tokens["t5_tokens"], mask if apply_attention_mask else None)
-    return {"t5_out": states, "txt_ids": torch.zeros(*mask.shape, 3, device=states.device), "t5_attn_mask": mask}
+    return {"t5_out": states, "txt_ids": torch.zeros(*mask.shape, 3, device=mask.device), "t5_attn_mask": mask}
 
 
 def attended_text(conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:

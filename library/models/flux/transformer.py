@@ -10,14 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from library.devices import to_device
 from library.models.attention import AttentionBackend, attention, require_backend
 
 LARGEST_FLOAT16 = 65504.0
+KEPT_POSITIONS = 8
+"""Sizes of images whose rotations are kept."""
 Modulations = tuple[Tensor, ...]  # shift, scale, gate (, shift, scale, gate): each [batch, 1, hidden]
 
 
@@ -291,6 +295,8 @@ class StreamTransformer(nn.Module):
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
+        self.kept_positions: list[tuple[Tensor, Tensor]] = []
+        """Ids and rotations of joint sequences, the newest first."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -330,9 +336,24 @@ class StreamTransformer(nn.Module):
         return joined[:, txt.shape[1] :]
 
     def positions(self, img_ids: Tensor, txt_ids: Tensor, batch: int) -> Tensor:
-        """Rotations of the joint sequence, text first. Ids may be [tokens, 3] or [batch, tokens, 3]."""
-        ids = [ids if ids.dim() == 3 else ids.expand(batch, *ids.shape) for ids in (txt_ids, img_ids)]
-        return rope_rotations(torch.cat(ids, dim=1), self.config.axes_dims, self.config.theta)
+        """Rotations of the joint sequence, text first, on the model's device.
+
+        Ids may be [tokens, 3] or [batch, tokens, 3]. The rotations of ids that are in system RAM are kept, because the
+        next images of that size need the same.
+        """
+        ids = torch.cat(
+            [ids if ids.dim() == 3 else ids.expand(batch, *ids.shape) for ids in (txt_ids, img_ids.to(txt_ids.device))],
+            dim=1,
+        )
+        device = self.device
+        if ids.device.type != "cpu" or isinstance(ids, FakeTensor):
+            return rope_rotations(ids.to(device), self.config.axes_dims, self.config.theta)
+        for known, rotations in self.kept_positions:
+            if rotations.device == device and numpy.array_equal(known.numpy(), ids.numpy()):
+                return rotations
+        rotations = rope_rotations(ids.to(device), self.config.axes_dims, self.config.theta)
+        self.kept_positions = [(ids, rotations), *self.kept_positions[: KEPT_POSITIONS - 1]]
+        return rotations
 
 
 class FluxStreams(StreamTransformer):

@@ -43,6 +43,7 @@ def test_thinning_keeps_the_mean_the_range_and_the_end(values, limit):
 def test_a_curve_from_its_document_goes_on_as_the_curve_itself(values, limit, more):
     curve = made_of(values, limit)
     copy = Curve.from_document(json.loads(json.dumps(curve.document(), allow_nan=False)), limit)
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)  # averages may cancel
     for step in range(len(values) + 1, len(values) + more % 50 + 1):
         curve.add(step, 0.5)
         copy.add(step, 0.5)
@@ -52,7 +53,7 @@ def test_a_curve_from_its_document_goes_on_as_the_curve_itself(values, limit, mo
     }
     for name in one.keys() & {"y", "low", "high"}:
         for a, b in zip(one[name], two[name], strict=True):
-            assert (a is None and b is None) or a == pytest.approx(b, rel=1e-4, abs=1e-3)
+            assert (a is None and b is None) or a == pytest.approx(b, rel=1e-4, abs=1e-3 + 1e-5 * largest)
 
 
 @given(VALUES, st.integers(2, 20), st.integers(0, 200))

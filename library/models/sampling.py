@@ -76,6 +76,39 @@ class ClassifierFree(Guidance):
         return negative + self.scale * (positive - negative)
 
 
+class TruncatedClassifierFree(Guidance):
+    """Classifier-free guidance near the noise only, whose result is no longer than the positive prediction.
+
+    Guided while ``t = 1 - sigma`` (0 at noise, 1 at the image) is below ``truncation``; after that, the positive
+    prediction alone is computed. 1 guides every step, 0 none. With ``renorm`` above 0, a guided prediction whose norm
+    over everything but the batch exceeds ``renorm`` times that of the positive prediction is shortened to it, as in the
+    official code of Lumina Image 2.0.
+    """
+
+    roles = ("negative", "positive")
+
+    def __init__(self, scale: float, truncation: float = 1.0, renorm: float = 0.0):
+        self.scale = scale
+        self.truncation = truncation
+        self.renorm = renorm
+
+    def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
+        timesteps = step.timestep.expand(len(latents))
+        if 1 - step.timestep.item() >= self.truncation:
+            return predict(latents, timesteps, ("positive",))[0]
+        negative, positive = (prediction.float() for prediction in predict(latents, timesteps, self.roles))
+        guided = negative + self.scale * (positive - negative)
+        if self.renorm <= 0:
+            return guided
+        longest = self.renorm * _norms(positive)
+        return guided * (longest / _norms(guided).clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
+
+
+def _norms(predictions: Tensor) -> Tensor:
+    """The norm of each prediction of a batch [B, ...], as [B, 1, ...]."""
+    return torch.linalg.vector_norm(predictions, dim=tuple(range(1, predictions.ndim)), keepdim=True)
+
+
 # ---- solvers --------------------------------------------------------------------------------------------------------
 
 

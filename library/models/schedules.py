@@ -56,3 +56,16 @@ def flow_sigmas(steps: int, shift: float = 1.0) -> torch.Tensor:
     import torch
 
     return shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+
+
+def lumina_sigmas(steps: int, shift: float = 6.0) -> torch.Tensor:
+    """``steps`` + 1 sigmas from 1 to 0, float32, on Lumina Image 2.0's grid.
+
+    The last sigma before 0 is the smallest of a shifted table of 1000, shifted once more; the others are evenly spaced
+    between it and 1 before that second shift. That is how Stable Diffusion 3's flow-matching scheduler spaces them.
+    """
+    import torch
+
+    smallest = shift_sigmas(torch.tensor(1 / TRAIN_STEPS, dtype=torch.float64), shift)
+    sigmas = shift_sigmas(torch.linspace(1, smallest.item(), steps, dtype=torch.float64), shift)
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()

@@ -38,9 +38,10 @@ def attention(
 ) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V.
 
-    ``query`` [batch, heads, queries, D], ``key`` and ``value`` [batch, heads, keys, D]; ``key_mask`` boolean
-    [batch, keys], True where a key may be attended to (every row needs at least one). Returns
-    [batch, queries, heads * D]. Raises TypeError for a mask that isn't boolean.
+    ``query`` [batch, heads, queries, D], ``key`` and ``value`` [batch, heads or a part of them, keys, D]: of fewer
+    heads, each is shared by as many neighbouring heads of queries. ``key_mask`` boolean [batch, keys], True where a key
+    may be attended to (every row needs at least one). Returns [batch, queries, heads * D]. Raises TypeError for a mask
+    that isn't boolean.
     """
     if key_mask is not None and key_mask.dtype != torch.bool:
         raise TypeError("key_mask must be boolean: a float mask would be added to the scores")
@@ -51,9 +52,29 @@ def attention(
     elif backend == "flash":
         out = _flash(query, key, value, key_mask)
     else:
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out = _sdpa(query, key, value, None if key_mask is None else key_mask[:, None, None, :])
     return out.transpose(1, 2).flatten(2)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """torch's own; ``mask`` [batch, 1, 1, keys]."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    # Where torch has no fused kernel for shared heads (with a mask, or in float32, on a GPU), it would hold all scores.
+    # The queries of the heads that share a key as further queries of one head are the same to it.
+    out = F.scaled_dot_product_attention(_as_queries(query, groups), key, value, attn_mask=mask)
+    return _as_heads(out, groups)
+
+
+def _as_queries(query: Tensor, groups: int) -> Tensor:
+    """[batch, heads, queries, D] -> [batch, heads / groups, groups * queries, D]: neighbouring heads become one."""
+    return query.unflatten(1, (-1, groups)).flatten(2, 3)
+
+
+def _as_heads(out: Tensor, groups: int) -> Tensor:
+    """The inverse of ``_as_queries``."""
+    return out.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
 def _split(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -64,7 +85,7 @@ def _split(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
         if key_mask is not None:
             kept = key_mask[item].nonzero().squeeze(1)
             item_key, item_value = item_key[:, :, kept], item_value[:, :, kept]
-        rows.append(F.scaled_dot_product_attention(query[item : item + 1], item_key, item_value))
+        rows.append(_sdpa(query[item : item + 1], item_key, item_value))
     return torch.cat(rows)
 
 

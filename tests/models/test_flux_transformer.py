@@ -12,14 +12,13 @@ from library.models.attention import attention
 from library.models.flux import transformer as flux
 from library.models.flux.transformer import (
     KEPT_POSITIONS,
-    LARGEST_FLOAT16,
     FluxConfig,
     FluxTransformer,
     Modulation,
     SingleStreamBlock,
     image_ids,
-    rope_rotations,
 )
+from library.models.transformer_parts import LARGEST_FLOAT16, rope_rotations
 from tools.make_tiny_models import fill_randomly, transformer_config
 
 

@@ -9,14 +9,13 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from library.models.flux.checkpoint import open_transformer
 from library.models.flux.transformer import (
     FluxTransformer,
-    apply_rope,
     image_ids,
     pack_latents,
-    rope_rotations,
     sinusoid,
     unpack_latents,
 )
 from library.models.loading import LoadSpec
+from library.models.transformer_parts import apply_rope, rope_rotations
 from tests.parity.flux_inputs import HEIGHT, WIDTH, assert_equal_to_scale, transformer_inputs
 from tools.make_tiny_models import (
     diffusers_transformer_config,

@@ -6,7 +6,6 @@ modules that are handed in, so that a relative which computes its modulations el
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from library.devices import to_device
+from library.models import transformer_parts
 from library.models.attention import AttentionBackend, attention, require_backend
+from library.models.transformer_parts import apply_rope, clip_float16, rms_norm, rope_rotations
 
-LARGEST_FLOAT16 = 65504.0
 KEPT_POSITIONS = 8
 """Sizes of images whose rotations are kept."""
 Modulations = tuple[Tensor, ...]  # shift, scale, gate (, shift, scale, gate): each [batch, 1, hidden]
@@ -85,35 +85,9 @@ def image_ids(height: int, width: int, device: torch.device | str | None = None)
     return ids.flatten(0, 1)
 
 
-def rope_rotations(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
-    """Rotary positions of ``ids`` [batch, tokens, axes] as unit complex numbers [batch, 1, tokens, head_dim / 2].
-
-    Angles are computed in float64, because float32 loses high positions; the result is complex64.
-    """
-    positions = ids.double()
-    angles = [
-        positions[..., axis, None] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
-        for axis, dim in enumerate(axes_dims)
-    ]
-    joined = torch.cat(angles, dim=-1).unsqueeze(1)
-    return torch.polar(torch.ones_like(joined), joined).to(torch.complex64)
-
-
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate adjacent pairs of ``x`` [batch, heads, tokens, head_dim], in float32.
-
-    As a complex product: several times as fast as products and sums of the pairs' halves, with the same result.
-    """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
-
-
 def sinusoid(values: Tensor, dim: int) -> Tensor:
-    """Embed ``values`` [batch] (timestep in 0..1, or guidance) as [batch, dim] float32: cosines first, then sines."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
-    angles = 1000.0 * values.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    """Embed ``values`` [batch] (timestep in 0..1, or guidance), times 1000, as [batch, dim] float32."""
+    return transformer_parts.sinusoid(1000.0 * values.float(), dim)
 
 
 def joint_key_mask(txt_attention_mask: Tensor | None, img: Tensor) -> Tensor | None:
@@ -143,7 +117,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), eps=1e-6).to(x.dtype)
+        return rms_norm(x, self.scale, 1e-6)
 
 
 class QKNorm(nn.Module):
@@ -211,11 +185,6 @@ def add_residual(tokens: Tensor, residuals: Sequence[Tensor | None] | None, bloc
     others = tokens.shape[1] - residual.shape[1]
     residual = residual.to(tokens.dtype)
     return tokens + (F.pad(residual, (0, 0, others, 0)) if others else residual)
-
-
-def clip_float16(x: Tensor) -> Tensor:
-    """Keep float16 finite: the streams of the last blocks can pass its largest number."""
-    return x.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16) if x.dtype == torch.float16 else x
 
 
 class DoubleStreamBlock(nn.Module):

@@ -21,7 +21,6 @@ from library.training.network.contract import NetworkOptions, parse_network_args
 from library.training.objective.flow_matching import (
     FlowMatching,
     FlowMatchingOptions,
-    guidance_vector,
     objective_notice,
     unused_flow_options,
 )
@@ -72,12 +71,20 @@ class FluxOptions:
 
 
 @dataclass
+class FluxFlowOptions(FlowMatchingOptions):
+    """Flow matching"""
+
+    guidance_scale: float = 3.5
+    """Embedded guidance given to the model in training; 1.0 is recommended for FLUX.1 dev, 0.0 for Chroma."""
+
+
+@dataclass
 class FluxTrainingOptions(TrainingOptions):
     """All options of this script."""
 
     flux: FluxOptions = field(default_factory=FluxOptions)
     text_cache: TextCacheOptions = field(default_factory=TextCacheOptions)
-    flow: FlowMatchingOptions = field(default_factory=FlowMatchingOptions)
+    flow: FluxFlowOptions = field(default_factory=FluxFlowOptions)
 
 
 class FluxNetworkTrainer(NetworkTrainer):
@@ -254,7 +261,9 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
         """The transformer's velocity."""
-        guidance = guidance_vector(self.options.flow, len(noisy.latents), noisy.latents.device)
+        import torch
+
+        guidance = torch.full_like(noisy.sigmas, self.options.flow.guidance_scale)
         control = conditioning.get("control_image")
         return self.pipeline.predict(noisy.latents, noisy.sigmas, conditioning, guidance, control)
 

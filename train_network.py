@@ -7,7 +7,7 @@ is called, and what its metadata says. Stable Diffusion's own such subclass stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -575,12 +575,13 @@ class NetworkTrainer(FamilyHooks):
         self.network.set_multiplier(1.0)
         with accelerator.autocast():
             samples.draw(
-                self.draw_sample,
+                self.draw_sample_batch,
                 step,
                 epoch,
                 accelerator.process_index,
                 accelerator.num_processes,
                 self.tracker.log_image,
+                lambda prompt: self.sample_request(prompt).common(),
             )
         if self.latents.caching:
             self.pipeline.release("autoencoder")
@@ -588,11 +589,12 @@ class NetworkTrainer(FamilyHooks):
         self.report.add_samples(step, epoch, samples)
         self.outputs.sample_files += samples.images(step, epoch).values()
 
-    def draw_sample(self, index: int, prompt: PromptOptions) -> Any:
-        """A sample prompt's PIL image; its texts are encoded as in training."""
-        request = self.sample_request(prompt)
-        self.text.add_to(request)
-        return self.pipeline.generate(request)
+    def draw_sample_batch(self, prompts: Sequence[PromptOptions]) -> Sequence[Any]:
+        """The PIL images of sample prompts that are drawn together; their texts are encoded as in training."""
+        requests = [self.sample_request(prompt) for prompt in prompts]
+        for request in requests:
+            self.text.add_to(request)
+        return self.pipeline.generate_batch(requests)
 
     def save_due(self, path: Path, folder: Path, epoch: int) -> None:
         """Write the network's file, and with ``--save_state`` the state ``folder``."""

@@ -7,7 +7,7 @@ requested. Loading, releasing, moving, tokenizers and drawing images stand here 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
@@ -103,6 +103,12 @@ class ImageRequest:
     """Latents [C, h, w], as the denoiser takes them, that are drawn over; None: the image begins as noise."""
     first_step: int = 0
     """The step whose amount of noise ``start_latents`` get."""
+
+    def common(self) -> tuple[Any, ...]:
+        """What it shares with requests that may be drawn together with it: all but texts, seed and start latents."""
+        own = ("prompt", "negative_prompt", "seed", "conditioning", "negative_conditioning", "start_latents")
+        values = [value for name, value in vars(self).items() if name not in own]
+        return tuple(value if isinstance(value, Hashable) else id(value) for value in values)
 
 
 def from_image(image: Image.Image, width: int, height: int) -> Tensor:

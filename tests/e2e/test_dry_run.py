@@ -111,9 +111,9 @@ def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_comman
             self.rates.append([group["lr"] for group in self.optimization.optimizer.param_groups])
             super().update()
 
-        def draw_sample(self, *given: Any) -> Any:
-            Recording.drawn += 1
-            return super().draw_sample(*given)
+        def draw_sample_batch(self, prompts: Any) -> Any:
+            Recording.drawn += len(prompts)
+            return super().draw_sample_batch(prompts)
 
         def fill_caches(self) -> Any:
             self.cached = super().fill_caches()

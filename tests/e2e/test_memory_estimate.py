@@ -177,7 +177,7 @@ def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
 
     def draw() -> None:
         with torch.no_grad():
-            trainer.draw_sample(0, trainer.outputs.samples.prompts[0])
+            trainer.draw_sample_batch(trainer.outputs.samples.prompts[:1])
 
     # What is expected is for a batch of two, which FLUX.1 has only with a negative prompt.
     assert 0.5 * image <= measured_peak(draw) <= 1.6 * image

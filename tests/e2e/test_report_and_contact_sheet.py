@@ -235,7 +235,7 @@ def long_report(tmp_path_factory) -> Path:
                 report.add_epoch_average(step, loss)
             if step % 250 == 0:
                 image = Image.effect_noise((320, 240), 80)
-                samples.draw(lambda index, prompt, image=image: image, step, None)
+                samples.draw(lambda prompts, image=image: [image] * len(prompts), step, None)
                 report.add_samples(step, None, samples)
         report.end("interrupted", "SIGTERM")
         report = RunReport(path, replace(run, first_step=end, steps=12000), resumed=True)

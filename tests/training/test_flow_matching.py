@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flux_train_network import FluxFlowOptions
 from library.errors import UserError
 from library.models.schedules import flux_shift, shift_sigmas
 from library.randomness import draw_noise, generator
@@ -17,7 +18,6 @@ from library.training.objective.flow_matching import (
     FlowMatchingOptions,
     add_noise,
     apply_prediction_type,
-    guidance_vector,
     noise_to_signal,
     objective_notice,
     sample_sigmas,
@@ -29,7 +29,7 @@ from library.training.objective.flow_matching import (
 from library.training.objective.noise import draw_input_perturbation, per_item
 from library.training.objective.noise_options import NoiseOptions, check_noise_options
 
-SAMPLINGS = ["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
+SAMPLINGS = ["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"]
 
 
 def generators(count: int, purpose: str = "sigma", first: int = 0) -> list[torch.Generator]:
@@ -145,6 +145,12 @@ def test_table_sampling_gives_only_values_of_the_table_whatever_the_flow_shift()
     second = sample_sigmas(FlowMatchingOptions(discrete_flow_shift=1.0), generators(200), 1)
     assert torch.isin(first, sigma_table()).all()
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (1024, 0.63)])
+def test_nextdit_shift_draws_uniformly_and_shifts_by_the_published_line(tokens, mu):
+    drawn = sample_sigmas(FlowMatchingOptions(timestep_sampling="nextdit_shift"), generators(3000), tokens)
+    assert_follows(drawn, lambda s: s / (math.exp(mu) * (1 - s) + s))  # sigma = e^mu / (e^mu + 1 / y - 1), for y
 
 
 def test_extreme_mode_draws_stay_inside_the_table():
@@ -273,12 +279,6 @@ def test_noise_to_signal_is_the_inverse_root_of_the_flow_snr():
     assert noise_to_signal(sigmas).tolist() == [0, pytest.approx(1 / 3), 1, math.inf]
 
 
-def test_guidance_is_a_float32_value_per_item():
-    vector = guidance_vector(FlowMatchingOptions(guidance_scale=1.0), 3, "cpu")
-    assert vector.dtype == torch.float32
-    assert vector.tolist() == [1, 1, 1]
-
-
 def test_the_objective_is_named():
     assert "raw is recommended" in objective_notice(FlowMatchingOptions())
     assert "recommended" not in objective_notice(FlowMatchingOptions(model_prediction_type="raw"))
@@ -295,6 +295,7 @@ def test_the_objective_is_named():
         ("sigmoid", "logit_normal", {"sigmoid_scale"}),
         ("shift", "sigma_sqrt", {"weighting_scheme", "sigmoid_scale", "discrete_flow_shift"}),
         ("flux_shift", "mode", {"sigmoid_scale"}),
+        ("nextdit_shift", "mode", set()),
     ],
 )
 def test_unused_options_are_those_that_change_neither_noise_levels_nor_weights(sampling, scheme, used):
@@ -313,7 +314,7 @@ def test_unused_options_are_those_that_change_neither_noise_levels_nor_weights(s
 
 
 def test_defaults_are_those_of_the_flux_script():
-    assert dataclasses.asdict(FlowMatchingOptions()) == {
+    assert dataclasses.asdict(FluxFlowOptions()) == {
         "timestep_sampling": "sigma",
         "sigmoid_scale": 1.0,
         "model_prediction_type": "sigma_scaled",

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flux_train_network import FluxFlowOptions
 from library.console import LOGGER
 from library.options import declared_options
-from library.training.objective.flow_matching import FlowMatchingOptions
 from library.training.objective.losses import LossOptions
 from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions
 from library.training.optim.lr_schedulers import LRSchedulerOptions
@@ -48,7 +48,7 @@ def run_options(**changes) -> dict:
         LossOptions(),
         NoiseOptions(),
         StableDiffusionNoiseOptions(),
-        FlowMatchingOptions(
+        FluxFlowOptions(
             timestep_sampling="shift", discrete_flow_shift=3.1582, model_prediction_type="raw", guidance_scale=1.0
         ),
         MetadataOptions(),
@@ -82,7 +82,7 @@ def facts(options: dict, **changes) -> SessionFacts:
 
 
 def flux_entries(options: dict) -> dict:
-    names = [*vars(FlowMatchingOptions())]
+    names = [*vars(FluxFlowOptions())]
     return {"ss_base_model_version": "flux1", "ss_model_type": "flux", "ss_apply_t5_attn_mask": False} | {
         f"ss_{name}": options[name] for name in names
     }

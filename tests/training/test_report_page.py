@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,8 +46,9 @@ def samples(tmp_path) -> Samples:
 
 
 def draw(samples: Samples, report: RunReport, step: int, epoch: int | None = None) -> None:
-    def generate(index: int, prompt: PromptOptions) -> Image.Image:
-        return Image.new("RGB", (64, 48), (index * 100, step % 256, 0))
+    def generate(prompts: Sequence[PromptOptions]) -> list[Image.Image]:
+        indices = [samples.prompts.index(prompt) for prompt in prompts]
+        return [Image.new("RGB", (64, 48), (index * 100, step % 256, 0)) for index in indices]
 
     samples.draw(generate, step, epoch)
     report.add_samples(step, epoch, samples)

@@ -10,24 +10,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from library.errors import UserError
 from library.memory.storage import StorageDtype
 from library.memory.stream_choice import BlockSizes
 from library.models.attention import AttentionBackend
 from library.models.autoencoder_kl import AutoencoderFile, open_autoencoder
 from library.models.clip import ClipFile, open_clip
+from library.models.flow_pipeline import FlowPipeline, part_path, require_width
 from library.models.flux.checkpoint import ModelType, TransformerFile, Variant, open_transformer
 from library.models.flux.controlnet import ControlNetFile, open_controlnet
 from library.models.flux.text import T5_LENGTH, attended_text, clip_tokens, encode_clip, encode_t5, t5_tokens
 from library.models.flux.transformer import FluxConfig, image_ids, pack_latents, unpack_latents
-from library.models.loading import TensorSource
-from library.models.pipeline import Conditioning, ImageRequest, Pipeline, from_image
+from library.models.pipeline import Conditioning, ImageRequest, from_image
 from library.models.recognition import AUTOENCODER_PREFIXES, CLIP_L_PREFIXES, T5_PREFIXES
 from library.models.sampling import FlowEuler, Role
 from library.models.schedules import flow_sigmas, flux_shift
 from library.models.t5 import T5File, open_t5
 from library.models.tokenizer_files import CLIP_L, T5_XXL, TokenizerKind
-from library.randomness import draw_noise, seeded_generator
+from library.randomness import draw_noise
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,7 +74,7 @@ class FluxRequest(ImageRequest):
     """The dtype in which noise is drawn; None: the pipeline's."""
 
 
-class FluxPipeline(Pipeline[FluxRequest]):
+class FluxPipeline(FlowPipeline[FluxRequest]):
     """FLUX.1: opens the files by their headers, loads parts when they are needed, and runs them.
 
     ``parts`` are those that will be needed. Raises UserError, before anything is loaded, when one of their files isn't
@@ -126,11 +125,6 @@ class FluxPipeline(Pipeline[FluxRequest]):
         return self.files.transformer.variant
 
     @property
-    def latent_stride(self) -> int:
-        """Pixels per latent position; an image's sides must be multiples of twice that."""
-        return self.files.autoencoder.config.stride if self.files.autoencoder else 8
-
-    @property
     def latent_channels(self) -> int:
         """Channels of a latent; 2 x 2 positions are packed into one token."""
         return self.config.in_channels // 4
@@ -165,25 +159,6 @@ class FluxPipeline(Pipeline[FluxRequest]):
         return CLIP_L if encoder == "clip_l" else T5_XXL
 
     # Images and texts
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Latents [B, 16, H/8, W/8], float32 and scaled, of ``pixels`` [B, 3, H, W] in -1..1.
-
-        Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
-        """
-        with self._without_autocast():
-            return self.load_autoencoder().encode(pixels, generators)
-
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, 16, H/8, W/8]."""
-        with self._without_autocast():
-            return self.load_autoencoder().decode(latents).float().clamp(-1, 1)
-
-    def _without_autocast(self) -> torch.autocast:
-        """An autoencoder that is kept in float32 must also compute in it."""
-        return torch.autocast(self.device.type, enabled=False)
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[str, Tensor]:
         """Token ids, batch first on the CPU: ``l_tokens`` [B, 77], ``t5_tokens`` and ``t5_attn_mask`` [B, L]."""
@@ -284,24 +259,10 @@ class FluxPipeline(Pipeline[FluxRequest]):
 
     # Drawing
 
-    def image_size(self, request: FluxRequest) -> tuple[int, int]:
-        """Height and width, rounded up to whole packed positions."""
-        step = 2 * self.latent_stride
-        return -(-request.height // step) * step, -(-request.width // step) * step
-
-    def image_tokens(self, request: FluxRequest) -> int:
-        """How many tokens the transformer sees of an image."""
-        height, width = self.image_size(request)
-        return (height // (2 * self.latent_stride)) * (width // (2 * self.latent_stride))
-
     def solver(self, request: FluxRequest) -> FlowEuler:
         """Euler steps; the schedule is shifted with the image's size."""
         shift = flux_shift(self.image_tokens(request)) if request.shift else 1.0
         return FlowEuler(flow_sigmas(request.sample_steps, shift))
-
-    def generator(self, request: FluxRequest) -> torch.Generator:
-        """On the device: so that a seed gives the image that users of kohya-ss/sd-scripts know."""
-        return seeded_generator(request.seed, self.device)
 
     def start_noise(self, request: FluxRequest, generators: Sequence[torch.Generator]) -> Tensor:
         """Drawn as packed tokens on the device, in the request's dtype, for the same reason."""
@@ -388,49 +349,33 @@ class OpenedFiles:
 def open_files(files: FluxFiles, parts: Collection[Part], model_type: ModelType = "flux") -> OpenedFiles:
     """Open the files of ``parts`` and check that they fit together. Raises UserError."""
     transformer = open_transformer(files.transformer, files.disable_mmap, files.transformer_option, model_type)
+    config = transformer.config
+
+    def path(given: Path | str | None, option: str, name: str, subfolder: str, prefixes: tuple[str, ...]) -> Path | str:
+        return part_path(
+            files.transformer,
+            transformer.source,
+            given,
+            option=option,
+            name=name,
+            subfolder=subfolder,
+            prefixes=prefixes,
+        )
+
     autoencoder = clip_l = t5xxl = controlnet = None
     if "autoencoder" in parts:
-        path = _part_path(files, transformer, files.autoencoder, "--ae", "autoencoder", "vae", AUTOENCODER_PREFIXES)
-        autoencoder = open_autoencoder(path, files.disable_mmap, "--ae")
-        _require_width(transformer, autoencoder.source, 4 * autoencoder.config.latent_channels, "in_channels")
+        found = path(files.autoencoder, "--ae", "autoencoder", "vae", AUTOENCODER_PREFIXES)
+        autoencoder = open_autoencoder(found, files.disable_mmap, "--ae")
+        require_width(transformer, autoencoder.source, 4 * autoencoder.config.latent_channels, config.in_channels)
     if "clip_l" in parts:
-        path = _part_path(files, transformer, files.clip_l, "--clip_l", "CLIP-L", "text_encoder", CLIP_L_PREFIXES)
-        clip_l = open_clip(path, files.disable_mmap, "--clip_l")
-        _require_width(transformer, clip_l.source, clip_l.hidden_size, "vector_dim")
+        found = path(files.clip_l, "--clip_l", "CLIP-L", "text_encoder", CLIP_L_PREFIXES)
+        clip_l = open_clip(found, files.disable_mmap, "--clip_l")
+        require_width(transformer, clip_l.source, clip_l.hidden_size, config.vector_dim)
     if "t5xxl" in parts:
-        folder = T5_FOLDERS[model_type]
-        path = _part_path(files, transformer, files.t5xxl, "--t5xxl", "T5-XXL", folder, T5_PREFIXES)
-        t5xxl = open_t5(path, files.disable_mmap, "--t5xxl")
-        _require_width(transformer, t5xxl.source, t5xxl.hidden_size, "context_dim")
+        found = path(files.t5xxl, "--t5xxl", "T5-XXL", T5_FOLDERS[model_type], T5_PREFIXES)
+        t5xxl = open_t5(found, files.disable_mmap, "--t5xxl")
+        require_width(transformer, t5xxl.source, t5xxl.hidden_size, config.context_dim)
     if "controlnet" in parts and files.controlnet:
         stride = autoencoder.config.stride if autoencoder else None
         controlnet = open_controlnet(files.controlnet, transformer, stride, files.controlnet_mode, files.disable_mmap)
     return OpenedFiles(transformer, autoencoder, clip_l, t5xxl, controlnet)
-
-
-def _part_path(
-    files: FluxFiles,
-    transformer: TransformerFile,
-    given: Path | str | None,
-    option: str,
-    name: str,
-    subfolder: str,
-    prefixes: tuple[str, ...],
-) -> Path | str:
-    """A part's path: what was given, else the transformer's own model folder or all-in-one file."""
-    if given:
-        return given
-    if (Path(files.transformer) / subfolder).is_dir():
-        return files.transformer
-    if any(key.startswith(prefixes) for key in transformer.source.checkpoint):
-        return files.transformer
-    raise UserError(f"{option} is missing: it names the {name} file that belongs to the transformer.")
-
-
-def _require_width(transformer: TransformerFile, source: TensorSource, width: int, field: str) -> None:
-    wanted = getattr(transformer.config, field)
-    if width != wanted:
-        raise UserError(
-            f"{source.checkpoint.label} gives {width} channels, but the transformer "
-            f"{transformer.source.checkpoint.path} takes {wanted}: they don't belong together."
-        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from library.devices import to_device
 from library.models.schedules import TRAIN_STEPS, flux_shift, shift_sigmas
@@ -25,15 +25,20 @@ if TYPE_CHECKING:
     import torch
 
 TABLE_SHIFT = 3.0
-"""Shift of the table behind ``--timestep_sampling sigma``; ``--discrete_flow_shift`` is for ``shift`` alone."""
+"""Shift of the table behind ``--timestep_sampling sigma`` where ``--discrete_flow_shift`` is for ``shift`` alone."""
+
+TimestepSampling = Literal["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"]
 
 
 @dataclass
 class FlowMatchingOptions:
     """Flow matching"""
 
-    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigma"
-    """How noise levels are drawn; flux_shift is recommended for FLUX.1, sigmoid for Chroma."""
+    shifts_table: ClassVar[bool] = False
+    """Whether the family's ``--discrete_flow_shift`` also shifts the table of ``--timestep_sampling sigma``."""
+
+    timestep_sampling: TimestepSampling = "sigma"
+    """How noise levels are drawn; recommended: flux_shift for FLUX.1, sigmoid for Chroma, nextdit_shift for Lumina."""
     sigmoid_scale: float = 1.0
     """Scale of the normal distribution behind the sigmoid in sigmoid, shift and flux_shift sampling."""
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "sigma_scaled"
@@ -48,8 +53,6 @@ class FlowMatchingOptions:
     """Standard deviation of the normal distribution of --weighting_scheme logit_normal."""
     mode_scale: float = 1.29
     """Strength of --weighting_scheme mode."""
-    guidance_scale: float = 3.5
-    """Embedded guidance given to the model in training; 1.0 is recommended for FLUX.1 dev, 0.0 for Chroma."""
 
 
 def objective_notice(options: FlowMatchingOptions) -> str:
@@ -65,8 +68,9 @@ def objective_notice(options: FlowMatchingOptions) -> str:
 def unused_flow_options(options: FlowMatchingOptions) -> list[tuple[str, list[str]]]:
     """Reasons and names (without --) of options that would change nothing in this combination."""
     sampling, scheme = options.timestep_sampling, options.weighting_scheme
-    unused = [] if sampling == "shift" else ["discrete_flow_shift"]
-    if sampling in ("sigma", "uniform"):
+    shifted = ("shift", "sigma") if options.shifts_table else ("shift",)
+    unused = [] if sampling in shifted else ["discrete_flow_shift"]
+    if sampling in ("sigma", "uniform", "nextdit_shift"):
         unused.append("sigmoid_scale")
     if sampling != "sigma" and scheme in ("logit_normal", "mode"):
         unused.append("weighting_scheme")
@@ -92,24 +96,24 @@ def sample_sigmas(
     generators: Sequence[torch.Generator],
     image_tokens: int,
     bounds: NoiseOptions | None = None,
-    table_shift: float = TABLE_SHIFT,
 ) -> torch.Tensor:
     """One noise level per generator, [batch] float32 on the CPU, within ``--min_timestep`` and ``--max_timestep``.
 
-    ``image_tokens`` is (latent height / 2) * (latent width / 2) and only matters for ``flux_shift``. Each generator
-    gives exactly one number. Raises UserError for impossible bounds.
+    ``image_tokens`` is (latent height / 2) * (latent width / 2) and only matters for ``flux_shift`` and
+    ``nextdit_shift``. Each generator gives exactly one number. Raises UserError for impossible bounds.
     """
     sampling = options.timestep_sampling
     if sampling == "sigma":
-        sigmas = sigma_table(table_shift).double()[_table_indices(options, generators)]
-    elif sampling == "uniform":
+        table = sigma_table(options.discrete_flow_shift if options.shifts_table else TABLE_SHIFT)
+        sigmas = table.double()[_table_indices(options, generators)]
+    elif sampling in ("uniform", "nextdit_shift"):
         sigmas = draw_uniform(generators)
     else:
         sigmas = (options.sigmoid_scale * _normal(generators)).sigmoid()
-        if sampling == "shift":
-            sigmas = shift_sigmas(sigmas, options.discrete_flow_shift)
-        elif sampling == "flux_shift":
-            sigmas = shift_sigmas(sigmas, flux_shift(image_tokens))
+    if sampling == "shift":
+        sigmas = shift_sigmas(sigmas, options.discrete_flow_shift)
+    elif sampling in ("flux_shift", "nextdit_shift"):
+        sigmas = shift_sigmas(sigmas, flux_shift(image_tokens))
     low, high = timestep_bounds(bounds or NoiseOptions())
     return (low + (high - low) * sigmas).float()
 
@@ -188,13 +192,6 @@ def sigma_weights(options: FlowMatchingOptions, sigmas: torch.Tensor) -> torch.T
 def noise_to_signal(sigmas: torch.Tensor) -> torch.Tensor:
     """``sqrt(1 / SNR)`` of the flow path, s / (1 - s), [batch]; infinite for pure noise."""
     return sigmas / (1 - sigmas)
-
-
-def guidance_vector(options: FlowMatchingOptions, batch_size: int, device: torch.device | str) -> torch.Tensor:
-    """The embedded guidance for a batch, [batch] float32."""
-    import torch
-
-    return torch.full((batch_size,), float(options.guidance_scale), dtype=torch.float32, device=device)
 
 
 # --- one training step ------------------------------------------------------------------------------------------------

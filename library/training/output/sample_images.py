@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Samples:
         self.prompts: list[PromptOptions] = read_prompt_file(Path(options.sample_prompts)) if wanted else []  # type: ignore[arg-type]
         for number, prompt in enumerate(self.prompts, 1):
             check_prompt_values(prompt, f"{options.sample_prompts}, prompt {number}: ")
+        self.batch_size = 1
+        """The largest number of images that are drawn together."""
         if wanted and not self.prompts:
             say(f"{options.sample_prompts} contains no prompts; sampling is skipped.")
 
@@ -100,28 +102,70 @@ class Samples:
 
     def draw(
         self,
-        generate: Callable[[int, PromptOptions], Any],
+        generate: Callable[[Sequence[PromptOptions]], Sequence[Any]],
         step: int,
         epoch: int | None,
         process_index: int = 0,
         num_processes: int = 1,
         log_image: Callable[[int, PromptOptions, Any], None] | None = None,
+        common: Callable[[PromptOptions], Hashable] | None = None,
     ) -> None:
         """Draw every prompt of this process (dealt round robin) and write the images.
 
-        ``generate(index, prompt)`` returns a PIL image. Whatever fails is named in a warning.
+        ``generate(prompts)`` returns a PIL image for each; prompts with equal ``common(prompt)`` may come together, up
+        to ``batch_size``. Whatever fails is named in a warning.
         """
         start, drawn = time.perf_counter(), 0
-        mine = [(i, p) for i, p in enumerate(self.prompts) if i % num_processes == process_index]
-        for index, prompt in mine:
+        mine = [i for i in range(len(self.prompts)) if i % num_processes == process_index]
+        waiting = self.batches(mine, common)
+        while waiting:
+            batch = waiting.pop(0)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                image = generate(index, prompt)
-                with writing(self.folder / self.file_name(index, prompt, step, epoch)) as file:
-                    image.save(file, format="PNG")
-                if log_image is not None:
-                    log_image(index, prompt, image)
-                drawn += 1
+                images = generate([self.prompts[index] for index in batch])
             except Exception as error:  # nothing about an image may cost anyone a training
-                warn(f"step {step}: sample image {index + 1} failed: {in_one_line(error)}. The training continues.")
+                if len(batch) == 1:
+                    self.warn_of(batch[0], step, error)
+                else:
+                    warn(
+                        f"{len(batch)} sample images together failed: {in_one_line(error)}. They are drawn one by one."
+                    )
+                    waiting[:0] = [[index] for index in batch]
+                continue
+            for index, image in zip(batch, images):
+                drawn += self.write(index, image, step, epoch, log_image)
         say(f"step {step}: {drawn} sample images in {time.perf_counter() - start:.1f} s")
+
+    def batches(self, indices: Sequence[int], common: Callable[[PromptOptions], Hashable] | None) -> list[list[int]]:
+        """The prompts that are drawn together, in the order of the first of each batch."""
+        if common is None or self.batch_size == 1:
+            return [[index] for index in indices]
+        alike: dict[Hashable, list[int]] = {}
+        for index in indices:
+            alike.setdefault(common(self.prompts[index]), []).append(index)
+        size = self.batch_size
+        return sorted(group[at : at + size] for group in alike.values() for at in range(0, len(group), size))
+
+    def write(
+        self,
+        index: int,
+        image: Any,
+        step: int,
+        epoch: int | None,
+        log_image: Callable[[int, PromptOptions, Any], None] | None,
+    ) -> bool:
+        """Write and log a drawn image; False, with a warning, if that fails."""
+        prompt = self.prompts[index]
+        try:
+            with writing(self.folder / self.file_name(index, prompt, step, epoch)) as file:
+                image.save(file, format="PNG")
+            if log_image is not None:
+                log_image(index, prompt, image)
+        except Exception as error:
+            self.warn_of(index, step, error)
+            return False
+        return True
+
+    def warn_of(self, index: int, step: int, error: Exception) -> None:
+        """Log that an image failed."""
+        warn(f"step {step}: sample image {index + 1} failed: {in_one_line(error)}. The training continues.")

@@ -198,15 +198,18 @@ def text_peak(model: StepModel, count: int) -> Peak:
 
 
 def sampling_peak(run: RunFacts, model: StepModel) -> Peak:
-    """The largest sample image: a step of its denoising with guidance (a batch of two), then its decoding."""
+    """The largest sample images: a step of their denoising with guidance (twice as many), then their decoding."""
     import torch
 
     stride = run.pipeline.latent_stride
     prompts = run.outputs.samples.prompts
+    images = min(run.outputs.samples.batch_size, len(prompts))
     sides = [(prompt.width or run.sample_side, prompt.height or run.sample_side) for prompt in prompts]
     width, height = (max(64, side // 64 * 64) for side in max(sides, key=lambda pair: pair[0] * pair[1]))
-    batch = empty_batch(run, model, Largest(width, height, 2))
-    latents = torch.empty(2, run.pipeline.latent_channels, height // stride, width // stride, device=run.device)
+    batch = empty_batch(run, model, Largest(width, height, 2 * images))
+    latents = torch.empty(
+        2 * images, run.pipeline.latent_channels, height // stride, width // stride, device=run.device
+    )
     run.network.eval()
     with torch.no_grad(), PeakMemory([*run.pipeline.modules.values(), run.network], run.device) as memory:
         noisy = model.objective.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
@@ -214,7 +217,7 @@ def sampling_peak(run: RunFacts, model: StepModel) -> Peak:
         with model.accelerator.autocast():
             model.objective.read_prediction(model.predict(noisy, conditioning), noisy)
         del noisy, conditioning
-        run.pipeline.decode_latents(latents[:1])
+        run.pipeline.decode_latents(latents[:images])
     return memory.peak
 
 

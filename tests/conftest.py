@@ -82,6 +82,14 @@ def tiny_chroma(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_lumina(tmp_path_factory):
+    """A random tiny Lumina Image 2.0 in the real files' layouts."""
+    from tools.make_tiny_models import make_tiny_lumina
+
+    return make_tiny_lumina(tmp_path_factory.mktemp("tiny_lumina"))
+
+
+@pytest.fixture(scope="session")
 def tiny_controlnet(tmp_path_factory) -> Path:
     """A random tiny ControlNet for ``tiny_flux``: a file in the original layout, which takes pixels."""
     from tools.make_tiny_controlnet import make_tiny_controlnet

@@ -38,6 +38,8 @@ from library.models.flux.checkpoint import (
 )
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
+from library.models.lumina.checkpoint import diffusers_modules
+from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from library.models.t5 import T5TextEncoder
 from library.safetensors_io import save_file
 from tools.tiny_parts import fill_randomly, write_clip_tokenizer
@@ -59,6 +61,14 @@ class TinyFlux:
     autoencoder: Path
     clip_l: Path | None
     t5xxl: Path
+
+
+@dataclass(frozen=True)
+class TinyLumina:
+    """The paths of the files written; all are one file in ComfyUI's layout and the model's folder in Diffusers'."""
+
+    transformer: Path
+    autoencoder: Path
 
 
 def transformer_config(variant: Variant = "dev") -> FluxConfig:
@@ -125,6 +135,51 @@ def make_tiny_chroma(
 ) -> TinyFlux:
     """The variant ``chroma`` of ``make_tiny_flux``."""
     return make_tiny_flux(folder, "chroma", layout, seed, dtype)
+
+
+LUMINA = LuminaConfig(
+    dim=48,
+    heads=4,
+    kv_heads=2,
+    head_dim=12,
+    layers=4,
+    refiner_layers=1,
+    ffn_dim=192,
+    text_dim=TEXT_WIDTH,
+    time_dim=48,
+    frequency_dim=256,
+    axes_dims=(4, 4, 4),
+)
+
+
+def make_tiny_lumina(
+    folder: Path | str, layout: Layout = "original", seed: int = 0, dtype: torch.dtype = torch.float32
+) -> TinyLumina:
+    """Write the models into ``folder``; the same seed gives the same weights in each layout.
+
+    In ComfyUI's layout, one file holds all parts.
+    """
+    folder = Path(folder)
+    modules: dict[str, Any] = {"transformer": LuminaTransformer(LUMINA), "autoencoder": AutoencoderKL(AUTOENCODER)}
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, module in modules.items():
+        fill_randomly(module, seed, f"tiny lumina {name}")
+        states[name] = {key: value.to(dtype).contiguous() for key, value in module.state_dict().items()}
+    if layout == "diffusers":
+        _write_diffusers_lumina(folder, states)
+        return TinyLumina(folder, folder)
+    states["transformer"]["norm_final.weight"] = torch.ones(LUMINA.dim, dtype=dtype)
+    config = {"config": json.dumps({"norm_num_groups": AUTOENCODER.groups})}
+    if layout == "comfyui":
+        prefixes = {"transformer": "model.diffusion_model.", "autoencoder": "vae."}
+        path = folder / "lumina.safetensors"
+        together = {prefixes[name] + key: value for name, state in states.items() for key, value in state.items()}
+        save_file(together, path, config)
+        return TinyLumina(path, path)
+    files = TinyLumina(folder / "lumina.safetensors", folder / "ae.safetensors")
+    save_file(states["transformer"], files.transformer)
+    save_file(states["autoencoder"], files.autoencoder, config)
+    return files
 
 
 def clip_config(vocabulary: int) -> Any:
@@ -203,21 +258,46 @@ def _write_diffusers(
         classes = ("CLIPTextModel", "CLIPTokenizer") if name == "clip" else ("T5EncoderModel", "T5TokenizerFast")
         parts |= {part: ("transformers", classes[0])}
         parts |= {part.replace("text_encoder", "tokenizer"): ("transformers", classes[1])}
-    for part in parts:
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    pipeline = "ChromaPipeline" if is_chroma else "FluxPipeline"
-    write_text(folder / "model_index.json", json.dumps({"_class_name": pipeline, **parts}))
     is_shifted = is_chroma or config.guidance_embed
-    scheduler = {"_class_name": parts["scheduler"][1], "use_dynamic_shifting": is_shifted, "shift": 1.0}
-    write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler))
-    write_text(folder / "transformer" / "config.json", json.dumps(diffusers_transformer_config(config)))
-    write_text(folder / "vae" / "config.json", json.dumps(diffusers_autoencoder_config(AUTOENCODER)))
-    _save_shards(diffusers_transformer_state(states["transformer"], config), folder / "transformer", 2)
-    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file(diffusers_autoencoder_state(states["autoencoder"], AUTOENCODER), vae)
+    scheduler = {"use_dynamic_shifting": is_shifted, "shift": 1.0}
+    transformer = diffusers_transformer_state(states["transformer"], config)
+    _write_pipeline("ChromaPipeline" if is_chroma else "FluxPipeline", folder, parts, scheduler)
+    _write_transformer(folder, transformer, diffusers_transformer_config(config))
+    _write_autoencoder(folder, states["autoencoder"])
     for part, name in text_parts.items():
         write_text(folder / part / "config.json", texts[name].to_json_string())
         save_file(states[name], folder / part / "model.safetensors", {"format": "pt"})
+
+
+def _write_diffusers_lumina(folder: Path, states: dict[str, dict[str, Tensor]]) -> None:
+    parts = {
+        "transformer": ("diffusers", "Lumina2Transformer2DModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    }
+    _write_pipeline("Lumina2Pipeline", folder, parts, {"shift": 6.0})
+    _write_transformer(folder, diffusers_lumina_state(states["transformer"], LUMINA), diffusers_lumina_config(LUMINA))
+    _write_autoencoder(folder, states["autoencoder"])
+
+
+def _write_pipeline(name: str, folder: Path, parts: dict[str, tuple[str, str]], scheduler: dict[str, Any]) -> None:
+    """The folders of ``parts`` (library and class of each), the index that names them and the scheduler's file."""
+    for part in parts:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    write_text(folder / "model_index.json", json.dumps({"_class_name": name, **parts}))
+    settings = {"_class_name": parts["scheduler"][1], **scheduler}
+    write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(settings))
+
+
+def _write_transformer(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    write_text(folder / "transformer" / "config.json", json.dumps(config))
+    _save_shards(state, folder / "transformer", 2)
+
+
+def _write_autoencoder(folder: Path, state: dict[str, Tensor]) -> None:
+    write_text(folder / "vae" / "config.json", json.dumps(diffusers_autoencoder_config(AUTOENCODER)))
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(diffusers_autoencoder_state(state, AUTOENCODER), vae)
 
 
 def _save_shards(state: dict[str, Tensor], folder: Path, count: int) -> None:
@@ -289,6 +369,37 @@ def diffusers_transformer_state(state: dict[str, Tensor], config: FluxConfig) ->
     return converted
 
 
+def diffusers_lumina_config(config: LuminaConfig) -> dict[str, Any]:
+    """The same sizes as Diffusers' configuration says them."""
+    return {
+        "_class_name": "Lumina2Transformer2DModel",
+        "patch_size": 2,
+        "in_channels": config.latent_channels,
+        "hidden_size": config.dim,
+        "num_layers": config.layers,
+        "num_refiner_layers": config.refiner_layers,
+        "num_attention_heads": config.heads,
+        "num_kv_heads": config.kv_heads,
+        "multiple_of": config.ffn_dim,
+        "axes_dim_rope": list(config.axes_dims),
+        "cap_feat_dim": config.text_dim,
+    }
+
+
+def diffusers_lumina_state(state: dict[str, Tensor], config: LuminaConfig) -> dict[str, Tensor]:
+    """The tensors of a Lumina transformer under Diffusers' names."""
+    refiners = {"noise_refiner": config.refiner_layers, "context_refiner": config.refiner_layers}
+    rows = [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
+    converted = {}
+    for module, parts in diffusers_modules({**refiners, "layers": config.layers}):
+        for kind in ("weight", "bias"):
+            value = state.get(f"{module}.{kind}")
+            if value is not None:
+                for part, piece in zip(parts, value.split(rows) if len(parts) > 1 else (value,)):
+                    converted[f"{part}.{kind}"] = piece.contiguous()
+    return converted
+
+
 def diffusers_autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
     levels = len(config.multipliers)
     return {
@@ -349,23 +460,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--v_prediction", action="store_true", help="Stable Diffusion: a file that says it predicts v")
     arguments = parser.parse_args()
-    if arguments.family in FLUX.model_names:
-        if arguments.v_prediction:
-            parser.error("--v_prediction is for Stable Diffusion")
-        if arguments.family == "chroma" and arguments.variant:
-            parser.error("--variant is for FLUX.1")
+    is_flux, is_lumina = arguments.family in FLUX.model_names, arguments.family == "lumina"
+    if arguments.variant and arguments.family != "flux":
+        parser.error("--variant is for FLUX.1")
+    if arguments.v_prediction and (is_flux or is_lumina):
+        parser.error("--v_prediction is for Stable Diffusion")
+    if is_flux:
         variant = "chroma" if arguments.family == "chroma" else arguments.variant or "dev"
-        files = make_tiny_flux(arguments.folder, variant, arguments.layout, arguments.seed)
-        print("\n".join(str(path) for path in dict.fromkeys(vars(files).values()) if path))
-        return
-    from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
+        files: Any = make_tiny_flux(arguments.folder, variant, arguments.layout, arguments.seed)
+    elif is_lumina:
+        files = make_tiny_lumina(arguments.folder, arguments.layout, arguments.seed)
+    else:
+        from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
-    if arguments.layout == "comfyui" or arguments.variant:
-        parser.error("--variant and --layout comfyui are for FLUX.1")
-    path = make_tiny_stable_diffusion(
-        arguments.folder, arguments.family, arguments.layout, arguments.seed, v_prediction=arguments.v_prediction
-    )
-    print(path)
+        if arguments.layout == "comfyui":
+            parser.error("--layout comfyui is for FLUX.1 and Lumina")
+        path = make_tiny_stable_diffusion(
+            arguments.folder, arguments.family, arguments.layout, arguments.seed, v_prediction=arguments.v_prediction
+        )
+        print(path)
+        return
+    print("\n".join(str(path) for path in dict.fromkeys(vars(files).values()) if path))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ FLUX_DOUBLE = "double_blocks.0.img_attn.qkv.weight"
 HUNYUAN_DOUBLE = "double_blocks.0.img_attn_qkv.weight"
 JOINT = "transformer_blocks.0.attn.add_k_proj.weight"
 DIFFUSERS_POOLED = "time_text_embed.text_embedder.linear_1.weight"
+CAPTIONS = "cap_embedder.1.weight"
+DIFFUSERS_CAPTIONS = "time_caption_embed.caption_embedder.1.weight"
 APPROXIMATOR = "distilled_guidance_layer.in_proj.weight"
 ENCODER = "encoder.down.0.block.0.conv1.weight"
 DIFFUSERS_ENCODER = "encoder.down_blocks.0.resnets.0.conv1.weight"
@@ -81,8 +83,10 @@ KINDS = (
     Kind("sd3", "a Stable Diffusion 3 file", ("joint_blocks.0.context_block.attn.qkv.weight",)),
     Kind("sd3", f"a Stable Diffusion 3 file {IN_DIFFUSERS}", (JOINT, "pos_embed.proj.weight")),
     Kind("qwen-image", "a Qwen-Image file", (JOINT, "txt_norm.weight")),
-    Kind("lumina", "a Lumina Image 2.0 file", ("cap_embedder.1.weight", "context_refiner.")),
-    Kind("lumina", f"a Lumina Image 2.0 file {IN_DIFFUSERS}", ("time_caption_embed.caption_embedder.1.weight",)),
+    Kind("z-image", "a Z-Image file", (CAPTIONS, "context_refiner.", "cap_pad_token")),
+    Kind("lumina", "a Lumina Image 2.0 file", (CAPTIONS, "context_refiner.")),
+    Kind("omnigen2", "an OmniGen2 file", (DIFFUSERS_CAPTIONS, "ref_image_refiner.")),
+    Kind("lumina-diffusers", f"a Lumina Image 2.0 file {IN_DIFFUSERS}", (DIFFUSERS_CAPTIONS, "context_refiner.")),
     Kind("sdxl", "a Stable Diffusion XL file", (SDXL_ATTENTION,), without=SD_ATTENTION),
     Kind("sd2", "a Stable Diffusion 2.x file", (SD_ATTENTION,), sized=(SD_ATTENTION, 1, 1024)),
     Kind("sd1", "a Stable Diffusion 1.x file", (SD_ATTENTION,)),

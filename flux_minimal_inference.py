@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import ConsoleOptions, run_script, say, set_up_console
@@ -14,15 +13,15 @@ from library.families import FLUX
 from library.generation.image_files import ImageFileOptions
 from library.generation.inference_run import InferenceRun
 from library.generation.lora_files import LoraFileOptions
-from library.generation.part_dtypes import PartDtype, resolve_part_dtypes
-from library.generation.prompts import PromptSourceOptions
+from library.generation.part_dtypes import DtypeOptions
+from library.generation.parts import DeviceOptions, ReadingOptions
+from library.generation.prompts import ImageOptions, PromptSourceOptions
 from library.generation.session import SessionGrammar
 from library.memory.streaming_options import StreamingOptions
 from library.options import ConfigOptions, parse_options
 from library.prompt_options import LINE_OPTIONS, PromptOptions
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
     from library.models.flux.pipeline import FluxPipeline, FluxRequest
@@ -45,8 +44,6 @@ SESSION = SessionGrammar(
   --m 0.8,0.5        strength of each LoRA file
 Sizes, steps, guidance and strengths stay for the lines that follow.""",
 )
-# A prompt file may hold these for other scripts.
-NOT_FOR_FLUX = ("sample_sampler", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
 
 
 @dataclass
@@ -63,28 +60,21 @@ class ModelFileOptions:
     """T5-XXL text encoder file."""
     ae: str | None = None
     """Autoencoder file."""
-    tokenizer_cache_dir: str | None = None
-    """Folder in which tokenizers are looked for first, and kept when they are downloaded."""
-    disable_mmap_load_safetensors: bool = False
-    """Read model files without memory maps, which is faster on some network drives."""
 
 
 @dataclass
-class ImageOptions:
+class FluxImageOptions(ImageOptions):
     """Image"""
 
     prompt: str = "A photo of a cat"
-    """What to draw."""
     negative_prompt: str | None = None
     """What to keep away from; needs --cfg_scale, and unset counts as an empty one."""
+    steps: int | None = None
+    """Denoising steps; unset means 4 for schnell, else 50."""
     width: int = 1360
     """Pixels, rounded up to a multiple of 16."""
     height: int = 768
     """Pixels, rounded up to a multiple of 16."""
-    steps: int | None = None
-    """Denoising steps; unset means 4 for schnell, else 50."""
-    seed: int | None = None
-    """Seed of the noise; unset draws one for each image."""
     guidance: float = 3.5
     """Guidance that FLUX.1 dev was distilled with; schnell and Chroma have none."""
     cfg_scale: float = 1.0
@@ -110,11 +100,9 @@ class ControlNetOptions:
 
 
 @dataclass
-class ComputingOptions:
-    """Dtypes and device"""
+class FluxDtypeOptions(DtypeOptions):
+    """Dtypes"""
 
-    dtype: str = "bfloat16"
-    """Dtype: bf16, fp16, fp32, or fp8."""
     clip_l_dtype: str | None = None
     """The same for CLIP-L; unset means --dtype."""
     ae_dtype: str | None = None
@@ -123,14 +111,14 @@ class ComputingOptions:
     """The same for T5-XXL; unset means --dtype."""
     flux_dtype: str | None = None
     """The same for the transformer; unset means --dtype."""
-    fp8_scaled: bool = False
-    """Keep the transformer in 8-bit floats with a scale for each 64 inputs: more exact than fp8, 3 % larger."""
-    device: str | None = None
-    """Device (cuda, cuda:1, cpu); unset means the accelerator where there is one."""
+
+
+@dataclass
+class FluxDeviceOptions(DeviceOptions):
+    """Device"""
+
     attn_mode: Literal["sdpa", "split", "xformers", "flash"] = "sdpa"
     """Attention: torch's own (sdpa), the same for one item at a time (split), or a package of that name."""
-    offload: bool = False
-    """Keep only the part that works on the device: text encoders, then transformer, then autoencoder."""
 
 
 @dataclass
@@ -138,12 +126,14 @@ class FluxInferenceOptions:
     """All options of this script."""
 
     model: ModelFileOptions = field(default_factory=ModelFileOptions)
-    image: ImageOptions = field(default_factory=ImageOptions)
+    image: FluxImageOptions = field(default_factory=FluxImageOptions)
     sources: PromptSourceOptions = field(default_factory=PromptSourceOptions)
     lora: LoraFileOptions = field(default_factory=LoraFileOptions)
     control: ControlNetOptions = field(default_factory=ControlNetOptions)
-    computing: ComputingOptions = field(default_factory=ComputingOptions)
+    dtypes: FluxDtypeOptions = field(default_factory=FluxDtypeOptions)
+    device: FluxDeviceOptions = field(default_factory=FluxDeviceOptions)
     streaming: StreamingOptions = field(default_factory=StreamingOptions)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
     output: ImageFileOptions = field(default_factory=ImageFileOptions)
     config: ConfigOptions = field(default_factory=ConfigOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
@@ -153,18 +143,22 @@ class FluxInference(InferenceRun):
     """FLUX.1 and Chroma: two text encoders or one, embedded guidance, flow matching in Euler steps."""
 
     script = "flux_minimal_inference.py"
+    family = FLUX
     sampler = "Euler"
     session = SESSION
+    dtype_options = {
+        "transformer": "flux_dtype",
+        "controlnet": "flux_dtype",
+        "autoencoder": "ae_dtype",
+        "clip_l": "clip_l_dtype",
+        "t5xxl": "t5xxl_dtype",
+    }
+    never_8_bits = ("autoencoder", "controlnet")
+    unused_in_prompts = ("sample_sampler", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
     options: FluxInferenceOptions
     pipeline: FluxPipeline
-    noise_dtype: torch.dtype
 
     # ---- checks -----------------------------------------------------------------------------------------------------
-
-    @property
-    def offload(self) -> bool:
-        """``--offload``."""
-        return self.options.computing.offload
 
     def check_options(self) -> None:
         """Options that are missing, and lengths that cannot be."""
@@ -188,21 +182,6 @@ class FluxInference(InferenceRun):
             self.require_controlnet(f"{place}--cn")
             self.control_image(prompt, place)
 
-    def part_dtypes(self) -> dict[str, PartDtype]:
-        """Each part's own, or --dtype; they decide in which dtype noise is drawn."""
-        computing = self.options.computing
-        names = {
-            "transformer": ("--flux_dtype", computing.flux_dtype),
-            "autoencoder": ("--ae_dtype", computing.ae_dtype),
-            "clip_l": ("--clip_l_dtype", computing.clip_l_dtype),
-            "t5xxl": ("--t5xxl_dtype", computing.t5xxl_dtype),
-        }
-        scaled = ("transformer",) if computing.fp8_scaled else ()
-        dtypes, self.noise_dtype = resolve_part_dtypes(computing.dtype, names, scaled)
-        for part, like in (("controlnet", "transformer"), ("autoencoder", "autoencoder")):  # neither is kept in 8 bits
-            dtypes[part] = PartDtype(dtypes[like].compute, dtypes[like].compute)
-        return dtypes
-
     def default_prompt(self) -> PromptOptions:
         """The command line as a prompt."""
         image = self.options.image
@@ -223,15 +202,10 @@ class FluxInference(InferenceRun):
         """What every script says, and what the kind of model does not have."""
         super().say_what_has_no_effect()
         options, variant = self.options, self.pipeline.variant
-        if variant != "dev" and options.image.guidance != ImageOptions.guidance:
+        if variant != "dev" and options.image.guidance != FluxImageOptions.guidance:
             say(f"--guidance has no effect: {variant} has no embedded guidance")
-        if "clip_l" not in self.pipeline.encoders and (options.model.clip_l or options.computing.clip_l_dtype):
+        if "clip_l" not in self.pipeline.encoders and (options.model.clip_l or options.dtypes.clip_l_dtype):
             say(f"--clip_l and --clip_l_dtype have no effect: {variant} has no CLIP-L")
-        if options.sources.from_file is not None and options.image.prompt != ImageOptions.prompt:
-            say("--prompt has no effect with --from_file")
-        unused = [name for name in NOT_FOR_FLUX if any(getattr(p, name) is not None for p in self.file_prompts)]
-        if unused:
-            say(f"no effect in prompts for FLUX.1: {', '.join(unused)}")
         without_image = any(prompt.controlnet_image is None for prompt in self.file_prompts)
         if options.control.controlnet_model_name_or_path and without_image and not options.sources.interactive:
             say("prompts without a control image (--controlnet_image, --cn) are drawn without the ControlNet")
@@ -240,18 +214,16 @@ class FluxInference(InferenceRun):
 
     def open_pipeline(self) -> FluxPipeline:
         """Open the model files by their headers and find the tokenizers."""
-        from library.devices import default_device, named_device
         from library.models.flux.pipeline import PIPELINES, FluxFiles
 
-        model, image, computing = self.options.model, self.options.image, self.options.computing
-        control = self.options.control
+        model, image, control = self.options.model, self.options.image, self.options.control
         files = FluxFiles(
             transformer=model.ckpt_path or "",
             autoencoder=model.ae,
             clip_l=model.clip_l,
             t5xxl=model.t5xxl,
-            tokenizer_cache_dir=model.tokenizer_cache_dir,
-            disable_mmap=model.disable_mmap_load_safetensors,
+            tokenizer_cache_dir=self.options.reading.tokenizer_cache_dir,
+            disable_mmap=self.options.reading.disable_mmap_load_safetensors,
             controlnet=control.controlnet_model_name_or_path,
             controlnet_mode=control.controlnet_mode,
             transformer_option="--ckpt_path",
@@ -260,26 +232,28 @@ class FluxInference(InferenceRun):
         pipeline = PIPELINES[model.model_type](
             files,
             dtype=self.dtypes["transformer"].compute,
-            device=default_device() if computing.device is None else named_device(computing.device),
+            device=self.device,
             dtypes=stored,
             t5xxl_max_token_length=image.t5xxl_max_token_length,
             apply_t5_attn_mask=image.apply_t5_attn_mask,
-            attention_backend=computing.attn_mode,
+            attention_backend=self.options.device.attn_mode,
         )
         pipeline.load_tokenizers(pipeline.encoders)
         return pipeline
 
     def open_loras(self) -> NetworkStack:
         """The LoRA files, checked against the models' structure."""
-        from networks.adapters.network_stack import NetworkStack
+        from networks import lora_flux, oft_flux
+        from networks.adapters.network_stack import NetworkStack, lora_or_oft
 
-        files = [(file.path, file.multiplier) for file in self.lora_files]
-        pipeline = self.pipeline
-        meta_modules = {part: pipeline.meta_module(part) for part in (pipeline.denoiser, *pipeline.encoders)}
-        encoders = {encoder: meta_modules.get(encoder) for encoder in ("clip_l", "t5xxl")}
-        merge = self.options.lora.merge_lora_weights
-        transformer = {"transformer": meta_modules["transformer"]}
-        return NetworkStack(files, network_module, encoders, transformer, families=[FLUX], merge=merge)
+        return NetworkStack.of_pipeline(
+            self.pipeline,
+            [(file.path, file.multiplier) for file in self.lora_files],
+            lora_or_oft(lora_flux, oft_flux),
+            ("clip_l", "t5xxl"),
+            [FLUX],
+            self.options.lora.merge_lora_weights,
+        )
 
     # ---- images ---------------------------------------------------------------------------------------------------
 
@@ -314,16 +288,10 @@ class FluxInference(InferenceRun):
         return prompt if self.pipeline.variant == "dev" else replace(prompt, guidance_scale=None)
 
     def settings(self, prompt: PromptOptions) -> Mapping[str, str]:
-        """Kind of model, dtypes, the ControlNet, and how prompts are read."""
-        computing = self.options.computing
-        formats = {"dtype": computing.dtype} | {
-            name.replace("_", "-"): value
-            for name in ("clip_l_dtype", "ae_dtype", "t5xxl_dtype", "flux_dtype")
-            if (value := getattr(computing, name))
-        }
+        """Also the kind of model, the ControlNet, and how prompts are read."""
         return {
             "model-type": self.options.model.model_type,
-            **formats,
+            **super().settings(prompt),
             **self.control_settings(prompt),
             "t5xxl-max-token-length": str(self.pipeline.text_lengths["t5xxl"]),
             "apply-t5-attn-mask": str(self.pipeline.apply_t5_attn_mask).lower(),
@@ -339,13 +307,6 @@ class FluxInference(InferenceRun):
             "control-image": Path(prompt.controlnet_image).name,
             "control-strength": f"{control.controlnet_strength:g}",
         }
-
-
-def network_module(keys: Collection[str]) -> ModuleType:
-    """The network module that reads a file with these keys: OFT by its names, else LoRA."""
-    from networks import lora_flux, oft_flux
-
-    return oft_flux if any(key.startswith("oft_unet_") for key in keys) else lora_flux
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,16 +120,18 @@ def lora_hash(path: Path) -> str:
     return read_header(path).metadata.get("sshs_model_hash") or model_hash(path)
 
 
-def image_names(folder: Path) -> Iterator[Path]:
-    """``YYYYmmdd_HHMMSS.png`` in ``folder``, then the same with ``_001`` and so on."""
-    moment = time.strftime("%Y%m%d_%H%M%S")
-    yield folder / f"{moment}.png"
+def image_names(folder: Path, name: str) -> Iterator[Path]:
+    """``name.png`` in ``folder``, then the same with ``_001`` and so on."""
+    yield folder / f"{name}.png"
     for number in itertools.count(1):
-        yield folder / f"{moment}_{number:03d}.png"
+        yield folder / f"{name}_{number:03d}.png"
 
 
-def save_image(image: Image.Image, folder: Path, record: ImageRecord | None) -> Path:
-    """Write ``image`` under a new name in ``folder``, with the text of ``record``; returns the path."""
+def save_image(image: Image.Image, folder: Path, name: str, record: ImageRecord | None) -> Path:
+    """Write ``image`` as ``name.png``, or a new name beginning so, in ``folder``, with the text of ``record``.
+
+    Returns the path.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
@@ -138,4 +139,4 @@ def save_image(image: Image.Image, folder: Path, record: ImageRecord | None) -> 
         text.add_text(key, value)  # becomes iTXt (UTF-8) where Latin-1 does not suffice
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=text)
-    return write_new(image_names(folder), buffer.getvalue())
+    return write_new(image_names(folder, name), buffer.getvalue())

@@ -6,20 +6,22 @@ A family's script adds its options, its pipeline, and how a prompt becomes the p
 from __future__ import annotations
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.console import say
 from library.errors import UserError
+from library.families import Family
 from library.files import require_writable_folder
 from library.generation.image_files import ImageRecord, UsedLora, lora_hash, save_image
 from library.generation.lora_files import LoraFile, check_not_merged, parse_lora_files, parse_multipliers
-from library.generation.part_dtypes import PartDtype
+from library.generation.part_dtypes import resolve_part_dtypes
 from library.generation.parts import Parts, computing_in
-from library.generation.prompts import check_sources, negative_of, read_prompts, with_seed
+from library.generation.prompts import check_sources, read_prompts, with_seed
 from library.generation.session import Session, SessionGrammar
 from library.memory.streaming_options import check_streaming_options
 from library.models.streamed_parts import stream_blocks
@@ -27,6 +29,7 @@ from library.prompt_options import PromptOptions, check_prompt_values
 from library.safetensors_io import legacy_hash
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
@@ -36,28 +39,32 @@ TextKey = tuple["Text", tuple[float, ...]]
 TEXTS_KEPT = 64  # in a session; the outputs of one text take some megabytes
 
 
-def prompt_texts(prompt: PromptOptions) -> list[Text]:
-    """The texts of a prompt that act, each with its role."""
-    positive: Text = (prompt.prompt, "positive")
-    negative = negative_of(prompt)
-    return [positive] if negative is None else [positive, (negative, "negative")]
-
-
 class InferenceRun(ABC):
     """Opens everything by headers at once; parts are loaded when their work comes.
 
     Raises UserError, before anything heavy is loaded, for options and files that cannot be used.
     """
 
-    script: str
+    script: ClassVar[str]
     """The entry script's file name."""
-    sampler: str
+    family: ClassVar[Family]
+    """Whose images it draws."""
+    sampler: ClassVar[str]
     """The sampler's name in the images' text."""
-    session: SessionGrammar
+    session: ClassVar[SessionGrammar]
     """What a line of ``--interactive`` may say."""
+    denoiser: ClassVar[str] = "transformer"
+    """The part that works on noise."""
+    dtype_options: ClassVar[Mapping[str, str]]
+    """The option that names a part's dtype, by part."""
+    never_8_bits: ClassVar[Collection[str]] = ("autoencoder",)
+    """Parts for which fp8 counts as bfloat16."""
+    unused_in_prompts: ClassVar[Collection[str]] = ()
+    """Fields of prompts that are there for other families."""
     options: Any
-    """Has the groups ``sources`` (PromptSourceOptions), ``lora`` (LoraFileOptions), ``output`` (ImageFileOptions) and
-    ``streaming`` (StreamingOptions)."""
+    """Has the groups ``image`` (ImageOptions), ``sources`` (PromptSourceOptions), ``lora`` (LoraFileOptions),
+    ``output`` (ImageFileOptions), ``dtypes`` (DtypeOptions with those of ``dtype_options``), ``device`` (DeviceOptions)
+    and ``streaming`` (StreamingOptions)."""
 
     def __init__(self, options: Any):
         self.options = options
@@ -65,7 +72,9 @@ class InferenceRun(ABC):
         self.lora_files: list[LoraFile] = parse_lora_files(options.lora)
         self.check_options()
         require_writable_folder(Path(options.output.output_dir), "--output_dir")
-        self.dtypes = self.part_dtypes()
+        self.dtypes, self.noise_dtype = resolve_part_dtypes(
+            options.dtypes, self.dtype_options, self.denoiser, self.never_8_bits
+        )
         self.pipeline = self.open_pipeline()
         self.pipeline.require_storable()
         check_streaming_options(options.streaming)
@@ -80,7 +89,7 @@ class InferenceRun(ABC):
             file = options.sources.from_file
             self.check_prompt(prompt, "" if file is None else f"{file}, prompt {number}: ")
         self.stack = self.open_loras()
-        self.parts = Parts(self.pipeline, self.offload, self.stack.enter, self.stack.move)
+        self.parts = Parts(self.pipeline, options.device.offload, self.stack.enter, self.stack.move)
         self.texts: dict[TextKey, dict[str, Tensor]] = {}
         """Text outputs, on the CPU, by ``text_key``."""
         self.hashes: dict[Path, str] = {}
@@ -88,17 +97,8 @@ class InferenceRun(ABC):
 
     # ---- what a family gives ----------------------------------------------------------------------------------------
 
-    @property
-    @abstractmethod
-    def offload(self) -> bool:
-        """Whether only the part that works is on the device."""
-
     def check_options(self) -> None:
         """What can be known from the options alone. Raises UserError."""
-
-    @abstractmethod
-    def part_dtypes(self) -> dict[str, PartDtype]:
-        """In which dtypes the parts are kept and compute."""
 
     @abstractmethod
     def open_pipeline(self) -> Pipeline[Any]:
@@ -122,29 +122,65 @@ class InferenceRun(ABC):
 
     def recorded(self, prompt: PromptOptions) -> PromptOptions:
         """``prompt`` as the image's text names it: without what did not act."""
-        return replace(prompt, negative_prompt=negative_of(prompt))
+        return replace(prompt, negative_prompt=self.negative(prompt))
 
     def settings(self, prompt: PromptOptions) -> Mapping[str, str]:
-        """What else of the family's settings an image depends on, for its text."""
-        return {}
+        """What else an image depends on, for its text: the dtypes, and what a family adds."""
+        dtypes = self.options.dtypes
+        names = {option: getattr(dtypes, option) for option in ("dtype", *self.dtype_options.values())}
+        scaled = {"fp8-scaled": "true"} if dtypes.fp8_scaled else {}
+        return {option.replace("_", "-"): name for option, name in names.items() if name} | scaled
+
+    def file_name(self, prompt: PromptOptions) -> str:
+        """The name of an image's file, without its ending; one that is there already gets a number."""
+        return time.strftime("%Y%m%d_%H%M%S")
 
     def check_prompt(self, prompt: PromptOptions, place: str = "") -> None:
-        """Raises UserError, beginning with ``place``, for a prompt that cannot be drawn."""
+        """Say to which size the image is rounded.
+
+        Raises UserError, beginning with ``place``, for a prompt that cannot be drawn.
+        """
         check_prompt_values(prompt, place)
+        height, width = self.pipeline.image_size(self.pipeline.request(prompt))
+        if (width, height) != (prompt.width, prompt.height):
+            say(f"{place}{prompt.width}x{prompt.height} is rounded to {width}x{height}")
 
     def say_what_has_no_effect(self) -> None:
         """One line for each reason why given options change nothing."""
         options = self.options
         if options.lora.merge_lora_weights and not self.lora_files:
             say("--merge_lora_weights has no effect without --lora_weights")
+        if options.sources.from_file is not None and options.image.prompt != type(options.image).prompt:
+            say("--prompt has no effect with --from_file")
         if options.sources.interactive:
             return
-        if any(prompt.negative_prompt and prompt.scale == 1 for prompt in self.file_prompts):
-            say("a negative prompt has no effect where classifier-free guidance is 1 (none)")
-        if any(prompt.negative_prompt is None and prompt.scale != 1 for prompt in self.file_prompts):
+        unused = [n for n in self.unused_in_prompts if any(getattr(p, n) is not None for p in self.file_prompts)]
+        if unused:
+            say(f"no effect in prompts for {self.family.name}: {', '.join(unused)}")
+        negatives = [(prompt.negative_prompt, self.negative(prompt)) for prompt in self.file_prompts]
+        if any(given and acts is None for given, acts in negatives):
+            say("a negative prompt has no effect without classifier-free guidance")
+        if any(given is None and acts is not None for given, acts in negatives):
             say("classifier-free guidance without a negative prompt leads away from the empty prompt")
 
     # ---- the course -------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where parts work. Raises UserError for one that this machine does not have."""
+        device: torch.device = self.options.device.torch_device()
+        return device
+
+    def negative(self, prompt: PromptOptions) -> str | None:
+        """The negative prompt that acts: with classifier-free guidance there is one, if only the empty one."""
+        guidance = self.pipeline.guidance(self.pipeline.request(prompt))
+        return prompt.negative_prompt or "" if "negative" in guidance.roles else None
+
+    def texts_of(self, prompt: PromptOptions) -> list[Text]:
+        """The texts of a prompt that act, each with its role."""
+        positive: Text = (prompt.prompt, "positive")
+        negative = self.negative(prompt)
+        return [positive] if negative is None else [positive, (negative, "negative")]
 
     def prompts(self) -> list[PromptOptions]:
         """What to draw, each prompt with a seed."""
@@ -189,13 +225,13 @@ class InferenceRun(ABC):
         with self.explaining_memory([prompt]):
             image = self.image(prompt)
         record = None if self.options.output.no_metadata else self.record(prompt, image)
-        path = save_image(image, Path(self.options.output.output_dir), record)
+        path = save_image(image, Path(self.options.output.output_dir), self.file_name(prompt), record)
         say(f"saved {path} ({image.width}x{image.height}, seed {prompt.seed})")
         return path
 
     def encode(self, prompts: Sequence[PromptOptions], keep_encoders: bool = False) -> None:
         """Make the text outputs of ``prompts`` that are not there yet; then let the text encoders go."""
-        keys = {self.text_key(text): text for prompt in prompts for text in prompt_texts(prompt)}
+        keys = {self.text_key(text): text for prompt in prompts for text in self.texts_of(prompt)}
         made: dict[TextKey, dict[str, Tensor]] = {key: {} for key in keys if key not in self.texts}
         for encoder in self.pipeline.encoders if made else ():
             with self.explaining_memory(prompts), self.at_work(encoder):
@@ -223,7 +259,7 @@ class InferenceRun(ABC):
         """The request for an encoded prompt."""
         request = self.request(prompt)
         request.conditioning = self.text_outputs((prompt.prompt, "positive"))
-        negative = negative_of(prompt)
+        negative = self.negative(prompt)
         request.negative_conditioning = None if negative is None else self.text_outputs((negative, "negative"))
         return request
 

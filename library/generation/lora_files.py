@@ -39,6 +39,8 @@ def parse_lora_files(options: LoraFileOptions) -> list[LoraFile]:
             name, semicolon = given, ""
         path = Path(name.strip())
         strength = _number(multiplier, f'--lora_weights: "{given}"') if semicolon else 1.0
+        if ";" in name and not path.is_file():
+            raise UserError(f'--lora_weights: "{given}" has more than one semicolon; write "path;0.8".')
         if not path.is_file():
             raise UserError(f"--lora_weights: there is no file {path}.")
         files.append(LoraFile(path, strength))

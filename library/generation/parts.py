@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from library.devices import default_device, named_device
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass
+class ReadingOptions:
+    """Reading models"""
+
+    tokenizer_cache_dir: str | None = None
+    """Folder in which tokenizers are looked for first, and kept when they are downloaded."""
+    disable_mmap_load_safetensors: bool = False
+    """Read model files without memory maps, which is faster on some network drives."""
+
+
+@dataclass
+class DeviceOptions:
+    """Device"""
+
+    device: str | None = None
+    """Device (cuda, cuda:1, cpu); unset means the accelerator where there is one."""
+    offload: bool = False
+    """Keep only the part that works on the device: text encoders, then transformer, then autoencoder."""
+
+    def torch_device(self) -> torch.device:
+        """The device itself. Raises UserError for one that this machine does not have."""
+        return default_device() if self.device is None else named_device(self.device)
 
 
 def computing_in(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

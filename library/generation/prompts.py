@@ -12,6 +12,20 @@ from library.prompt_options import PromptOptions, read_prompt_file
 
 
 @dataclass
+class ImageOptions:
+    """Image"""
+
+    prompt: str = ""
+    """What to draw."""
+    negative_prompt: str | None = None
+    """What to keep away from, with classifier-free guidance; unset counts as an empty one."""
+    steps: int | None = None
+    """Denoising steps."""
+    seed: int | None = None
+    """Seed of the noise; unset draws one for each image."""
+
+
+@dataclass
 class PromptSourceOptions:
     """Many prompts"""
 
@@ -44,11 +58,6 @@ def with_defaults(own: PromptOptions, defaults: PromptOptions) -> PromptOptions:
     """``own``, with the value of ``defaults`` wherever it has None; its prompt is always its own."""
     given = {name: value for name, value in vars(own).items() if value is not None}
     return dataclasses.replace(defaults, **given)
-
-
-def negative_of(prompt: PromptOptions) -> str | None:
-    """The negative prompt that acts: with classifier-free guidance there is one, if only the empty one; else None."""
-    return None if prompt.scale in (None, 1) else prompt.negative_prompt or ""
 
 
 def with_seed(prompt: PromptOptions) -> PromptOptions:

@@ -24,6 +24,8 @@ class SessionGrammar:
     """Fields that stay for the lines that follow; all others are reset for each line."""
     help: str
     """What is printed at the start."""
+    end: str = ""
+    """The line that ends a session; empty lines are skipped if it is another one."""
 
 
 class Session:
@@ -49,9 +51,9 @@ class Session:
         return prompt, multipliers
 
     def run(self, draw: Callable[[PromptOptions, str | None], None]) -> None:
-        """Hand each line to ``draw`` until an empty one or the end of the input; a mistake does not end the session."""
+        """Hand each line to ``draw`` until the last one or the end of the input; a mistake does not end the session."""
         print(self.grammar.help, flush=True)
-        for line in _lines():
+        for line in _lines(self.grammar.end):
             try:
                 draw(*self.read(line))
             except UserError as error:
@@ -60,7 +62,7 @@ class Session:
                 print("stopped", flush=True)
 
 
-def _lines() -> Iterator[str]:
+def _lines(end: str) -> Iterator[str]:
     reconfigure = getattr(sys.stdin, "reconfigure", None)
     if reconfigure is not None and not sys.stdin.isatty():
         reconfigure(encoding="utf-8", errors="replace")  # a pipe has the system's code page otherwise
@@ -70,6 +72,7 @@ def _lines() -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if not line.strip():
+        if line.strip() == end:
             return
-        yield line
+        if line.strip():
+            yield line

@@ -69,6 +69,23 @@ class NetworkStack:
             if meta_module is not None:
                 self.places[part] = self._places_in(meta_module)
 
+    @classmethod
+    def of_pipeline(
+        cls,
+        pipeline: Any,
+        files: Sequence[tuple[Path, float]],
+        choose_module: ChooseModule,
+        encoders: Sequence[str],
+        families: Collection[Family],
+        merge: bool = False,
+    ) -> NetworkStack:
+        """For the parts of a ``library.models.pipeline.Pipeline``, of whose ``encoders`` some may be lacking."""
+        text_encoders = {
+            encoder: pipeline.meta_module(encoder) if encoder in pipeline.encoders else None for encoder in encoders
+        }
+        denoiser = {pipeline.denoiser: pipeline.meta_module(pipeline.denoiser)}
+        return cls(files, choose_module, text_encoders, denoiser, families, merge)
+
     def _places_in(self, meta_module: nn.Module) -> list[Place]:
         paths = {id(module): path for path, module in meta_module.named_modules()}
         modules = [module for network in self.networks for module in network.loras]
@@ -111,6 +128,11 @@ class NetworkStack:
         self.multipliers = list(multipliers)
         for network, multiplier in zip(self.networks, multipliers):
             network.set_multiplier(multiplier)
+
+
+def lora_or_oft(lora: ModuleType, oft: ModuleType) -> ChooseModule:
+    """A choice between two network modules of a family: OFT by the names of its tensors, else LoRA."""
+    return lambda keys: oft if any(key.startswith("oft_unet_") for key in keys) else lora
 
 
 def _build(

@@ -15,8 +15,9 @@ from library.families import STABLE_DIFFUSION
 from library.generation.image_files import ImageFileOptions
 from library.generation.inference_run import InferenceRun
 from library.generation.lora_files import LoraFileOptions
-from library.generation.part_dtypes import PartDtype
-from library.generation.prompts import PromptSourceOptions
+from library.generation.part_dtypes import DtypeOptions
+from library.generation.parts import DeviceOptions
+from library.generation.prompts import ImageOptions, PromptSourceOptions
 from library.generation.session import SessionGrammar
 from library.memory.streaming_options import StreamingOptions
 from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
@@ -32,9 +33,12 @@ class Options:
     """The groups that every inference script has."""
 
     model: Path
+    image: ImageOptions = field(default_factory=ImageOptions)
     sources: PromptSourceOptions = field(default_factory=PromptSourceOptions)
     lora: LoraFileOptions = field(default_factory=LoraFileOptions)
     output: ImageFileOptions = field(default_factory=ImageFileOptions)
+    dtypes: DtypeOptions = field(default_factory=lambda: DtypeOptions("fp32"))
+    device: DeviceOptions = field(default_factory=lambda: DeviceOptions("cpu", offload=True))
     streaming: StreamingOptions = field(default_factory=StreamingOptions)
 
 
@@ -42,23 +46,21 @@ class StableDiffusionInference(InferenceRun):
     """As little as a family has to say."""
 
     script = "this test"
+    family = STABLE_DIFFUSION
     sampler = "euler"
     session = SessionGrammar({}, (), "")
-    offload = True
+    denoiser = "unet"
+    dtype_options = dict.fromkeys(("unet", "autoencoder", "text_encoder"), "dtype")
     pipeline: StableDiffusionPipeline
-
-    def part_dtypes(self) -> dict[str, PartDtype]:
-        parts = ("unet", "autoencoder", "text_encoder")
-        return {part: PartDtype(torch.float32, torch.float32) for part in parts}
 
     def open_pipeline(self) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(StableDiffusionFiles(self.options.model), torch.float32, "cpu")
 
     def open_loras(self) -> NetworkStack:
         files = [(file.path, file.multiplier) for file in self.lora_files]
-        encoders = {encoder: self.pipeline.meta_module(encoder) for encoder in self.pipeline.encoders}
-        unet = {"unet": self.pipeline.meta_module("unet")}
-        return NetworkStack(files, lambda keys: lora, encoders, unet, families=[STABLE_DIFFUSION])
+        return NetworkStack.of_pipeline(
+            self.pipeline, files, lambda keys: lora, self.pipeline.encoders, [STABLE_DIFFUSION]
+        )
 
     def default_prompt(self) -> PromptOptions:
         return PROMPT

@@ -84,6 +84,14 @@ def test_classifier_free_guidance_leads_away_from_the_negative_prompt(inference,
     assert difference(actual, plain) > 1e-2
 
 
+def test_a_size_that_is_rounded_is_said(inference, caplog, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog --w 50 --h 64\n", encoding="utf-8")
+    inference("--from_file", prompts)
+    (line,) = (record.getMessage() for record in caplog.records if "rounded" in record.getMessage())
+    assert line == f"{prompts}, prompt 2: 50x64 is rounded to 64x64"
+
+
 def test_a_missing_negative_prompt_is_the_empty_one(inference, caplog):
     assert torch.equal(
         latents(inference("--seed", 3, "--cfg_scale", "3")),
@@ -123,9 +131,9 @@ def test_how_it_is_computed_does_not_change_it(inference, arguments, plain):
 def test_attention_backends_are_those_of_the_models():
     from typing import get_args, get_type_hints
 
-    from flux_minimal_inference import ComputingOptions
+    from flux_minimal_inference import FluxDeviceOptions
 
-    assert get_args(get_type_hints(ComputingOptions)["attn_mode"]) == get_args(AttentionBackend)
+    assert get_args(get_type_hints(FluxDeviceOptions)["attn_mode"]) == get_args(AttentionBackend)
 
 
 def test_options_from_a_file(inference, tmp_path):
@@ -418,6 +426,11 @@ def test_the_text_of_a_image_says_how_to_make_it_again(draw, files):
         *("--lora_weights", *(folder + name for name in names)),
     )
     assert pixels(again) == pixels(path)
+
+
+def test_files_are_named_by_the_time(draw, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form: form)
+    assert [path.name for path in (*draw(), *draw())] == ["%Y%m%d_%H%M%S.png", "%Y%m%d_%H%M%S_001.png"]
 
 
 def test_no_metadata_leaves_no_text(draw):

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_the_web_uis_reading_of_the_text():
 
 
 def test_single_keys_and_their_order_in_the_file(tmp_path):
-    path = save_image(Image.new("RGB", (4, 4)), tmp_path, RECORD)
+    path = save_image(Image.new("RGB", (4, 4)), tmp_path, "image", RECORD)
     with Image.open(path) as image:
         text = dict(image.text)
     assert text == RECORD.entries()
@@ -64,16 +63,11 @@ def test_what_did_not_act_is_left_out():
     assert record.web_ui_text().startswith("cat\nSteps: 2, ")
 
 
-def test_names_are_the_time_and_never_taken_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "strftime", lambda form: "20250102_030405")
-    paths = [save_image(Image.new("RGB", (4, 4), (number, 0, 0)), tmp_path, None) for number in range(3)]
-    assert [path.name for path in paths] == [
-        "20250102_030405.png",
-        "20250102_030405_001.png",
-        "20250102_030405_002.png",
-    ]
+def test_names_are_never_taken_twice(tmp_path):
+    paths = [save_image(Image.new("RGB", (4, 4), (number, 0, 0)), tmp_path, "cat", None) for number in range(3)]
+    assert [path.name for path in paths] == ["cat.png", "cat_001.png", "cat_002.png"]
     assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == [0, 1, 2]
-    assert next(image_names(tmp_path)).name == "20250102_030405.png"
+    assert next(image_names(tmp_path, "dog")).name == "dog.png"
 
 
 def test_two_processes_write_every_file(tmp_path):
@@ -109,7 +103,7 @@ def test_the_hash_of_a_lora_is_that_of_its_tensors(tmp_path):
 
 
 def test_the_metadata_viewer_shows_a_images_text(tmp_path, capsys):
-    path = save_image(Image.new("RGB", (4, 4)), tmp_path, RECORD)
+    path = save_image(Image.new("RGB", (4, 4)), tmp_path, "image", RECORD)
     show_metadata.main([str(path)])
     assert json.loads(capsys.readouterr().out) == RECORD.entries()
 

@@ -9,33 +9,43 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from library.console import ConsoleOptions, run_script, set_up_console
-from library.errors import UserError
 from library.options import parse_options
-from networks.lora_tools.flux_options import ConversionOptions
-from networks.lora_tools.options import check_output
+from networks.lora_tools.options import ConversionFiles, check_conversion
+
+Source = Literal["sd-scripts", "ai-toolkit", "diffusers", "peft", "comfyui", "onetrainer", "xlabs", "bfl"]
+Destination = Literal["sd-scripts", "ai-toolkit", "diffusers", "peft", "comfyui"]
+
+
+@dataclass
+class FluxFormats:
+    """Formats"""
+
+    src: Source | None = None
+    """Program whose key names the file has; unset finds out by itself, and what is given is checked."""
+    dst: Destination = "sd-scripts"
+    """Program whose key names are written; ai-toolkit, diffusers and peft are one and the same."""
 
 
 @dataclass
 class ConvertFluxLoraOptions:
     """Options of convert_flux_lora.py"""
 
-    conversion: ConversionOptions = field(default_factory=ConversionOptions)
+    files: ConversionFiles = field(default_factory=ConversionFiles)
+    formats: FluxFormats = field(default_factory=FluxFormats)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the options, check the file, convert."""
-    options = parse_options(ConvertFluxLoraOptions, __doc__ or "", arguments).conversion
+    options = parse_options(ConvertFluxLoraOptions, __doc__ or "", arguments)
     set_up_console(ConsoleOptions())
-    if not options.src_path:
-        raise UserError("--src_path needs the LoRA file to convert.")
-    if not options.dst_path:
-        raise UserError("--dst_path needs the name of the file to write.")
-    path = check_output(options.dst_path, [options.src_path], (".safetensors",), "--dst_path")
-    from networks.lora_tools.flux_conversion import convert
+    save_to = check_conversion(options.files)
+    from networks.lora_tools.conversion import convert
+    from networks.lora_tools.flux_tools import CONVERSIONS
 
-    convert(options, path)
+    convert(CONVERSIONS, options.files, options.formats.src, options.formats.dst, save_to)
 
 
 if __name__ == "__main__":

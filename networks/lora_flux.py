@@ -7,7 +7,7 @@ Files are those of kohya-ss/sd-scripts' ``networks.lora_flux``: ``lora_unet_doub
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,14 @@ from networks.adapters.lora_kind import LoRAKind
 from networks.adapters.lora_module import LoRAModule
 from networks.adapters.lora_targets import (
     Arguments,
+    BlockList,
     Part,
     Rules,
     Target,
     TargetTable,
+    blocks_by_arguments,
     find_targets,
     flat_names,
-    parse_indices,
     path_from,
     ranks_by_name,
 )
@@ -65,27 +66,9 @@ LAST_MODULATION = "final_layer.adaLN_modulation.1"  # diffusers keeps the halves
 IN_LAYERS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
 T5_NAMES = ("lora_te3_", "lora_te2_encoder_block_", "text_encoder_2.", "text_encoders.t5xxl.")
 BLOCK_LISTS = (
-    ("double", "double_blocks", "train_double_block_indices"),
-    ("single", "single_blocks", "train_single_block_indices"),
+    BlockList("double_blocks", ("double",), "train_double_block_indices"),
+    BlockList("single_blocks", ("single",), "train_single_block_indices"),
 )
-
-
-def selected_blocks(targets: Sequence[Target], arguments: Arguments) -> set[str]:
-    """Names of the modules in blocks that ``train_blocks`` and the two lists of indices leave in.
-
-    Raises UserError when a list names a block that the model doesn't have.
-    """
-    train_blocks = arguments["train_blocks"] or "all"
-    names: set[str] = set()
-    for kind, block_list, argument in BLOCK_LISTS:
-        mine = [target for target in targets if target.path.startswith(block_list)]
-        numbers = {target.name: int(target.path.split(".")[1]) for target in mine}
-        given = arguments[argument]
-        count = max(numbers.values(), default=-1) + 1
-        chosen = parse_indices("all" if given is None else given, count, argument)
-        if train_blocks in ("all", kind):
-            names.update(name for name, number in numbers.items() if number in chosen)
-    return names
 
 
 def joined_rows(target: Target) -> list[int] | None:
@@ -167,7 +150,7 @@ FLUX = Rules(
     text_encoders=(CLIP_L, T5XXL),
     check=warn_of_missing_layers,
     rank=ranks_by_name(RANK_RULES),
-    selected=selected_blocks,
+    selected=blocks_by_arguments(BLOCK_LISTS),
     extra_layers=rank_of_in_layers,
     known_extra_layers=(*IN_LAYERS, "final_layer"),
     text_encoder_is_trained=lambda index, arguments: index == 0 or bool(arguments["train_t5xxl"]),

@@ -169,6 +169,43 @@ def ranks_by_name(rules: Sequence[tuple[str, tuple[str, ...]]]) -> Callable[[Tar
     return rank
 
 
+@dataclass(frozen=True)
+class BlockList:
+    """A list of blocks in a transformer and the network_args that choose from it."""
+
+    path: str
+    """Its path, such as ``double_blocks``."""
+    chosen_by: tuple[str, ...]
+    """Values of ``train_blocks`` beside ``all`` that leave it in."""
+    indices: str | None = None
+    """Argument that lists the blocks to train (see ``parse_indices``); None: always all of them."""
+
+
+def blocks_by_arguments(block_lists: Sequence[BlockList]) -> Callable[[Sequence[Target], Arguments], set[str]]:
+    """A ``Rules.selected`` from ``train_blocks`` and the arguments that list blocks.
+
+    Modules outside of the lists are trained with ``train_blocks=all``, the default. Raises UserError when an argument
+    names a block that the model doesn't have.
+    """
+
+    def selected(targets: Sequence[Target], arguments: Arguments) -> set[str]:
+        train_blocks = arguments["train_blocks"] or "all"
+        rest = {target.name for target in targets}
+        names: set[str] = set()
+        for blocks in block_lists:
+            mine = [target for target in targets if target.path.startswith(f"{blocks.path}.")]
+            numbers = {target.name: int(target.path.split(".")[1]) for target in mine}
+            rest -= numbers.keys()
+            given = arguments[blocks.indices] if blocks.indices else None
+            count = max(numbers.values(), default=-1) + 1
+            chosen = parse_indices("all" if given is None else given, count, blocks.indices or "")
+            if train_blocks in ("all", *blocks.chosen_by):
+                names.update(name for name, number in numbers.items() if number in chosen)
+        return names | rest if train_blocks == "all" else names
+
+    return selected
+
+
 def parse_indices(text: str, count: int, argument: str) -> set[int]:
     """Block numbers from ``all``, ``none`` or a list such as ``0,1,8-12``.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from library.modelspec import standard_entries
+from networks.lora_tools.metadata import file_entries
 
 
 def flux_entries(variant: str = "dev") -> dict[str, str]:
     """The entries without which programs do not know a LoRA file; ``variant`` is a transformer's."""
-    version = "chroma" if variant == "chroma" else "flux1"
-    return {"ss_v2": "False", "ss_base_model_version": version, "ss_network_module": "networks.lora_flux"}
+    return file_entries("chroma" if variant == "chroma" else "flux1", "networks.lora_flux")
 
 
 def transformer_entries(variant: str) -> dict[str, str]:

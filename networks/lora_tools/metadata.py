@@ -22,6 +22,30 @@ BASE_MODEL_KEYS = (
 """What files say about the model they were trained on; a merged file says it where all of them agree."""
 
 
+def file_entries(base_model_version: str, network_module: str) -> dict[str, str]:
+    """The entries without which programs do not know a LoRA file of the suite's."""
+    return {"ss_v2": "False", "ss_base_model_version": base_model_version, "ss_network_module": network_module}
+
+
+def extracted_metadata(
+    entries: Mapping[str, str],
+    standard: Mapping[str, str],
+    modules: Mapping[str, LoRAWeights],
+    save_to: Path,
+    no_metadata: bool,
+) -> dict[str, str]:
+    """The metadata of a LoRA taken out of a transformer with the modelspec entries ``standard``; hashes are not in it.
+
+    ``entries`` are those without which programs do not know the file.
+    """
+    needed = {**entries, **network_entries(modules), "ss_network_args": "{}"}
+    if no_metadata:
+        return needed
+    described = dict(standard)
+    described["modelspec.architecture"] += "/lora"
+    return with_modelspec({**described, **needed}, save_to)
+
+
 def network_entries(
     modules: Mapping[str, LoRAWeights], has_conv_rank: Callable[[Sequence[int]], bool] = kernel_is_wide
 ) -> dict[str, str]:

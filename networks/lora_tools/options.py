@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from library.console import say
 from library.devices import named_device, parse_dtype
@@ -62,6 +62,101 @@ class MergeNumbers:
     """Dtype of the file; unset means that of --precision, for --sd_model that of each of its tensors."""
     no_metadata: bool = False
     """Write only the metadata that is needed to use the file."""
+
+
+@dataclass
+class ModelMergeNumbers:
+    """Numbers and metadata"""
+
+    precision: Precision = "float"
+    """Dtype that results are rounded to; sums are computed in at least float32 whatever it is."""
+    save_precision: str | None = None
+    """Dtype of the files: float, fp16, bf16, for models also fp8; unset: --precision, models keep theirs."""
+    working_device: str = "cpu"
+    """Device to compute on, such as cuda."""
+    no_metadata: bool = False
+    """Write only the metadata that is needed to use the file."""
+
+
+@dataclass
+class ExtractOptions:
+    """Models and LoRA"""
+
+    model_org: str | None = None
+    """Original transformer: a file in any layout, one of its shards, or a Diffusers folder."""
+    model_tuned: str | None = None
+    """Transformer that was made from it; the LoRA leads from the original to this one."""
+    save_to: str | None = None
+    """File to write."""
+    save_precision: Precision | None = None
+    """Dtype of the file; unset means float."""
+    dim: int = 4
+    """Rank, where a layer is not smaller; alpha is the same."""
+    device: str | None = None
+    """Device to compute on, such as cuda; unset means the CPU."""
+    clamp_quantile: float = 0.99
+    """Cut off values of the result beyond this quantile; 1 cuts nothing off."""
+    no_metadata: bool = False
+    """Write only the metadata that is needed to use the file."""
+
+
+@dataclass
+class ConversionFiles:
+    """Files"""
+
+    src_path: str | None = None
+    """LoRA file to convert."""
+    dst_path: str | None = None
+    """File to write."""
+    save_precision: Precision | None = None
+    """Dtype of the file; unset keeps that of each matrix."""
+    no_metadata: bool = False
+    """Write only the metadata that is needed to use the file."""
+
+
+class ModelOption(NamedTuple):
+    """A model that a command line names, and the file to write."""
+
+    option: str
+    path: str | None
+    save_option: str
+    save_to: str | None
+
+
+def check_model_options(transformer: ModelOption, *encoders: ModelOption) -> None:
+    """Raises UserError unless every model has a file to write, and every file of a text encoder a model."""
+    for encoder in encoders:
+        if bool(encoder.path) != bool(encoder.save_to):
+            missing, given = (
+                (encoder.save_option, encoder.option) if encoder.path else (encoder.option, encoder.save_option)
+            )
+            raise UserError(f"{given} needs {missing} too.")
+    if not transformer.path and any(encoder.path for encoder in encoders) and transformer.save_to:
+        raise UserError(
+            f"{transformer.save_option} is for the merged transformer; give {transformer.option} too, or leave"
+            f" {transformer.save_option} out."
+        )
+    if transformer.path and not transformer.save_to:
+        raise UserError(f"{transformer.option} needs {transformer.save_option} too.")
+
+
+def check_conversion(files: ConversionFiles) -> Path:
+    """The file to write. Raises UserError unless both files are named and the second can be written."""
+    if not files.src_path:
+        raise UserError("--src_path needs the LoRA file to convert.")
+    if not files.dst_path:
+        raise UserError("--dst_path needs the name of the file to write.")
+    return check_output(files.dst_path, [files.src_path], (".safetensors",), "--dst_path")
+
+
+def check_extraction(options: ExtractOptions, models: str) -> Path:
+    """The file to write. Raises UserError for what the options alone show to be wrong; ``models``: which are needed."""
+    for value, option in ((options.model_org, "--model_org"), (options.model_tuned, "--model_tuned")):
+        if not value:
+            raise UserError(f"{option} needs a {models} transformer.")
+    check_rank(options.dim, "--dim")
+    check_clamp_quantile(options.clamp_quantile)
+    return check_output(options.save_to, [options.model_org, options.model_tuned])
 
 
 def check_merge_files(files: MergeFiles) -> None:

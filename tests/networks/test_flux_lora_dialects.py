@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from library.errors import UserError
 from networks import lora_flux
 from networks.convert_flux_lora import main
-from networks.lora_tools.flux_conversion import ConvertedTensors
+from networks.lora_tools.conversion import ConvertedTensors
 from networks.lora_tools.flux_lora import FluxLoRA
+from networks.lora_tools.flux_tools import CONVERSIONS
 from tests.networks.lora_tool_files import assert_same, deltas, metadata, ranks, run, write_lora
 
 WIDTH = 64
@@ -399,7 +400,7 @@ def test_memory_holds_little_more_than_one_module(tmp_path):
         return sum(storages.values())
 
     before = held()
-    made = ConvertedTensors(FluxLoRA(tmp_path / "a.safetensors"), "ai-toolkit", None)
+    made = ConvertedTensors(CONVERSIONS, FluxLoRA(tmp_path / "a.safetensors"), "ai-toolkit", None)
     for key in sorted(made.described)[10::100]:
         made.load(key)
         assert held() - before < 4 * one

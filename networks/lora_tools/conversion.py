@@ -1,56 +1,117 @@
-"""A LoRA file for FLUX.1 or Chroma under the names of another program.
+"""A LoRA file under the names of another program, for any family.
 
-Diffusers, PEFT and AI-toolkit have query, key and value (and the feed-forward part of single blocks) as layers of their
+Diffusers and PEFT have query, key and value (and the feed-forward part of FLUX.1's single blocks) as layers of their
 own and no alpha; what these layers do stays exactly the same.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from library.console import say
+from library.console import say, warn
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.safetensors_io import content_hashes, save_one_by_one
 from networks.adapters.lora_file import PEFT_METADATA, SPLIT_MARK, LoRAWeights, state_dict_of
 from networks.adapters.lora_formats import swap_halves
 from networks.adapters.lora_targets import Target
-from networks.lora_flux import CLIP_L, LAST_MODULATION, T5XXL, diffusers_paths
 from networks.lora_tools.arithmetic import strength, with_storable_alpha
-from networks.lora_tools.flux_lora import FluxLoRA
-from networks.lora_tools.flux_metadata import flux_entries
+from networks.lora_tools.known_lora import KnownLoRA
 from networks.lora_tools.metadata import network_entries
 from networks.lora_tools.options import tell_saved
 
 if TYPE_CHECKING:
-    from networks.lora_tools.flux_options import ConversionOptions
+    from networks.lora_tools.options import ConversionFiles
 
-SAME = {"diffusers": "ai-toolkit", "peft": "ai-toolkit"}
-ENCODER_FOLDERS = {CLIP_L.prefix: "text_encoder", T5XXL.prefix: "text_encoder_2"}
-COMFYUI_ENCODERS = {CLIP_L.prefix: "text_encoders.clip_l.transformer", T5XXL.prefix: "text_encoders.t5xxl.transformer"}
 STALE_METADATA = ("sshs_", "modelspec.hash", PEFT_METADATA)
+Tensors = dict[str, Tensor]
+Writer = Callable[[Target, LoRAWeights, list[int]], Tensors]
 
 
-def convert(options: ConversionOptions, save_to: Path) -> None:
-    """Write the file; module by module, so that memory holds little more than one. Raises UserError before that."""
-    lora = FluxLoRA(str(options.src_path), "--src_path")
+@dataclass(frozen=True)
+class Conversions:
+    """The names that other programs give one family's modules."""
+
+    lora: type[KnownLoRA]
+    entries: Mapping[str, str]
+    """What a file says that is converted to the suite's own names (see ``metadata.file_entries``)."""
+    diffusers_paths: Callable[[str], tuple[str, ...]]
+    """What Diffusers calls a layer of the transformer, or the parts of a joined one."""
+    same: Mapping[str, str]
+    """The names of programs that have Diffusers' names -> the dialect by which ``lora`` knows these."""
+    encoder_folders: Mapping[str, str]
+    """Of text encoders whose modules Diffusers can load, by prefix: the name of the part in a pipeline."""
+    comfyui_encoders: Mapping[str, str]
+    """What stands before a text encoder's paths in ComfyUI, by prefix."""
+    swapped: str = ""
+    """The path of a layer the halves of whose rows Diffusers keeps in another order."""
+    silent: Mapping[str, str] = field(default_factory=dict)
+    """Of text encoders whose modules are converted but left out by Diffusers, by prefix: how messages name them."""
+
+    def destination(self, name: str) -> str:
+        """The dialect of a program."""
+        return self.same.get(name, name)
+
+    def is_diffusers(self, name: str) -> bool:
+        """Whether a program has Diffusers' names."""
+        return self.destination(name) in self.same.values()
+
+    def holds(self, target: Target, destination: str) -> bool:
+        """Whether a module has a name there."""
+        prefix = target.table.prefix
+        return not (target.table.is_text_encoder and self.is_diffusers(destination)) or prefix in self.encoder_folders
+
+    def writer(self, destination: str) -> Writer:
+        """What makes a module's tensors under the names of a program."""
+        if self.is_diffusers(destination):
+            return self.diffusers_tensors
+        return self.comfyui_tensors if destination == "comfyui" else sd_scripts_tensors
+
+    def comfyui_tensors(self, target: Target, weights: LoRAWeights, rows: list[int]) -> Tensors:
+        """``diffusion_model.<path>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``, as ComfyUI saves them."""
+        prefix = self.comfyui_encoders.get(target.table.prefix, "diffusion_model")
+        return state_dict_of({f"{prefix}.{target.path}": weights})
+
+    def diffusers_tensors(self, target: Target, weights: LoRAWeights, rows: list[int]) -> Tensors:
+        """``transformer.<path>.lora_A.weight`` and ``.lora_B.weight`` of each part, with alpha in the numbers."""
+        down, up = scaled_factors(weights)
+        if target.table.prefix in self.encoder_folders:
+            names: tuple[str, ...] = (f"{self.encoder_folders[target.table.prefix]}.{target.path}",)
+        else:
+            names = tuple(f"transformer.{path}" for path in self.diffusers_paths(target.path))
+        if target.path == self.swapped:
+            up = swap_halves(up)
+        parts = taken_apart(down, up, rows) if len(names) > 1 else [(down, up)]
+        tensors: Tensors = {}
+        for name, part in zip(names, parts):
+            if part is not None:
+                tensors |= {f"{name}.lora_A.weight": part[0], f"{name}.lora_B.weight": part[1]}
+        return tensors
+
+
+def convert(conversions: Conversions, files: ConversionFiles, src: str | None, dst: str, save_to: Path) -> None:
+    """Write the file ``files.src_path``, which must have the names of ``src``, under those of ``dst``.
+
+    It goes module by module, so that memory holds little more than one. Raises UserError before that.
+    """
+    lora = conversions.lora(str(files.src_path), "--src_path")
     lora.require_known()
-    _check_source(lora, options.src)
-    destination = SAME.get(options.dst, options.dst)
-    dtype = parse_dtype(options.save_precision) if options.save_precision else None
-    made = ConvertedTensors(lora, destination, dtype)
+    _check_source(conversions, lora, src)
+    destination = conversions.destination(dst)
+    _leave_out(conversions, lora, destination)
+    dtype = parse_dtype(files.save_precision) if files.save_precision else None
+    made = ConvertedTensors(conversions, lora, destination, dtype)
     if made.described.keys() == set(lora.checkpoint) and dtype is None:
         raise UserError(
-            f"--dst: {lora.path} has the names of {options.dst} already; name the program that the file is to be for."
+            f"--dst: {lora.path} has the names of {dst} already; name the program that the file is to be for."
         )
-    _tell_of_encoders(lora, destination)
-    metadata = converted_metadata(lora, made, options.dst, options.no_metadata)
+    metadata = converted_metadata(conversions, lora, made, dst, files.no_metadata)
     if destination == "sd-scripts":
         hashes = content_hashes(made.described, metadata, made.load)
         metadata |= dict(zip(("sshs_model_hash", "sshs_legacy_hash"), hashes))
@@ -58,77 +119,58 @@ def convert(options: ConversionOptions, save_to: Path) -> None:
     tell_saved(save_to, [len(weights.down) for weights in made.modules.values()])
 
 
-def _check_source(lora: FluxLoRA, source: str | None) -> None:
+def _check_source(conversions: Conversions, lora: KnownLoRA, source: str | None) -> None:
     """Raises UserError when the file's names are not those that ``--src`` says."""
-    wanted = SAME.get(str(source), source)
-    if wanted is not None and lora.dialects != {wanted}:
+    if source is not None and lora.dialects != {conversions.destination(source)}:
         raise UserError(
             f"--src {source}: {lora.path} has the names of {' and '.join(sorted(lora.dialects))}; leave --src out, or "
             "give what the file is."
         )
 
 
-def _tell_of_encoders(lora: FluxLoRA, destination: str) -> None:
-    count = Counter(target.table.prefix for target in lora.targets.values())[T5XXL.prefix]
-    if destination == "ai-toolkit" and count:
-        say(f"{count} modules are for T5-XXL; Diffusers leaves them out when it loads the file")
+def _leave_out(conversions: Conversions, lora: KnownLoRA, destination: str) -> None:
+    """Say what Diffusers leaves out, and take what has no name there away. Raises UserError when nothing is left."""
+    for prefix, name in conversions.silent.items():
+        count = sum(target.table.prefix == prefix for target in lora.targets.values())
+        if conversions.is_diffusers(destination) and count:
+            say(f"{count} modules are for {name}; Diffusers leaves them out when it loads the file")
+    nameless = [name for name, target in lora.targets.items() if not conversions.holds(target, destination)]
+    if len(nameless) == len(lora.modules):
+        raise UserError(
+            f"{lora.path} holds modules of the text encoder alone, such as {nameless[0]}, which Diffusers cannot load;"
+            " --dst comfyui converts them."
+        )
+    if nameless:
+        warn(
+            f"{len(nameless)} modules of the text encoder, such as {nameless[0]}, are left out, because Diffusers"
+            " cannot load them; --dst comfyui keeps them"
+        )
+    lora.modules = [name for name in lora.modules if name not in set(nameless)]
 
 
-def converted_metadata(lora: FluxLoRA, made: ConvertedTensors, dst: str, no_metadata: bool) -> dict[str, str]:
+def converted_metadata(
+    conversions: Conversions, lora: KnownLoRA, made: ConvertedTensors, dst: str, no_metadata: bool
+) -> dict[str, str]:
     """The file's own but for what is no longer true, with a word on the conversion; hashes are not in it.
 
     A file for sd-scripts also says what its readers look for. ``no_metadata`` leaves that alone.
     """
     entries = {} if no_metadata else {k: v for k, v in lora.metadata.items() if not k.startswith(STALE_METADATA)}
-    if SAME.get(dst, dst) == "ai-toolkit":
+    if conversions.is_diffusers(dst):
         entries.pop(SPLIT_MARK, None)
     if not no_metadata:
         comment = f"converted from {' and '.join(sorted(lora.dialects))} to {dst}"
         entries["ss_training_comment"] = "; ".join(filter(None, (comment, entries.get("ss_training_comment"))))
     if dst == "sd-scripts":
-        entries = {**flux_entries("flux"), **entries, **network_entries(made.modules)}
+        entries = {**conversions.entries, **entries, **network_entries(made.modules)}
     elif "ss_network_dim" in entries:
         entries |= network_entries(made.modules)
     return entries
 
 
-Tensors = dict[str, Tensor]
-Writer = Callable[[Target, LoRAWeights, list[int]], Tensors]
-
-
 def sd_scripts_tensors(target: Target, weights: LoRAWeights, rows: list[int]) -> Tensors:
     """``<name>.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``."""
     return state_dict_of({target.name: weights})
-
-
-def comfyui_tensors(target: Target, weights: LoRAWeights, rows: list[int]) -> Tensors:
-    """``diffusion_model.<path>.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``, as ComfyUI itself saves them."""
-    prefix = COMFYUI_ENCODERS.get(target.table.prefix, "diffusion_model")
-    return state_dict_of({f"{prefix}.{target.path}": weights})
-
-
-def diffusers_tensors(target: Target, weights: LoRAWeights, rows: list[int]) -> Tensors:
-    """``transformer.<path>.lora_A.weight`` and ``.lora_B.weight`` of each part, with alpha in the numbers."""
-    down, up = scaled_factors(weights)
-    if target.table.prefix in ENCODER_FOLDERS:
-        names: tuple[str, ...] = (f"{ENCODER_FOLDERS[target.table.prefix]}.{target.path}",)
-    else:
-        names = tuple(f"transformer.{path}" for path in diffusers_paths(target.path))
-    if target.path == LAST_MODULATION:
-        up = swap_halves(up)
-    parts = taken_apart(down, up, rows) if len(names) > 1 else [(down, up)]
-    tensors: Tensors = {}
-    for name, part in zip(names, parts):
-        if part is not None:
-            tensors |= {f"{name}.lora_A.weight": part[0], f"{name}.lora_B.weight": part[1]}
-    return tensors
-
-
-WRITERS: Mapping[str, Writer] = {
-    "sd-scripts": sd_scripts_tensors,
-    "comfyui": comfyui_tensors,
-    "ai-toolkit": diffusers_tensors,
-}
 
 
 def scaled_factors(weights: LoRAWeights) -> tuple[Tensor, Tensor]:
@@ -177,9 +219,9 @@ class ConvertedTensors:
     ``described`` are they, ``modules`` the new file's modules, both on the meta device.
     """
 
-    def __init__(self, lora: FluxLoRA, destination: str, dtype: torch.dtype | None):
-        self.lora, self.writer, self.dtype = lora, WRITERS[destination], dtype
-        self.has_alpha = destination != "ai-toolkit"
+    def __init__(self, conversions: Conversions, lora: KnownLoRA, destination: str, dtype: torch.dtype | None):
+        self.lora, self.writer, self.dtype = lora, conversions.writer(destination), dtype
+        self.has_alpha = not conversions.is_diffusers(destination)
         self.described: Tensors = {}
         self.modules: dict[str, LoRAWeights] = {}
         self._module_of: dict[str, str] = {}

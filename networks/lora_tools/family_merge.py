@@ -1,10 +1,10 @@
-"""What flux_merge_lora.py does with its options."""
+"""LoRA files of a transformer's family as one, or merged into its models: what such a program does with its options."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,15 @@ import torch
 from library.console import say, warn
 from library.devices import is_fp8, parse_dtype
 from library.errors import UserError
-from library.models.clip import open_clip
-from library.models.flux.checkpoint import open_transformer
 from library.models.loading import TensorSource
-from library.models.t5 import open_t5
+from library.models.pipeline import OpenedPart
 from library.safetensors_io import save_one_by_one
-from networks.lora_flux import CLIP_L, T5XXL, TRANSFORMER
+from networks.adapters.lora_targets import TargetTable
 from networks.lora_tools.arithmetic import concatenated
-from networks.lora_tools.flux_layers import encoder_layers, transformer_layers
-from networks.lora_tools.flux_lora import FluxLoRA
-from networks.lora_tools.flux_metadata import flux_entries, transformer_entries
+from networks.lora_tools.known_lora import KnownLoRA
 from networks.lora_tools.merging import Ingredient, check_ingredients, exact_sum, shuffled, summed
 from networks.lora_tools.metadata import merged_metadata, merged_model_metadata
+from networks.lora_tools.model_layers import layers_of
 from networks.lora_tools.model_merging import (
     Change,
     Layer,
@@ -40,11 +37,31 @@ from networks.lora_tools.model_merging import (
 from networks.lora_tools.options import LORA_SUFFIXES, check_merge_files, check_output, parse_device, save_modules
 
 if TYPE_CHECKING:
-    from networks.lora_tools.flux_options import FluxMergeNumbers, FluxMergeTargets
-    from networks.lora_tools.options import MergeFiles
+    from networks.lora_tools.options import MergeFiles, ModelMergeNumbers, ModelOption
 
-SAVE_OPTIONS = {"--flux_model": "--save_to", "--clip_l": "--clip_l_save_to", "--t5xxl": "--t5xxl_save_to"}
-OPTIONS = {TRANSFORMER.prefix: "--flux_model", CLIP_L.prefix: "--clip_l", T5XXL.prefix: "--t5xxl"}
+
+@dataclass(frozen=True)
+class MergePart:
+    """A kind of model that LoRA files of a family can be merged into."""
+
+    table: TargetTable
+    open: Callable[..., OpenedPart[Any]]
+    """Opens a file; takes its path and ``option``."""
+    outer: tuple[str, ...] = ()
+    """Paths of layers outside the table's classes that a file may hold."""
+    standard: Callable[[Any], Mapping[str, str]] | None = None
+    """The modelspec entries that follow from an opened transformer; None for text encoders."""
+
+
+@dataclass(frozen=True)
+class MergeFamily:
+    """What distinguishes the merges of one family."""
+
+    lora: type[KnownLoRA]
+    entries: Mapping[str, str]
+    """What a merged LoRA says of itself where no file says it (see ``metadata.file_entries``)."""
+    parts: Mapping[str, MergePart]
+    """By the option that names the model, the transformer first."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +70,12 @@ class Model:
 
     option: str
     path: Path
+    save_option: str
     save_to: Path
     source: TensorSource
     layers: Mapping[str, Layer]
-    variant: str = ""
-    """Of a transformer: ``dev``, ``schnell`` or ``chroma``."""
+    standard: Mapping[str, str] = field(default_factory=dict)
+    """Of a transformer: its modelspec entries."""
 
     @property
     def is_folder(self) -> bool:
@@ -68,56 +86,52 @@ class Model:
     def gets_original_names(self) -> bool:
         """Whether one file is made of a Diffusers folder or of shards, whose names no single file has."""
         renamed = any(not origin.keys[0].endswith(name) for name, origin in self.source.origins.items())
-        return bool(self.variant) and renamed and (self.path.is_dir() or len(self.source.checkpoint.files) > 1)
+        return bool(self.standard) and renamed and (self.path.is_dir() or len(self.source.checkpoint.files) > 1)
 
 
-class FluxMergeRun:
-    """The files of a merge, opened and checked."""
+class FamilyMerge:
+    """The files of a merge, opened and checked; ``models`` are those that the command line may name."""
 
-    def __init__(self, files: MergeFiles, targets: FluxMergeTargets, numbers: FluxMergeNumbers) -> None:
+    def __init__(
+        self, family: MergeFamily, files: MergeFiles, numbers: ModelMergeNumbers, models: Sequence[ModelOption]
+    ) -> None:
         check_merge_files(files)
-        self.files, self.numbers = files, numbers
+        self.family, self.files, self.numbers = family, files, numbers
         named = numbers.save_precision
         self.save_dtype = parse_dtype(named, "--save_precision") if named else None
         self.device = parse_device(numbers.working_device, "--working_device")
-        parse_device(numbers.loading_device, "--loading_device")
-        self.loras = [FluxLoRA(path) for path in files.models]
+        self.loras = [family.lora(path) for path in files.models]
         for lora in self.loras:
             lora.require_known()
-        self.models = self._open_models(targets)
+        self.models = [self._open_model(model) for model in models if model.path]
+        _refuse_shared_outputs(self.models)
 
-    def _open_models(self, targets: FluxMergeTargets) -> list[Model]:
-        models = []
-        if targets.flux_model:
-            opened = open_transformer(targets.flux_model, option="--flux_model", model_type=None)
-            layers = transformer_layers(opened)
-            path = Path(targets.flux_model)
-            models.append(self._model("--flux_model", path, self.files.save_to, opened, layers, opened.variant))
-        for encoder_path, option, save_to, open_encoder in (
-            (targets.clip_l, "--clip_l", targets.clip_l_save_to, open_clip),
-            (targets.t5xxl, "--t5xxl", targets.t5xxl_save_to, open_t5),
-        ):
-            if encoder_path:
-                encoder: Any = open_encoder(encoder_path, option=option)
-                models.append(self._model(option, Path(encoder_path), save_to, encoder, encoder_layers(encoder)))
-        _refuse_shared_outputs(models)
-        return models
-
-    def _model(
-        self, option: str, path: Path, save_to: str | None, opened: Any, layers: Mapping[str, Layer], variant: str = ""
-    ) -> Model:
-        suffixes = (".safetensors", "") if path.is_dir() else (".safetensors",)
-        inputs = [*self.files.models, *(str(file) for file in opened.source.checkpoint.files)]
-        target = check_output(save_to, inputs, suffixes, SAVE_OPTIONS[option])
+    def _open_model(self, named: ModelOption) -> Model:
+        part, path = self.family.parts[named.option], Path(str(named.path))
+        opened = part.open(named.path, option=named.option)
         checkpoint = opened.source.checkpoint
+        suffixes = (".safetensors", "") if path.is_dir() else (".safetensors",)
+        inputs = [*self.files.models, *(str(file) for file in checkpoint.files)]
+        target = check_output(named.save_to, inputs, suffixes, named.save_option)
         if self.save_dtype is not None and any(opened.source.is_scaled(key) for key in checkpoint):
             raise UserError(
                 f"{checkpoint.label} holds scaled fp8 weights, which --save_precision does not convert; merge into the"
                 " float16, bfloat16 or float32 version."
             )
         if not target.suffix and target.exists():
-            raise UserError(f"{SAVE_OPTIONS[option]}: {target} exists already; name a new folder.")
-        return Model(option, path, target, opened.source, layers, variant)
+            raise UserError(f"{named.save_option}: {target} exists already; name a new folder.")
+        standard = part.standard(opened) if part.standard else {}
+        layers = layers_of(opened, part.table, part.outer)
+        return Model(named.option, path, named.save_option, target, opened.source, layers, standard)
+
+    def run(self, concat: bool, shuffle: bool) -> None:
+        """Merge the files into the models that are named, or without one into one LoRA."""
+        if not self.models:
+            self.merge_files(concat, shuffle)
+            return
+        if concat or shuffle:
+            warn("--concat and --shuffle have no effect on models")
+        self.merge_into_models()
 
     # LoRA files into one
 
@@ -133,7 +147,7 @@ class FluxMergeRun:
         modules = summed(ingredients, concatenated if concat else exact_sum, self.device)
         if shuffle:
             modules = shuffled(modules)
-        metadata = merged_metadata(self.loras, modules, save_to, self.numbers.no_metadata, flux_entries())
+        metadata = merged_metadata(self.loras, modules, save_to, self.numbers.no_metadata, self.family.entries)
         precision = self.numbers.precision
         save_modules(save_to, modules, metadata, self.numbers.save_precision or precision, precision)
 
@@ -159,9 +173,9 @@ class FluxMergeRun:
         given = {model.option for model in self.models}
         for ingredient in ingredients:
             lora = ingredient.lora
-            assert isinstance(lora, FluxLoRA)
-            for prefix, option in OPTIONS.items():
-                names = [name for name, target in lora.targets.items() if target.table.prefix == prefix]
+            assert isinstance(lora, KnownLoRA)
+            for option, part in self.family.parts.items():
+                names = [name for name, target in lora.targets.items() if target.table is part.table]
                 if names and option not in given:
                     warn(f"{lora.path}: {len(names)} modules are left out, because no {option} is given to merge into")
                     for name in names:
@@ -224,9 +238,8 @@ class FluxMergeRun:
         """Of the new file: the model's own; of a transformer with title, date and origin."""
         source = model.source.checkpoint.metadata
         told = {} if "config" in source else model.source.config_entry
-        standard = transformer_entries(model.variant) if model.variant else {}
-        no_metadata = self.numbers.no_metadata or not model.variant
-        return told | merged_model_metadata(model.path, source, standard, self.loras, model.save_to, no_metadata)
+        no_metadata = self.numbers.no_metadata or not model.standard
+        return told | merged_model_metadata(model.path, source, model.standard, self.loras, model.save_to, no_metadata)
 
 
 def _refuse_shared_outputs(models: Sequence[Model]) -> None:
@@ -235,5 +248,5 @@ def _refuse_shared_outputs(models: Sequence[Model]) -> None:
         for other in models[:number]:
             same_folder = model.is_folder and model.path.resolve() == other.path.resolve()
             if model.save_to.resolve() == other.save_to.resolve() and not same_folder:
-                options = f"{SAVE_OPTIONS[other.option]} and {SAVE_OPTIONS[model.option]}"
+                options = f"{other.save_option} and {model.save_option}"
                 raise UserError(f"{options} both name {model.save_to}; they must differ.")

@@ -117,7 +117,7 @@ class FluxDtypeOptions(DtypeOptions):
 class FluxDeviceOptions(DeviceOptions):
     """Device"""
 
-    attn_mode: Literal["sdpa", "split", "xformers", "flash"] = "sdpa"
+    attn_mode: Literal["sdpa", "split", "xformers", "flash", "sage"] = "sdpa"
     """Attention: torch's own (sdpa), the same for one item at a time (split), or a package of that name."""
 
 

@@ -160,6 +160,7 @@ def make_tiny_lumina(
     In ComfyUI's layout, one file holds all parts.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     modules: dict[str, Any] = {"transformer": LuminaTransformer(LUMINA), "autoencoder": AutoencoderKL(AUTOENCODER)}
     states: dict[str, dict[str, Tensor]] = {}
     for name, module in modules.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from library.errors import UserError, did_you_mean
 
-AttentionBackend = Literal["sdpa", "split", "xformers", "flash"]
+AttentionBackend = Literal["sdpa", "split", "xformers", "flash", "sage"]
 """``sdpa``: torch's fused kernels. ``split``: the same, one batch item at a time, each on its own real length, which
-needs least memory. ``xformers``, ``flash``: the packages of that name."""
+needs least memory. ``xformers``, ``flash``, ``sage``: the packages of that name."""
 
-PACKAGES = {"xformers": "xformers", "flash": "flash_attn"}
+PACKAGES = {"xformers": "xformers", "flash": "flash_attn", "sage": "sageattention"}
+WITHOUT_BACKWARD: frozenset[AttentionBackend] = frozenset({"sage"})
+"""Backends that give no gradients: they can draw images, but cannot train."""
 
 
 def require_backend(backend: str) -> None:
@@ -29,7 +32,7 @@ def require_backend(backend: str) -> None:
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(
             f'Attention backend "{backend}" needs the package {package}, which is not installed; '
-            "install it or use torch's own attention (sdpa), which is as fast with current torch."
+            "install it or use torch's own attention (sdpa)."
         )
 
 
@@ -41,7 +44,7 @@ def attention(
     ``query`` [batch, heads, queries, D], ``key`` and ``value`` [batch, heads or a part of them, keys, D]: of fewer
     heads, each is shared by as many neighbouring heads of queries. ``key_mask`` boolean [batch, keys], True where a key
     may be attended to (every row needs at least one). Returns [batch, queries, heads * D]. Raises TypeError for a mask
-    that isn't boolean.
+    that isn't boolean, and RuntimeError where a backend ``WITHOUT_BACKWARD`` would need one.
     """
     if key_mask is not None and key_mask.dtype != torch.bool:
         raise TypeError("key_mask must be boolean: a float mask would be added to the scores")
@@ -51,6 +54,8 @@ def attention(
         out = _xformers(query, key, value, key_mask)
     elif backend == "flash":
         out = _flash(query, key, value, key_mask)
+    elif backend == "sage":
+        out = _sage(query, key, value, key_mask)
     else:
         out = _sdpa(query, key, value, None if key_mask is None else key_mask[:, None, None, :])
     return out.transpose(1, 2).flatten(2)
@@ -59,22 +64,22 @@ def attention(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """torch's own; ``mask`` [batch, 1, 1, keys]."""
     groups = query.shape[1] // key.shape[1]
-    if groups == 1:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    # Where torch has no fused kernel for shared heads (with a mask, or in float32, on a GPU), it would hold all scores.
-    # The queries of the heads that share a key as further queries of one head are the same to it.
     out = F.scaled_dot_product_attention(_as_queries(query, groups), key, value, attn_mask=mask)
     return _as_heads(out, groups)
 
 
 def _as_queries(query: Tensor, groups: int) -> Tensor:
-    """[batch, heads, queries, D] -> [batch, heads / groups, groups * queries, D]: neighbouring heads become one."""
-    return query.unflatten(1, (-1, groups)).flatten(2, 3)
+    """[batch, heads, queries, D] -> [batch, heads / groups, groups * queries, D].
+
+    Heads that share a key become one head with more queries, which is the same to a kernel. torch's own way
+    (``enable_gqa``) would hold all scores wherever it has no fused kernel for it: on a GPU with a mask, or in float32.
+    """
+    return query if groups == 1 else query.unflatten(1, (-1, groups)).flatten(2, 3)
 
 
 def _as_heads(out: Tensor, groups: int) -> Tensor:
     """The inverse of ``_as_queries``."""
-    return out.unflatten(2, (groups, -1)).flatten(1, 2)
+    return out if groups == 1 else out.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
 def _split(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -92,6 +97,8 @@ def _split(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
 def _xformers(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
+    groups = query.shape[1] // key.shape[1]
+    query = _as_queries(query, groups)
     bias = None
     if key_mask is not None:
         batch, heads, queries, keys = *query.shape[:3], key.shape[2]
@@ -100,7 +107,7 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
         aligned[..., :keys].masked_fill_(~key_mask[:, None, None, :], float("-inf"))
         bias = aligned[..., :keys].expand(batch, heads, queries, keys)
     out = memory_efficient_attention(*(t.transpose(1, 2) for t in (query, key, value)), attn_bias=bias)
-    return out.transpose(1, 2)
+    return _as_heads(out.transpose(1, 2), groups)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -108,16 +115,35 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
 
     if key_mask is None:
         return flash_attn_func(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
+    return _without_masked_keys(flash_attn_varlen_func, query, key, value, key_mask)
+
+
+def _sage(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    from sageattention import sageattn, sageattn_varlen
+
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        raise RuntimeError("sageattention has no backward pass")
+    if key_mask is None:
+        return sageattn(query, key, value, tensor_layout="HND")
+    return _without_masked_keys(sageattn_varlen, query, key, value, key_mask)
+
+
+def _without_masked_keys(
+    kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor
+) -> Tensor:
+    """By a ``kernel`` that takes the tokens of all items as one sequence, with the places where items begin."""
     batch, heads, queries, dim = query.shape
     kept = key_mask.flatten().nonzero().squeeze(1)
     lengths = key_mask.sum(1, dtype=torch.int32)
     key_starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     query_starts = torch.arange(0, (batch + 1) * queries, queries, dtype=torch.int32, device=query.device)
-    packed_key, packed_value = (t.transpose(1, 2).reshape(-1, heads, dim)[kept] for t in (key, value))
-    out = flash_attn_varlen_func(
-        query.transpose(1, 2).reshape(-1, heads, dim),
-        packed_key,
-        packed_value,
+    packed_query, packed_key, packed_value = (
+        t.transpose(1, 2).reshape(-1, t.shape[1], dim) for t in (query, key, value)
+    )
+    out = kernel(
+        packed_query,
+        packed_key[kept],
+        packed_value[kept],
         query_starts,
         key_starts,
         queries,

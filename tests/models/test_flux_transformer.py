@@ -8,7 +8,6 @@ import torch
 from library.errors import UserError
 from library.memory.apply import apply_memory_plan
 from library.memory.plan import MemoryPlan
-from library.models.attention import attention
 from library.models.flux import transformer as flux
 from library.models.flux.transformer import (
     KEPT_POSITIONS,
@@ -167,23 +166,3 @@ def test_position_axes_must_fill_the_head():
 def test_an_attention_backend_that_is_not_there_is_named(transformer, backend):
     with pytest.raises(UserError, match=backend):
         transformer.set_attention_backend(backend)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("backend", ["sdpa", "split"])
-def test_attention_is_the_formula(backend, masked):
-    random = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 5, 8, generator=random) for _ in range(3))
-    mask = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 1, 0]]).bool() if masked else None
-    scores = query.double() @ key.double().transpose(-1, -2) / 8**0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
-    expected = (scores.softmax(-1) @ value.double()).transpose(1, 2).flatten(2).float()
-    torch.testing.assert_close(attention(query, key, value, mask, backend), expected, atol=1e-6, rtol=1e-5)
-
-
-def test_a_float_mask_is_refused():
-    """It would be added to the scores, which is silently wrong."""
-    query = torch.randn(1, 1, 2, 8)
-    with pytest.raises(TypeError, match="boolean"):
-        attention(query, query, query, torch.ones(1, 2))

@@ -38,6 +38,7 @@ from library.models.flux.checkpoint import (
 )
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
+from library.models.gemma2 import Gemma2TextEncoder, gemma2_config
 from library.models.lumina.checkpoint import diffusers_modules
 from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from library.models.t5 import T5TextEncoder
@@ -238,7 +239,77 @@ def write_t5_tokenizer(folder: Path) -> int:
     )
     (folder / "spiece.model").write_bytes(model.getvalue())
     write_text(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    return tokenizer_entries(model.getvalue())
+
+
+# Gemma 2
+
+
+def make_tiny_gemma2(
+    path: Path | str, hidden: int = 48, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 3
+) -> Path:
+    """Write a Gemma 2 as one file with its tokenizer inside, as it is published for ComfyUI.
+
+    ``hidden``, the width of its states, is a multiple of 4.
+    """
+    tokenizer = gemma_tokenizer()
+    sizes = {
+        "vocab_size": tokenizer_entries(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+    }
+    encoder = Gemma2TextEncoder(gemma2_config(sizes))
+    fill_randomly(encoder, seed, "tiny gemma2")
+    state = {f"model.{name}": value - 1 if value.dim() == 1 else value for name, value in encoder.state_dict().items()}
+    state = {name: value.to(dtype).contiguous() for name, value in state.items()}
+    state["spiece_model"] = torch.tensor(list(tokenizer), dtype=torch.uint8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, {"config": json.dumps({"head_dim": 16})})
+    return Path(path)
+
+
+def gemma_tokenizer(words: str = WORDS, entries: int = 400) -> bytes:
+    """A small sentencepiece model of Gemma's kind: pairs of pieces are merged, and unknown characters become bytes."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words, *string.printable.split(), *words.split()]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=entries,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\u2581\u2581", "<table>"],
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def tokenizer_entries(model: bytes) -> int:
+    """The number of entries of a sentencepiece model."""
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
 
 
 # The Diffusers layout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from library.checkpoints import Checkpoint
@@ -14,6 +14,10 @@ TRANSFORMER_PREFIXES = ("model.diffusion_model.",)
 AUTOENCODER_PREFIXES = ("vae.", "first_stage_model.")
 CLIP_L_PREFIXES = ("text_encoders.clip_l.transformer.", "conditioner.embedders.0.transformer.")
 T5_PREFIXES = ("text_encoders.t5xxl.transformer.",)
+GEMMA2_PREFIXES = (
+    *("text_encoders.gemma2_2b.transformer.model.", "gemma2_2b.transformer.model.", "transformer.model."),
+    *("model.", ""),
+)
 PART_PREFIXES = (
     *("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders.", "conditioner.", "cond_stage_model."),
     *("model_ema.", "loss."),  # what a training run leaves in its files
@@ -54,9 +58,29 @@ DIFFUSERS_ENCODER = "encoder.down_blocks.0.resnets.0.conv1.weight"
 DECODER = "decoder.conv_in.weight"
 CLIP = "text_model.encoder.layers.0.self_attn.q_proj.weight"
 T5 = "encoder.block.0.layer.0.SelfAttention.q.weight"
-LLM = "model.layers.0.self_attn.q_proj.weight"
+LLM = "layers.0.self_attn.q_proj.weight"
+LLM_NORM = "layers.0.post_attention_layernorm.weight"
+GEMMA_NORM = "layers.0.pre_feedforward_layernorm.weight"
+LLM_WORDS = "embed_tokens.weight"
+LLM_PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
 CONTROLNET = "controlnet_blocks."
 IN_DIFFUSERS = "in the Diffusers layout"
+
+
+def _language_models(prefix: str) -> Iterator[Kind]:
+    """Language models, whose names have ``prefix`` in front."""
+    query_norm, query_bias = "layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_proj.bias"
+    for name, description, keys in (
+        ("gemma3", "a Gemma 3 text encoder", (LLM, GEMMA_NORM, query_norm)),
+        ("gemma2", "a Gemma 2 text encoder", (LLM, GEMMA_NORM)),
+        ("qwen3", "a Qwen 3 text encoder", (LLM, query_norm)),
+        ("qwen2.5-vl", "a Qwen2.5-VL text encoder", (LLM, query_bias)),
+    ):
+        yield Kind(name, description, tuple(prefix + key for key in keys))
+    gemma_keys = tuple(prefix + key for key in (LLM, LLM_NORM, LLM_WORDS))
+    yield Kind("gemma1", "a text encoder of the first Gemma", gemma_keys, sized=(prefix + LLM_WORDS, 0, 256000))
+    yield Kind("llm", "a language model (Llama type)", (prefix + LLM,))
+
 
 # The first that fits is taken, so the more special stand above the more general.
 KINDS = (
@@ -111,9 +135,7 @@ KINDS = (
     Kind("t5-full", "a full T5 file (encoder and decoder)", (T5, "decoder.block.")),
     Kind("byt5", "a ByT5 text encoder", (T5,), sized=(T5, 1, 1472)),
     Kind("t5", "a T5 text encoder", (T5,)),
-    Kind("gemma2", "a Gemma 2 text encoder", (LLM, "model.layers.0.pre_feedforward_layernorm.weight")),
-    Kind("qwen2.5-vl", "a Qwen2.5-VL text encoder", (LLM, "model.layers.0.self_attn.q_proj.bias")),
-    Kind("llm", "a language model (Llama type)", (LLM,)),
+    *(kind for prefix in LLM_PREFIXES for kind in _language_models(prefix)),
 )
 
 

@@ -36,7 +36,7 @@ class TokenizerKind:
     ``pad_id`` is what the text encoder was trained to see after the end of text; None leaves it to the files.
     """
 
-    family: Literal["clip", "t5"]
+    family: Literal["clip", "t5", "gemma"]
     hub_id: str
     folders: tuple[str, ...]
     files: tuple[str, ...]
@@ -57,6 +57,11 @@ CLIP_BIG_G = TokenizerKind(
     "clip", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", ("tokenizer_2",), CLIP_FILES, "BPE", pad_id=0
 )
 T5_XXL = TokenizerKind("t5", "google/t5-v1_1-xxl", ("tokenizer_2", "tokenizer"), ("spiece.model",), "Unigram")
+GEMMA_2 = TokenizerKind("gemma", "google/gemma-2-2b", ("tokenizer",), ("tokenizer.model",), "BPE", pad_id=0)
+GEMMA_SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+"""Gemma's special tokens, which are the first of its vocabulary."""
+EMBEDDED = ("spiece_model", "text_encoders.spiece_model")
+"""Under which keys checkpoints hold a sentencepiece model."""
 
 
 def load_tokenizer(
@@ -75,6 +80,7 @@ def load_tokenizer(
         )
     if kind.pad_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(kind.pad_id)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"  # whatever a folder says for generating text
     return tokenizer
 
 
@@ -86,14 +92,15 @@ def _find(
         folder = cache_dir / kind.folder_name
         if not holds(kind, folder):
             raise UserError(
-                f"{CACHE_OPTION}: {folder} holds no {' + '.join(kind.files)} and no fitting tokenizer.json."
+                f"{CACHE_OPTION}: {folder} holds no {' + '.join(kind.files)} or tokenizer.json of {kind.hub_id}."
             )
         return _from_folder(kind, folder, vocabulary), str(folder)
     for folder in _neighbours(kind, checkpoint.path):
         if holds(kind, folder):
             return _from_folder(kind, folder, vocabulary), str(folder)
-    if kind.family == "t5" and "spiece_model" in checkpoint:
-        return _from_embedded(kind, checkpoint, vocabulary), f"the checkpoint {checkpoint.path}"
+    embedded = next((key for key in EMBEDDED if key in checkpoint), None)
+    if kind.family in ("t5", "gemma") and embedded is not None:
+        return _from_embedded(kind, checkpoint, embedded, vocabulary), f"the checkpoint {checkpoint.path}"
     if kind.family == "clip":
         return _shipped_clip(), "this program (OpenAI's CLIP vocabulary)"
     return _from_hub(kind, checkpoint, vocabulary, cache_dir), f"the hub ({kind.hub_id})"
@@ -102,12 +109,30 @@ def _find(
 def holds(kind: TokenizerKind, folder: Path) -> bool:
     """Whether ``folder`` holds a tokenizer of this kind, and not one of another kind under the same file names."""
     tokenizer_json = folder / "tokenizer.json"
+    has_files = all((folder / name).is_file() for name in kind.files)
+    if kind.family == "gemma" and has_files and _is_gemmas(folder):
+        return True
     if tokenizer_json.is_file():
         try:
-            return json.loads(tokenizer_json.read_text(encoding="utf-8"))["model"]["type"] == kind.json_model
-        except (ValueError, LookupError, TypeError):
+            model = json.loads(tokenizer_json.read_text(encoding="utf-8"))["model"]
+            # Gemma's BPE is told from CLIP's by its special tokens
+            is_gemma = not GEMMA_SPECIAL.values() - model["vocab"].keys() if model["type"] == "BPE" else False
+            return model["type"] == kind.json_model and is_gemma == (kind.family == "gemma")
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{tokenizer_json} is not a valid tokenizer file.") from None
-    return all((folder / name).is_file() for name in kind.files)
+    return has_files and kind.family != "gemma"
+
+
+def _is_gemmas(folder: Path) -> bool:
+    """Whether the ``tokenizer.model`` in a folder is Gemma's; other language models have files of that name."""
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+    special = list(GEMMA_SPECIAL.values())
+    return model.vocab_size() > len(special) and model.id_to_piece(list(range(len(special)))) == special
 
 
 def _neighbours(kind: TokenizerKind, path: Path) -> Iterator[Path]:
@@ -120,9 +145,13 @@ def _neighbours(kind: TokenizerKind, path: Path) -> Iterator[Path]:
 
 
 def _from_folder(kind: TokenizerKind, folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+    if kind.family == "gemma" and (folder / "tokenizer.model").is_file() and _is_gemmas(folder):
+        return _gemma(folder / "tokenizer.model")
     if _belongs_to_another(kind, folder):
         return _from_files_alone(kind, folder, vocabulary)
     arguments: dict[str, Any] = {}
+    if kind.family == "gemma":
+        arguments = {"add_bos_token": True, "add_eos_token": False}
     try:
         if kind.family == "t5" and not (folder / "tokenizer.json").is_file():
             arguments["extra_ids"] = _sentinels(folder, vocabulary)
@@ -133,12 +162,20 @@ def _from_folder(kind: TokenizerKind, folder: Path, vocabulary: int) -> PreTrain
 
 
 def _belongs_to_another(kind: TokenizerKind, folder: Path) -> bool:
-    """Whether the configuration in a folder that holds several tokenizers is that of another kind."""
-    config, others = folder / "tokenizer_config.json", {"clip": "t5", "t5": "clip"}
-    if not config.is_file() or not all((folder / name).is_file() for name in kind.files):
+    """Whether a folder has, beside this kind's files, others that transformers would rather take.
+
+    Those are the configuration of another kind and another model's ``tokenizer.model``.
+    """
+    config, others = folder / "tokenizer_config.json", {"clip", "t5", "gemma"} - {kind.family}
+    if not all((folder / name).is_file() for name in kind.files):
+        return False
+    if "tokenizer.model" not in kind.files and (folder / "tokenizer.model").is_file():
+        return True
+    if not config.is_file():
         return False
     try:
-        return others[kind.family] in str(json.loads(config.read_text(encoding="utf-8"))["tokenizer_class"]).lower()
+        name = str(json.loads(config.read_text(encoding="utf-8"))["tokenizer_class"]).lower()
+        return any(other in name for other in others)
     except (ValueError, LookupError, TypeError):
         return False
 
@@ -186,10 +223,27 @@ def _sentinels(folder: Path, vocabulary: int) -> int:
     return 100 if pieces + 100 <= vocabulary else 0
 
 
-def _from_embedded(kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int) -> PreTrainedTokenizerBase:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "spiece.model").write_bytes(checkpoint.load("spiece_model").numpy().tobytes())
-        return _from_folder(kind, Path(folder), vocabulary)
+def _from_embedded(kind: TokenizerKind, checkpoint: Checkpoint, key: str, vocabulary: int) -> PreTrainedTokenizerBase:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / kind.files[0]).write_bytes(checkpoint.load(key).numpy().tobytes())
+        tensor = f'{checkpoint.label}: the tokenizer in its tensor "{key}"'
+        try:
+            if kind.family == "gemma" and not _is_gemmas(folder):
+                raise UserError(f"{tensor} is not Gemma's.")
+            return _from_folder(kind, folder, vocabulary)
+        except UserError as error:
+            raise UserError(str(error).replace(f"The tokenizer in {folder}", tensor)) from None
+
+
+def _gemma(model: Path) -> PreTrainedTokenizerBase:
+    """Gemma's tokenizer from a sentencepiece model, by sentencepiece itself.
+
+    transformers' own class converts it, which takes seconds for 256,000 pieces.
+    """
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    return SentencePieceBackend(vocab_file=str(model), special_tokens_pattern="bos", **GEMMA_SPECIAL)
 
 
 def _shipped_clip() -> PreTrainedTokenizerBase:
@@ -222,7 +276,7 @@ def _from_hub(
         raise UserError(
             f"The tokenizer {kind.hub_id} is neither beside the checkpoint ({checkpoint.path}) nor to be had from the "
             f"Hugging Face hub; put its {' and '.join(kind.files)} (or tokenizer.json) into a folder named "
-            f"{kind.folder_name}, and give the folder above that as {CACHE_OPTION}."
+            f"{kind.folder_name}, and give the folder above that as {CACHE_OPTION}{_instead(kind)}."
         ) from error
     if not holds(kind, folder):
         raise UserError(f"The Hugging Face hub gave no {' and '.join(kind.files)} for {kind.hub_id} (in {folder}).")
@@ -233,12 +287,21 @@ def _from_hub(
     return tokenizer
 
 
+def _instead(kind: TokenizerKind) -> str:
+    """What else a user can do who has no tokenizer."""
+    return ', or take a checkpoint that holds its tokenizer (a tensor "spiece_model")' if kind.family == "gemma" else ""
+
+
 def _tokenizer_class(kind: TokenizerKind) -> Any:
     prepare_transformers()
     if kind.family == "clip":
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
         return CLIPTokenizer
+    if kind.family == "gemma":
+        from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
+
+        return GemmaTokenizer
     from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
     return T5Tokenizer

@@ -10,6 +10,7 @@ from library.errors import UserError
 from library.models.autoencoder_kl import open_autoencoder
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
+from library.models.gemma2 import open_gemma2
 from library.models.recognition import KINDS, recognise
 from library.models.t5 import open_t5
 from library.safetensors_io import save_file
@@ -19,6 +20,21 @@ SD_ATTENTION = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn
 SDXL_ATTENTION = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 CLIP_QUERY = "text_model.encoder.layers.0.self_attn.q_proj.weight"
 T5_QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
+
+LANGUAGE_MODELS: dict[str, dict[str, tuple[int, ...]]] = {
+    "a Gemma 2 text encoder": {"layers.0.pre_feedforward_layernorm.weight": (4,)},
+    "a Gemma 3 text encoder": {
+        "layers.0.pre_feedforward_layernorm.weight": (4,),
+        "layers.0.self_attn.q_norm.weight": (4,),
+    },
+    "a text encoder of the first Gemma": {
+        "layers.0.post_attention_layernorm.weight": (4,),
+        "embed_tokens.weight": (256000, 1),
+    },
+    "a Qwen 3 text encoder": {"layers.0.self_attn.q_norm.weight": (4,)},
+    "a Qwen2.5-VL text encoder": {"layers.0.self_attn.q_proj.bias": (4,)},
+    "a language model": {"layers.0.post_attention_layernorm.weight": (4,), "embed_tokens.weight": (32000, 1)},
+}
 
 # Names (with widths where they count) as they stand in published files.
 FILES = {
@@ -63,9 +79,12 @@ FILES = {
         "encoder.down.0.block.0.conv1.weight": (4, 4, 3, 3),
         "decoder.conv_in.weight": (4, 64, 3, 3),
     },
-    "a Gemma 2 text encoder": {
-        "model.layers.0.self_attn.q_proj.weight": (4, 4),
-        "model.layers.0.pre_feedforward_layernorm.weight": (4,),
+    **{
+        f"{description}{' ' * index}": {
+            f"{prefix}{key}": size for key, size in {"layers.0.self_attn.q_proj.weight": (4, 4), **keys}.items()
+        }
+        for index, prefix in enumerate(("", "model.", "language_model.model."))
+        for description, keys in LANGUAGE_MODELS.items()
     },
     "not a checkpoint of a known kind": {"something.else": (4,)},
 }
@@ -102,6 +121,15 @@ def test_what_is_given_for_chroma_is_named(tmp_path, description):
     with pytest.raises(UserError, match="a Chroma transformer") as error:
         open_transformer(path, option="--ckpt_path", model_type="chroma")
     assert description.strip() in str(error.value) and str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("description", [name for name in FILES if not name.startswith("a Gemma 2")])
+def test_what_is_given_for_gemma_2_is_named(tmp_path, description):
+    path = write(tmp_path / "model.safetensors", FILES[description])
+    with pytest.raises(UserError) as error:
+        open_gemma2(path, option="--gemma2")
+    message = str(error.value)
+    assert message.startswith(f"--gemma2: {path}") and description.strip() in message and "\n" not in message
 
 
 def test_parts_that_were_mixed_up_are_named(tmp_path):

@@ -11,6 +11,7 @@ from library.models.autoencoder_kl import open_autoencoder
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
 from library.models.gemma2 import open_gemma2
+from library.models.lumina.checkpoint import open_transformer as open_lumina
 from library.models.recognition import KINDS, recognise
 from library.models.t5 import open_t5
 from library.safetensors_io import save_file
@@ -62,6 +63,23 @@ FILES = {
         "model.diffusion_model.cap_embedder.1.weight": (4, 4),
         "model.diffusion_model.context_refiner.0.attention.qkv.weight": (4, 4),
     },
+    "a Lumina Image 2.0 file in the Diffusers layout": {
+        "time_caption_embed.caption_embedder.1.weight": (4, 4),
+        "context_refiner.0.attn.to_q.weight": (4, 4),
+    },
+    "a Z-Image file": {
+        "model.diffusion_model.cap_embedder.1.weight": (4, 4),
+        "model.diffusion_model.context_refiner.0.attention.qkv.weight": (4, 4),
+        "model.diffusion_model.cap_pad_token": (1, 4),
+    },
+    "an OmniGen2 file": {
+        "time_caption_embed.caption_embedder.1.weight": (4, 4),
+        "context_refiner.0.attn.to_q.weight": (4, 4),
+        "ref_image_refiner.0.attn.to_q.weight": (4, 4),
+    },
+    "a FLUX.1 file": {
+        key: (4, 4) for key in ("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "vector_in.in_layer.weight")
+    },
     "a HunyuanImage-2.1 file": {"double_blocks.0.img_attn_qkv.weight": (4, 4), "byt5_in.fc1.weight": (4, 4)},
     "a LoRA file": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 4)},
     "a LoRA file ": {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 4)},
@@ -90,12 +108,9 @@ FILES = {
 }
 
 
-FLUX = {key: (4, 4) for key in ("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "vector_in.in_layer.weight")}
-
-
 @pytest.mark.parametrize(("given", "wanted"), [("flux", "chroma"), ("chroma", "flux")])
 def test_the_other_model_type_is_advised(tmp_path, given, wanted):
-    path = write(tmp_path / "model.safetensors", FLUX if given == "flux" else FILES["a Chroma file"])
+    path = write(tmp_path / "model.safetensors", FILES["a FLUX.1 file" if given == "flux" else "a Chroma file"])
     with pytest.raises(UserError, match=rf"Give --model_type {given} for this file\.$"):
         open_transformer(path, model_type=wanted)
 
@@ -105,7 +120,7 @@ def write(path, shapes: dict[str, tuple[int, ...]]):
     return path
 
 
-@pytest.mark.parametrize("description", FILES)
+@pytest.mark.parametrize("description", [name for name in FILES if name != "a FLUX.1 file"])
 def test_what_is_given_for_the_transformer_is_named(tmp_path, description):
     path = write(tmp_path / "model.safetensors", FILES[description])
     with pytest.raises(UserError) as error:
@@ -130,6 +145,14 @@ def test_what_is_given_for_gemma_2_is_named(tmp_path, description):
         open_gemma2(path, option="--gemma2")
     message = str(error.value)
     assert message.startswith(f"--gemma2: {path}") and description.strip() in message and "\n" not in message
+
+
+@pytest.mark.parametrize("description", [name for name in FILES if "Lumina" not in name])
+def test_what_is_given_for_lumina_is_named(tmp_path, description):
+    path = write(tmp_path / "model.safetensors", FILES[description])
+    with pytest.raises(UserError, match="a Lumina Image 2.0 transformer is needed here") as error:
+        open_lumina(path, option="--pretrained_model_name_or_path")
+    assert description.strip() in str(error.value) and str(error.value).count("\n") == 0
 
 
 def test_parts_that_were_mixed_up_are_named(tmp_path):

@@ -69,6 +69,7 @@ class TinyLumina:
     """The paths of the files written; all are one file in ComfyUI's layout and the model's folder in Diffusers'."""
 
     transformer: Path
+    gemma2: Path
     autoencoder: Path
 
 
@@ -168,19 +169,26 @@ def make_tiny_lumina(
         fill_randomly(module, seed, f"tiny lumina {name}")
         states[name] = {key: value.to(dtype).contiguous() for key, value in module.state_dict().items()}
     if layout == "diffusers":
-        _write_diffusers_lumina(folder, states)
-        return TinyLumina(folder, folder)
+        _write_diffusers_lumina(folder, states, tiny_gemma2(LUMINA.text_dim, seed, dtype))
+        return TinyLumina(folder, folder, folder)
     states["transformer"]["norm_final.weight"] = torch.ones(LUMINA.dim, dtype=dtype)
-    config = {"config": json.dumps({"norm_num_groups": AUTOENCODER.groups})}
+    config = {"norm_num_groups": AUTOENCODER.groups}
     if layout == "comfyui":
-        prefixes = {"transformer": "model.diffusion_model.", "autoencoder": "vae."}
+        gemma2 = tiny_gemma2(LUMINA.text_dim, seed, dtype)
+        prefixes = {
+            "model.diffusion_model.": states["transformer"],
+            "vae.": states["autoencoder"],
+            "text_encoders.gemma2_2b.transformer.model.": gemma2.state,
+            "text_encoders.": {"spiece_model": gemma2.tokenizer, "gemma2_2b.logit_scale": torch.ones((), dtype=dtype)},
+        }
         path = folder / "lumina.safetensors"
-        together = {prefixes[name] + key: value for name, state in states.items() for key, value in state.items()}
-        save_file(together, path, config)
-        return TinyLumina(path, path)
-    files = TinyLumina(folder / "lumina.safetensors", folder / "ae.safetensors")
+        together = {prefix + key: value for prefix, state in prefixes.items() for key, value in state.items()}
+        save_file(together, path, {"config": json.dumps({**config, "gemma2": gemma2.exceptions})})
+        return TinyLumina(path, path, path)
+    files = TinyLumina(folder / "lumina.safetensors", folder / "gemma2.safetensors", folder / "ae.safetensors")
     save_file(states["transformer"], files.transformer)
-    save_file(states["autoencoder"], files.autoencoder, config)
+    make_tiny_gemma2(files.gemma2, LUMINA.text_dim, seed, dtype)
+    save_file(states["autoencoder"], files.autoencoder, {"config": json.dumps(config)})
     return files
 
 
@@ -245,6 +253,19 @@ def write_t5_tokenizer(folder: Path) -> int:
 # Gemma 2
 
 
+@dataclass(frozen=True)
+class TinyGemma2:
+    """A Gemma 2 before it is written."""
+
+    config: Any
+    state: dict[str, Tensor]
+    """Without a prefix."""
+    tokenizer: Tensor
+    """The bytes of its tokenizer.model."""
+    exceptions: dict[str, int]
+    """What a file has to say because its shapes don't."""
+
+
 def make_tiny_gemma2(
     path: Path | str, hidden: int = 48, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 3
 ) -> Path:
@@ -252,6 +273,15 @@ def make_tiny_gemma2(
 
     ``hidden``, the width of its states, is a multiple of 4.
     """
+    made = tiny_gemma2(hidden, seed, dtype, layers)
+    state = {f"model.{name}": value for name, value in made.state.items()} | {"spiece_model": made.tokenizer}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, {"config": json.dumps(made.exceptions)})
+    return Path(path)
+
+
+def tiny_gemma2(hidden: int, seed: int, dtype: torch.dtype, layers: int = 3) -> TinyGemma2:
+    """What ``make_tiny_gemma2`` writes."""
     tokenizer = gemma_tokenizer()
     sizes = {
         "vocab_size": tokenizer_entries(tokenizer),
@@ -265,12 +295,9 @@ def make_tiny_gemma2(
     }
     encoder = Gemma2TextEncoder(gemma2_config(sizes))
     fill_randomly(encoder, seed, "tiny gemma2")
-    state = {f"model.{name}": value - 1 if value.dim() == 1 else value for name, value in encoder.state_dict().items()}
+    state = {name: value - 1 if value.dim() == 1 else value for name, value in encoder.state_dict().items()}
     state = {name: value.to(dtype).contiguous() for name, value in state.items()}
-    state["spiece_model"] = torch.tensor(list(tokenizer), dtype=torch.uint8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, {"config": json.dumps({"head_dim": 16})})
-    return Path(path)
+    return TinyGemma2(encoder.config, state, torch.tensor(list(tokenizer), dtype=torch.uint8), {"head_dim": 16})
 
 
 def gemma_tokenizer(words: str = WORDS, entries: int = 400) -> bytes:
@@ -341,15 +368,22 @@ def _write_diffusers(
         save_file(states[name], folder / part / "model.safetensors", {"format": "pt"})
 
 
-def _write_diffusers_lumina(folder: Path, states: dict[str, dict[str, Tensor]]) -> None:
+def _write_diffusers_lumina(folder: Path, states: dict[str, dict[str, Tensor]], gemma2: TinyGemma2) -> None:
     parts = {
         "transformer": ("diffusers", "Lumina2Transformer2DModel"),
         "vae": ("diffusers", "AutoencoderKL"),
         "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+        "text_encoder": ("transformers", "Gemma2Model"),
+        "tokenizer": ("transformers", "GemmaTokenizerFast"),
     }
     _write_pipeline("Lumina2Pipeline", folder, parts, {"shift": 6.0})
     _write_transformer(folder, diffusers_lumina_state(states["transformer"], LUMINA), diffusers_lumina_config(LUMINA))
     _write_autoencoder(folder, states["autoencoder"])
+    write_text(folder / "text_encoder" / "config.json", gemma2.config.to_json_string())
+    save_file(gemma2.state, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(gemma2.tokenizer.numpy().tobytes())
+    settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    write_text(folder / "tokenizer" / "tokenizer_config.json", json.dumps(settings))
 
 
 def _write_pipeline(name: str, folder: Path, parts: dict[str, tuple[str, str]], scheduler: dict[str, Any]) -> None:

@@ -44,6 +44,8 @@ def sinusoid(values: Tensor, dim: int) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension times ``weight``, computed in float32, in the dtype of ``x``."""
+    if x.dtype == weight.dtype:  # torch computes it in float32 by itself, and keeps no copy for the backward pass
+        return F.rms_norm(x, weight.shape, weight, eps=eps).to(x.dtype)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps=eps).to(x.dtype)
 
 

@@ -176,18 +176,26 @@ FLUX = Family(
     },
     module_marks=r"lora_unet_(double|single)_blocks_",
 )
+LUMINA = Family(
+    key="lumina",
+    name="Lumina Image 2.0",
+    lora_name="Lumina Image 2.0",
+    room="lumina",
+    script="lumina_train_network",
+    trainer="LuminaNetworkTrainer",
+    options="LuminaTrainingOptions",
+    networks=("networks.lora_lumina", "networks.oft_lumina"),
+    versions={"lumina": ModelVersion("lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", 1024)},
+    module_marks=r"lora_unet_(layers|context_refiner|noise_refiner|cap_embedder)_",
+    encoder_marks=r"lora_te_layers_\d+_(self_attn|mlp)_",
+)
 
-FAMILIES = (STABLE_DIFFUSION, SDXL, FLUX)
+FAMILIES = (STABLE_DIFFUSION, SDXL, FLUX, LUMINA)
 OTHER_FAMILIES = (
     OtherFamily(
         lora_name="HunyuanImage-2.1",
         versions=("hunyuan",),
         module_marks=r"lora_unet_(double|single)_blocks_\d+_(\w+_fc\d|\w*mod\w*_linear)$",
-    ),
-    OtherFamily(
-        lora_name="Lumina Image 2.0",
-        versions=("lumina",),
-        module_marks=r"lora_unet_(layers|context_refiner|noise_refiner|cap_embedder)_",
     ),
 )
 CACHING_OPTIONS = "tools.cache_run:CachingOptions"

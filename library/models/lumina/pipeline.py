@@ -20,7 +20,7 @@ from library.models.lumina.checkpoint import TransformerFile, open_transformer
 from library.models.lumina.text import TEXT_LENGTH, encode_gemma, gemma_tokens, with_system_prompt
 from library.models.lumina.transformer import LuminaConfig
 from library.models.pipeline import Conditioning, ImageRequest
-from library.models.recognition import AUTOENCODER_PREFIXES, GEMMA_PREFIXES
+from library.models.recognition import AUTOENCODER_PREFIXES, GEMMA2_PREFIXES
 from library.models.sampling import FlowEuler, Guidance, Role, TruncatedClassifierFree, Unguided
 from library.models.schedules import lumina_sigmas
 from library.models.tokenizer_files import GEMMA_2, TokenizerKind
@@ -195,7 +195,7 @@ def open_files(files: LuminaFiles, parts: Collection[Part]) -> OpenedFiles:
             option=option,
             name="Gemma 2",
             subfolder="text_encoder",
-            prefixes=GEMMA_PREFIXES,
+            prefixes=tuple(prefix for prefix in GEMMA2_PREFIXES if prefix.startswith("text_encoders.")),
         )
         gemma2 = open_gemma2(found, files.disable_mmap, option)
         require_width(transformer, gemma2.source, gemma2.hidden_size, config.text_dim)

@@ -1,16 +1,17 @@
-"""What the users' guide for FLUX.1 promises, as a list: ``reference_data/flux_guide_walk.toml`` says how to read it."""
+"""What the users' guides promise, as lists: ``reference_data/flux_guide_walk.toml`` says how to read them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import tomli
 
 from tests.running import ROOT
 
-LIST = ROOT / "tests" / "reference_data" / "flux_guide_walk.toml"
+LISTS = ROOT / "tests" / "reference_data"
 Kind = Literal["command", "options", "toml", "dataset key", "prompt", "program"]
 
 
@@ -40,9 +41,9 @@ def _filled(value: Any, names: Mapping[str, str]) -> Any:
     return tuple(_filled(part, names) for part in value) if isinstance(value, list) else value
 
 
-def _read() -> list[Entry]:
+def _read(path: Path) -> list[Entry]:
     entries = []
-    for table in tomli.loads(LIST.read_text(encoding="utf-8"))["entry"]:
+    for table in tomli.loads(path.read_text(encoding="utf-8"))["entry"]:
         each = table.pop("each", None)
         if each is None:
             entries.append(Entry(**_filled(table, {})))
@@ -54,6 +55,7 @@ def _read() -> list[Entry]:
     return entries
 
 
-WALK = _read()
-DATASETS = {entry.id: entry.text for entry in WALK if entry.kind == "toml"}
-"""The guide's dataset configurations by id."""
+WALKS = {path.name.partition("_")[0]: _read(path) for path in sorted(LISTS.glob("*_guide_walk.toml"))}
+"""The lists by family."""
+DATASETS = {entry.id: entry.text for entry in WALKS["flux"] if entry.kind == "toml"}
+"""Dataset configurations of the guides by id."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from library.console import LOGGER
 from library.prompt_options import read_prompt_file
 from tests.docs.pages import TRAINERS, Block, blocks, commands, launched
-from tests.documented import WALK
+from tests.documented import WALKS
 from tests.running import ROOT, forget_accelerator, launched_script
 
 GUIDES = (
@@ -28,7 +28,7 @@ GUIDES = (
     *("caching", "lycoris", "flux_train_network", "flux_controlnet", "flux_minimal_inference", "README"),
     "lora_tools",
 )
-WALKED = [shlex.split(entry.text) for entry in WALK if entry.kind == "options"]
+WALKED = [shlex.split(entry.text) for walk in WALKS.values() for entry in walk if entry.kind == "options"]
 SHOWN = [(block, words) for block in blocks("bash") if block.page.stem in GUIDES for words in commands(block)]
 LAUNCHES = [
     pytest.param(block, words, id=str(block), marks=[pytest.mark.slow] if "--dry_run" in words else [])

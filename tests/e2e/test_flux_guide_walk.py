@@ -1,85 +1,58 @@
-"""What the users' guide for FLUX.1 promises works: a walk along the list of tests/reference_data/flux_guide_walk.toml.
-
-Models are tiny and images few and small. Everything else is as in the guide, but that resolutions are smaller,
-that a command trains two epochs, and that without a CUDA device bf16 takes the place of fp16.
-"""
+"""What the guide for FLUX.1 says works: a walk along the list of tests/reference_data/flux_guide_walk.toml."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import logging
-import re
-import shlex
 import shutil
-import sys
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
-from library.console import LOGGER
-from library.errors import UserError
-from library.options import parse_options
-from tests.documented import WALK, Entry
-from tests.running import ROOT, forget_accelerator, launched_script, run_in_process, trainer_class
+from tests.documented import WALKS
+from tests.guide_walk import (
+    Guide,
+    compared,
+    console,
+    entry_options,
+    make_place,
+    model_options,
+    require,
+    require_shown,
+    require_well_formed,
+    run,
+    run_command,
+    run_program,
+    with_files,
+)
 
-RUN = (
-    "--network_module networks.lora_flux --network_dim 4 --learning_rate 1e-3 --train_batch_size 2 --seed 7 "
-    "--t5xxl_max_token_length 16 --max_data_loader_n_workers 0 --no_report"
-).split()
-SMALL = {"1024, 1024": "128, 128", "768, 768": "96, 96", "--max_train_epochs=10": "--max_train_epochs=2"}
-
-
-@dataclass
-class Outcome:
-    """What a run left behind."""
-
-    folder: Path
-    said: str = ""
-    refused: str = ""
-    loss: float = float("nan")
-    """Of the first batch."""
-    rates: Mapping[str, float] = field(default_factory=dict)
-    no_effect: tuple[str, ...] = ()
-    named: Mapping[str, Path] = field(default_factory=dict)
-    """The files that entries name in angle brackets."""
-
-    @property
-    def file(self) -> Path:
-        """The LoRA file of the run's end."""
-        (path,) = (path for path in self.folder.glob("*.safetensors") if not re.search(r"-\d{6}$", path.stem))
-        return path
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return load_file(self.file)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        with safe_open(self.file, "pt") as file:
-            return file.metadata()
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank by module."""
-        downs = {key: tensor for key, tensor in self.tensors.items() if key.endswith(".lora_down.weight")}
-        return {key.partition(".")[0]: len(tensor) for key, tensor in downs.items()}
-
-
-# ---- models, images, files -----------------------------------------------------------------------------------------
+__all__ = ["compared", "console", "run"]  # fixtures
+WALK = WALKS["flux"]
+GUIDE = Guide(
+    family="flux",
+    dataset="my_flux_dataset_config.toml",
+    run="--network_module networks.lora_flux --t5xxl_max_token_length 16",
+    stands_for={
+        "<path to FLUX.1 model>": "pretrained_model_name_or_path",
+        "<path to Chroma model>": "pretrained_model_name_or_path",
+        "<path to CLIP-L model>": "clip_l",
+        "<path to T5-XXL model>": "t5xxl",
+        "<path to AE model>": "ae",
+        "<output directory>": "output_dir",
+    },
+)
 
 
 @pytest.fixture(scope="module")
-def models(tiny_flux, tiny_chroma, tmp_path_factory) -> dict[str, dict[str, Path]]:
+def guide() -> Guide:
+    return GUIDE
+
+
+@pytest.fixture(scope="module")
+def models(tiny_flux, tiny_chroma, tmp_path_factory) -> dict[str, dict[str, Path | str]]:
     """The files of each kind of model by the option that names them."""
     from library.models.flux.transformer import FluxTransformer
     from library.safetensors_io import save_file
@@ -92,8 +65,12 @@ def models(tiny_flux, tiny_chroma, tmp_path_factory) -> dict[str, dict[str, Path
     schnell = make_tiny_flux(folder / "schnell", variant="schnell")
     found = {"flux": tiny_flux, "schnell": schnell, "chroma": tiny_chroma}
     names = {"pretrained_model_name_or_path": "transformer", "clip_l": "clip_l", "t5xxl": "t5xxl", "ae": "autoencoder"}
-    files = {kind: {name: getattr(tiny, part) for name, part in names.items()} for kind, tiny in found.items()}
+    files = {
+        kind: {name: path for name, part in names.items() if (path := getattr(tiny, part))}
+        for kind, tiny in found.items()
+    }
     files["deep"] = {**files["flux"], "pretrained_model_name_or_path": folder / "deep.safetensors"}
+    files["chroma"] |= {"model_type": "chroma", "apply_t5_attn_mask": ""}
     return files
 
 
@@ -111,274 +88,40 @@ def named(models, tiny_controlnet, place, tmp_path_factory) -> dict[str, Path]:
     found = {name: folder / f"{name}.safetensors" for name in ("t5_fp16", "t5_fp8")}
     found |= {name: flux[name] for name in ("clip_l", "t5xxl", "ae")}
     found |= {kind: models[kind]["pretrained_model_name_or_path"] for kind in ("flux", "chroma")}
+    found["model"] = found["flux"]
     return found | {"controlnet": tiny_controlnet, "controlled": place / "controlled.toml"}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, image_folder) -> Path:
-    """A folder with two images and their captions, a dataset file over them, and a folder with more images."""
-    folder = tmp_path_factory.mktemp("walk")
-    copies(image_folder, folder / "many")
-    for number in range(2):
-        picture = Image.effect_mandelbrot((80, 80), (-2, -1, 1, 1), 20 + number)
-        picture.convert("RGB").save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"a circle, number {number}", encoding="utf-8")
-    text = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\n[[datasets.subsets]]\n"
-    text += f'image_dir = "{folder.as_posix()}"\ncaption_extension = ".txt"\n'
-    (folder / "my_flux_dataset_config.toml").write_text(text, encoding="utf-8")
+    """The folder of images and dataset files; one of them has control images."""
+    folder = make_place(tmp_path_factory.mktemp("walk"), GUIDE, image_folder)
     (folder / "control").mkdir()
     for number in range(2):
         Image.linear_gradient("L").resize((80, 80)).convert("RGB").save(folder / "control" / f"{number}.png")
+    text = (folder / GUIDE.dataset).read_text(encoding="utf-8")
     text += f'conditioning_data_dir = "{(folder / "control").as_posix()}"\n'
     (folder / "controlled.toml").write_text(text, encoding="utf-8")
     return folder
 
-
-def with_files(text: str, named: Mapping[str, Path]) -> list[str]:
-    """The words of a line of options, with paths for what stands for files."""
-    return [re.sub(r"<(\w+)>", lambda match: str(named[match[1]]), word) for word in shlex.split(text)]
-
-
-def model_options(entry: Entry, models: Mapping[str, Mapping[str, Path]]) -> list[str]:
-    """The options that name the model of an entry, and for Chroma those without which it is not trained."""
-    given = {name: path for name, path in models[entry.model].items() if path}
-    if entry.model == "chroma":
-        given |= {"model_type": "chroma", "apply_t5_attn_mask": ""}
-    return [f"--{name}={path}".rstrip("=") for name, path in given.items() if name not in entry.without]
-
-
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run(place):
-    """Train in this process with these options; returns what came of it."""
-    trainer = trainer_class("flux")
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("library")
-
-    def in_this_process(folder: Path, options: list[str]) -> Outcome:
-        forget_accelerator()
-        messages.clear()
-        given = [*RUN, f"--dataset_config={place / 'my_flux_dataset_config.toml'}", *options, f"--output_dir={folder}"]
-        if not {"--max_train_steps", "--max_train_epochs"} & set(options):
-            given.append("--max_train_steps=1")
-        outcome = Outcome(folder)
-        try:
-            running = trainer.of(parse_options(trainer.options_class, "", given))
-            running.train()
-            outcome.loss = running.progress.record.losses[0]
-            outcome.rates = {name.removeprefix("lr/"): rate for name, rate in running.learning_rates().items()}
-            outcome.no_effect = tuple(sorted(running.no_effect))
-        except UserError as error:
-            outcome.refused = str(error)
-        outcome.said = "\n".join(messages)
-        return outcome
-
-    logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    yield in_this_process
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-    forget_accelerator()
-
-
-@pytest.fixture(scope="module")
-def compared(run, models, named, tmp_path_factory) -> Callable[[Entry], Outcome]:
-    """The run that an entry's is compared with; entries with the same one share it."""
-    done: dict[tuple[str, str], Outcome] = {}
-
-    def of(entry: Entry) -> Outcome:
-        options = entry.beside if entry.against is None else entry.against
-        key = (entry.model, options)
-        if key not in done:
-            whole = replace(entry, without=())
-            folder = tmp_path_factory.mktemp("compared")
-            done[key] = run(folder, [*model_options(whole, models), *with_files(options, named)])
-            assert not done[key].refused
-        return done[key]
-
-    return of
-
-
-def entry_options(entry: Entry, folder: Path, place: Path, named: Mapping[str, Path]) -> list[str]:
-    """What an entry adds to the options that name its model."""
-    options = with_files(entry.beside, named)
-    if entry.kind == "options":
-        return [*options, *with_files(entry.text, named)]
-    if entry.kind == "prompt":
-        (folder / "prompts.txt").write_text(entry.text, encoding="utf-8")
-        return [*options, f"--sample_prompts={folder / 'prompts.txt'}", "--sample_every_n_steps=1"]
-    path = folder / "dataset.toml"
-    text = entry.text
-    if entry.kind == "dataset key":
-        plain = (place / "my_flux_dataset_config.toml").read_text(encoding="utf-8")
-        text = f"{text}{plain}" if "[general]" in text else plain.replace("[[datasets]]\n", f"[[datasets]]\n{text}\n")
-    else:
-        options.append("--min_bucket_reso=64")
-        for name in set(re.findall(r'"path/to/image/([\w-]+)"', text)):
-            copies(place / "many", folder / name)
-            text = text.replace(f'"path/to/image/{name}"', f'"{(folder / name).as_posix()}"')
-    path.write_text(smaller(text), encoding="utf-8")
-    return [*options, f"--dataset_config={path}"]
-
-
-def smaller(text: str) -> str:
-    """A dataset file or command line with smaller numbers."""
-    for large, small in SMALL.items():
-        text = text.replace(large, small)
-    return text
-
-
-def copies(source: Path, target: Path) -> None:
-    """Twelve images with captions under both extensions."""
-    target.mkdir()
-    for picture in source.glob("*.png"):
-        shutil.copy(picture, target)
-        for extension in (".txt", ".caption"):
-            shutil.copy(picture.with_suffix(".txt"), (target / picture.name).with_suffix(extension))
-
-
-# ---- what must come out ----------------------------------------------------------------------------------------------
-
-
-def close(one: Outcome, two: Outcome) -> dict[str, bool]:
-    """Whether the losses of two runs are equal, and their weights, but for rounding."""
-    a, b = one.tensors, two.tensors
-    equal = a.keys() == b.keys() and all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6) for key in a)
-    return {"loss": one.loss == pytest.approx(two.loss, rel=1e-5), "weights": equal}
-
-
-def ranks_by_pattern(names: Any, wanted: Mapping[str, int]) -> dict[str, int]:
-    """The rank that the last matching pattern gives each module of the transformer; the patterns match something."""
-    assert all(any(re.search(pattern, name) for name in names) for pattern in wanted)
-    matching = {name: [rank for pattern, rank in wanted.items() if re.search(pattern, name)] for name in names}
-    return {name: ranks[-1] for name, ranks in matching.items()}
-
-
-def datasets(outcome: Outcome, key: str) -> list[Any]:
-    return [dataset[key] for dataset in json.loads(outcome.metadata["ss_datasets"])]
-
-
-def validations(outcome: Outcome) -> list[str]:
-    """The steps or epochs of all validations, whose losses must be one number."""
-    found = re.findall(r"^(step|epoch) (\d+): validation loss ([\d.]+)", outcome.said, re.MULTILINE)
-    assert len({loss for _, _, loss in found}) == 1, found
-    return [f"{kind} {number}" for kind, number, _ in found]
-
-
-def image_size(outcome: Outcome) -> list[int]:
-    """The size of the one image that was drawn."""
-    (path,) = outcome.folder.rglob("*.png")
-    with Image.open(path) as image:
-        assert image.convert("L").getextrema()[0] != image.convert("L").getextrema()[1]
-        return list(image.size)
-
-
-def changes(model: Path, original: Path) -> list[str]:
-    """The tensors of a model that differ from the original's."""
-    one, two = load_file(model), load_file(original)
-    assert one.keys() == two.keys()
-    return [key for key in one if not torch.equal(one[key], two[key])]
-
-
-def acts_like(outcome: Outcome, name: str) -> bool:
-    """Whether a LoRA file adds to each layer of the transformer what another one does."""
-    one, two = outcome.tensors, load_file(outcome.named[name])
-
-    def added(tensors: Mapping[str, Tensor], module: str) -> Tensor:
-        down, up, alpha = (tensors[f"{module}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
-        return alpha / len(down) * up @ down
-
-    return all(torch.allclose(added(one, module), added(two, module), rtol=0, atol=1e-5) for module in outcome.ranks)
-
-
-CHECKS: dict[str, Callable[[Outcome, Any], bool]] = {
-    "said": lambda outcome, texts: all(text in outcome.said for text in texts),
-    "metadata": lambda outcome, values: values.items() <= outcome.metadata.items(),
-    "modules": lambda outcome, counts: (
-        Counter(name.split("_")[1] for name in outcome.ranks) == {part: int(n) for part, n in counts.items()}
-    ),
-    "ranks": lambda outcome, wanted: outcome.ranks == ranks_by_pattern(outcome.ranks, wanted),
-    "rates": lambda outcome, rates: outcome.rates == pytest.approx(rates),
-    "files": lambda outcome, count: len(list(outcome.folder.glob("*.safetensors"))) == count,
-    "image_size": lambda outcome, size: image_size(outcome) == list(size),
-    "batch_sizes": lambda outcome, sizes: datasets(outcome, "batch_size_per_device") == list(sizes),
-    "resolutions": lambda outcome, sizes: datasets(outcome, "resolution") == [list(size) for size in sizes],
-    "images": lambda outcome, counts: (
-        [outcome.metadata[f"ss_num_{part}_images"] for part in ("train", "validation")] == [str(n) for n in counts]
-    ),
-    "caches": lambda outcome, counts: all(
-        len(list(outcome.folder.parent.rglob(pattern))) == n for pattern, n in counts.items()
-    ),
-    "smaller_than": lambda outcome, name: outcome.file.stat().st_size < outcome.named[name].stat().st_size,
-    "changed": lambda outcome, count: count == len(changes(outcome.file, outcome.named["flux"])),
-    "acts_like": lambda outcome, name: acts_like(outcome, name),
-    "validations": lambda outcome, steps: validations(outcome) == list(steps),
-}
-"""Check -> whether an outcome is as it says. ``loss``, ``weights`` and ``refused`` are looked at beside these."""
-
-
-def require(entry: Entry, outcome: Outcome, compared: Callable[[Entry], Outcome]) -> None:
-    shows = dict(entry.shows)
-    wanted = shows.pop("refused", "")
-    assert wanted in outcome.refused and bool(wanted) == bool(outcome.refused), outcome.refused
-    if wanted:
-        return
-    relations = {name: shows.pop(name) for name in ("loss", "weights") if name in shows}
-    if relations:
-        equal = close(outcome, compared(entry))
-        assert {name: "same" if equal[name] else "differs" for name in relations} == relations
-    for name, value in shows.items():
-        assert CHECKS[name](outcome, value), (name, value)
-    assert all(tensor.isfinite().all() for tensor in outcome.tensors.values())
-    assert any(tensor.any() for key, tensor in outcome.tensors.items() if "lora_up" in key)
-
-
-# ---- the walk --------------------------------------------------------------------------------------------------------
 
 IN_PROCESS = [entry for entry in WALK if entry.kind not in ("command", "program")]
 
 
 @pytest.mark.parametrize("entry", IN_PROCESS, ids=lambda entry: entry.id)
 def test_what_the_guide_says_works(entry, run, compared, models, named, place, tmp_path):
-    options = [*model_options(entry, models), *entry_options(entry, tmp_path, place, named)]
+    options = [*model_options(entry, models), *entry_options(GUIDE, entry, tmp_path, place, named)]
     outcome = run(tmp_path / "out", options)
     if not outcome.refused:
         assert outcome.no_effect == entry.no_effect
     require(entry, outcome, compared)
 
 
-NAMED = {
-    "<path to FLUX.1 model>": "pretrained_model_name_or_path",
-    "<path to Chroma model>": "pretrained_model_name_or_path",
-    "<path to CLIP-L model>": "clip_l",
-    "<path to T5-XXL model>": "t5xxl",
-    "<path to AE model>": "ae",
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [e for e in WALK if e.kind == "command"], ids=lambda entry: entry.id)
 def test_the_commands_of_the_guide(entry, models, place, compared, tmp_path, monkeypatch):
-    """Word for word, in a folder that is not the project's; the launcher's own parser takes its words."""
     monkeypatch.chdir(tmp_path)
-    dataset = (place / "my_flux_dataset_config.toml").read_text(encoding="utf-8")
-    dataset = dataset.replace("[[datasets]]", "[[datasets]]\nbatch_size = 2")
-    (tmp_path / "my_flux_dataset_config.toml").write_text(dataset, encoding="utf-8")
-    text = smaller(entry.text).replace("\\\n", " ").replace("<output directory>", "out")
-    for name in [name for name in NAMED if name in text]:
-        text = text.replace(name, models[entry.model][NAMED[name]].as_posix())
-    if not torch.cuda.is_available():
-        text = text.replace('"fp16"', '"bf16"')
-    words = [word for word in shlex.split(text) if word != "..."] + shlex.split(entry.beside)
-    script, given = launched_script(words)
-    result = run_in_process(script, *given)
-    assert result.returncode == 0, result.stderr[-3000:]
-    require(entry, Outcome(tmp_path / "out", said=result.stderr), compared)
+    require(entry, run_command(GUIDE, entry, models, place, tmp_path), compared)
 
 
 @pytest.fixture(scope="module")
@@ -395,34 +138,12 @@ def trained(run, models, named, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture
-def console():
-    """The console as it was, after a program has set it up."""
-    handlers, level, propagates = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
-    yield
-    LOGGER.handlers[:], LOGGER.propagate = handlers, propagates
-    LOGGER.setLevel(level)
-
-
 @pytest.mark.parametrize("entry", [e for e in WALK if e.kind == "program"], ids=lambda entry: entry.id)
 def test_other_programs_of_the_guide(entry, trained, console, tmp_path, monkeypatch, capsys):
-    outcome = Outcome(tmp_path / "out", named={**trained, "out": tmp_path / "out"})
-    outcome.folder.mkdir()
-    words = [*with_files(entry.text, outcome.named), *with_files(entry.beside, outcome.named)]
-    assert (ROOT / words[0]).is_file()
-    monkeypatch.setattr(sys, "argv", words)
-    try:
-        importlib.import_module(words[0].removesuffix(".py").replace("/", ".")).main()
-    except SystemExit as ended:
-        assert not ended.code
+    outcome = run_program(entry, trained, tmp_path / "out", monkeypatch)
     outcome.said = capsys.readouterr().out
-    assert {name: CHECKS[name](outcome, value) for name, value in entry.shows.items()} == dict.fromkeys(
-        entry.shows, True
-    )
+    require_shown(entry, outcome)
 
 
 def test_the_list_is_well_formed():
-    assert len({entry.id for entry in WALK}) == len(WALK)
-    for entry in WALK:
-        assert entry.shows and set(entry.shows) <= {*CHECKS, "loss", "weights", "refused"}, entry.id
-        assert "<pattern>" not in str(entry.shows) and "<each>" not in entry.text
+    require_well_formed(WALK)

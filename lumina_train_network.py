@@ -239,11 +239,11 @@ class LuminaNetworkTrainer(NetworkTrainer):
     @contextmanager
     def attention_of_samples(self) -> Iterator[None]:
         """While it is active, the transformer's attention is that of sample images."""
-        self.pipeline.set_attention_backend(self.sampling_attention)
+        self.pipeline.load_transformer().set_attention_backend(self.sampling_attention)
         try:
             yield
         finally:
-            self.pipeline.set_attention_backend(self.training_attention)
+            self.pipeline.load_transformer().set_attention_backend(self.training_attention)
 
     def sample_request(self, prompt: PromptOptions) -> LuminaRequest:
         """Sides are rounded down to multiples of 16, at least 64; the schedule is the run's, or the prompt's own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,14 +112,10 @@ class LuminaPipeline(FlowPipeline[LuminaRequest]):
         """Channels of a latent; 2 x 2 positions are one token."""
         return self.config.latent_channels
 
-    def prepare(self, part: str, module: torch.nn.Module) -> None:
+    def prepare(self, part: str, module: Any) -> None:
         """The transformer gets the attention backend."""
         if part == "transformer":
-            self.set_attention_backend(self.attention_backend, module)
-
-    def set_attention_backend(self, backend: AttentionBackend, module: torch.nn.Module | None = None) -> None:
-        """Let the loaded transformer, or another, use that backend from now on."""
-        (module or self.load_transformer()).set_attention_backend(backend)
+            module.set_attention_backend(self.attention_backend)
 
     def tokenizer_kind(self, encoder: str) -> TokenizerKind:
         """Gemma 2's."""

@@ -60,6 +60,8 @@ class Family:
     """Regular expression that finds one of its LoRA files by the name of a module in the transformer or U-Net."""
     encoder_marks: str = ""
     """The same for files that hold nothing but modules of text encoders."""
+    lora_files: str = ""
+    """Class that reads its LoRA files under any program's names, as ``module:Name``; of families with several names."""
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -175,6 +177,7 @@ FLUX = Family(
         "chroma": ModelVersion("chroma", "https://huggingface.co/lodestones/Chroma", 1024),
     },
     module_marks=r"lora_unet_(double|single)_blocks_",
+    lora_files="networks.lora_tools.flux_lora:FluxLoRA",
 )
 LUMINA = Family(
     key="lumina",

@@ -1,4 +1,4 @@
-"""Merge LoRA files of Stable Diffusion into one of a chosen rank, by singular value decomposition."""
+"""Merge LoRA files into one of a chosen rank, by singular value decomposition."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ if __name__ == "__main__":
 from dataclasses import dataclass, field
 
 from library.console import ConsoleOptions, run_script, set_up_console
+from library.errors import UserError
 from library.options import parse_options
 from networks.lora_tools.options import (
     BlockWeightOptions,
     MergeFiles,
     MergeNumbers,
     check_clamp_quantile,
+    check_merge_files,
     check_rank,
     parse_device,
 )
@@ -54,13 +56,23 @@ def main(arguments: list[str] | None = None) -> None:
     check_rank(svd.new_rank, "--new_rank")
     check_rank(svd.new_conv_rank, "--new_conv_rank")
     check_clamp_quantile(svd.clamp_quantile)
+    check_merge_files(options.files)
     from library.families import SDXL, STABLE_DIFFUSION
+    from networks.lora_tools.family_merge import merge_files
+    from networks.lora_tools.known_lora import open_known
     from networks.lora_tools.merging import sum_of_rank
     from networks.lora_tools.stable_diffusion_merge import MergeRun
 
-    run = MergeRun(options.files, options.numbers, [STABLE_DIFFUSION, SDXL], options.block_weights.lbws)
     combine = sum_of_rank(svd.new_rank, svd.new_conv_rank or svd.new_rank, svd.clamp_quantile)
-    run.merge_files(combine, device=parse_device(svd.device))
+    device, lbws = parse_device(svd.device), options.block_weights.lbws
+    loras = open_known(options.files.models)
+    if not loras:
+        run = MergeRun(options.files, options.numbers, [STABLE_DIFFUSION, SDXL], lbws)
+        run.merge_files(combine, device=device)
+        return
+    if lbws:
+        raise UserError(f"--lbws is for Stable Diffusion; {loras[0].path} is for {loras[0].model_name}.")
+    merge_files(loras, options.files, options.numbers, combine, device=device)
 
 
 if __name__ == "__main__":

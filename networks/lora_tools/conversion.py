@@ -39,8 +39,6 @@ class Conversions:
     """The names that other programs give one family's modules."""
 
     lora: type[KnownLoRA]
-    entries: Mapping[str, str]
-    """What a file says that is converted to the suite's own names (see ``metadata.file_entries``)."""
     diffusers_paths: Callable[[str], tuple[str, ...]]
     """What Diffusers calls a layer of the transformer, or the parts of a joined one."""
     same: Mapping[str, str]
@@ -162,7 +160,7 @@ def converted_metadata(
         comment = f"converted from {' and '.join(sorted(lora.dialects))} to {dst}"
         entries["ss_training_comment"] = "; ".join(filter(None, (comment, entries.get("ss_training_comment"))))
     if dst == "sd-scripts":
-        entries = {**conversions.entries, **entries, **network_entries(made.modules)}
+        entries = {**lora.entries, **entries, **network_entries(made.modules)}
     elif "ss_network_dim" in entries:
         entries |= network_entries(made.modules)
     return entries

@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.models.loading import TensorSource
 from library.models.pipeline import OpenedPart
 from library.safetensors_io import save_one_by_one
+from networks.adapters.lora_file import LoRAWeights
 from networks.adapters.lora_targets import TargetTable
 from networks.lora_tools.arithmetic import concatenated
 from networks.lora_tools.known_lora import KnownLoRA
@@ -37,7 +38,29 @@ from networks.lora_tools.model_merging import (
 from networks.lora_tools.options import LORA_SUFFIXES, check_merge_files, check_output, parse_device, save_modules
 
 if TYPE_CHECKING:
-    from networks.lora_tools.options import MergeFiles, ModelMergeNumbers, ModelOption
+    from networks.lora_tools.options import MergeFiles, MergeNumbers, ModelMergeNumbers, ModelOption
+
+
+def merge_files(
+    loras: Sequence[KnownLoRA],
+    files: MergeFiles,
+    numbers: ModelMergeNumbers | MergeNumbers,
+    combine: Callable[[Sequence[tuple[LoRAWeights, float]]], LoRAWeights],
+    shuffle: bool = False,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Write the sum of files of one family as one LoRA, each module as ``combine`` makes it."""
+    save_to = check_output(files.save_to, files.models, LORA_SUFFIXES)
+    save_precision = numbers.save_precision or numbers.precision
+    if is_fp8(parse_dtype(save_precision, "--save_precision")):
+        raise UserError(f"--save_precision {save_precision} is for models; a LoRA file needs float, fp16 or bf16.")
+    ingredients = [Ingredient(lora, ratio) for lora, ratio in zip(loras, files.ratios)]
+    check_ingredients(ingredients)
+    modules = summed(ingredients, combine, device)
+    if shuffle:
+        modules = shuffled(modules)
+    metadata = merged_metadata(loras, modules, save_to, numbers.no_metadata, loras[0].entries)
+    save_modules(save_to, modules, metadata, save_precision, numbers.precision)
 
 
 @dataclass(frozen=True)
@@ -58,8 +81,6 @@ class MergeFamily:
     """What distinguishes the merges of one family."""
 
     lora: type[KnownLoRA]
-    entries: Mapping[str, str]
-    """What a merged LoRA says of itself where no file says it (see ``metadata.file_entries``)."""
     parts: Mapping[str, MergePart]
     """By the option that names the model, the transformer first."""
 
@@ -127,29 +148,12 @@ class FamilyMerge:
     def run(self, concat: bool, shuffle: bool) -> None:
         """Merge the files into the models that are named, or without one into one LoRA."""
         if not self.models:
-            self.merge_files(concat, shuffle)
+            combine = concatenated if concat else exact_sum
+            merge_files(self.loras, self.files, self.numbers, combine, shuffle, self.device)
             return
         if concat or shuffle:
             warn("--concat and --shuffle have no effect on models")
         self.merge_into_models()
-
-    # LoRA files into one
-
-    def merge_files(self, concat: bool, shuffle: bool) -> None:
-        """Write the exact sum of the files as one LoRA."""
-        save_to = check_output(self.files.save_to, self.files.models, LORA_SUFFIXES)
-        if self.save_dtype is not None and is_fp8(self.save_dtype):
-            raise UserError(
-                f"--save_precision {self.numbers.save_precision} is for models; a LoRA file needs float, fp16 or bf16."
-            )
-        ingredients = [Ingredient(lora, ratio) for lora, ratio in zip(self.loras, self.files.ratios)]
-        check_ingredients(ingredients)
-        modules = summed(ingredients, concatenated if concat else exact_sum, self.device)
-        if shuffle:
-            modules = shuffled(modules)
-        metadata = merged_metadata(self.loras, modules, save_to, self.numbers.no_metadata, self.family.entries)
-        precision = self.numbers.precision
-        save_modules(save_to, modules, metadata, self.numbers.save_precision or precision, precision)
 
     # LoRA files into models
 
@@ -162,10 +166,10 @@ class FamilyMerge:
         plan = plan_merge(ingredients, layers)
         if self.save_dtype is not None and is_fp8(self.save_dtype):
             say("8-bit files hold plain numbers without scales, as other programs expect; that loses accuracy")
-        for folder in {model.save_to: model for model in self.models if model.is_folder}.values():
-            self._write_folder(folder, plan)
-        for model in self.models:
-            if not model.is_folder:
+        for model in {model.save_to.resolve(): model for model in reversed(self.models)}.values():
+            if model.is_folder:
+                self._write_folder(model, plan)
+            else:
                 self._write_file(model, plan, ingredients)
 
     def _leave_out_other_models(self, ingredients: Sequence[Ingredient]) -> None:
@@ -243,10 +247,11 @@ class FamilyMerge:
 
 
 def _refuse_shared_outputs(models: Sequence[Model]) -> None:
-    """Raises UserError when two models would be written to one place; parts of one folder may be, to a new folder."""
+    """Raises UserError when two models would be written to one place; parts of one folder or file may be."""
     for number, model in enumerate(models):
         for other in models[:number]:
-            same_folder = model.is_folder and model.path.resolve() == other.path.resolve()
-            if model.save_to.resolve() == other.save_to.resolve() and not same_folder:
+            is_whole = other.is_folder or not other.gets_original_names
+            together = is_whole and model.path.resolve() == other.path.resolve()
+            if model.save_to.resolve() == other.save_to.resolve() and not together:
                 options = f"{other.save_option} and {model.save_option}"
                 raise UserError(f"{options} both name {model.save_to}; they must differ.")

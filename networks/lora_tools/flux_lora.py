@@ -10,6 +10,7 @@ from library.errors import UserError
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
 from networks.adapters.lora_targets import TargetTable
 from networks.lora_flux import CLIP_L, FLUX, IN_LAYERS, T5XXL, TRANSFORMER
+from networks.lora_tools.flux_metadata import flux_entries
 from networks.lora_tools.known_lora import KnownLoRA
 
 FEED_FORWARD_RATIO = 4  # of FLUX.1 and Chroma, where a file does not tell
@@ -35,6 +36,7 @@ class FluxLoRA(KnownLoRA):
 
     model_name = "FLUX.1 or Chroma"
     rules = FLUX
+    entries = flux_entries()
 
     def __init__(self, path: Path | str, option: str = "--models"):
         self._ratio_is_told = False

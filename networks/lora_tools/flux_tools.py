@@ -11,11 +11,10 @@ from networks.lora_flux import CLIP_L, FLUX, LAST_MODULATION, T5XXL, diffusers_p
 from networks.lora_tools.conversion import Conversions
 from networks.lora_tools.family_merge import MergeFamily, MergePart
 from networks.lora_tools.flux_lora import FluxLoRA
-from networks.lora_tools.flux_metadata import flux_entries, transformer_entries
+from networks.lora_tools.flux_metadata import transformer_entries
 
 MERGES = MergeFamily(
     lora=FluxLoRA,
-    entries=flux_entries(),
     parts={
         "--flux_model": MergePart(
             FLUX.transformer,
@@ -29,7 +28,6 @@ MERGES = MergeFamily(
 )
 CONVERSIONS = Conversions(
     lora=FluxLoRA,
-    entries=flux_entries(),
     diffusers_paths=diffusers_paths,
     same={"diffusers": "ai-toolkit", "peft": "ai-toolkit"},
     encoder_folders={CLIP_L.prefix: "text_encoder", T5XXL.prefix: "text_encoder_2"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 
 from library.errors import UserError
-from library.families import lora_family
+from library.families import FAMILIES, Family, load, lora_family
 from networks.adapters.lora_file import LoRAWeights
 from networks.adapters.lora_formats import join_parts, plain_name, refuse_repetition, whole_module
 from networks.adapters.lora_targets import Part, Rules, Target, TargetTable
@@ -35,6 +35,8 @@ class KnownLoRA(NamedLoRA):
     model_name: ClassVar[str]
     """As messages name the family's models."""
     rules: ClassVar[Rules]
+    entries: ClassVar[Mapping[str, str]]
+    """What a file says of itself, without which programs do not know it (see ``metadata.file_entries``)."""
 
     def __init__(self, path: Path | str, option: str = "--models"):
         super().__init__(path, option)
@@ -129,6 +131,30 @@ class KnownLoRA(NamedLoRA):
         parts = {part: super(KnownLoRA, self).load(own, device) for part, own in self.parts[name].items()}
         whole = whole_module(parts)
         return _joined(parts, self.rows(name)) if whole is None else whole
+
+
+def open_known(paths: Sequence[str], option: str = "--models") -> list[KnownLoRA]:
+    """The files, all of the family that the first is for; none where that family's files have no class of their own.
+
+    Raises UserError for files that cannot be read or are not all of one family.
+    """
+    first = NamedLoRA(paths[0], option)
+    kinds: dict[Family, type[KnownLoRA]] = {row: load(row.lora_files) for row in FAMILIES if row.lora_files}
+    if first.family is None:  # by names that only their own classes know
+        kind = next((kind for kind in kinds.values() if _knows_all(kind, paths[0])), None)
+    else:
+        kind = next((kind for family, kind in kinds.items() if family is first.family), None)
+    loras = [kind(path, option) for path in paths] if kind else []
+    for lora in loras:
+        lora.require_known()
+    return loras
+
+
+def _knows_all(kind: type[KnownLoRA], path: str) -> bool:
+    try:
+        return not kind(path).unmatched
+    except UserError:
+        return False
 
 
 @cache

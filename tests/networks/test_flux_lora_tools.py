@@ -20,6 +20,7 @@ from networks import lora_flux
 from networks.convert_flux_lora import main as convert
 from networks.flux_extract_lora import main as extract
 from networks.flux_merge_lora import main as merge
+from networks.svd_merge_lora import main as svd_merge
 from tests.networks.lora_tool_files import MEMORY_GROWTH, assert_same, deltas, metadata, ranks, run
 from tests.running import ROOT, run_in_process
 from tools.convert_diffusers_to_flux import main as to_original
@@ -128,6 +129,23 @@ def test_one_file_of_two_does_what_both_do(tiny_flux, flux_loras, tmp_path, form
     run(merge, "--models", *flux_loras, "--ratios", *RATIOS, *model, "--save_to", two)
     for key, tensor in load_file(two).items():
         torch.testing.assert_close(load_file(one)[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_svd_merge_gives_the_best_sum_of_a_rank_under_any_names(flux_loras, tmp_path):
+    """Eckart-Young, of the sum of both files; with names that no metadata explain."""
+    converted, out = tmp_path / "ai.safetensors", tmp_path / "out.safetensors"
+    run(convert, "--src_path", flux_loras[0], "--dst_path", converted, "--dst", "ai-toolkit", "--no_metadata")
+    given = ("--models", converted, flux_loras[1], "--ratios", *RATIOS, "--clamp_quantile", 1)
+    run(svd_merge, *given, "--new_rank", 2, "--save_to", out)
+    wanted = {name: RATIOS[0] * delta for name, delta in deltas(flux_loras[0]).items()}
+    for name, delta in deltas(flux_loras[1]).items():
+        wanted[name] = wanted.get(name, 0) + RATIOS[1] * delta
+    found = deltas(out)
+    assert found.keys() == wanted.keys() and set(ranks(out).values()) == {2}
+    for name, delta in wanted.items():
+        error = (found[name] - delta).norm()
+        assert abs(error - torch.linalg.svdvals(delta)[2:].norm()) < 1e-5 * max(1.0, float(delta.norm())), name
+    assert metadata(out)["ss_network_module"] == "networks.lora_flux"
 
 
 @pytest.mark.parametrize("kind", ["flux", "chroma"])

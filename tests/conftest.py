@@ -84,9 +84,7 @@ def tiny_chroma(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_lumina(tmp_path_factory):
     """A random tiny Lumina Image 2.0 in the real files' layouts."""
-    from tools.make_tiny_models import make_tiny_lumina
-
-    return make_tiny_lumina(tmp_path_factory.mktemp("tiny_lumina"))
+    return TINY["lumina"].make(tmp_path_factory.mktemp("tiny_lumina"))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from library.models.flux.checkpoint import open_transformer
+from library.models.lumina.checkpoint import open_transformer as open_lumina
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from tools import make_tiny_models
 from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
@@ -45,6 +46,30 @@ def test_the_command_line_writes_chroma(tmp_path, monkeypatch, capsys, layout):
     assert open_transformer(printed[0], model_type="chroma").variant == "chroma"
     make_tiny_models.make_tiny_chroma(tmp_path / "again", layout, seed=3)
     assert contents(tmp_path / "printed") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("layout", "count"), [("original", 3), ("comfyui", 1), ("diffusers", 1)])
+def test_the_command_line_writes_lumina(tmp_path, monkeypatch, capsys, layout, count):
+    arguments = [str(tmp_path / "printed"), "--family", "lumina", "--layout", layout, "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["make_tiny_models.py", *arguments])
+    make_tiny_models.main()
+    printed = capsys.readouterr().out.split()
+    assert len(printed) == count and open_lumina(printed[0]).config == make_tiny_models.LUMINA
+    make_tiny_models.make_tiny_lumina(tmp_path / "again", layout, seed=3)
+    assert contents(tmp_path / "printed") == contents(tmp_path / "again")
+
+
+def test_options_of_other_families_are_refused(tmp_path, monkeypatch, capsys):
+    for arguments, words in (
+        (["--family", "lumina", "--variant", "dev"], "--variant is for FLUX.1"),
+        (["--family", "chroma", "--variant", "dev"], "--variant is for FLUX.1"),
+        (["--family", "lumina", "--v_prediction"], "--v_prediction is for Stable Diffusion"),
+        (["--family", "sd1", "--layout", "comfyui"], "--layout comfyui is for FLUX.1 and Lumina"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["make_tiny_models.py", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit):
+            make_tiny_models.main()
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])

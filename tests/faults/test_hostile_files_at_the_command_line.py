@@ -80,6 +80,7 @@ def test_training_scripts_refuse_hostile_files(request, dataset_toml, tmp_path, 
     [
         ("networks/flux_extract_lora.py", "flux", "--model_org SOUND --model_tuned FILE"),
         ("networks/flux_extract_lora.py", "chroma", "--model_org FILE --model_tuned SOUND"),
+        ("networks/lumina_extract_lora.py", "lumina", "--model_org SOUND --model_tuned FILE"),
         ("networks/extract_lora_from_models.py", "sd1", "--model_org SOUND --model_tuned FILE"),
         ("networks/extract_lora_from_models.py", "sdxl", "--model_org FILE --model_tuned SOUND --sdxl"),
         ("tools/convert_diffusers_to_flux.py", "flux", "--diffusers_path FILE"),
@@ -87,7 +88,7 @@ def test_training_scripts_refuse_hostile_files(request, dataset_toml, tmp_path, 
 )
 def test_programs_that_read_models_refuse_hostile_files(request, tmp_path, script, model, arguments):
     files = request.getfixturevalue(f"{'few_blocks' if model.startswith('sd') else 'tiny'}_{model}")
-    sound = Path(files.transformer if model in FLUX.model_names else files)
+    sound = Path(getattr(files, "transformer", files))
     for kind, path in hostile(sound, tmp_path):
         words = [{"SOUND": sound, "FILE": path}.get(word, word) for word in arguments.split()]
         refuses(script, [*words, "--save_to", tmp_path / "out.safetensors"], path, kind)

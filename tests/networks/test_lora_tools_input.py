@@ -22,6 +22,7 @@ SCRIPTS = [
     *(f"networks/{name}.py" for name in "merge_lora sdxl_merge_lora svd_merge_lora resize_lora".split()),
     *("networks/extract_lora_from_models.py", "networks/check_lora_weights.py", "tools/show_metadata.py"),
     *("networks/flux_merge_lora.py", "networks/flux_extract_lora.py", "tools/convert_diffusers_to_flux.py"),
+    *("networks/lumina_merge_lora.py", "networks/lumina_extract_lora.py", "networks/convert_lumina_lora.py"),
 ]
 
 

@@ -187,6 +187,7 @@ LUMINA = Family(
     script="lumina_train_network",
     trainer="LuminaNetworkTrainer",
     options="LuminaTrainingOptions",
+    inference="lumina_minimal_inference:LuminaInferenceOptions",
     networks=("networks.lora_lumina", "networks.oft_lumina"),
     versions={"lumina": ModelVersion("lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", 1024)},
     module_marks=r"lora_unet_(layers|context_refiner|noise_refiner|cap_embedder)_",

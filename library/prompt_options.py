@@ -38,8 +38,11 @@ class PromptOptions:
     sample_sampler: str | None = None
     controlnet_image: str | None = None
     cfg_trunc_ratio: float | None = None
+    """Classifier-free guidance acts while t, from 0 (noise) to 1 (image), is below this; 0..1."""
     renorm_cfg: float | None = None
+    """A guided prediction is at most so many times as long as the positive one; 0: any length."""
     flow_shift: float | None = None
+    """Shift of a flow model's schedule towards more noise, above 0."""
 
 
 LINE_OPTIONS = {
@@ -102,6 +105,12 @@ def check_prompt_values(prompt: PromptOptions, place: str = "") -> None:
         value = getattr(prompt, name)
         if value is not None and not math.isfinite(value):
             raise UserError(f"{place}{name} must be a finite number, not {value}.")
+    if prompt.cfg_trunc_ratio is not None and not 0 <= prompt.cfg_trunc_ratio <= 1:
+        raise UserError(f"{place}cfg_trunc_ratio (--ctr) must be between 0 and 1, not {prompt.cfg_trunc_ratio:g}.")
+    if prompt.renorm_cfg is not None and prompt.renorm_cfg < 0:
+        raise UserError(f"{place}renorm_cfg (--rcfg) must not be negative, but is {prompt.renorm_cfg:g}.")
+    if prompt.flow_shift is not None and prompt.flow_shift <= 0:
+        raise UserError(f"{place}the flow shift (--fs) must be above 0, not {prompt.flow_shift:g}.")
 
 
 def _value(value: Any, kind: type, place: str) -> Any:

@@ -85,11 +85,9 @@ class TruncatedClassifierFree(Guidance):
     official code of Lumina Image 2.0.
     """
 
-    roles: tuple[Role, ...] = ("negative", "positive")
+    roles = ("negative", "positive")
 
     def __init__(self, scale: float, truncation: float = 1.0, renorm: float = 0.0):
-        if truncation <= 0:
-            self.roles = ("positive",)
         self.scale = scale
         self.truncation = truncation
         self.renorm = renorm

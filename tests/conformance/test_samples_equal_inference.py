@@ -52,7 +52,8 @@ def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_tom
     assert trained.returncode == 0, trained.stderr[-3000:]
     drawn = run_in_process(
         family.inference,
-        *(*family.drawing(files), "--from_file", prompts, "--dtype", dtype),
+        *(*family.drawing(files), "--from_file", prompts),
+        *(word for option in family.dtypes for word in (option, dtype)),
         *("--lora_weights", tmp_path / "trained.safetensors", "--output_dir", tmp_path / "drawn"),
     )
     assert drawn.returncode == 0, drawn.stderr[-3000:]

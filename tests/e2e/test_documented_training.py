@@ -12,6 +12,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,13 @@ from library.console import LOGGER
 from library.prompt_options import read_prompt_file
 from tests.docs.pages import TRAINERS, Block, blocks, commands, launched
 from tests.documented import WALKS
+from tests.families.families import TINY
 from tests.running import ROOT, forget_accelerator, launched_script
 
 GUIDES = (
     *("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en"),
     *("caching", "lycoris", "flux_train_network", "flux_controlnet", "flux_minimal_inference", "README"),
-    "lora_tools",
+    *("lora_tools", "lumina_minimal_inference"),
 )
 WALKED = [shlex.split(entry.text) for walk in WALKS.values() for entry in walk if entry.kind == "options"]
 SHOWN = [(block, words) for block in blocks("bash") if block.page.stem in GUIDES for words in commands(block)]
@@ -42,8 +45,14 @@ FRAGMENTS = [
     for block, words in SHOWN
     if words[0].startswith("--") and words not in WALKED
 ]
-INFERENCE = ["python", "flux_minimal_inference.py"]
-DRAWINGS = [pytest.param(block, words, id=str(block)) for block, words in SHOWN if words[:2] == INFERENCE]
+IMAGE = {
+    "flux_minimal_inference.py": ["--width=64", "--height=64"],
+    "lumina_minimal_inference.py": ["--image_width=64", "--image_height=64"],
+}
+"""The scripts that draw, and how each is told a small size."""
+DRAWINGS = [
+    pytest.param(block, words, id=str(block)) for block, words in SHOWN if words[0] == "python" and words[1] in IMAGE
+]
 
 SMALL = {
     "max_train_epochs": "2",
@@ -70,8 +79,15 @@ def models(request):
     """The options that name the models of a script, by what a command says of them."""
 
     def named(script: str, words: list[str]) -> list[str]:
-        if not (script in (*TRAINERS, INFERENCE[1]) or script.startswith("tools/cache_")):
+        if not (script in (*TRAINERS, *IMAGE) or script.startswith("tools/cache_")):
             return []
+        if "lumina" in script or "--lumina" in words:
+            tiny, ending = request.getfixturevalue("tiny_lumina"), "_path" if script in IMAGE else ""
+            return [
+                f"--pretrained_model_name_or_path={tiny.transformer}",
+                f"--gemma2{ending}={tiny.gemma2}",
+                f"--ae{ending}={tiny.autoencoder}",
+            ]
         if "flux" not in script and "--flux" not in words:
             is_xl = "sdxl" in script or "--sdxl" in words
             names_blocks = any("lr_weight=" in word for word in words)
@@ -80,7 +96,7 @@ def models(request):
             return [f"--pretrained_model_name_or_path={model}"]
         is_chroma = "chroma" in words or "--model_type=chroma" in words
         tiny = request.getfixturevalue("tiny_chroma" if is_chroma else "tiny_flux")
-        transformer = "ckpt_path" if script == INFERENCE[1] else "pretrained_model_name_or_path"
+        transformer = "ckpt_path" if script in IMAGE else "pretrained_model_name_or_path"
         files = {transformer: tiny.transformer, "clip_l": tiny.clip_l, "t5xxl": tiny.t5xxl, "ae": tiny.autoencoder}
         if "--controlnet_model_name_or_path" in words:
             files["controlnet_model_name_or_path"] = request.getfixturevalue("tiny_controlnet")
@@ -144,7 +160,7 @@ def run(models, capfd):
     def in_this_process(script: str, words: list[str]) -> str:
         forget_accelerator()
         given = [script, *words, *models(script, words), *small_options(words)]
-        if script != INFERENCE[1] and any(word.startswith("--output_dir") for word in words):
+        if script not in IMAGE and any(word.startswith("--output_dir") for word in words):
             given.append("--output_dir=output")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", given)
@@ -251,33 +267,43 @@ def test_programs_that_take_a_trained_file(place, run):
 
 
 @pytest.fixture(scope="module")
-def small_lora(flux_command, image_folder, tmp_path_factory) -> Path:
-    """A LoRA file of one step."""
+def lora_for(request, image_folder, tmp_path_factory) -> Callable[[str], Path]:
+    """A LoRA file of one step for a model."""
     from library.options import parse_options
     from tests.running import trainer_class
 
-    forget_accelerator()
-    folder, trainer = tmp_path_factory.mktemp("small_lora"), trainer_class("flux")
-    dataset = folder / "dataset.toml"
-    images = f'image_dir = "{image_folder.as_posix()}"\ncaption_extension = ".txt"\n'
-    dataset.write_text(f"{SMALL_DATASET}[[datasets.subsets]]\n{images}", encoding="utf-8")
-    given = [*flux_command, "--dataset_config", dataset, "--output_dir", folder, "--max_train_steps", 1]
-    trainer.of(parse_options(trainer.options_class, "", [str(word) for word in given])).train()
-    forget_accelerator()
-    return folder / "last.safetensors"
+    @cache
+    def trained(model: str) -> Path:
+        forget_accelerator()
+        folder, trainer = tmp_path_factory.mktemp("small_lora"), trainer_class(model)
+        dataset = folder / "dataset.toml"
+        images = f'image_dir = "{image_folder.as_posix()}"\ncaption_extension = ".txt"\n'
+        dataset.write_text(f"{SMALL_DATASET}[[datasets.subsets]]\n{images}", encoding="utf-8")
+        given = TINY[model].command(request.getfixturevalue(f"tiny_{model}"))
+        given += ["--dataset_config", dataset, "--output_dir", folder, "--max_train_steps", 1]
+        trainer.of(parse_options(trainer.options_class, "", [str(word) for word in given])).train()
+        forget_accelerator()
+        return folder / "last.safetensors"
+
+    return trained
+
+
+@pytest.fixture
+def small_lora(lora_for) -> Path:
+    """A LoRA file of one step for FLUX.1."""
+    return lora_for("flux")
 
 
 SMALL_DATASET = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\n"
-IMAGE = ["--width=64", "--height=64", "--steps=2", "--device=cpu"]
 
 
 @pytest.mark.parametrize(("block", "words"), DRAWINGS)
-def test_images(block, words, place, run, small_lora):
+def test_images(block, words, place, run, lora_for):
     write_own_files(place, block.page)
-    for name in re.findall(r"[\w/]+\.safetensors", " ".join(words)):  # models, too, but those are named again
+    for name in re.findall(r"[\w/-]+\.safetensors", " ".join(words)):  # models, too, but those are named again
         (place / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(small_lora, place / name)
-    said = run(words[1], [*words[2:], *IMAGE])
+        shutil.copy(lora_for(words[1].partition("_")[0]), place / name)
+    said = run(words[1], [*words[2:], *IMAGE[words[1]], "--steps=2", "--device=cpu"])
     require_nothing_to_complain(said)
     output = Path(words[words.index("--output_dir") + 1]) if "--output_dir" in words else Path()
     prompts = words[words.index("--from_file") + 1] if "--from_file" in words else None
@@ -292,7 +318,7 @@ WRITTEN = {"save_to", "dst_path", "clip_l_save_to", "t5xxl_save_to"}
 TOOLS = [
     pytest.param(block, words, id=str(block))
     for block, words in SHOWN
-    if words[0] == "python" and words[:2] != INFERENCE and "flux" in words[1]
+    if words[0] == "python" and words[1] not in IMAGE and "flux" in words[1]
 ]
 
 

@@ -32,6 +32,8 @@ class Family:
     """Options of the run whose plan is compared with what is built: those that are special to build or to simulate."""
     drawing: Callable[[Any], list[object]] = lambda files: []
     """Options of the inference script that name the files."""
+    dtypes: tuple[str, ...] = ("--dtype",)
+    """Options of the inference script that name the dtypes of all parts."""
 
     @property
     def script(self) -> str:

@@ -42,4 +42,5 @@ LUMINA = Family(
     caches=("_lumina.npz", "_lumina_te.npz"),
     planned="--optimizer_type AdamW8bit --network_args module_dropout=0.2",
     drawing=lumina_drawing,
+    dtypes=("--dtype", "--gemma2_dtype", "--ae_dtype"),
 )

@@ -10,6 +10,7 @@ import torch
 from flux_minimal_inference import FluxInference, FluxInferenceOptions
 from library.models.flux.pipeline import FluxFiles, FluxPipeline
 from library.options import parse_options
+from tests.generation.drawing import write_random_network
 
 
 @pytest.fixture(scope="session")
@@ -33,15 +34,8 @@ def lora(tiny_pipeline, tmp_path_factory):
         module = oft_flux if oft else lora_flux
         text_encoders = [tiny_pipeline.modules[part] if encoders else None for part in ("clip_l", "t5xxl")]
         arguments = {} if oft else {"train_t5xxl": "True"}
-        network = module.create_network(
-            1.0, 4, 0.5 if oft else 2.0, None, text_encoders, tiny_pipeline.modules["transformer"], **arguments
-        )
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        network.save_weights(path, None, {})
-        return path
+        transformer, alpha = tiny_pipeline.modules["transformer"], 0.5 if oft else 2.0
+        return write_random_network(path, module, text_encoders, transformer, seed, alpha, **arguments)
 
     return make
 

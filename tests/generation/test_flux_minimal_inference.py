@@ -15,23 +15,8 @@ from library.errors import UserError
 from library.models.attention import AttentionBackend
 from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.prompt_options import PromptOptions
+from tests.generation.drawing import difference, latents, pixels, text_of
 from tools.make_tiny_models import make_tiny_flux
-
-
-def latents(run) -> Tensor:
-    """The latents of the run's first prompt."""
-    prompt = run.prompts()[0]
-    run.encode([prompt])
-    return run.latents(prompt)
-
-
-def pixels(path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 @pytest.fixture(scope="module")
@@ -413,8 +398,7 @@ def test_the_text_of_a_image_says_how_to_make_it_again(draw, files):
     prompt = 'a cat 猫, "quoted": 50%'
     given = ["--prompt", prompt, "--negative_prompt", "dog", "--cfg_scale", 2, "--guidance", 1.5, "--height", 40]
     (path,) = draw(*given, "--lora_weights", *files)
-    with Image.open(path) as image:
-        text = dict(image.text)
+    text = text_of(path)
     assert text["prompt"] == prompt and (text["width"], text["height"]) == ("48", "48")
     names = json.loads(text["lora-weights"])
     folder = files[0].rpartition("one")[0]
@@ -435,8 +419,7 @@ def test_files_are_named_by_the_time(draw, monkeypatch):
 
 def test_no_metadata_leaves_no_text(draw):
     (path,) = draw("--no_metadata")
-    with Image.open(path) as image:
-        assert image.text == {}
+    assert text_of(path) == {}
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,48 @@
+"""What the tests of several inference scripts do with a run, with images, and with LoRA files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def latents(run: Any) -> Tensor:
+    """The latents of the run's first prompt."""
+    prompt = run.prompts()[0]
+    run.encode([prompt])
+    return run.latents(prompt)
+
+
+def pixels(path: Path) -> bytes:
+    """An image file's pixels."""
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def text_of(path: Path) -> dict[str, str]:
+    """The text in an image file."""
+    with Image.open(path) as image:
+        return dict(image.text)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two tensors' values."""
+    return (a - b).abs().max().item()
+
+
+def write_random_network(
+    path: Path, module: ModuleType, encoders: list[Any], transformer: Any, seed: int, alpha: float, **arguments: str
+) -> Path:
+    """A file of a network of rank 4 with random weights."""
+    network = module.create_network(1.0, 4, alpha, None, encoders, transformer, **arguments)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    network.save_weights(path, None, {})
+    return path

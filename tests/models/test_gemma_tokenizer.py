@@ -155,9 +155,11 @@ def test_files_of_other_models_under_the_same_names_are_passed_over(tmp_path, mo
     write_clip_tokenizer(models)
     assert load_tokenizer(GEMMA_2, opened, entries)("a cat").input_ids == expected
     load_tokenizer(CLIP_L, opened, 514).save_pretrained(models)
-    assert (models / "tokenizer.json").is_file()
+    assert (models / "tokenizer.json").is_file() and (models / "tokenizer_config.json").is_file()
     assert load_tokenizer(GEMMA_2, opened, entries)("a cat").input_ids == expected
+    opened = checkpoint(models)
     shutil.copy(converted / "tokenizer.json", models / "tokenizer.json")
+    assert load_tokenizer(GEMMA_2, opened, entries)("a cat").input_ids == expected
     (models / "vocab.json").unlink()
     assert len(load_tokenizer(CLIP_L, opened, 49408)) == 49408
 
@@ -188,14 +190,14 @@ def test_an_embedded_tokenizer_of_another_model_or_a_damaged_one_is_named(tmp_pa
     opened = checkpoint(tmp_path / "models", (tmp_path / "t5" / "spiece.model").read_bytes())
     with pytest.raises(UserError, match=r"^--gemma2: .*the tokenizer in its tensor \"spiece_model\" is not Gemma's"):
         load_tokenizer(GEMMA_2, opened, entries)
-    opened = checkpoint(tmp_path / "models", b"nonsense")
+    opened = checkpoint(tmp_path / "models", gemma_tokenizer()[:-50])
     with pytest.raises(UserError, match=r"^--gemma2: .*the tokenizer in its tensor \"spiece_model\" cannot be read"):
         load_tokenizer(GEMMA_2, opened, entries)
 
 
-def test_a_damaged_file_is_named(tmp_path, entries):
+def test_a_damaged_file_is_named(tmp_path, model, entries):
     opened = checkpoint(tmp_path / "models")
-    (tmp_path / "models" / "tokenizer.model").write_bytes(b"nonsense")
+    (tmp_path / "models" / "tokenizer.model").write_bytes(model[: len(model) // 2])
     with pytest.raises(UserError, match=r"^The tokenizer in .*models cannot be read") as error:
         load_tokenizer(GEMMA_2, opened, entries)
     assert "\n" not in str(error.value)

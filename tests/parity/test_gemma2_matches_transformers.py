@@ -33,7 +33,8 @@ EXCEPTIONS = {"config": json.dumps({"head_dim": 16, "query_pre_attn_scalar": 9})
 @pytest.fixture(scope="module")
 def reference() -> Gemma2Model:
     torch.manual_seed(1)
-    config = Gemma2Config(**SIZES, query_pre_attn_scalar=9, attn_logit_softcapping=None, use_cache=False)
+    settings = {"query_pre_attn_scalar": 9, "attn_logit_softcapping": None, "attn_implementation": "eager"}
+    config = Gemma2Config(**SIZES, **settings, use_cache=False)
     model = Gemma2Model(config).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.5 if "norm" in name else 0.3)

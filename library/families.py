@@ -191,7 +191,7 @@ LUMINA = Family(
     networks=("networks.lora_lumina", "networks.oft_lumina"),
     versions={"lumina": ModelVersion("lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", 1024)},
     module_marks=r"lora_unet_(layers|context_refiner|noise_refiner|cap_embedder)_",
-    encoder_marks=r"lora_te_layers_\d+_(self_attn|mlp)_",
+    encoder_marks=r"lora_te1?_layers_\d+_(self_attn|mlp)_",
     lora_files="networks.lora_tools.lumina_lora:LuminaLoRA",
     tools=(
         "networks.lumina_merge_lora:LuminaMergeLoraOptions",

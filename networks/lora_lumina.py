@@ -72,6 +72,7 @@ def other_names(target: Target) -> Iterable[tuple[str, Part]]:
     path = target.path
     if target.table is GEMMA_2:
         yield f"text_encoders.gemma2_2b.transformer.model.{path}", None
+        yield f"lora_te1_{path}".replace(".", "_"), None
         yield from ((f"text_encoder.{model}{path}", None) for model in ("", "model."))
         return
     for name in (path, f"diffusion_model.{path}", f"transformer.{path}", *flat_names(path, ("lycoris",))):

@@ -23,18 +23,18 @@ from tests.running import forget_accelerator, trainer_class
 quiet_imports()
 lycoris = pytest.importorskip("lycoris.kohya", reason="lycoris-lora is in requirements-dev.txt")
 
-FAMILIES = ("sd1", "sdxl", "flux")
+FAMILIES = ("sd1", "sdxl", "flux", "lumina")
 ALGORITHMS = {
     "lokr": ("algo=lokr", "factor=4", "conv_dim=1"),
     "loha": ("algo=loha", "conv_dim=1"),
     "dora": ("algo=lora", "dora_wd=True", "conv_dim=1"),
 }
-QUICK = (("sd1", "lokr"), ("sdxl", "dora"))
+QUICK = (("sd1", "lokr"), ("sdxl", "dora"), ("lumina", "lokr"))
 EVERY_PAIR = [
     pytest.param(family, algorithm, marks=[] if (family, algorithm) in QUICK or family == "flux" else pytest.mark.slow)
     for family in FAMILIES
     for algorithm in ALGORITHMS
-    if family != "sdxl" or (family, algorithm) in QUICK  # it has the layers of sd1, under other names
+    if family in ("sd1", "flux") or (family, algorithm) in QUICK  # sdxl has the layers of sd1, under other names
 ]
 PREFIXES = {
     "sd1": ("lora_te_text_model_encoder_layers_0_", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_"),
@@ -46,6 +46,7 @@ PREFIXES = {
         *("lora_te1_text_model_encoder_layers_0_", "lora_unet_double_blocks_0_img_attn_"),
         "lora_unet_single_blocks_0_linear1",
     ),
+    "lumina": ("lora_te1_layers_0_self_attn_", "lora_unet_layers_0_attention_qkv", "lora_unet_final_layer_linear"),
 }
 
 
@@ -55,7 +56,7 @@ def make_trainer(request, tmp_path, dataset_toml):
 
     def make(family: str, *arguments: object, steps: int = 2, output: str = "out", **dataset: object) -> Any:
         forget_accelerator()
-        model = request.getfixturevalue("tiny_flux" if family == "flux" else f"few_blocks_{family}")
+        model = request.getfixturevalue(f"few_blocks_{family}" if family.startswith("sd") else f"tiny_{family}")
         given = [*TINY[family].command(model), "--network_module", "lycoris.kohya"]
         given += ["--network_dim", 2, "--network_alpha", 1, "--learning_rate", "1e-2", "--max_train_steps", steps]
         given += ["--output_dir", tmp_path / output, "--max_data_loader_n_workers", 0]
@@ -180,17 +181,19 @@ def names(module: Any, encoders: Any, base: Any, **arguments: str) -> set[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_presets_find_the_modules_that_our_own_loras_name(opened, family):
-    own = importlib.import_module("networks.lora_flux" if family == "flux" else "networks.lora")
+    own = importlib.import_module(f"networks.{'lora' if family.startswith('sd') else f'lora_{family}'}")
     package = LycorisModule(lycoris)
     encoders, base = opened(family)
     attention_and_mlp = names(own, encoders, base)
-    everything = attention_and_mlp if family == "flux" else names(own, encoders, base, conv_dim="2")
+    if family == "lumina":  # the package numbers the only text encoder of a list
+        attention_and_mlp = {name.replace("lora_te_", "lora_te1_") for name in attention_and_mlp}
+    everything = names(own, encoders, base, conv_dim="2") if family.startswith("sd") else attention_and_mlp
     ends = ("conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2") if family == "sd1" else ()
     assert names(package, encoders, base) == everything | {f"lora_unet_{name}" for name in ends}
     assert names(package, encoders, base, preset="attn-mlp") == attention_and_mlp
     attention = names(package, encoders, base, preset="attn-only")
-    marks = ("_attn_qkv", "_attn_proj", "self_attn") if family == "flux" else ("_attn1_", "_attn2_", "self_attn")
-    assert attention == {name for name in attention_and_mlp if any(mark in name for mark in marks)}
+    marks = {"flux": ("_attn_qkv", "_attn_proj"), "lumina": ("_attention_",)}.get(family, ("_attn1_", "_attn2_"))
+    assert attention == {name for name in attention_and_mlp if any(mark in name for mark in (*marks, "self_attn"))}
     assert names(package, encoders, base) == everything | {f"lora_unet_{name}" for name in ends}
 
 

@@ -251,6 +251,7 @@ DIALECTS = {  # what stands before a layer's path, the separator, the names of d
     "comfyui with lora_A": ("diffusion_model.", ".", "lora_A.weight", "lora_B.weight", None, "original"),
     "original": ("", ".", "lora_A.weight", "lora_B.weight", None, "original"),
     "lycoris": ("lycoris_", "_", "lora_down.weight", "lora_up.weight", None, "original"),
+    "lycoris in kohya's names": ("lora_unet_", "_", "lora_down.weight", "lora_up.weight", "lora_te1_", "original"),
     "diffusers": ("transformer.", ".", "lora_A.weight", "lora_B.weight", "text_encoder.", "diffusers"),
     "peft": ("base_model.model.", ".", "lora_A.default.weight", "lora_B.default.weight", None, "diffusers"),
     "peft in diffusers": ("transformer.base_model.model.", ".", "lora_A.a.weight", "lora_B.a.weight",
@@ -275,7 +276,7 @@ def test_networks_read_the_names_of_other_programs(name, lumina, gemma, messages
         names = parts if paths == "diffusers" and parts else [path]
         pieces = up.split([64, 32, 32]) if len(names) == 3 else [up]
         for part, piece in zip(names, pieces):
-            module = f"{text_prefix}{path}" if path == TEXT else prefix + part.replace(".", separator)
+            module = (text_prefix if path == TEXT else prefix) + part.replace(".", separator)
             tensors |= {f"{module}.{down_key}": down.clone(), f"{module}.{up_key}": piece.clone()}
     network, _ = lora_lumina.create_network_from_weights(1.0, None, None, [gemma], lumina, tensors)
     found = {m.lora_name: m.scale * m.up_matrix.double() @ m.down_matrix.double() for m in network.loras}

@@ -31,6 +31,8 @@ UNAVAILABLE = {
     "dylora": "its ranks are drawn outside of every seed and its files do not load again; use networks.dylora",
     "tlora": "its ranks follow the noise level, which the package wants to be told by a trainer made for it",
 }
+ATTENTION_CLASSES = {"CrossAttention": "Attention", "SelfAttention": "JointAttention"}
+"""Classes that presets name -> what Stable Diffusion of diffusers, and Lumina, have in their place."""
 PRESET_KEYS = (
     *("ENABLE_CONV", "UNET_TARGET_REPLACE_MODULE", "UNET_TARGET_REPLACE_NAME", "TEXT_ENCODER_TARGET_REPLACE_MODULE"),
     *("TEXT_ENCODER_TARGET_REPLACE_NAME", "MODULE_ALGO_MAP", "NAME_ALGO_MAP", "USE_FNMATCH", "TARGET_EXCLUDE_NAME"),
@@ -117,7 +119,7 @@ class LycorisModule:
             # Listed for another model (Anima). In Stable Diffusion it is found a second time by its name, which ends
             # the package on an assertion.
             targets[:] = [target for target in targets if target != "TimestepEmbedding"]
-        _name_attention_as_diffusers(preset, unet)
+        _name_attention_as_here(preset, unet)
         fitted = f"{chosen} (for this model)"
         with self._class_state(), said_once():
             self.module.PRESET[fitted] = preset
@@ -278,16 +280,17 @@ def _merges_scale_twice(kind: type) -> bool:
     return bool((merged.abs().sum() < 0.75 * seen.abs().sum()).item())
 
 
-def _name_attention_as_diffusers(preset: dict[str, Any], unet: Any) -> None:
-    """Presets name the classes of kohya-ss/sd-scripts, where Stable Diffusion's ``Attention`` is ``CrossAttention``."""
+def _name_attention_as_here(preset: dict[str, Any], unet: Any) -> None:
+    """Let the classes of attention that presets name mean those that a model here has in their place."""
     classes = {type(module).__name__ for module in unet.modules()}
-    if "Attention" not in classes or "CrossAttention" in classes:
-        return
-    if "CrossAttention" in preset["unet_target_module"]:
-        preset["unet_target_module"].append("Attention")
-    algorithms = preset.get("module_algo_map") or {}
-    if "CrossAttention" in algorithms:
-        preset["module_algo_map"] = {"Attention": algorithms["CrossAttention"], **algorithms}
+    for named, own in ATTENTION_CLASSES.items():
+        if own not in classes or named in classes:
+            continue
+        if named in preset["unet_target_module"]:
+            preset["unet_target_module"].append(own)
+        algorithms = preset.get("module_algo_map") or {}
+        if named in algorithms:
+            preset["module_algo_map"] = {own: algorithms[named], **algorithms}
 
 
 def _prepare_norms(network: Any, wanted: bool) -> None:

@@ -18,11 +18,12 @@ from library.memory.plan import MemoryPlan, Streaming
 from library.memory.storage import Storage, block_linears
 from library.models.flux.chroma import ChromaTransformer
 from library.models.flux.transformer import FluxTransformer, image_ids
+from library.models.lumina.transformer import LuminaTransformer
 from library.models.stable_diffusion.unet import block_lists as unet_blocks
 from library.training.plan.simulation import PeakMemory
-from networks import lora, lora_flux
+from networks import lora, lora_flux, lora_lumina
 from tests.networks.stable_diffusion import tiny_model
-from tools.make_tiny_models import fill_randomly, transformer_config
+from tools.make_tiny_models import LUMINA, fill_randomly, transformer_config
 
 CHECKPOINTED, OFFLOADED = MemoryPlan(checkpointing=True), MemoryPlan(checkpointing=True, offload_inputs=True)
 WITH_ATTENTION = MemoryPlan(checkpointing=True, keep_attention=True)
@@ -60,11 +61,27 @@ def flux_inputs(height: int = 4, width: int = 6, text: int = 5) -> dict[str, Ten
     }
 
 
+def lumina_inputs(height: int = 4, width: int = 6, lengths: tuple[int, ...] = (3, 5)) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(3)
+    return {
+        "latents": torch.randn(2, 16, height, width, generator=random),
+        "timesteps": torch.tensor([0.2, 0.7]),
+        "text": torch.randn(2, max(lengths), 64, generator=random),
+        "text_mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None],
+    }
+
+
 def make(family: str, network_args: Mapping[str, str] | None = None, **sizes: int) -> Case:
     if family.startswith("sd"):
         tiny = tiny_model(family)
         model, inputs, blocks = tiny.unet, tiny.inputs, unet_blocks(tiny.unet)
         network = lora.create_network(1.0, 2, 2.0, None, None, model)
+    elif family == "lumina":
+        model = LuminaTransformer(replace(LUMINA, **sizes))
+        fill_randomly(model, 1, "memory")
+        inputs = lumina_inputs()
+        blocks = {name: [*getattr(model, name)] for name in ("context_refiner", "noise_refiner", "layers")}
+        network = lora_lumina.create_network(1.0, 2, 2.0, None, [None], model, **network_args or {})
     else:
         kind = {"flux": FluxTransformer, "chroma": ChromaTransformer}[family]
         model = kind(replace(transformer_config(family), **sizes))
@@ -79,7 +96,7 @@ def make(family: str, network_args: Mapping[str, str] | None = None, **sizes: in
     return Case(model, inputs, blocks, network)
 
 
-@pytest.fixture(params=["flux", "chroma", "sd1", "sdxl"])
+@pytest.fixture(params=["flux", "chroma", "lumina", "sd1", "sdxl"])
 def case(request) -> Iterator[Case]:
     case = make(request.param)
     case.network.apply_to(None, case.model, False, True)
@@ -350,6 +367,28 @@ def test_an_epoch_of_six_sizes_takes_two_graphs_of_a_kind_and_the_next_one_none(
                 compiled = case.step()
             assert graphs() == 2 + 1 and not counters["graph_break"]
         assert not applied.stream.misses
+    for one, other in zip(compiled, case.step(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_captions_of_every_length_take_one_graph_with_a_mask_and_one_without(graphs):
+    """Of Lumina: a batch whose captions are equally long has no mask."""
+    from torch._dynamo.utils import counters
+
+    case = make("lumina", {"mlp_dim": "0", "mod_dim": "0", "train_blocks": "transformer"}, layers=1)
+    case.network.apply_to(None, case.model, False, True)
+    case.blocks = {"layers": case.blocks["layers"]}
+    with apply_memory_plan(case.blocks, every_block(case, checkpointing=True, compiler="eager", dynamic=True)):
+        for height, width, lengths in [
+            (4, 6, (3, 5)),
+            (6, 4, (7, 7)),
+            (8, 4, (2, 9)),
+            (4, 10, (4, 4)),
+            (6, 10, (9, 1)),
+        ]:
+            case.inputs = lumina_inputs(height, width, lengths)
+            compiled = case.step()
+        assert graphs() == 2 and not counters["graph_break"]
     for one, other in zip(compiled, case.step(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

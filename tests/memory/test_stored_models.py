@@ -18,11 +18,12 @@ from library.memory.stored_linear import StoredLinear
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
 from library.models.loading import LoadSpec
+from library.models.lumina.checkpoint import open_transformer as open_lumina
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.models.t5 import open_t5
 from library.randomness import generator
 from library.safetensors_io import save_file as our_save_file
-from networks import lora, lora_flux
+from networks import lora, lora_flux, lora_lumina
 from tools.make_tiny_models import make_tiny_flux
 
 
@@ -37,6 +38,11 @@ def flux_output(model):
         img=normal(2, 16, 64), img_ids=ids, txt=normal(2, 5, 64), txt_ids=torch.zeros(5, 3),
         timesteps=torch.tensor([0.3, 0.8]), y=normal(2, 64), guidance=guidance,
     )  # fmt: skip
+
+
+def lumina_output(model):
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    return model(normal(2, 16, 8, 8), torch.tensor([0.3, 0.8]), normal(2, 5, 64), mask)
 
 
 def unet_output(model):
@@ -78,13 +84,16 @@ def gradients(module, model, output):
 
 
 @pytest.fixture
-def opened(request, tiny_flux, tiny_sd1):
+def opened(request):
     if request.param == "flux":
-        return open_transformer(tiny_flux.transformer), lora_flux, flux_output
+        return open_transformer(request.getfixturevalue("tiny_flux").transformer), lora_flux, flux_output
+    if request.param == "lumina":
+        return open_lumina(request.getfixturevalue("tiny_lumina").transformer), lora_lumina, lumina_output
+    tiny_sd1 = request.getfixturevalue("tiny_sd1")
     return open_stable_diffusion(tiny_sd1).unet, lora, unet_output
 
 
-@pytest.mark.parametrize("opened", ["flux", "sd1"], indirect=True)
+@pytest.mark.parametrize("opened", ["flux", "lumina", "sd1"], indirect=True)
 def test_training_is_that_of_the_dequantised_model(opened, storage):
     file, module, output = opened
     model = file.load(LoadSpec.of(BlocksStoredAs(torch.float32, storage)))
@@ -99,7 +108,7 @@ def test_training_is_that_of_the_dequantised_model(opened, storage):
         torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("opened", ["flux"], indirect=True)
+@pytest.mark.parametrize("opened", ["flux", "lumina"], indirect=True)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_with_products_in_fp8_it_is_nearly_that(opened, granularity):
     file, module, output = opened

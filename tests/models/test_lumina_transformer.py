@@ -9,8 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.errors import UserError
-from library.memory.apply import apply_memory_plan
-from library.memory.plan import MemoryPlan
 from library.models.lumina import transformer as lumina
 from library.models.lumina.transformer import (
     KEPT_GRIDS,
@@ -101,29 +99,6 @@ def test_a_batch_is_masked_only_where_its_captions_differ_in_length(transformer)
     refined, _, joint = masks
     assert refined.tolist() == [[True] * 3 + [False] * 4, [True] * 7]
     assert joint.tolist() == [[True] * 3 + [False] * 4 + [True] * 6, [True] * 13]
-
-
-@pytest.mark.parametrize("cpu_offload", [False, True])
-def test_checkpointing_changes_no_gradient(transformer, cpu_offload):
-    transformer.requires_grad_(True)
-    target = torch.ones(2, 16, 4, 6)
-
-    def backward() -> dict[str, torch.Tensor]:
-        return gradients((transformer(**inputs()) - target).square().mean(), transformer)
-
-    expected = backward()
-    lists = {name: getattr(transformer, name) for name in ("context_refiner", "noise_refiner", "layers")}
-    with apply_memory_plan(lists, MemoryPlan(checkpointing=True, offload_inputs=cpu_offload)):
-        for name, grad in backward().items():
-            assert torch.equal(grad, expected[name]), name
-
-
-def test_a_compiled_block_has_no_graph_break(transformer):
-    given = inputs()
-    expected = transformer(**given)
-    block = transformer.layers[0]
-    block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
-    torch.testing.assert_close(transformer(**given), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_dry_run_needs_no_numbers_and_leaves_none(transformer):

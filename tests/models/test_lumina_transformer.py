@@ -161,6 +161,16 @@ def test_float16_stays_finite():
     assert out.isfinite().all()
 
 
+def test_caption_features_beyond_the_range_of_float16_are_no_limit_of_it(transformer):
+    """Gemma 2 was trained in bfloat16. The first thing that happens to its features is a norm."""
+    given = inputs()
+    expected = transformer(**given)
+    given["text"] = 1e6 * given["text"]
+    torch.testing.assert_close(transformer(**given), expected, atol=1e-4, rtol=1e-4)
+    actual = transformer.half()(**given)
+    assert (actual.float() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_patches_hold_their_pixels_channel_by_channel():
     latents = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
     tokens = patchify(latents)

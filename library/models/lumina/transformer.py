@@ -231,7 +231,7 @@ class LuminaTransformer(nn.Module):
         lengths = caption_lengths(text_mask)
         longest = max(lengths)
         image = self.x_embedder(patchify(latents.to(self.dtype)))
-        caption = self.cap_embedder(text[:, :longest].to(self.dtype))
+        caption = self.embed_caption(text[:, :longest])
         vec = self.t_embedder(timesteps, self.dtype)
 
         caption_mask = joint_mask = None
@@ -249,6 +249,12 @@ class LuminaTransformer(nn.Module):
         for block in self.layers:
             joined = block(joined, rope, joint_mask, vec)
         return unpatchify(self.final_layer(joined[:, longest:], vec), height, width)
+
+    def embed_caption(self, text: Tensor) -> Tensor:
+        """Caption features [B, L, text_dim] as tokens [B, L, dim], which a scale of the features does not change."""
+        norm, linear = self.cap_embedder
+        features = text if self.dtype == torch.float16 else text.to(self.dtype)  # Gemma's may pass float16's range
+        return linear(norm(features).to(self.dtype))
 
     def rotations(self, lengths: Sequence[int], rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Rotary positions of caption tokens [1, 1, longest, head_dim / 2] and of image tokens [B, 1, rows * columns,

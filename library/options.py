@@ -36,17 +36,16 @@ Options = TypeVar("Options")
 FRONT_END_KEYS = frozenset(
     """
     additional_parameters epoch noise_offset_type num_cpu_threads_per_process num_processes num_machines
-    main_process_port multi_gpu gpu_ids extra_accelerate_launch_args sd3_checkbox flux1_checkbox lumina_checkbox
-    LoRA_type LyCORIS_preset LyCORIS model_list stop_text_encoder_training stop_text_encoder_training_pct
-    max_resolution train_norm train_on_input folder_name_prefix use_sage_attn use_flash_attn gemma2
-    gemma2_max_token_length system_prompt sample_batch_size byt5 text_encoder fp8_vl text_encoder_cpu
-    vae_chunk_size split_attn enable_scaled_pos_embed train_text_encoder train_t5xxl diffusers_xformers
-    save_n_epoch_type learning_rate_te learning_rate_te1 learning_rate_te2 no_token_padding no_token_frequency
-    clip_g sd3_fused_mlp t5xxl_device save_t5xxl save_clip use_pinned_memory lowvram mem_eff_save
-    single_blocks_to_swap double_blocks_to_swap blockwise_fused_optimizers loraplus_lr_ratio
-    loraplus_text_encoder_lr_ratio loraplus_unet_lr_ratio clip_l_dropout_rate clip_g_dropout_rate
-    t5_dropout_rate pos_emb_random_crop_rate train_blocks sample_dir block_lr fused_optimizer_groups dynamo_mode
-    dynamo_use_fullgraph dynamo_use_dynamic output_path
+    main_process_port multi_gpu gpu_ids extra_accelerate_launch_args sd3_checkbox flux1_checkbox
+    lumina_checkbox LoRA_type LyCORIS_preset LyCORIS model_list stop_text_encoder_training
+    stop_text_encoder_training_pct max_resolution train_norm train_on_input folder_name_prefix byt5
+    text_encoder fp8_vl text_encoder_cpu vae_chunk_size split_attn enable_scaled_pos_embed
+    train_text_encoder train_t5xxl diffusers_xformers save_n_epoch_type learning_rate_te learning_rate_te1
+    learning_rate_te2 no_token_padding no_token_frequency clip_g sd3_fused_mlp t5xxl_device save_t5xxl
+    save_clip use_pinned_memory lowvram mem_eff_save single_blocks_to_swap double_blocks_to_swap
+    blockwise_fused_optimizers loraplus_lr_ratio loraplus_text_encoder_lr_ratio loraplus_unet_lr_ratio
+    clip_l_dropout_rate clip_g_dropout_rate t5_dropout_rate pos_emb_random_crop_rate train_blocks sample_dir
+    block_lr fused_optimizer_groups dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic output_path
     """.split()
 )
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})

@@ -16,23 +16,23 @@ import pytest
 import tomli
 
 from library.data.config_file import DatasetTable, SubsetTable
-from library.families import FAMILIES
+from library.families import script_options
 from library.options import declared_options
 from tests.running import ROOT
 
 TABLE = tomli.loads((ROOT / "tests" / "reference_data" / "option_coverage.toml").read_text(encoding="utf-8"))
-SCRIPTS = [family.options_class() for family in FAMILIES]
+SCRIPTS = list(script_options())
 WITHOUT_EFFECT = set(
     """
     deepspeed zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device
     offload_param_nvme_path zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients
     ddp_gradient_as_bucket_view ddp_static_graph persistent_data_loader_workers
     dataset_class conditioning_data_dir
-    model_type block_swap_h2d_only split_mode
+    block_swap_h2d_only split_mode
     """.split()
 )
 """Options that are only ever refused, or said to change nothing."""
-ELSEWHERE = {"xformers", "noise_on_device"}
+ELSEWHERE = {"xformers", "noise_on_device", "use_flash_attn", "use_sage_attn"}
 """Options whose effect needs a package that the tests do not install, without which they are refused, or a GPU."""
 STATED = {"v2"}
 """Options that say what a file says anyway; refused when they contradict it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,6 +34,16 @@ def text_of(path: Path) -> dict[str, str]:
 def difference(a: Tensor, b: Tensor) -> float:
     """The largest difference of two tensors' values."""
     return (a - b).abs().max().item()
+
+
+def moves(run: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is loaded, moved to the device and moved to the CPU (as a string, where parts rest) from now on."""
+    seen: list[tuple[str, str]] = []
+    load, move = run.parts._load, run.pipeline.move
+    monkeypatch.setattr(run.parts, "_load", lambda part: (seen.append((part, "load")), load(part)))
+    at = {"cpu": "cpu", run.pipeline.device: "device"}
+    monkeypatch.setattr(run.pipeline, "move", lambda part, to: (seen.append((part, at[to])), move(part, to)))
+    return seen
 
 
 def write_random_network(

@@ -15,7 +15,7 @@ from library.errors import UserError
 from library.models.attention import AttentionBackend
 from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.prompt_options import PromptOptions
-from tests.generation.drawing import difference, latents, pixels, text_of
+from tests.generation.drawing import difference, latents, moves, pixels, text_of
 from tools.make_tiny_models import make_tiny_flux
 
 
@@ -220,16 +220,6 @@ def test_lora_of_a_model_in_8_bits(inference, files, together, merge):
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
-
-
-def moves(run, monkeypatch) -> list[tuple[str, str]]:
-    """What is loaded, moved to the device and moved to the CPU (as a string, where parts rest) from now on."""
-    seen: list[tuple[str, str]] = []
-    load, move = run.parts._load, run.pipeline.move
-    monkeypatch.setattr(run.parts, "_load", lambda part: (seen.append((part, "load")), load(part)))
-    at = {"cpu": "cpu", run.pipeline.device: "device"}
-    monkeypatch.setattr(run.pipeline, "move", lambda part, to: (seen.append((part, at[to])), move(part, to)))
-    return seen
 
 
 def test_offload_gives_the_same_bits_and_keeps_one_part_on_the_device(inference, files, together, monkeypatch):

@@ -15,7 +15,7 @@ from library.models.lumina.pipeline import LuminaFiles, LuminaPipeline, LuminaRe
 from library.options import declared_options, parse_options
 from library.prompt_options import PromptOptions
 from lumina_minimal_inference import LuminaInference, LuminaInferenceOptions
-from tests.generation.drawing import difference, latents, pixels, text_of, write_random_network
+from tests.generation.drawing import difference, latents, moves, pixels, text_of, write_random_network
 from tests.running import run_in_process
 from tools.make_tiny_models import make_tiny_lumina
 
@@ -122,26 +122,28 @@ def test_what_the_image_depends_on(inference, arguments, plain):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "streamed"),
     [
-        *(("--disable_mmap_load_safetensors",), ("--device", "cpu"), ("--offload",)),
-        *(("--blocks_to_swap", 2), ("--stream_text_encoders",), ("--tokenizer_cache_dir", "empty")),
+        (("--disable_mmap_load_safetensors", "--device", "cpu", "--tokenizer_cache_dir", "empty"), []),
+        (("--blocks_to_swap", 2), ["transformer"]),
+        (("--stream_text_encoders",), ["gemma2"]),
     ],
-    ids=lambda arguments: arguments[0],
+    ids=["reading", "swapped", "streamed"],
 )
-def test_how_it_is_computed_does_not_change_it(inference, arguments, plain):
+def test_how_it_is_computed_does_not_change_it(inference, arguments, streamed, plain):
     """Streamed weights that aren't on the device are NaN in tests."""
     run = inference("--seed", 3, *arguments)
     assert torch.equal(plain, latents(run))
-    rests = {part: next(module.parameters()).device.type for part, module in run.pipeline.modules.items()}
-    assert set(run.pipeline.streamed) == (
-        {"transformer"}
-        if "--blocks_to_swap" in arguments
-        else {"gemma2"}
-        if "--stream_text_encoders" in arguments
-        else set()
-    )
-    assert list(rests) == ["transformer"], "the text encoder is released"
+    assert list(run.pipeline.streamed) == streamed
+    assert list(run.pipeline.modules) == ["transformer"], "the text encoder is released"
+
+
+def test_offload_keeps_one_part_on_the_device(inference, plain, monkeypatch):
+    run = inference("--seed", 3, "--offload")
+    seen = moves(run, monkeypatch)
+    drawn = latents(run)
+    assert torch.equal(drawn, plain) and torch.equal(run.decode(drawn), inference().decode(plain))
+    assert seen == [(part, what) for part in ("gemma2", "transformer", "autoencoder") for what in ("load", "cpu")]
 
 
 def test_noise_is_drawn_on_the_device_in_the_transformers_dtype(inference):

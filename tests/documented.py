@@ -26,7 +26,8 @@ class Entry:
     beside: str = ""
     against: str | None = None
     without: tuple[str, ...] = ()
-    model: str = "flux"
+    model: str = ""
+    """Kind of model; the family's own name unless it says another."""
     no_effect: tuple[str, ...] = ()
     shows: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,16 +43,16 @@ def _filled(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def _read(path: Path) -> list[Entry]:
-    entries = []
+    entries, family = [], {"model": path.name.partition("_")[0]}
     for table in tomli.loads(path.read_text(encoding="utf-8"))["entry"]:
         each = table.pop("each", None)
         if each is None:
-            entries.append(Entry(**_filled(table, {})))
+            entries.append(Entry(**{**family, **_filled(table, {})}))
             continue
         patterns = each if isinstance(each, dict) else dict.fromkeys(each, "")
         for value, pattern in patterns.items():
             one = _filled(table, {"each": value, "pattern": pattern})
-            entries.append(Entry(**{**one, "id": f"{one['id']}: {value}"}))
+            entries.append(Entry(**{**family, **one, "id": f"{one['id']}: {value}"}))
     return entries
 
 

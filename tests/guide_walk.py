@@ -275,6 +275,7 @@ CHECKS: dict[str, Callable[[Outcome, Any], bool]] = {
     "ranks": lambda outcome, wanted: outcome.ranks == ranks_by_pattern(outcome.ranks, wanted),
     "rates": lambda outcome, rates: outcome.rates == pytest.approx(rates),
     "files": lambda outcome, count: len(list(outcome.folder.glob("*.safetensors"))) == count,
+    "drawn": lambda outcome, count: len(list(outcome.folder.rglob("*.png"))) == count,
     "image_size": lambda outcome, size: image_size(outcome) == list(size),
     "batch_sizes": lambda outcome, sizes: datasets(outcome, "batch_size_per_device") == list(sizes),
     "resolutions": lambda outcome, sizes: datasets(outcome, "resolution") == [list(size) for size in sizes],
@@ -336,7 +337,8 @@ def run_command(
     script, given = launched_script(words)
     result = run_in_process(script, *given)
     assert result.returncode == 0, result.stderr[-3000:]
-    return Outcome(folder / "out", said=result.stderr)
+    (output,) = {Path(word.partition("=")[2]) for word in given if word.startswith("--output_dir=")}
+    return Outcome(folder / output, said=result.stderr)
 
 
 def run_program(entry: Entry, named: Mapping[str, Path], folder: Path, patch: pytest.MonkeyPatch) -> Outcome:

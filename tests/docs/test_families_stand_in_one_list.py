@@ -22,7 +22,6 @@ ALLOWED = {
     "tests/conformance/test_two_processes_equal_one.py": "runs two scripts under accelerate launch",
     "tests/e2e/test_memory_estimate.py": "runs two scripts",
     "tests/faults/test_killed_run_resumes_to_the_same_bytes.py": "runs two scripts",
-    "tests/training/test_flow_matching.py": "compares the noise levels of two scripts",
     "tests/docs/test_guides_are_true.py": "compares each guide with the tables of its own networks",
 }
 """Modules outside the families' own that may name scripts, each with the reason."""

@@ -28,7 +28,6 @@ from library.training.objective.flow_matching import (
 )
 from library.training.objective.noise import draw_input_perturbation, per_item
 from library.training.objective.noise_options import NoiseOptions, check_noise_options
-from lumina_train_network import LuminaFlowOptions
 
 SAMPLINGS = ["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"]
 
@@ -146,13 +145,6 @@ def test_table_sampling_gives_only_values_of_the_table_whatever_the_flow_shift()
     second = sample_sigmas(FlowMatchingOptions(discrete_flow_shift=1.0), generators(200), 1)
     assert torch.isin(first, sigma_table()).all()
     assert torch.equal(first, second)
-
-
-def test_luminas_table_follows_the_flow_shift():
-    drawn = sample_sigmas(LuminaFlowOptions(timestep_sampling="sigma"), generators(200), 1)
-    assert torch.isin(drawn, sigma_table(6.0)).all()
-    drawn = sample_sigmas(LuminaFlowOptions(timestep_sampling="sigma", discrete_flow_shift=2.0), generators(200), 1)
-    assert torch.isin(drawn, sigma_table(2.0)).all()
 
 
 @pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (1024, 0.63)])
@@ -333,9 +325,3 @@ def test_defaults_are_those_of_the_flux_script():
         "mode_scale": 1.29,
         "guidance_scale": 3.5,
     }
-
-
-def test_defaults_are_those_of_the_lumina_script():
-    flux = dataclasses.asdict(FlowMatchingOptions())
-    changed = {"timestep_sampling": "shift", "model_prediction_type": "raw", "discrete_flow_shift": 6.0}
-    assert dataclasses.asdict(LuminaFlowOptions()) == flux | changed

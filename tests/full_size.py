@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.make_tiny_models import TinyFlux, write_t5_tokenizer
+from tools.make_tiny_models import TinyFlux, TinyLumina, gemma_tokenizer, write_t5_tokenizer
 
 T5_VOCABULARY = 32128
 CLIP_VOCABULARY = 49408
@@ -67,6 +67,26 @@ def _clip_l() -> Any:
     from tools.make_tiny_stable_diffusion import CLIP_L
 
     return replace(CLIP_L, width=768, heads=12, layers=12, mlp_ratio=4)
+
+
+def full_lumina(folder: Path) -> TinyLumina:
+    """Lumina Image 2.0 in bfloat16, Gemma 2 in float16 and the autoencoder; the tokenizer is a small one."""
+    from library.models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
+    from library.models.gemma2 import Gemma2TextEncoder, gemma2_config
+    from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
+
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(gemma_tokenizer())
+    sizes = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    with torch.device("meta"):
+        modules = {"lumina": LuminaTransformer(LuminaConfig()), "ae": AutoencoderKL(AutoencoderConfig())}
+        modules["gemma2"] = Gemma2TextEncoder(gemma2_config(sizes))
+    states = {name: module.state_dict() for name, module in modules.items()}
+    states["gemma2"] = {f"model.{name}": tensor for name, tensor in states["gemma2"].items()}
+    dtypes = {"lumina": torch.bfloat16, "gemma2": torch.float16, "ae": torch.float32}
+    paths = {name: write_hollow(folder / f"{name}.safetensors", states[name], dtypes[name]) for name in states}
+    return TinyLumina(paths["lumina"], paths["gemma2"], paths["ae"])
 
 
 def full_stable_diffusion(folder: Path, variant: str = "sdxl") -> Path:

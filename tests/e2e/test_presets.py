@@ -12,7 +12,7 @@ import toml
 from library.families import by_model
 from library.options import declared_options, read_config_file
 from library.training.plan.budget import GIB, Needs, StoredModel, needs_of, stored_model, usable
-from tests.full_size import full_flux, full_stable_diffusion
+from tests.full_size import full_flux, full_lumina, full_stable_diffusion
 from tests.running import ROOT, make_trainer, no_weights_are_read, trainer_class
 
 PRESETS = sorted((ROOT / "configs").glob("*.toml"))
@@ -43,6 +43,9 @@ def words_of(family: str, folder: Path, data: Path) -> list[object]:
         files: Any = full_flux(folder, family)
         paths: list[object] = ["--pretrained_model_name_or_path", files.transformer, "--t5xxl", files.t5xxl]
         paths += ["--ae", files.autoencoder, *(["--clip_l", files.clip_l] if files.clip_l else [])]
+    elif family == "lumina":
+        files = full_lumina(folder)
+        paths = ["--pretrained_model_name_or_path", files.transformer, "--gemma2", files.gemma2, "--ae", files.autoencoder]
     else:
         paths = ["--pretrained_model_name_or_path", full_stable_diffusion(folder, family)]
     return [*paths, "--dataset_config", data, "--output_dir", folder, "--max_train_epochs", "1"]
@@ -61,8 +64,8 @@ def test_a_preset_is_taken_whole(path):
 
 
 def test_every_family_has_presets():
-    assert FAMILIES == ["chroma", "flux", "sd1", "sdxl"]
-    for family in ("chroma", "flux", "sdxl"):
+    assert FAMILIES == ["chroma", "flux", "lumina", "sd1", "sdxl"]
+    for family in ("chroma", "flux", "lumina", "sdxl"):
         assert [size for _, size in presets_of(family)] == [24, 16, 12, 10, 8]
 
 

@@ -29,7 +29,7 @@ from tests.running import ROOT, forget_accelerator, launched_script
 GUIDES = (
     *("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en"),
     *("caching", "lycoris", "flux_train_network", "flux_controlnet", "flux_minimal_inference", "README"),
-    *("lora_tools", "lumina_minimal_inference"),
+    *("lora_tools", "lumina_train_network", "lumina_minimal_inference"),
 )
 WALKED = [shlex.split(entry.text) for walk in WALKS.values() for entry in walk if entry.kind == "options"]
 SHOWN = [(block, words) for block in blocks("bash") if block.page.stem in GUIDES for words in commands(block)]
@@ -61,6 +61,7 @@ SMALL = {
     "save_every_n_steps": "1",
     "validate_every_n_steps": "1",
     "validation_split": "0.5",
+    "blocks_to_swap": "2",
     "resolution": "64",
 }
 """What the tests give in place of a documented value, so that a run takes seconds."""
@@ -227,7 +228,8 @@ def test_command_for_several_processes(block, words, place, run):
 def base_command(words: list[str], script: str = "train_network.py") -> list[str]:
     """A short command that a page's options are added to; theirs win."""
     data = [] if "--train_data_dir" in words else ["--dataset_config", "dataset.toml"]
-    network = ["--network_module", "networks.lora_flux" if "flux" in script else "networks.lora", "--network_dim", "4"]
+    family = next((name for name in ("flux", "lumina") if name in script), "")
+    network = ["--network_module", "networks.lora" + (f"_{family}" if family else ""), "--network_dim", "4"]
     return [*data, *network, "--learning_rate", "1e-3", "--max_train_steps", "1", "--output_dir", "output"]
 
 

@@ -45,7 +45,8 @@ def words_of(family: str, folder: Path, data: Path) -> list[object]:
         paths += ["--ae", files.autoencoder, *(["--clip_l", files.clip_l] if files.clip_l else [])]
     elif family == "lumina":
         files = full_lumina(folder)
-        paths = ["--pretrained_model_name_or_path", files.transformer, "--gemma2", files.gemma2, "--ae", files.autoencoder]
+        paths = ["--pretrained_model_name_or_path", files.transformer, "--gemma2", files.gemma2]
+        paths += ["--ae", files.autoencoder]
     else:
         paths = ["--pretrained_model_name_or_path", full_stable_diffusion(folder, family)]
     return [*paths, "--dataset_config", data, "--output_dir", folder, "--max_train_epochs", "1"]

@@ -128,6 +128,21 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
     assert expected == pytest.approx(measured_peak(step), rel=0.1)
 
 
+@pytest.mark.parametrize("command", ["flux_command", "sd1_command"])
+def test_a_block_of_each_kind_stands_for_all(make_trainer, command):
+    trainer = make_trainer(command, "--cache_latents --mixed_precision bf16 --keep_attention_outputs")
+    size = Largest(128, 128, 2)
+    with Simulation(trainer.pipeline).running():
+        build(trainer)
+        for checkpointing in (False, True):
+            with memory_estimate.checkpointing_is(trainer.pipeline, checkpointing):
+                once, each = (
+                    memory_estimate._step_peak(trainer.facts(), trainer.step_loss, size, every_block=every)
+                    for every in (False, True)
+                )
+                assert once == each and once.forward_flops > 0
+
+
 @pytest.mark.parametrize(
     "arguments", ["", "--gradient_checkpointing --fp8_scaled", "--gradient_checkpointing --blocks_to_swap 2"]
 )

@@ -21,6 +21,7 @@ from library.data.batch import Batch
 from library.memory.apply import apply_memory_plan
 from library.training.objective.step_inputs import ItemDraws
 from library.training.optim.optimizers import create_optimizer, optimizer_name
+from library.training.plan.equal_blocks import NotRepeatable, each_kind_once
 from library.training.plan.plan_report import MemoryPhase
 from library.training.plan.simulation import DataDependentOutputException, Peak, PeakMemory, module_bytes
 
@@ -135,10 +136,11 @@ def checkpointing_is(pipeline: Pipeline, on: bool) -> Iterator[None]:
     if plan.checkpointing == on:
         yield
         return
-    pipeline.applied.pop(pipeline.denoiser).remove()
-    with apply_memory_plan(pipeline.block_lists(), replace(plan, checkpointing=on)):
-        yield
-    pipeline.applied[pipeline.denoiser] = apply_memory_plan(pipeline.block_lists(), plan)
+    for wanted in (replace(plan, checkpointing=on), plan):
+        pipeline.applied.pop(pipeline.denoiser).remove()
+        pipeline.applied[pipeline.denoiser] = apply_memory_plan(pipeline.block_lists(), wanted)
+        if wanted is not plan:
+            yield
 
 
 def _first_line(error: Exception) -> str:
@@ -153,27 +155,46 @@ def training_peak(run: RunFacts, loss: StepLoss, size: Largest) -> Peak:
     before = Peak(0) if loss.model.latents.caching else encoding_peak(loss.model, size)
     if run.optimization.fused is not None:
         run.optimization.fused.only_frees = True  # its steps would look at numbers
-    try:
-        step = _step_peak(run, loss, size)
-    except DataDependentOutputException:  # dropout of whole modules looks at a random number
-        step = _step_peak(run, loss, size, with_dropout=False)
+    step = _step_peak(run, loss, size)
     return Peak(max(before.device, step.device), max(before.host, step.host), step.forward_flops)
 
 
-def _step_peak(run: RunFacts, loss: StepLoss, size: Largest, with_dropout: bool = True) -> Peak:
+def _step_peak(
+    run: RunFacts, loss: StepLoss, size: Largest, with_dropout: bool = True, every_block: bool = False
+) -> Peak:
     """From latents to gradients."""
     batch = empty_batch(run, loss.model, size)
     run.network.train(with_dropout)
     run.network.set_multiplier(1.0)
+    memory = PeakMemory([*run.pipeline.modules.values(), run.network], run.device)
     try:
-        with PeakMemory([*run.pipeline.modules.values(), run.network], run.device) as memory:
+        trained = run.optimization.parameters
+        with memory, contextlib.nullcontext() if every_block else equal_blocks(run.pipeline, memory, trained):
             losses = loss(batch, ItemDraws(run.seed, 0, batch.item_ids))
             forward_flops = memory.flops
             losses.mean().backward()
+    except NotRepeatable:
+        return _step_peak(run, loss, size, with_dropout, every_block=True)
+    except DataDependentOutputException:  # dropout of whole modules looks at a random number
+        if not with_dropout:
+            raise
+        return _step_peak(run, loss, size, False, every_block)
     finally:
         for parameter in run.optimization.parameters:
             parameter.grad = None
     return replace(memory.peak, forward_flops=forward_flops)
+
+
+@contextlib.contextmanager
+def equal_blocks(pipeline: Pipeline, memory: PeakMemory, trained: Sequence[torch.nn.Parameter] = ()) -> Iterator[None]:
+    """For a while, of equal blocks of the loaded parts one is simulated."""
+    with contextlib.ExitStack() as parts:
+        for part, applied in pipeline.applied.items():
+            lists = pipeline.blocks_of(part, pipeline.modules[part]).values()
+            parts.enter_context(
+                each_kind_once([block for blocks in lists for block in blocks], applied, memory, trained)
+            )
+        yield
 
 
 def encoding_peak(model: StepModel, size: Largest) -> Peak:
@@ -192,7 +213,8 @@ def text_peak(model: StepModel, count: int) -> Peak:
     import torch
 
     pipeline = model.text.pipeline
-    with torch.no_grad(), PeakMemory(pipeline.load_text_encoders(pipeline.encoders), pipeline.device) as memory:
+    memory = PeakMemory(pipeline.load_text_encoders(pipeline.encoders), pipeline.device)
+    with torch.no_grad(), memory, equal_blocks(pipeline, memory):
         model.text.encode([""] * count)
     return memory.peak
 
@@ -211,7 +233,8 @@ def sampling_peak(run: RunFacts, model: StepModel) -> Peak:
         2 * images, run.pipeline.latent_channels, height // stride, width // stride, device=run.device
     )
     run.network.eval()
-    with torch.no_grad(), PeakMemory([*run.pipeline.modules.values(), run.network], run.device) as memory:
+    memory = PeakMemory([*run.pipeline.modules.values(), run.network], run.device)
+    with torch.no_grad(), memory, equal_blocks(run.pipeline, memory):
         noisy = model.objective.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
         conditioning = model.conditioning(batch)
         with model.accelerator.autocast():

@@ -21,6 +21,9 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = ["DataDependentOutputException", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
 
+Bytes = tuple[int, int]
+"""On the device where the work is done, and in system RAM beside another device."""
+
 
 class Simulation:
     """A pipeline whose parts are loaded without reading their files, as tensors that take no memory.
@@ -75,6 +78,68 @@ class Peak:
     """Of a training step's forward pass: of its matrix products and convolutions."""
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a course: the most bytes and those at its end, relative to its beginning; then ``then`` is given up."""
+
+    most: Bytes
+    net: Bytes
+    then: Any = None
+
+
+class Course:
+    """The memory of work that is done apart, moment by moment, without what the work is given."""
+
+    def __init__(self) -> None:
+        self.flops = 0
+        self.given: dict[int, Any] = {}
+        """The names of what is given and still held by somebody, by the address of its storage."""
+        self._sizes: dict[int, tuple[int, bool]] = {}
+        self._level, self._start, self._most = [0, 0], [0, 0], [0, 0]
+        self._stretches: list[Stretch] = []
+
+    @property
+    def level(self) -> Bytes:
+        """The bytes that are taken now."""
+        return self._level[0], self._level[1]
+
+    def give(self, tensor: Tensor, name: Any) -> None:
+        """Let a new tensor count as given to the work. The first one in a storage names it."""
+        key = tensor.untyped_storage()._cdata
+        if key not in self.given and key in self._sizes:
+            size, on_host = self._sizes[key]
+            self.given[key] = name
+            self._level[on_host] -= size
+
+    def begin(self) -> None:
+        """What follows is written down."""
+        self._stretches, self._start, self._most = [], self._level[:], self._level[:]
+
+    def end(self) -> tuple[Stretch, ...]:
+        """What happened since ``begin``."""
+        self._close(None)
+        return tuple(self._stretches)
+
+    def make(self, key: int, size: int, on_host: bool) -> None:
+        """A storage is made."""
+        self._sizes[key] = (size, on_host)
+        self._level[on_host] += size
+        self._most[on_host] = max(self._most[on_host], self._level[on_host])
+
+    def forget(self, key: int) -> None:
+        """A storage is freed."""
+        size, on_host = self._sizes.pop(key)
+        if key in self.given:
+            self._close(self.given.pop(key))
+        else:
+            self._level[on_host] -= size
+
+    def _close(self, then: Any) -> None:
+        most, net = ((now[0] - self._start[0], now[1] - self._start[1]) for now in (self._most, self._level))
+        self._stretches.append(Stretch(most, net, then))
+        self._start, self._most = self._level[:], self._level[:]
+
+
 class PeakMemory(TorchDispatchMode):
     """Counts the bytes of all tensors that exist at once, above those that were there before.
 
@@ -90,7 +155,9 @@ class PeakMemory(TorchDispatchMode):
         self.peak = Peak(0)
         self.flops = 0
         """Of matrix products and convolutions."""
-        self._sizes: dict[int, int] = {}
+        self._known: set[int] = set()
+        """The addresses of all storages."""
+        self._course: Course | None = None
         for entry in there:
             for tensor in [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]:
                 self._note(tensor, counts=False)
@@ -100,23 +167,57 @@ class PeakMemory(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
-        for leaf in tree_leaves(result):
+        for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
         return result
 
+    @contextlib.contextmanager
+    def apart(self, course: Course) -> Iterator[None]:
+        """What is made meanwhile is counted by ``course`` instead, for as long as it exists."""
+        outer, flops = self._course, self.flops
+        self._course, self.flops = course, 0
+        try:
+            yield
+        finally:
+            course.flops += self.flops
+            self._course, self.flops = outer, flops
+
+    def is_on_host(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in system RAM, beside another device."""
+        return self._has_host and tensor.device.type == "cpu"
+
+    def happen(self, stretch: Stretch) -> None:
+        """A part of a course takes place."""
+        device, host = self.live + stretch.most[0], self.live_on_host + stretch.most[1]
+        if device > self.peak.device or host > self.peak.host:
+            self.peak = Peak(max(self.peak.device, device), max(self.peak.host, host))
+        self.add_bytes(stretch.net)
+
+    def add_bytes(self, count: Bytes) -> None:
+        """Bytes that no tensor shows are taken, or (below 0) given back."""
+        self.live += count[0]
+        self.live_on_host += count[1]
+
     def _note(self, tensor: Tensor, counts: bool = True) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes:
+        if key in self._known:
             return
-        self._sizes[key] = storage.nbytes() if counts else 0
-        on_host = self._has_host and tensor.device.type == "cpu"
-        weakref.finalize(storage, self._forget, key, on_host)
-        self._add(self._sizes[key], on_host)
+        self._known.add(key)
+        size, on_host, course = storage.nbytes() if counts else 0, self.is_on_host(tensor), self._course
+        weakref.finalize(storage, self._forget, key, size, on_host, course)
+        if course is not None:
+            course.make(key, size, on_host)
+        else:
+            self._add(size, on_host)
 
-    def _forget(self, key: int, on_host: bool) -> None:
-        self._add(-self._sizes.pop(key, 0), on_host)
+    def _forget(self, key: int, size: int, on_host: bool, course: Course | None) -> None:
+        self._known.discard(key)
+        if course is not None:
+            course.forget(key)
+        else:
+            self._add(-size, on_host)
 
     def _add(self, size: int, on_host: bool) -> None:
         if on_host:

@@ -32,7 +32,7 @@ WITHOUT_EFFECT = set(
     """.split()
 )
 """Options that are only ever refused, or said to change nothing."""
-ELSEWHERE = {"xformers", "noise_on_device", "use_flash_attn", "use_sage_attn"}
+ELSEWHERE = {"xformers", "noise_on_device", "use_flash_attn"}
 """Options whose effect needs a package that the tests do not install, without which they are refused, or a GPU."""
 STATED = {"v2"}
 """Options that say what a file says anyway; refused when they contradict it."""

@@ -62,15 +62,18 @@ class Gemma2TextEncoder(nn.Module):
         """The state [batch, length, hidden] of ``tokens`` [batch, length] before the last layer.
 
         Each token attends to itself and those before it. ``attention_mask`` [batch, length], non-zero where tokens are
-        attended to, has to begin with such a one; None: everywhere. With float16 weights the state is float32, since
-        Gemma 2 was trained in bfloat16 and its states and products pass float16's range.
+        attended to, has to begin with such a one; None: everywhere. Gemma 2 was trained in bfloat16, and its states and
+        products pass float16's range: with float16 weights, or inside float16's autocast, products are in bfloat16,
+        and the state is float32.
         """
         tokens = to_device(tokens, self.device)
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype)  # rounded to the dtype, as in training
         states = self.embed_tokens(tokens)
         masks = self._masks(tokens, attention_mask)
-        is_float16 = self.dtype == torch.float16
-        with torch.autocast(self.device.type, dtype=torch.bfloat16) if is_float16 else nullcontext():
+        device = self.device.type
+        is_autocast = torch.is_autocast_enabled(device)
+        is_float16 = torch.float16 in (self.dtype, torch.get_autocast_dtype(device) if is_autocast else None)
+        with torch.autocast(device, dtype=torch.bfloat16) if is_float16 else nullcontext():
             states = states.float() * scale.float() if is_float16 else states * scale
             rotations = rotary_embedding(tokens.shape[1], self.config.head_dim, states)
             for layer, kind in zip(self.block_lists()["layers"], self.config.layer_types):

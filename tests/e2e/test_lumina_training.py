@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,8 @@ def test_sage_attention_draws_and_does_not_train(train, tmp_path, monkeypatch):
         "    return out.transpose(1, 2) if tensor_layout == 'NHD' else out\n\n\nsageattn_varlen = None\n",
         encoding="utf-8",
     )
+    monkeypatch.setitem(sys.modules, "sageattention", None)  # whatever is imported goes again with this test
+    del sys.modules["sageattention"]
     monkeypatch.syspath_prepend(tmp_path / "package")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1 --l 1\n", encoding="utf-8")

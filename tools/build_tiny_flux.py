@@ -1,4 +1,4 @@
-"""Build the tiny pretrained FLUX.1 and Chroma of ``assets`` from nothing: drawn data, fixed seeds, no download.
+"""Build the tiny pretrained FLUX.1, Chroma and Lumina of ``assets`` from nothing: drawn data, fixed seeds, no download.
 
 The stages, in their order:
 
@@ -16,9 +16,12 @@ From the finished FLUX.1 in assets/tiny_flux:
     chroma        DiT and T5 together, with the FLUX.1 as their teacher
     chroma_export Chroma's DiT and T5 into assets/tiny_chroma; autoencoder and tokenizers are FLUX.1's
     chroma_sheet  a contact sheet
+    lumina        Lumina's DiT and Gemma 2 together, with the FLUX.1 as their teacher
+    lumina_export Lumina's DiT and Gemma 2 into assets/tiny_lumina; the autoencoder is FLUX.1's
+    lumina_sheet  a contact sheet
 
-``python tools/build_tiny_flux.py`` runs them all, about an hour and a half on one core; ``--stages transformer export``
-only some.
+``python tools/build_tiny_flux.py`` runs them all, about two hours on one core; ``--stages transformer export`` only
+some.
 A stage that was stopped resumes from its last checkpoint in the work folder. Training uses the project's own
 autoencoder and transformer classes, with bfloat16 autocast.
 """
@@ -67,9 +70,12 @@ from tools.tiny_flux_autoencoder import (  # noqa: E402
 from tools.tiny_flux_runs import Run, averaged, save  # noqa: E402
 from tools.tiny_flux_sheet import draw_sheet  # noqa: E402
 from tools.tiny_flux_tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, build_tokenizers  # noqa: E402
+from tools.tiny_lumina_training import export_lumina, open_lumina, train_lumina  # noqa: E402
 
 STAGES = ("tokenizers", "autoencoder", "decoder", "transformer", "export", "sheet")
 CHROMA_STAGES = ("chroma_text", "approximator", "chroma", "chroma_export", "chroma_sheet")
+LUMINA_STAGES = ("lumina", "lumina_export", "lumina_sheet")
+ALL_STAGES = (*STAGES, *CHROMA_STAGES, *LUMINA_STAGES)
 
 
 # ---------------------------------------------------------------------------------- transformer and both text encoders
@@ -250,10 +256,11 @@ def open_pipeline(folder: Path, text_length: int = 16) -> FluxPipeline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *CHROMA_STAGES), help="what to run (default: all)")
+    parser.add_argument("--stages", nargs="+", choices=ALL_STAGES, help="what to run (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "tiny_flux_build", help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny_flux", help="folder of the finished files")
     parser.add_argument("--chroma_out", type=Path, default=ROOT / "assets" / "tiny_chroma", help="the same of Chroma's")
+    parser.add_argument("--lumina_out", type=Path, default=ROOT / "assets" / "tiny_lumina", help="the same of Lumina's")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's choice)")
     parser.add_argument("--autoencoder_steps", type=int, default=2400)
     parser.add_argument("--autoencoder_whole_steps", type=int, default=400)
@@ -263,14 +270,17 @@ def main() -> None:
     parser.add_argument("--chroma_text_steps", type=int, default=600)
     parser.add_argument("--approximator_steps", type=int, default=400)
     parser.add_argument("--chroma_steps", type=int, default=3500)
+    parser.add_argument("--lumina_steps", type=int, default=3500)
     options = parser.parse_args()
-    options.stages = options.stages or [*STAGES, *CHROMA_STAGES]
+    options.stages = options.stages or ALL_STAGES
     if options.threads:
         torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     build_flux(options)
     if set(options.stages) & set(CHROMA_STAGES):
         build_chroma(options)
+    if set(options.stages) & set(LUMINA_STAGES):
+        build_lumina(options)
 
 
 def build_flux(options: argparse.Namespace) -> None:
@@ -287,7 +297,7 @@ def build_flux(options: argparse.Namespace) -> None:
     if "export" in options.stages:
         export(options.work, options.out)
     if "sheet" in options.stages:
-        draw_sheet(open_pipeline(options.out), options.work / "sheet.png")
+        draw_sheet(open_pipeline(options.out), options.work / "sheet.png", guidance_scale=1.0)
 
 
 def build_chroma(options: argparse.Namespace) -> None:
@@ -305,6 +315,17 @@ def build_chroma(options: argparse.Namespace) -> None:
         pipeline = open_chroma(options.chroma_out, options.out)
         draw_sheet(pipeline, work / "chroma_sheet.png", guidance_scale=0.0)
         draw_sheet(pipeline, work / "chroma_sheet_guided.png", guidance_scale=0.0, negative_prompt="", scale=2.0)
+
+
+def build_lumina(options: argparse.Namespace) -> None:
+    """Run the chosen stages of Lumina."""
+    work = options.work
+    if "lumina" in options.stages:
+        train_lumina(work, open_pipeline(options.out), options.lumina_steps, options.images)
+    if "lumina_export" in options.stages:
+        export_lumina(work, options.lumina_out)
+    if "lumina_sheet" in options.stages:
+        draw_sheet(open_lumina(options.lumina_out, options.out), work / "lumina_sheet.png", scale=3.5)
 
 
 if __name__ == "__main__":

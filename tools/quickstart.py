@@ -1,10 +1,10 @@
-"""Train a FLUX.1 LoRA from nothing, without a GPU or a model hub, and look at the result.
+"""Train a LoRA from nothing, without a GPU or a model hub, and look at the result.
 
 ``python tools/quickstart.py`` makes the environment ``.venv`` (if it doesn't run in it already), installs
 ``requirements.txt`` into it, and then does what a user with real weights does: it writes a small data set, its TOML and
 a sample prompt file into ``quickstart_output``, starts ``accelerate launch flux_train_network.py`` on the tiny FLUX.1
 in ``assets/tiny_flux``, and reports what came out: images before and after, the loss curve, a score, and where the
-LoRA lies. ``--model_type chroma`` does the same with the tiny Chroma in ``assets/tiny_chroma``.
+LoRA lies. ``--family chroma`` does the same with the tiny Chroma in ``assets/tiny_chroma``.
 
 The concept is a "zog", a purple disc inside a yellow ring, which the tiny model has never seen. The program ends with 1
 when the score says that it wasn't learned, and with the trainer's own code when the training failed.
@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,17 +47,75 @@ PROMPTS = (
     "a green triangle on a white background",
 )
 SEEDS = (11, 12)
-NEGATIVE_PROMPT = "small"
-MODEL_TYPES = ("flux", "chroma")
 OWN_FILE = "# Written by tools/quickstart.py, which may overwrite this folder."
 
 
 @dataclass(frozen=True)
+class Family:
+    """What the quick start does differently for one family of models."""
+
+    script: str
+    network_module: str
+    files: dict[str, Path]
+    """The files of the tiny model by the options that name them."""
+    real_files: tuple[str, ...]
+    """What those of the real model are called."""
+    settings: dict[str, object]
+    """Further training options, as the family's guide recommends them."""
+    samples: str
+    """Options of a sample prompt: how it is guided."""
+    flags: tuple[str, ...] = ()
+    only_tiny: dict[str, object] = field(default_factory=dict)
+    """Options that the real model does without."""
+
+
+FAMILIES = {
+    "flux": Family(
+        script="flux_train_network.py",
+        network_module="networks.lora_flux",
+        files={
+            "pretrained_model_name_or_path": FLUX / "flux1-tiny.safetensors",
+            "clip_l": FLUX / "clip_l.safetensors",
+            "t5xxl": FLUX / "t5xxl.safetensors",
+            "ae": FLUX / "ae.safetensors",
+        },
+        real_files=("flux1-dev.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors"),
+        settings={"learning_rate": 2e-3, "guidance_scale": 1.0, "timestep_sampling": "sigmoid"},
+        samples="--l 1.0 --g 1.0",
+        only_tiny={"tokenizer_cache_dir": FLUX / "tokenizers", "t5xxl_max_token_length": 16},
+    ),
+    "chroma": Family(
+        script="flux_train_network.py",
+        network_module="networks.lora_flux",
+        files={
+            "pretrained_model_name_or_path": CHROMA / "chroma-tiny.safetensors",
+            "t5xxl": CHROMA / "t5xxl.safetensors",
+            "ae": FLUX / "ae.safetensors",
+        },
+        real_files=("Chroma.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors"),
+        settings={
+            "model_type": "chroma",
+            "learning_rate": 4e-3,
+            "guidance_scale": 0.0,
+            "timestep_sampling": "sigmoid",
+        },
+        samples="--n small --l 2.0 --g 0.0",
+        flags=("apply_t5_attn_mask",),
+        only_tiny={"tokenizer_cache_dir": FLUX / "tokenizers", "t5xxl_max_token_length": 16},
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Folders:
-    """Where the quick start keeps its files, and which model it trains on."""
+    """Where the quick start keeps its files, and which of ``FAMILIES`` it trains."""
 
     root: Path
-    model_type: str = "flux"
+    name: str = "flux"
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.name]
 
     @property
     def dataset(self) -> Path:
@@ -95,14 +154,15 @@ def main() -> int:
             print(f"installed in {seconds:.0f} s", flush=True)
         if not environment.runs_inside():
             return environment.continue_inside(str(Path(__file__).resolve()), sys.argv[1:])
-    suffix = "" if options.model_type == "flux" else f"_{options.model_type}"
+    suffix = "" if options.family == "flux" else f"_{options.family}"
     output = options.output or ROOT / f"quickstart_output{suffix}"
-    return quickstart(Folders(output.resolve(), options.model_type), options.steps, options.seed, options.threads)
+    return quickstart(Folders(output.resolve(), options.family), options.steps, options.seed, options.threads)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_type", choices=MODEL_TYPES, default="flux", help="which tiny model (default flux)")
+    help_of_family = "which tiny model (default flux)"
+    parser.add_argument("--family", "--model_type", choices=tuple(FAMILIES), default="flux", help=help_of_family)
     parser.add_argument("--output", type=Path, help="folder for all files (default quickstart_output)")
     parser.add_argument("--steps", type=int, default=600, help="training steps (default 600)")
     parser.add_argument("--seed", type=int, default=1, help="training seed (default 1)")
@@ -158,14 +218,13 @@ def prepare(folders: Folders) -> None:
             (folders.dataset / name / f"{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
         print(f"wrote {len(images)} captioned images to {folders.dataset / name}", flush=True)
     folders.dataset_config.write_text(dataset_description(folders.dataset), encoding="utf-8")
-    lines = [f"{prompt} {sample_options(folders)} --d {seed}" for seed in SEEDS for prompt in PROMPTS]
+    lines = [f"{prompt} {sample_options(folders.family)} --d {seed}" for seed in SEEDS for prompt in PROMPTS]
     folders.prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def sample_options(folders: Folders) -> str:
-    """The options of a sample prompt: Chroma has classifier-free guidance, away from a negative prompt."""
-    guidance = "--l 1.0 --g 1.0" if folders.model_type == "flux" else f"--n {NEGATIVE_PROMPT} --l 2.0 --g 0.0"
-    return f"--w {PIXELS} --h {PIXELS} --s 20 {guidance}"
+def sample_options(family: Family) -> str:
+    """The options of a sample prompt."""
+    return f"--w {PIXELS} --h {PIXELS} --s 20 {family.samples}"
 
 
 def dataset_description(dataset: Path) -> str:
@@ -189,43 +248,25 @@ batch_size = 8
 """
 
 
-def model_settings(folders: Folders) -> dict[str, object]:
-    """The options that name the model's files."""
-    if folders.model_type == "flux":
-        files: dict[str, object] = {
-            "pretrained_model_name_or_path": FLUX / "flux1-tiny.safetensors",
-            "clip_l": FLUX / "clip_l.safetensors",
-            "t5xxl": FLUX / "t5xxl.safetensors",
-        }
-    else:
-        files = {
-            "pretrained_model_name_or_path": CHROMA / "chroma-tiny.safetensors",
-            "model_type": "chroma",
-            "t5xxl": CHROMA / "t5xxl.safetensors",
-        }
-    return {**files, "ae": FLUX / "ae.safetensors", "tokenizer_cache_dir": FLUX / "tokenizers"}
-
-
 def training_command(folders: Folders, steps: int, seed: int, threads: int) -> list[str]:
     """The command, as a user with real weights would type it, with the tiny model in their place."""
-    settings = {
-        **model_settings(folders),
+    family = folders.family
+    settings: dict[str, object] = {
+        **family.files,
+        **family.only_tiny,
+        **family.settings,
         "dataset_config": folders.dataset_config,
         "output_dir": folders.trained,
         "output_name": NAME,
         "save_model_as": "safetensors",
-        "network_module": "networks.lora_flux",
+        "network_module": family.network_module,
         "network_dim": 16,
         "network_alpha": 16,
-        "learning_rate": 2e-3 if folders.model_type == "flux" else 4e-3,
         "optimizer_type": "AdamW",
         "lr_scheduler": "cosine",
         "max_train_steps": steps,
         "mixed_precision": "no",
-        "guidance_scale": 1.0 if folders.model_type == "flux" else 0.0,
-        "timestep_sampling": "sigmoid",
         "model_prediction_type": "raw",
-        "t5xxl_max_token_length": 16,
         "seed": seed,
         "sample_prompts": folders.prompts,
         "sample_every_n_steps": sample_interval(steps),
@@ -235,8 +276,7 @@ def training_command(folders: Folders, steps: int, seed: int, threads: int) -> l
         "logging_dir": folders.logs,
     }
     flags = ["network_train_unet_only", "cache_latents", "cache_text_encoder_outputs", "sample_at_first", "sdpa"]
-    if folders.model_type == "chroma":
-        flags.append("apply_t5_attn_mask")
+    flags += family.flags
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", str(threads)]
     launch += [
         "--num_processes",
@@ -250,7 +290,7 @@ def training_command(folders: Folders, steps: int, seed: int, threads: int) -> l
         "--cpu",
     ]
     arguments = [f"--{name}={value}" for name, value in settings.items()] + [f"--{flag}" for flag in flags]
-    return [*launch, str(ROOT / "flux_train_network.py"), *arguments]
+    return [*launch, str(ROOT / family.script), *arguments]
 
 
 def sample_interval(steps: int) -> int:
@@ -260,14 +300,14 @@ def sample_interval(steps: int) -> int:
 
 def readable(command: list[str]) -> str:
     """The command with one option on a line."""
-    script = next(index for index, part in enumerate(command) if part.endswith("flux_train_network.py"))
+    script = next(index for index, part in enumerate(command) if part.endswith("_train_network.py"))
     head = " ".join(command[: script + 1]).replace(
         f"{sys.executable} -m accelerate.commands.launch", "accelerate launch"
     )
     return " \\\n  ".join(
         [
             head.replace(str(ROOT) + os.sep, ""),
-            *(part.replace(str(ROOT) + os.sep, "") for part in command[script + 1 :]),
+            *(shlex.quote(part.replace(str(ROOT) + os.sep, "")) for part in command[script + 1 :]),
         ]
     )
 
@@ -343,16 +383,14 @@ def report_lines(
         lines.append(f"| validation loss (steps {first[0]} and {last[0]}) | {first[1]:.4f} | {last[1]:.4f} |")
     if loss:
         lines += ["", f"training loss {loss[0][1]:.3f} {sparkline([value for _, value in loss])} {loss[-1][1]:.3f}"]
-    real = {
-        "flux": "`flux1-dev.safetensors`, `clip_l.safetensors`,",
-        "chroma": "`Chroma.safetensors`,",
-    }
+    family = folders.family
+    *paths, last_path = (f"`{name}`" for name in family.real_files)
+    omitted = [f"`--{name}`" for name in (*family.only_tiny, "cpu")]
     lines += [
         "",
-        f"To continue with real weights: put the paths of {real[folders.model_type]}",
-        "`t5xxl_fp16.safetensors` and `ae.safetensors` in the place of the tiny files, leave out",
-        "`--tokenizer_cache_dir`, `--t5xxl_max_token_length` and `--cpu`, point the dataset TOML at your own images",
-        "with `resolution = 1024`, and use `--mixed_precision bf16 --gradient_checkpointing`.",
+        f"To continue with real weights: put the paths of {', '.join(paths)} and {last_path} in the place of the",
+        f"tiny files, leave out {', '.join(omitted)}, point the dataset TOML at your own images with",
+        "`resolution = 1024`, and use `--mixed_precision bf16 --gradient_checkpointing`.",
     ]
     return lines
 

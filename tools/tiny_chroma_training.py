@@ -8,7 +8,7 @@ approximator, and then all of it on drawn images.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.pipeline import ChromaPipeline, FluxFiles, FluxPipeline
 from library.models.flux.transformer import (
     FluxTransformer,
-    StreamTransformer,
     image_ids,
     pack_latents,
     sinusoid,
@@ -158,19 +157,35 @@ def train_approximator(work: Path, teacher: FluxPipeline, steps: int) -> None:
 
 
 class ImageTokens:
-    """The image tokens behind each block of a transformer, gathered during a forward pass."""
+    """The image tokens behind each of a transformer's blocks, gathered during a forward pass."""
 
-    def __init__(self, transformer: StreamTransformer):
+    def __init__(self, blocks: Iterable[nn.Module]):
         self.gathered: list[Tensor] = []
-        for block in transformer.double_blocks:
-            block.register_forward_hook(lambda _, inputs, output: self.gathered.append(output[0]))
-        for block in transformer.single_blocks:
-            block.register_forward_hook(lambda _, inputs, output: self.gathered.append(output))
+        for block in blocks:
+            block.register_forward_hook(self._gather)
+
+    def _gather(self, block: nn.Module, inputs: object, output: Tensor | tuple[Tensor, Tensor]) -> None:
+        self.gathered.append(output[0] if isinstance(output, tuple) else output)
 
     def take(self, count: int) -> list[Tensor]:
         """Those of the last pass, ``count`` tokens each, in float32."""
         taken, self.gathered = [tokens[:, -count:].float() for tokens in self.gathered], []
         return taken
+
+
+class CachedPrompts:
+    """A teacher's conditioning of captions, each of which is encoded once."""
+
+    def __init__(self, teacher: FluxPipeline):
+        self.teacher = teacher
+        self.encoded: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        for caption in captions:
+            if caption not in self.encoded:
+                self.encoded[caption] = self.teacher.encode_prompts([caption])
+        names = self.encoded[captions[0]]
+        return {name: torch.cat([self.encoded[caption][name] for caption in captions]) for name in names}
 
 
 def prompts_of(scenes: Sequence[drawings.Scene], source: random.Random) -> tuple[list[str], list[bool]]:
@@ -193,19 +208,15 @@ def train_chroma(work: Path, teacher: FluxPipeline, steps: int, images: int) -> 
     The target is n - x, and for whatever the teacher can be asked the mean of that and of the teacher's velocity; there
     the image tokens behind each block are pulled to the teacher's, too.
     """
-    scenes, latents = cached_scenes(work / f"chroma_latents_{images}.pt", teacher.load_autoencoder, images)
+    scenes, latents = cached_scenes(work / f"teacher_latents_{images}.pt", teacher.load_autoencoder, images)
     painter = ChromaPainter(teacher)
     painter.t5.load_state_dict(averaged(work / "chroma_text.pt", "t5"))
     painter.transformer.distilled_guidance_layer.load_state_dict(averaged(work / "approximator.pt", "approximator"))
-    encoded: dict[str, dict[str, Tensor]] = {}
-
-    def conditioning_of(captions: Sequence[str]) -> dict[str, Tensor]:
-        for caption in captions:
-            if caption not in encoded:
-                encoded[caption] = teacher.encode_prompts([caption])
-        return {name: torch.cat([encoded[caption][name] for caption in captions]) for name in encoded[captions[0]]}
-
-    ours, theirs = ImageTokens(painter.transformer), ImageTokens(teacher.load_transformer())
+    conditioning_of = CachedPrompts(teacher)
+    ours, theirs = (
+        ImageTokens([*transformer.double_blocks, *transformer.single_blocks])
+        for transformer in (painter.transformer, teacher.load_transformer())
+    )
 
     def loss_of_step(step: int) -> tuple[Tensor, str]:
         source = torch.Generator().manual_seed(3_000_000 + step)

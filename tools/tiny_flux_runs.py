@@ -101,10 +101,13 @@ def averaged(checkpoint: Path, name: str) -> dict[str, Tensor]:
 
 
 def save(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write ``state`` in float16, with ``config`` as JSON in the file's metadata."""
+    """Write ``state``, its numbers in float16 and its bytes as they are, with ``config`` as JSON in the metadata."""
     from safetensors.torch import save as serialised
 
-    tensors = {name: value.detach().half().contiguous() for name, value in state.items()}
+    tensors = {
+        name: (value.detach().half() if value.is_floating_point() else value).contiguous()
+        for name, value in state.items()
+    }
     metadata = {"format": "pt", **({"config": json.dumps(config)} if config else {})}
     with writing(path) as file:
         file.write(serialised(tensors, metadata))

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from library.models.flux.pipeline import FluxPipeline, FluxRequest
+from library.models.pipeline import Pipeline
 from tools.tiny_flux_autoencoder import PIXELS
 
 SHEET_PROMPTS = (
@@ -38,12 +38,12 @@ SHEET_PROMPTS = (
 )
 
 
-def draw_sheet(pipeline: FluxPipeline, path: Path, columns: int = 8, **settings: Any) -> None:
-    """One image of each of ``SHEET_PROMPTS`` on one sheet; ``settings`` are further fields of ``FluxRequest``."""
+def draw_sheet(pipeline: Pipeline, path: Path, columns: int = 8, **settings: Any) -> None:
+    """One image of each of ``SHEET_PROMPTS`` on one sheet; ``settings`` are further fields of the family's request."""
     cell = PIXELS + 4
     sheet = Image.new("RGB", (columns * cell, -(-len(SHEET_PROMPTS) // columns) * cell), "gray")
     for index, prompt in enumerate(SHEET_PROMPTS):
-        request = FluxRequest(prompt, width=PIXELS, height=PIXELS, seed=index, **{"guidance_scale": 1.0, **settings})
+        request = pipeline.request_class(prompt=prompt, width=PIXELS, height=PIXELS, seed=index, **settings)
         sheet.paste(pipeline.generate(request), (index % columns * cell, index // columns * cell))
     sheet.save(path)
     print(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,20 @@ import tomli
 from PIL import Image
 
 from tools.quickstart import (
-    MODEL_TYPES,
+    FAMILIES,
     PROMPTS,
+    ROOT,
     SEEDS,
     Folders,
     averaged_curve,
     before_after_image,
     loss_image,
     may_overwrite,
+    parse_arguments,
     prepare,
     quickstart,
     read_scalars,
+    readable,
     sample_images,
     sample_options,
     sparkline,
@@ -43,14 +47,19 @@ def test_preparing_twice_leaves_only_the_second_runs_files(tmp_path: Path) -> No
     assert len(folders.prompts.read_text(encoding="utf-8").splitlines()) == len(PROMPTS) * len(SEEDS)
 
 
-def test_samples_of_chroma_have_a_negative_prompt_and_no_embedded_guidance(tmp_path: Path) -> None:
+def test_each_family_guides_its_samples_in_its_own_way() -> None:
     from library.prompt_options import parse_prompt_line
 
-    for model_type, negative, scale, guidance in (("flux", None, 1.0, 1.0), ("chroma", "small", 2.0, 0.0)):
-        line = f"a zog {sample_options(Folders(tmp_path, model_type))} --d 1"
-        prompt = parse_prompt_line(line)
-        assert (prompt.negative_prompt, prompt.scale, prompt.guidance_scale) == (negative, scale, guidance)
+    for name, *guidance in (("flux", None, 1.0, 1.0), ("chroma", "small", 2.0, 0.0)):
+        prompt = parse_prompt_line(f"a zog {sample_options(FAMILIES[name])} --d 1")
+        assert [prompt.negative_prompt, prompt.scale, prompt.guidance_scale] == guidance
         assert (prompt.prompt, prompt.width, prompt.height, prompt.seed) == ("a zog", 128, 128, 1)
+
+
+def test_the_family_may_be_given_as_the_trainers_model_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in ("--family", "--model_type"):
+        monkeypatch.setattr("sys.argv", ["quickstart.py", option, "chroma"])
+        assert parse_arguments().family == "chroma"
 
 
 def test_a_folder_with_someone_elses_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,15 +73,20 @@ def test_a_folder_with_someone_elses_files_is_left_alone(tmp_path: Path, capsys:
     assert may_overwrite(Folders(tmp_path / "new"))
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_option_of_the_command_is_known_to_the_trainer(tmp_path: Path, model_type: str) -> None:
-    from flux_train_network import FluxTrainingOptions
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_option_of_the_command_is_known_to_the_trainer(tmp_path: Path, name: str) -> None:
+    from library.families import FAMILIES as FAMILY_ROWS
     from library.options import parse_options
 
-    command = training_command(Folders(tmp_path, model_type), steps=300, seed=1, threads=2)
-    script = next(index for index, part in enumerate(command) if part.endswith("flux_train_network.py"))
-    options = parse_options(FluxTrainingOptions, "", command[script + 1 :])
+    command = training_command(Folders(tmp_path, name), steps=300, seed=1, threads=2)
+    script = next(index for index, part in enumerate(command) if part.endswith("_train_network.py"))
+    row = next(row for row in FAMILY_ROWS if row.script == Path(command[script]).stem)
+    options = parse_options(row.options_class(), "", command[script + 1 :])
     assert options.network.network_dim == 16
+    for path in FAMILIES[name].files.values():
+        assert path.is_file()
+    shown = shlex.split(readable(command).replace("\\\n", " "))
+    assert shown[-len(command[script + 1 :]) :] == [part.replace(f"{ROOT}/", "") for part in command[script + 1 :]]
 
 
 def test_samples_are_found_by_moment_in_the_order_of_the_prompts(tmp_path: Path) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from subprocess import CompletedProcess
-from types import SimpleNamespace
-from typing import Any
 
 import numpy
 import pytest
@@ -14,9 +10,7 @@ import torch
 from safetensors import safe_open
 
 from library.models.flux.pipeline import FluxPipeline, FluxRequest
-from tests.running import launched_script, run_in_process
-from tools.quickstart import Folders
-from tools.score_concept import background_share, colour_mask, read_images, read_prompts, ring_coverage, score
+from tools.score_concept import background_share, colour_mask
 from tools.tiny_chroma_training import (
     ChromaPainter,
     export_chroma,
@@ -99,44 +93,3 @@ def test_every_stage_runs_and_its_files_open(teacher: FluxPipeline, tmp_path: Pa
         64,
         64,
     )
-
-
-@pytest.mark.slow
-def test_the_documented_settings_teach_it_the_concept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A twelfth of the quick start's steps and few, coarse samples: the first rings are there, and only where asked.
-
-    The command runs in this process, its launcher's words through the launcher's own parser.
-    """
-    from tools import quickstart, tiny_flux_drawings
-
-    steps = 50
-    ordinary = tiny_flux_drawings.ordinary_images(16, quickstart.PIXELS, seed=0)
-    monkeypatch.setattr(tiny_flux_drawings, "ordinary_images", lambda *_, **__: ordinary)
-    monkeypatch.setattr(quickstart, "PROMPTS", (*quickstart.PROMPTS[:3], quickstart.PROMPTS[-2]))
-    monkeypatch.setattr(quickstart, "SEEDS", quickstart.SEEDS[:1])
-    monkeypatch.setattr(quickstart, "sample_interval", lambda steps: steps)
-    coarse = quickstart.sample_options(Folders(tmp_path, "chroma")).replace("--s 20", "--s 10")
-    monkeypatch.setattr(quickstart, "sample_options", lambda folders: coarse)
-
-    def start(command: list[str], **_: Any) -> CompletedProcess[str]:
-        assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-        script, arguments = launched_script(["accelerate", "launch", *command[3:]])
-        done = run_in_process(Path(script).name, *arguments, f"--validate_every_n_steps={steps}")
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-
-    monkeypatch.setattr(quickstart, "subprocess", SimpleNamespace(run=start))
-    folders = Folders(tmp_path / "out", "chroma")
-    quickstart.quickstart(folders, steps, seed=1, threads=1)
-
-    prompts = read_prompts(folders.prompts)
-    images = [read_images(quickstart.sample_images(folders.samples, moment)) for moment in ("e000000", f"{steps:06d}")]
-    before, after = (score(drawn, prompts) for drawn in images)
-    assert before.coverage < 0.005 and after.coverage > 0.04
-    assert after.background > 0.9 and ring_coverage(images[1][-1]) < 0.01
-    validation = quickstart.read_scalars(folders.logs)["loss/validation/step_average"]
-    assert [step for step, _ in validation] == [0, steps] and validation[1][1] < 0.85 * validation[0][1]
-    report = (folders.root / "report.md").read_text(encoding="utf-8")
-    documented = "--model_type=chroma --timestep_sampling=sigmoid --model_prediction_type=raw --guidance_scale=0.0"
-    assert all(option in report for option in [*documented.split(), "--apply_t5_attn_mask"])
-    assert "--clip_l" not in report

@@ -1,0 +1,63 @@
+"""The quick start's command, with the settings of each family's guide, teaches the tiny model the concept."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.running import launched_script, run_in_process
+from tools import quickstart, tiny_flux_drawings
+from tools.score_concept import read_images, read_prompts, ring_coverage, score
+
+DOCUMENTED = {
+    "chroma": "--model_type=chroma --timestep_sampling=sigmoid --model_prediction_type=raw --guidance_scale=0.0 "
+    "--apply_t5_attn_mask",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_twelfth_of_the_steps_brings_the_first_rings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """And only where they are asked for; the samples are few and coarse.
+
+    The command runs in this process, its launcher's words through the launcher's own parser.
+    """
+    steps, family = 50, quickstart.FAMILIES[name]
+    ordinary = tiny_flux_drawings.ordinary_images(16, quickstart.PIXELS, seed=0)
+    monkeypatch.setattr(tiny_flux_drawings, "ordinary_images", lambda *_, **__: ordinary)
+    monkeypatch.setattr(quickstart, "PROMPTS", (*quickstart.PROMPTS[:3], quickstart.PROMPTS[-2]))
+    monkeypatch.setattr(quickstart, "SEEDS", quickstart.SEEDS[:1])
+    monkeypatch.setattr(quickstart, "sample_interval", lambda steps: steps)
+    coarse = quickstart.sample_options(family).replace("--s 20", "--s 10")
+    monkeypatch.setattr(quickstart, "sample_options", lambda family: coarse)
+
+    def start(command: list[str], **_: Any) -> CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+        script, arguments = launched_script(["accelerate", "launch", *command[3:]])
+        done = run_in_process(Path(script).name, *arguments, f"--validate_every_n_steps={steps}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    monkeypatch.setattr(quickstart, "subprocess", SimpleNamespace(run=start))
+    folders = quickstart.Folders(tmp_path / "out", name)
+    quickstart.quickstart(folders, steps, seed=1, threads=1)
+
+    prompts = read_prompts(folders.prompts)
+    images = [read_images(quickstart.sample_images(folders.samples, moment)) for moment in ("e000000", f"{steps:06d}")]
+    before, after = (score(drawn, prompts) for drawn in images)
+    assert before.coverage < 0.005 and after.coverage > 0.04
+    assert after.background > 0.9 and ring_coverage(images[1][-1]) < 0.01
+    validation = quickstart.read_scalars(folders.logs)["loss/validation/step_average"]
+    assert [step for step, _ in validation] == [0, steps] and validation[1][1] < 0.85 * validation[0][1]
+    report = (folders.root / "report.md").read_text(encoding="utf-8")
+    command = shlex.split(report.split("```")[1].replace("\\\n", ""))
+    assert set(shlex.split(DOCUMENTED[name])) < set(command)
+    assert not any(part.startswith("--clip_l") for part in command)

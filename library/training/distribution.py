@@ -56,23 +56,27 @@ def in_turn(accelerator: Any) -> Iterator[None]:
 def average_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
     """Replace every gradient by its mean over all processes (one all-reduce for all of them).
 
-    A parameter without gradient counts as zero, so that all processes reduce the same buffer.
+    A parameter that has a gradient in some processes counts as zero in the others. One that has none in any of them
+    stays without, so that an optimizer leaves it alone as it does in a single process.
     """
     import torch
 
     if accelerator.num_processes == 1:
         return
+    lacking = [parameter.grad is None for parameter in parameters]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.reshape(-1).float() for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    present = torch.tensor([float(not lacks) for lacks in lacking], device=gradients[0].device)
+    flat = torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), present])
     flat = accelerator.reduce(flat, reduction="mean")
-    offset = 0
-    for parameter in parameters:
-        assert parameter.grad is not None
-        count = parameter.grad.numel()
-        parameter.grad.copy_(flat[offset : offset + count].view_as(parameter.grad))
-        offset += count
+    for gradient, mean in zip(gradients, flat.split([*map(torch.numel, gradients), len(present)])):
+        gradient.copy_(mean.view_as(gradient))
+    if any(lacking):
+        for parameter, share in zip(parameters, flat[-len(present) :].tolist()):
+            if not share:
+                parameter.grad = None
 
 
 def mean_over_processes(values: torch.Tensor, accelerator: Any) -> torch.Tensor:

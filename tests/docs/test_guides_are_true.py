@@ -10,7 +10,7 @@ from library.data.image_check import MEANINGS
 from library.models.stable_diffusion.sampling import SAMPLERS
 from library.options import declared_options, parse_options
 from library.training.optim import lr_schedulers, optimizers
-from networks import lora, lora_flux
+from networks import lora, lora_flux, lora_lumina
 from networks.adapters.lora_arguments import COMMON_ARGUMENTS
 from networks.adapters.lora_blocks import CURVES, SD_BLOCKS, SDXL_BLOCKS
 from tests.docs.pages import PAGES, TRAINERS
@@ -96,6 +96,8 @@ def test_network_arguments():
     assert all(f"`{curve}`" in text for curve in CURVES)
     words = set(re.findall(r"\w+", chapter("flux_train_network.md", "## 6. Advanced")))
     assert {*COMMON_ARGUMENTS, *lora_flux.NETWORK.arguments} <= words
+    words = set(re.findall(r"\w+", chapter("lumina_train_network.md", "## 6. Advanced")))
+    assert {*COMMON_ARGUMENTS, *lora_lumina.NETWORK.arguments} <= words
 
 
 @pytest.mark.parametrize("layout", [SD_BLOCKS, SDXL_BLOCKS], ids=lambda layout: layout.model)

@@ -9,8 +9,10 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from library.options import parse_options
+from library.training.distribution import average_gradients
 from tests.running import ROOT
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
@@ -70,3 +72,39 @@ def test_processes_load_one_after_another_if_asked_for(arguments, at_once):
     for thread in threads:
         thread.join(timeout=30)
     assert most == [at_once] * 3
+
+
+def test_gradients_are_averaged_and_where_no_process_has_one_there_is_none():
+    """Threads in place of processes; an optimizer decays weights that have a gradient, if only a zero one."""
+    sums, barrier, lock = [], threading.Barrier(2), threading.Lock()
+
+    class Process:
+        num_processes = 2
+
+        def reduce(self, flat: torch.Tensor, reduction: str) -> torch.Tensor:
+            with lock:
+                sums.append(flat)
+            barrier.wait(timeout=20)
+            assert reduction == "mean"
+            return torch.stack(sums).mean(0)
+
+    given = {0: [torch.tensor([1.0, 3.0]), None, None], 1: [torch.tensor([3.0, 5.0]), torch.tensor([[4.0]]), None]}
+    averaged: dict[int, list[torch.Tensor | None]] = {}
+
+    def average(index: int) -> None:
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (1, 1), (3,))]
+        for parameter, gradient in zip(parameters, given[index]):
+            parameter.grad = gradient
+        average_gradients(parameters, Process())
+        averaged[index] = [parameter.grad for parameter in parameters]
+
+    threads = [threading.Thread(target=average, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    for index in range(2):
+        first, second, third = averaged[index]
+        assert first is not None and first.tolist() == [2, 4]
+        assert second is not None and second.tolist() == [[2]]
+        assert third is None

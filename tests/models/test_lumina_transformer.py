@@ -9,16 +9,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.errors import UserError
+from library.models import transformer_parts
 from library.models.lumina import transformer as lumina
 from library.models.lumina.transformer import (
-    KEPT_GRIDS,
     JointTransformerBlock,
     LuminaConfig,
     LuminaTransformer,
     patchify,
     unpatchify,
 )
-from library.models.transformer_parts import LARGEST_FLOAT16, rope_rotations
+from library.models.transformer_parts import KEPT_GRIDS, LARGEST_FLOAT16, rope_rotations
 from tools.make_tiny_models import LUMINA, fill_randomly
 
 LENGTHS = (3, 77, 256)
@@ -108,14 +108,15 @@ def test_a_dry_run_needs_no_numbers_and_leaves_none(transformer):
         out = transformer(**given)
         out.sum().backward()
         assert out.shape == (2, 16, 4, 6) and given["latents"].grad.shape == out.shape
-    assert not transformer.kept_grids and transformer.kept_captions is None
+    assert not transformer.grids.kept and transformer.kept_captions is None
     assert transformer(**inputs()).isfinite().all()
 
 
 def test_rotations_are_computed_once_for_a_size_and_are_those_of_every_position(transformer, monkeypatch):
     computed = []
     ours = rope_rotations
-    monkeypatch.setattr(lumina, "rope_rotations", lambda ids, *rest: (computed.append(1), ours(ids, *rest))[1])
+    for module in (lumina, transformer_parts):
+        monkeypatch.setattr(module, "rope_rotations", lambda ids, *rest: (computed.append(1), ours(ids, *rest))[1])
     sizes = [(rows, 3) for rows in range(2, 2 + KEPT_GRIDS)]
     for _ in range(3):
         for rows, columns in sizes:
@@ -129,7 +130,7 @@ def test_rotations_are_computed_once_for_a_size_and_are_those_of_every_position(
     assert len(computed) == len(sizes) + 1
     assert transformer.rotations([5, 5], 2, 3)[1].shape[0] == 1, "equal captions share what is theirs"
     transformer.rotations([5], 99, 3)
-    assert len(transformer.kept_grids) == KEPT_GRIDS
+    assert len(transformer.grids.kept) == KEPT_GRIDS
 
 
 def test_times_are_never_rounded_to_the_weights_dtype(transformer):

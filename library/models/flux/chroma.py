@@ -21,9 +21,9 @@ from library.models.flux.transformer import (
     RMSNorm,
     SingleStreamBlock,
     StreamTransformer,
-    modulate,
     sinusoid,
 )
+from library.models.transformer_parts import modulate
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from library.devices import to_device
 from library.models import transformer_parts
 from library.models.attention import AttentionBackend, attention, require_backend
-from library.models.transformer_parts import apply_rope, clip_float16, rms_norm, rope_rotations
+from library.models.transformer_parts import (
+    LastLayer,
+    apply_rope,
+    clip_float16,
+    modulate,
+    modulations,
+    rms_norm,
+    rope_rotations,
+    split_heads,
+)
 
 KEPT_POSITIONS = 8
 """Sizes of images whose rotations are kept."""
@@ -141,13 +150,7 @@ class SelfAttention(nn.Module):
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[batch, tokens, hidden] -> three of [batch, heads, tokens, head_dim], queries and keys normed."""
-        return split_heads(self.qkv(x), self.num_heads, self.norm)
-
-
-def split_heads(qkv: Tensor, num_heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Joined q, k, v [B, tokens, 3 * hidden] -> three [B, heads, tokens, head width], queries and keys normed."""
-    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return norm.query_norm(query), norm.key_norm(key), value
+        return split_heads(self.qkv(x), self.num_heads, self.norm.query_norm, self.norm.key_norm)
 
 
 class Modulation(nn.Module):
@@ -159,12 +162,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden_size, count * hidden_size)
 
     def forward(self, vec: Tensor) -> Modulations:
-        return self.lin(F.silu(vec))[:, None, :].chunk(self.count, dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``(1 + scale) * layer_norm(x) + shift``; x [B, tokens, hidden], shift and scale [B, 1, hidden]."""
-    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
+        return modulations(self.lin, vec, self.count)
 
 
 def feed_forward(hidden_size: int, mlp_hidden: int) -> nn.Sequential:
@@ -235,23 +233,10 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, rope: Tensor, key_mask: Tensor | None = None) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
-        query, key, value = split_heads(qkv, self.num_heads, self.norm)
+        query, key, value = split_heads(qkv, self.num_heads, self.norm.query_norm, self.norm.key_norm)
         attended = attention(apply_rope(query, rope), apply_rope(key, rope), value, key_mask, self.attention_backend)
         out = self.linear2(torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1))
         return clip_float16(torch.addcmul(x, gate, out))
-
-
-class LastLayer(nn.Module):
-    """Modulated norm and projection, [B, tokens, hidden] -> [B, tokens, out channels]."""
-
-    def __init__(self, config: FluxConfig):
-        super().__init__()
-        self.linear = nn.Linear(config.hidden_size, config.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
-
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
 
 
 class StreamTransformer(nn.Module):
@@ -359,7 +344,7 @@ class FluxTransformer(FluxStreams):
 
     def __init__(self, config: FluxConfig):
         super().__init__(config)
-        self.final_layer = LastLayer(config)
+        self.final_layer = LastLayer(config.hidden_size, config.out_channels)
 
     def forward(
         self,

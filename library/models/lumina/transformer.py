@@ -16,14 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from library.devices import to_device
 from library.models.attention import AttentionBackend, attention, require_backend
-from library.models.transformer_parts import apply_rope, clip_float16, rms_norm, rope_rotations, sinusoid
+from library.models.transformer_parts import (
+    GridRotations,
+    RMSNorm,
+    TimeEmbedder,
+    apply_rope,
+    clip_float16,
+    rope_rotations,
+    token_lengths,
+)
 
 THETA = 10000.0
 NORM_EPS = 1e-5
 HEAD_NORM_EPS = 1e-6
 """Of the norms of queries and keys, as in the original code; diffusers takes 1e-5, whose results differ by 4e-6."""
-KEPT_GRIDS = 8
-"""Sizes of images whose rotations are kept."""
 CAPTION_STEP = 256
 """The rotations of captions are computed for a multiple of so many tokens."""
 
@@ -76,25 +82,6 @@ def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels // 4, height, width)
 
 
-def caption_lengths(text_mask: Tensor) -> list[int]:
-    """How many tokens each caption has, by its mask [B, L], which is read here; of a simulation's mask, L."""
-    if isinstance(text_mask, FakeTensor):  # it has no values, and stands for the longest captions
-        return [text_mask.shape[1]] * text_mask.shape[0]
-    return text_mask.bool().sum(dim=1).tolist()
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32."""
-
-    def __init__(self, dim: int, eps: float = NORM_EPS):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 class JointAttention(nn.Module):
     """Self-attention whose keys and values have fewer heads than its queries."""
 
@@ -135,10 +122,10 @@ class JointTransformerBlock(nn.Module):
         super().__init__()
         self.attention = JointAttention(config)
         self.feed_forward = FeedForward(config.dim, config.ffn_dim)
-        self.attention_norm1 = RMSNorm(config.dim)
-        self.attention_norm2 = RMSNorm(config.dim)
-        self.ffn_norm1 = RMSNorm(config.dim)
-        self.ffn_norm2 = RMSNorm(config.dim)
+        self.attention_norm1 = RMSNorm(config.dim, NORM_EPS)
+        self.attention_norm2 = RMSNorm(config.dim, NORM_EPS)
+        self.ffn_norm1 = RMSNorm(config.dim, NORM_EPS)
+        self.ffn_norm2 = RMSNorm(config.dim, NORM_EPS)
         self.modulated = modulated
         if modulated:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, 4 * config.dim))
@@ -154,20 +141,6 @@ class JointTransformerBlock(nn.Module):
         x = torch.addcmul(x, gate1.tanh(), self.attention_norm2(attended))
         fed = self.feed_forward(self.ffn_norm1(x) * (1 + scale2))
         return torch.addcmul(x, gate2.tanh(), self.ffn_norm2(fed))
-
-
-class TimeEmbedder(nn.Module):
-    """The time [B] in 0..1 as a vector [B, time_dim]; its sinusoids are made in float32 of the time as it is."""
-
-    def __init__(self, config: LuminaConfig):
-        super().__init__()
-        self.frequency_dim = config.frequency_dim
-        self.mlp = nn.Sequential(
-            nn.Linear(config.frequency_dim, config.time_dim), nn.SiLU(), nn.Linear(config.time_dim, config.time_dim)
-        )
-
-    def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.mlp(sinusoid(timesteps, self.frequency_dim).to(dtype))
 
 
 class FinalLayer(nn.Module):
@@ -190,16 +163,15 @@ class LuminaTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.x_embedder = nn.Linear(4 * config.latent_channels, config.dim)
-        self.t_embedder = TimeEmbedder(config)
-        self.cap_embedder = nn.Sequential(RMSNorm(config.text_dim), nn.Linear(config.text_dim, config.dim))
+        self.t_embedder = TimeEmbedder(config.frequency_dim, config.time_dim)
+        self.cap_embedder = nn.Sequential(RMSNorm(config.text_dim, NORM_EPS), nn.Linear(config.text_dim, config.dim))
         self.noise_refiner = nn.ModuleList(JointTransformerBlock(config) for _ in range(config.refiner_layers))
         self.context_refiner = nn.ModuleList(
             JointTransformerBlock(config, modulated=False) for _ in range(config.refiner_layers)
         )
         self.layers = nn.ModuleList(JointTransformerBlock(config) for _ in range(config.layers))
         self.final_layer = FinalLayer(config)
-        self.kept_grids: dict[tuple[int, int], Tensor] = {}
-        """Rotations of image tokens by rows and columns, the newest last."""
+        self.grids = GridRotations(config.axes_dims[1:], THETA)
         self.kept_captions: Tensor | None = None
         """Rotations of caption tokens, as many as were needed."""
 
@@ -228,7 +200,7 @@ class LuminaTransformer(nn.Module):
         has one token at least. Raises ValueError for latents of odd sizes.
         """
         height, width = latents.shape[-2:]
-        lengths = caption_lengths(text_mask)
+        lengths = token_lengths(text_mask)
         longest = max(lengths)
         image = self.x_embedder(patchify(latents.to(self.dtype)))
         caption = self.embed_caption(text[:, :longest])
@@ -263,7 +235,7 @@ class LuminaTransformer(nn.Module):
         A caption's token i stands at (i, 0, 0), the image's token in row r and column c at (length, r, c). Rotations of
         the last sizes are kept.
         """
-        along, grid = self._caption_rotations(max(lengths) + 1), self._grid_rotations(rows, columns)
+        along, grid = self._caption_rotations(max(lengths) + 1), self.grids.of(rows, columns, self.device)
         captions = along[: max(lengths)]
         captions = torch.cat((captions, captions.new_ones(len(captions), grid.shape[1])), dim=1)
         distinct = list(dict.fromkeys(lengths)) if len(set(lengths)) == 1 else lengths
@@ -279,17 +251,4 @@ class LuminaTransformer(nn.Module):
             kept = rope_rotations(ids, self.config.axes_dims[:1], THETA)[0, 0]
             if not isinstance(kept, FakeTensor):
                 self.kept_captions = kept
-        return kept
-
-    def _grid_rotations(self, rows: int, columns: int) -> Tensor:
-        """The share of the other axes in the rotations of an image's tokens: [rows * columns, pairs]."""
-        device, kept = self.device, self.kept_grids.pop((rows, columns), None)
-        if kept is None or kept.device != device:
-            row, column = (torch.arange(side, device=device) for side in (rows, columns))
-            ids = torch.cartesian_prod(row, column)[None]
-            kept = rope_rotations(ids, self.config.axes_dims[1:], THETA)[0, 0]
-        if not isinstance(kept, FakeTensor):
-            self.kept_grids[rows, columns] = kept
-            for oldest in list(self.kept_grids)[:-KEPT_GRIDS]:
-                del self.kept_grids[oldest]
         return kept

@@ -75,6 +75,12 @@ class Origin:
     rows: tuple[int, int] | None = None
 
 
+def swap_halves(modulation: Tensor) -> Tensor:
+    """Diffusers keeps a last modulation as (scale, shift), original checkpoints as (shift, scale)."""
+    scale, shift = modulation.chunk(2)
+    return torch.cat((shift, scale))
+
+
 class TensorSource:
     """The tensors of a checkpoint under the names of a module; fp8 weights with scales are given dequantised.
 
@@ -349,6 +355,23 @@ def _refuse_unreadable_quantisation(checkpoint: Checkpoint) -> None:
             described = bytes(checkpoint.load(key).tolist()).decode("utf-8", errors="replace")
             if '"float8_e4m3fn"' not in described and '"float8_e5m2"' not in described:
                 raise UserError(f"{checkpoint.label} is quantised as {described}, which is not supported; {advice}.")
+
+
+def origins_of_modules(
+    source: TensorSource, modules: Iterable[tuple[str, tuple[str, ...]]], swapped: Collection[str] = ()
+) -> dict[str, Origin]:
+    """Weights and biases of modules that a file has under other names, as ``TensorSource.remap`` takes them.
+
+    ``modules`` are a module's name and the names of those whose rows it is made of, in that order; what the file does
+    not have, or has under the module's name already, is left out. Of modules in ``swapped`` the halves change places.
+    """
+    origins: dict[str, Origin] = {}
+    for name, parts in modules:
+        for kind in ("weight", "bias"):
+            keys = tuple(f"{part}.{kind}" for part in parts)
+            if f"{name}.{kind}" not in source and all(key in source for key in keys):
+                origins[f"{name}.{kind}"] = Origin(keys, swap_halves if name in swapped else None)
+    return origins
 
 
 class _NoInitialValues(TorchFunctionMode):

@@ -47,7 +47,13 @@ SD_ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SDXL_ATTENTION = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 UNET_ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 FLUX_DOUBLE = "double_blocks.0.img_attn.qkv.weight"
-HUNYUAN_DOUBLE = "double_blocks.0.img_attn_qkv.weight"
+REFINER = "txt_in.individual_token_refiner."
+DIFFUSERS_REFINER = "context_embedder.token_refiner."
+HUNYUAN_LATENTS = "img_in.proj.weight"
+DIFFUSERS_LATENTS = "x_embedder.proj.weight"
+DIFFUSERS_TIME = "time_guidance_embed."
+IMAGE_REFINER = "the refiner of HunyuanImage-2.1 (it works on images that are there already), which is not supported"
+DISTILLED = "a distilled HunyuanImage-2.1 file (few steps, guidance built in), which cannot be trained"
 JOINT = "transformer_blocks.0.attn.add_k_proj.weight"
 DIFFUSERS_POOLED = "time_text_embed.text_embedder.linear_1.weight"
 CAPTIONS = "cap_embedder.1.weight"
@@ -101,9 +107,26 @@ KINDS = (
     Kind("flux2", "a FLUX.2 file", ("single_stream_modulation.",)),
     Kind("flux", "a FLUX.1 file", (FLUX_DOUBLE, "img_in.weight", "vector_in.in_layer.weight")),
     Kind("flux-diffusers", f"a FLUX.1 file {IN_DIFFUSERS}", (JOINT, "x_embedder.weight", DIFFUSERS_POOLED)),
-    Kind("hunyuan-image", "a HunyuanImage-2.1 file", (HUNYUAN_DOUBLE, "byt5_in.")),
-    Kind("hunyuan-image", "a HunyuanImage-2.1 file", ("double_blocks.0.img_attn_q.weight", "byt5_in.")),
-    Kind("hunyuan-video", "a HunyuanVideo file", (HUNYUAN_DOUBLE,)),
+    Kind("hunyuan-video", "a HunyuanVideo file", (REFINER, "vision_in.")),
+    Kind("hunyuan-image-refiner", IMAGE_REFINER, (REFINER, HUNYUAN_LATENTS), sized=(HUNYUAN_LATENTS, 1, 128)),
+    Kind("hunyuan-image-distilled", DISTILLED, (REFINER, "byt5_in.", "time_r_in.")),
+    Kind("hunyuan-image-distilled", DISTILLED, (REFINER, "byt5_in.", "guidance_in.")),
+    Kind("hunyuan-image", "a HunyuanImage-2.1 file", (REFINER, "byt5_in.")),
+    Kind("hunyuan-video", "a HunyuanVideo file", (REFINER,)),
+    Kind(
+        "hunyuan-image-refiner",
+        IMAGE_REFINER,
+        (DIFFUSERS_REFINER, DIFFUSERS_TIME, DIFFUSERS_LATENTS),
+        sized=(DIFFUSERS_LATENTS, 1, 128),
+    ),
+    Kind("hunyuan-image-distilled", DISTILLED, (DIFFUSERS_REFINER, f"{DIFFUSERS_TIME}timestep_embedder_r.")),
+    Kind("hunyuan-image-distilled", DISTILLED, (DIFFUSERS_REFINER, f"{DIFFUSERS_TIME}guidance_embedder.")),
+    Kind(
+        "hunyuan-image-diffusers",
+        f"a HunyuanImage-2.1 file {IN_DIFFUSERS}",
+        (DIFFUSERS_REFINER, DIFFUSERS_TIME, "context_embedder_2."),
+    ),
+    Kind("hunyuan-video", f"a HunyuanVideo file {IN_DIFFUSERS}", (DIFFUSERS_REFINER,)),
     Kind("sd3", "a Stable Diffusion 3 file", ("joint_blocks.0.context_block.attn.qkv.weight",)),
     Kind("sd3", f"a Stable Diffusion 3 file {IN_DIFFUSERS}", (JOINT, "pos_embed.proj.weight")),
     Kind("qwen-image", "a Qwen-Image file", (JOINT, "txt_norm.weight")),

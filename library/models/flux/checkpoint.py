@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from library.checkpoints import Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
-from library.models.loading import Origin, TensorSource, on_meta
+from library.models.loading import Origin, TensorSource, on_meta, origins_of_modules
 from library.models.pipeline import OpenedPart
 from library.models.recognition import APPROXIMATOR, TRANSFORMER_PREFIXES, Kind, recognise, refuse_unless
 
@@ -184,41 +181,23 @@ APPROXIMATOR_LAYER = {
 APPROXIMATOR_NORM = ("distilled_guidance_layer.norms.{}.scale", "distilled_guidance_layer.norms.{}.weight")
 
 
-def swap_halves(modulation: Tensor) -> Tensor:
-    """Diffusers keeps the last modulation as (scale, shift), the original as (shift, scale)."""
-    scale, shift = modulation.chunk(2)
-    return torch.cat((shift, scale))
-
-
 def diffusers_origins(source: TensorSource) -> dict[str, Origin]:
     """For each tensor of the original layout, the Diffusers tensors it is made of (rows in that order)."""
-    origins: dict[str, Origin] = {}
-
-    def add(name: str, parts: tuple[str, ...]) -> None:
-        for kind in ("weight", "bias"):
-            keys = tuple(f"{part}.{kind}" for part in parts)
-            if all(key in source for key in keys):
-                swapped = name == "final_layer.adaLN_modulation.1"
-                origins[f"{name}.{kind}"] = Origin(keys, swap_halves) if swapped else Origin(keys)
-
-    for name, part in OUTER.items():
-        add(name, (part,))
-    for name in APPROXIMATOR_OUTER:
-        add(name, (name,))
+    modules: dict[str, tuple[str, ...]] = {name: (part,) for name, part in OUTER.items()}
+    modules |= {name: (name,) for name in APPROXIMATOR_OUTER}
+    norms: dict[str, str] = {}
     for index in range(source.count(r"distilled_guidance_layer\.layers\.(\d+)\.")):
-        for name, part in APPROXIMATOR_LAYER.items():
-            add(name.format(index), (part.format(index),))
+        modules |= {name.format(index): (part.format(index),) for name, part in APPROXIMATOR_LAYER.items()}
         scale, weight = (name.format(index) for name in APPROXIMATOR_NORM)
-        if weight in source:
-            origins[scale] = Origin((weight,))
-    for ours, theirs, modules, norms in (
+        norms[scale] = weight
+    for ours, theirs, block_modules, block_norms in (
         ("double_blocks", "transformer_blocks", DOUBLE, DOUBLE_NORMS),
         ("single_blocks", "single_transformer_blocks", SINGLE, SINGLE_NORMS),
     ):
         for index in range(source.count(rf"{theirs}\.(\d+)\.")):
-            for name, parts in modules.items():
-                add(f"{ours}.{index}.{name}", tuple(f"{theirs}.{index}.{part}" for part in parts))
-            for name, part in norms.items():
-                if f"{theirs}.{index}.{part}.weight" in source:
-                    origins[f"{ours}.{index}.{name}.scale"] = Origin((f"{theirs}.{index}.{part}.weight",))
-    return origins
+            for name, parts in block_modules.items():
+                modules[f"{ours}.{index}.{name}"] = tuple(f"{theirs}.{index}.{part}" for part in parts)
+            for name, part in block_norms.items():
+                norms[f"{ours}.{index}.{name}.scale"] = f"{theirs}.{index}.{part}.weight"
+    of_norms = {scale: Origin((weight,)) for scale, weight in norms.items() if weight in source}
+    return origins_of_modules(source, modules.items(), swapped=("final_layer.adaLN_modulation.1",)) | of_norms

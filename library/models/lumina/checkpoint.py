@@ -12,7 +12,7 @@ from pathlib import Path
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.models.loading import Origin, TensorSource, on_meta
+from library.models.loading import TensorSource, on_meta, origins_of_modules
 from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from library.models.pipeline import OpenedPart
 from library.models.recognition import TRANSFORMER_PREFIXES, refuse_unless
@@ -43,7 +43,8 @@ def open_transformer(path: Path | str, disable_mmap: bool = False, option: str =
     kind = refuse_unless(checkpoint, {"lumina", "lumina-diffusers"}, "a Lumina Image 2.0 transformer")
     source = TensorSource(checkpoint, TRANSFORMER_PREFIXES)
     if kind.name == "lumina-diffusers":
-        source.remap(diffusers_origins(source))
+        counts = {blocks: source.count(rf"{blocks}\.(\d+)\.") for blocks in BLOCK_LISTS}
+        source.remap(origins_of_modules(source, diffusers_modules(counts)))
     source.drop(UNUSED)
     return TransformerFile(source, infer_config(source))
 
@@ -117,15 +118,3 @@ def diffusers_modules(counts: dict[str, int]) -> Iterator[tuple[str, tuple[str, 
         for index in range(counts[blocks]):
             for name, parts in modules.items():
                 yield f"{blocks}.{index}.{name}", tuple(f"{blocks}.{index}.{part}" for part in parts)
-
-
-def diffusers_origins(source: TensorSource) -> dict[str, Origin]:
-    """For each tensor of the original layout, the Diffusers tensors it is made of (rows in that order)."""
-    origins: dict[str, Origin] = {}
-    counts = {blocks: source.count(rf"{blocks}\.(\d+)\.") for blocks in BLOCK_LISTS}
-    for name, parts in diffusers_modules(counts):
-        for kind in ("weight", "bias"):
-            keys = tuple(f"{part}.{kind}" for part in parts)
-            if all(key in source for key in keys):
-                origins[f"{name}.{kind}"] = Origin(keys)
-    return origins

@@ -88,6 +88,14 @@ def tiny_lumina(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_hunyuan_image(tmp_path_factory):
+    """A random tiny HunyuanImage-2.1 in the real files' layouts."""
+    from tools.make_tiny_models import make_tiny_hunyuan_image
+
+    return make_tiny_hunyuan_image(tmp_path_factory.mktemp("tiny_hunyuan_image"))
+
+
+@pytest.fixture(scope="session")
 def tiny_controlnet(tmp_path_factory) -> Path:
     """A random tiny ControlNet for ``tiny_flux``: a file in the original layout, which takes pixels."""
     from tools.make_tiny_controlnet import make_tiny_controlnet

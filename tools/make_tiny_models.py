@@ -39,6 +39,9 @@ from library.models.flux.checkpoint import (
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.gemma2 import Gemma2TextEncoder, gemma2_config
+from library.models.hunyuan_image.checkpoint import DIFFUSERS as HUNYUAN_IN_DIFFUSERS
+from library.models.hunyuan_image.checkpoint import LAST_MODULATION
+from library.models.hunyuan_image.transformer import HunyuanImageConfig, HunyuanImageTransformer
 from library.models.lumina.checkpoint import diffusers_modules
 from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from library.models.t5 import T5TextEncoder
@@ -71,6 +74,13 @@ class TinyLumina:
     transformer: Path
     gemma2: Path
     autoencoder: Path
+
+
+@dataclass(frozen=True)
+class TinyHunyuanImage:
+    """The paths of the files written; in the Diffusers layout, all are the model's folder."""
+
+    transformer: Path
 
 
 def transformer_config(variant: Variant = "dev") -> FluxConfig:
@@ -190,6 +200,72 @@ def make_tiny_lumina(
     make_tiny_gemma2(files.gemma2, LUMINA.text_dim, seed, dtype)
     save_file(states["autoencoder"], files.autoencoder, {"config": json.dumps(config)})
     return files
+
+
+HUNYUAN_IMAGE = HunyuanImageConfig(
+    hidden_size=64,
+    num_heads=2,
+    depth=2,
+    depth_single=2,
+    refiner_depth=1,
+    mlp_hidden=256,
+    single_mlp_hidden=256,
+    refiner_mlp_hidden=256,
+    text_dim=TEXT_WIDTH,
+    glyph_dim=TEXT_WIDTH,
+    glyph_hidden=48,
+    axes_dims=(16, 16),
+)
+
+
+def make_tiny_hunyuan_image(
+    folder: Path | str, layout: Layout = "original", seed: int = 0, dtype: torch.dtype = torch.float32
+) -> TinyHunyuanImage:
+    """Write the models into ``folder``; the same seed gives the same weights in each layout."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    transformer = HunyuanImageTransformer(HUNYUAN_IMAGE)
+    fill_randomly(transformer, seed, "tiny hunyuan image transformer")
+    state = {key: value.to(dtype).contiguous() for key, value in transformer.state_dict().items()}
+    if layout == "diffusers":
+        parts = {
+            "transformer": ("diffusers", "HunyuanImageTransformer2DModel"),
+            "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+        }
+        _write_pipeline("HunyuanImagePipeline", folder, parts, {"shift": 5.0})
+        in_diffusers = diffusers_hunyuan_image_state(state, HUNYUAN_IMAGE)
+        _write_transformer(folder, in_diffusers, diffusers_hunyuan_image_config(HUNYUAN_IMAGE))
+        return TinyHunyuanImage(folder)
+    if layout == "comfyui":
+        state = {f"model.diffusion_model.{comfyui_name(key)}": value for key, value in state.items()}
+    files = TinyHunyuanImage(folder / "hunyuan_image.safetensors")
+    save_file(state, files.transformer)
+    return files
+
+
+def comfyui_name(key: str) -> str:
+    """The name that a tensor of HunyuanImage-2.1's transformer has inside ComfyUI."""
+    changes = {
+        "txt_in.c_embedder.linear_1.": "txt_in.c_embedder.in_layer.",
+        "txt_in.c_embedder.linear_2.": "txt_in.c_embedder.out_layer.",
+        "_embedder.mlp.0.": "_embedder.in_layer.",
+        "_embedder.mlp.2.": "_embedder.out_layer.",
+        "time_in.mlp.0.": "time_in.in_layer.",
+        "time_in.mlp.2.": "time_in.out_layer.",
+        "_mod.linear.": "_mod.lin.",
+        ".modulation.linear.": ".modulation.lin.",
+        "_attn_qkv.": "_attn.qkv.",
+        "_attn_proj.": "_attn.proj.",
+        "_attn_q_norm.weight": "_attn.norm.query_norm.scale",
+        "_attn_k_norm.weight": "_attn.norm.key_norm.scale",
+        ".q_norm.weight": ".norm.query_norm.scale",
+        ".k_norm.weight": ".norm.key_norm.scale",
+        "mlp.fc1.": "mlp.0.",
+        "mlp.fc2.": "mlp.2.",
+    }
+    for ours, theirs in changes.items():
+        key = key.replace(ours, theirs)
+    return key
 
 
 def clip_config(vocabulary: int) -> Any:
@@ -503,6 +579,43 @@ def diffusers_lumina_state(state: dict[str, Tensor], config: LuminaConfig) -> di
             if value is not None:
                 for part, piece in zip(parts, value.split(rows) if len(parts) > 1 else (value,)):
                     converted[f"{part}.{kind}"] = piece.contiguous()
+    return converted
+
+
+def diffusers_hunyuan_image_config(config: HunyuanImageConfig) -> dict[str, Any]:
+    """The same sizes as Diffusers' configuration says them; it has none for the hidden width of the glyphs."""
+    return {
+        "_class_name": "HunyuanImageTransformer2DModel",
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "num_layers": config.depth,
+        "num_single_layers": config.depth_single,
+        "num_refiner_layers": config.refiner_depth,
+        "mlp_ratio": config.mlp_hidden / config.hidden_size,
+        "patch_size": [config.patch_size] * 2,
+        "text_embed_dim": config.text_dim,
+        "text_embed_2_dim": config.glyph_dim,
+        "rope_theta": config.theta,
+        "rope_axes_dim": list(config.axes_dims),
+    }
+
+
+def diffusers_hunyuan_image_state(state: dict[str, Tensor], config: HunyuanImageConfig) -> dict[str, Tensor]:
+    """The tensors of a HunyuanImage transformer under Diffusers' names."""
+    counts = (config.depth, config.depth_single, config.refiner_depth)
+    rows = [config.hidden_size] * 3 + [config.single_mlp_hidden]
+    converted = {}
+    for module, parts in HUNYUAN_IN_DIFFUSERS.modules(counts):
+        for kind in ("weight", "bias"):
+            value = state.get(f"{module}.{kind}")
+            if value is None:
+                continue
+            if module == LAST_MODULATION:
+                value = torch.cat(tuple(reversed(value.chunk(2))))
+            for part, piece in zip(parts, value.split(rows[: len(parts)]) if len(parts) > 1 else (value,)):
+                converted[f"{part}.{kind}"] = piece.contiguous()
     return converted
 
 

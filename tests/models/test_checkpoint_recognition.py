@@ -11,6 +11,7 @@ from library.models.autoencoder_kl import open_autoencoder
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
 from library.models.gemma2 import open_gemma2
+from library.models.hunyuan_image.checkpoint import open_transformer as open_hunyuan_image
 from library.models.lumina.checkpoint import open_transformer as open_lumina
 from library.models.recognition import KINDS, recognise
 from library.models.t5 import open_t5
@@ -35,6 +36,46 @@ LANGUAGE_MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "a Qwen 3 text encoder": {"layers.0.self_attn.q_norm.weight": (4,)},
     "a Qwen2.5-VL text encoder": {"layers.0.self_attn.q_proj.bias": (4,)},
     "a language model": {"layers.0.post_attention_layernorm.weight": (4,), "embed_tokens.weight": (32000, 1)},
+}
+
+PROMPTS, LATENTS = "txt_in.individual_token_refiner.blocks.0.norm1.weight", "img_in.proj.weight"
+GLYPHS = "byt5_in.fc1.weight"
+DIFFUSERS_PROMPTS = "context_embedder.token_refiner.refiner_blocks.0.norm1.weight"
+DIFFUSERS_LATENTS, DIFFUSERS_GLYPHS = "x_embedder.proj.weight", "context_embedder_2.linear_1.weight"
+DIFFUSERS_TIME = "time_guidance_embed.timestep_embedder.linear_1.weight"
+JOINED, OF_COMFYUI, SEPARATE = (f"double_blocks.0.img_attn{name}.weight" for name in ("_qkv", ".qkv", "_q"))
+IMAGE = {PROMPTS: (4,), LATENTS: (4, 64, 1, 1), GLYPHS: (4, 4)}
+IMAGE_IN_DIFFUSERS = {
+    **{DIFFUSERS_PROMPTS: (4,), DIFFUSERS_LATENTS: (4, 64, 1, 1), DIFFUSERS_GLYPHS: (4, 4), DIFFUSERS_TIME: (4, 4)},
+    "transformer_blocks.0.attn.add_k_proj.weight": (4, 4),
+}
+HUNYUAN: dict[str, list[dict[str, tuple[int, ...]]]] = {
+    "a HunyuanImage-2.1 file": [
+        {**IMAGE, JOINED: (4, 4)},
+        {**IMAGE, SEPARATE: (4, 4)},
+        {**IMAGE, OF_COMFYUI: (4, 4)},
+        {f"model.diffusion_model.{key}": shape for key, shape in IMAGE.items()},
+    ],
+    "a HunyuanImage-2.1 file in the Diffusers layout": [IMAGE_IN_DIFFUSERS],
+    "a distilled HunyuanImage-2.1 file (few steps, guidance built in), which cannot be trained": [
+        {**IMAGE, JOINED: (4, 4), "time_r_in.mlp.0.weight": (4, 4), "guidance_in.mlp.0.weight": (4, 4)},
+        {**IMAGE, OF_COMFYUI: (4, 4), "guidance_in.in_layer.weight": (4, 4)},
+        {**IMAGE_IN_DIFFUSERS, "time_guidance_embed.guidance_embedder.linear_1.weight": (4, 4)},
+        {**IMAGE_IN_DIFFUSERS, "time_guidance_embed.timestep_embedder_r.linear_1.weight": (4, 4)},
+    ],
+    "the refiner of HunyuanImage-2.1": [
+        {PROMPTS: (4,), LATENTS: (4, 128, 1, 1, 1), "guidance_in.mlp.0.weight": (4, 4), JOINED: (4, 4)},
+        {DIFFUSERS_PROMPTS: (4,), DIFFUSERS_LATENTS: (4, 128, 1, 1, 1), DIFFUSERS_TIME: (4, 4)},
+    ],
+    "a HunyuanVideo file": [
+        {PROMPTS: (4,), LATENTS: (4, 16, 1, 2, 2), JOINED: (4, 4), "vector_in.in_layer.weight": (4, 4)},
+        {PROMPTS: (4,), LATENTS: (4, 16, 1, 2, 2), OF_COMFYUI: (4, 4), "guidance_in.in_layer.weight": (4, 4)},
+        {PROMPTS: (4,), LATENTS: (4, 65, 1, 1, 1), GLYPHS: (4, 4), "vision_in.proj.0.weight": (4,)},
+    ],
+    "a HunyuanVideo file in the Diffusers layout": [
+        {DIFFUSERS_PROMPTS: (4,), DIFFUSERS_LATENTS: (4, 16, 1, 2, 2), "time_text_embed.timestep_embedder.x": (4,)},
+        {DIFFUSERS_PROMPTS: (4,), DIFFUSERS_GLYPHS: (4, 4), "time_embed.timestep_embedder.linear_1.weight": (4, 4)},
+    ],
 }
 
 # Names (with widths where they count) as they stand in published files.
@@ -80,7 +121,7 @@ FILES = {
     "a FLUX.1 file": {
         key: (4, 4) for key in ("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "vector_in.in_layer.weight")
     },
-    "a HunyuanImage-2.1 file": {"double_blocks.0.img_attn_qkv.weight": (4, 4), "byt5_in.fc1.weight": (4, 4)},
+    **{f"{name}{' ' * index}": keys for name, files in HUNYUAN.items() for index, keys in enumerate(files)},
     "a LoRA file": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 4)},
     "a LoRA file ": {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 4)},
     "a CLIP-L text encoder": {CLIP_QUERY: (768, 768)},
@@ -152,6 +193,14 @@ def test_what_is_given_for_lumina_is_named(tmp_path, description):
     path = write(tmp_path / "model.safetensors", FILES[description])
     with pytest.raises(UserError, match="a Lumina Image 2.0 transformer is needed here") as error:
         open_lumina(path, option="--pretrained_model_name_or_path")
+    assert description.strip() in str(error.value) and str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("description", [name for name in FILES if not name.startswith("a HunyuanImage-2.1 file")])
+def test_what_is_given_for_hunyuan_image_is_named(tmp_path, description):
+    path = write(tmp_path / "model.safetensors", FILES[description])
+    with pytest.raises(UserError, match="the transformer of HunyuanImage-2.1's base version is needed here") as error:
+        open_hunyuan_image(path, option="--pretrained_model_name_or_path")
     assert description.strip() in str(error.value) and str(error.value).count("\n") == 0
 
 

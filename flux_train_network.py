@@ -28,7 +28,7 @@ from library.training.objective.noise_options import StableDiffusionNoiseOptions
 from library.training.objective.step_inputs import NoisyInput
 from library.training.output.sample_images import SamplerOptions
 from library.training.part_dtypes import part_dtypes
-from library.training.run_options import ClipSkipOptions, StableDiffusionModelOptions
+from library.training.run_options import ClipSkipOptions, StableDiffusionModelOptions, VaeOptions
 from library.training.training_options import TrainingOptions
 from train_network import NetworkTrainer
 
@@ -95,6 +95,7 @@ class FluxNetworkTrainer(NetworkTrainer):
     unused_groups = (
         *NetworkTrainer.unused_groups,
         StableDiffusionModelOptions,
+        VaeOptions,
         ClipSkipOptions,
         StableDiffusionNoiseOptions,
         SamplerOptions,

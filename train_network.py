@@ -736,7 +736,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         sd, noise = options.stable_diffusion, options.stable_diffusion_noise
         files = StableDiffusionFiles(
             model=model.pretrained_model_name_or_path or "",
-            vae=sd.vae,
+            vae=options.vae.vae,
             tokenizer_cache_dir=model.tokenizer_cache_dir,
             disable_mmap=model.disable_mmap_load_safetensors,
         )

@@ -33,6 +33,9 @@ class TextFormat:
     """Array names with the shapes they must have (None: any size, or any shape)."""
     flags: Mapping[str, bool | int | float] = field(default_factory=dict)
     """Scalar arrays that must have these values."""
+    lengths: Mapping[str, str] = field(default_factory=dict)
+    """Arrays that are stored as long as the caption is, and the mask whose ones say so: a caption's entry then does not
+    depend on those that were encoded together with it."""
 
 
 def check_text_cacheable(group: DatasetGroup) -> None:
@@ -150,7 +153,7 @@ class TextCache(Cache):
     def _store(self, entries_of_captions: list[list[Entry]], outputs: dict[str, Tensor]) -> None:
         outputs = {name: outputs[name].detach().cpu() for name in self.format.arrays}
         for row, entries in enumerate(entries_of_captions):
-            tensors = {name: tensor[row].clone() for name, tensor in outputs.items()}
+            tensors = {name: tensor[row].clone() for name, tensor in self._cut(outputs, row).items()}
             self._require_sound(tensors, entries[0])
             for entry in entries:
                 if entry.path is None:
@@ -158,6 +161,11 @@ class TextCache(Cache):
                 else:
                     self._write_text(entry, tensors)
                 entry.state = "valid"
+
+    def _cut(self, outputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+        """The outputs, in which arrays with ``lengths`` end where the caption of that row does."""
+        counts = {name: int(outputs[mask][row].sum()) for name, mask in self.format.lengths.items()}
+        return {name: tensor[:, : counts[name]] if name in counts else tensor for name, tensor in outputs.items()}
 
     def _require_sound(self, tensors: dict[str, Tensor], entry: Entry) -> None:
         for name, tensor in tensors.items():

@@ -1,31 +1,35 @@
-"""What the pipelines of flow models share that use FLUX.1's autoencoder: images, latents, and where parts are found."""
+"""What the pipelines of flow models share: images, latents, streaming, and where parts are found."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.memory.stream_choice import BlockSizes
 from library.models.loading import TensorSource
 from library.models.pipeline import Pipeline, Request
 from library.randomness import seeded_generator
 
 
 class FlowPipeline(Pipeline[Request]):
-    """A transformer that predicts the velocity of latents of FLUX.1's autoencoder."""
+    """A transformer that predicts the velocity of an autoencoder's latents."""
+
+    token_side: ClassVar[int] = 2
+    """Latent positions along a side of what is one token of the transformer."""
 
     @property
     def latent_stride(self) -> int:
-        """Pixels per latent position; an image's sides must be multiples of twice that."""
+        """Pixels per latent position; an image's sides must be multiples of ``token_side`` times that."""
         return self.files.autoencoder.config.stride if self.files.autoencoder else 8
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        """Latents [B, 16, H/8, W/8], float32 and scaled, of ``pixels`` [B, 3, H, W] in -1..1.
+        """Latents [B, C, h, w], float32 as caches keep them, of ``pixels`` [B, 3, H, W] in -1..1.
 
         Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
         """
@@ -34,7 +38,7 @@ class FlowPipeline(Pipeline[Request]):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, 16, H/8, W/8]."""
+        """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, C, h, w]."""
         with self._without_autocast():
             return self.load_autoencoder().decode(latents).float().clamp(-1, 1)
 
@@ -43,18 +47,35 @@ class FlowPipeline(Pipeline[Request]):
         return torch.autocast(self.device.type, enabled=False)
 
     def image_size(self, request: Request) -> tuple[int, int]:
-        """Height and width, rounded up to whole tokens of 2 x 2 latent positions."""
-        step = 2 * self.latent_stride
+        """Height and width, rounded up to whole tokens."""
+        step = self.token_side * self.latent_stride
         return -(-request.height // step) * step, -(-request.width // step) * step
 
     def image_tokens(self, request: Request) -> int:
         """How many tokens the transformer sees of an image."""
+        step = self.token_side * self.latent_stride
         height, width = self.image_size(request)
-        return (height // (2 * self.latent_stride)) * (width // (2 * self.latent_stride))
+        return (height // step) * (width // step)
 
     def generator(self, request: Request) -> torch.Generator:
         """On the device: so that a seed gives the image that users of kohya-ss/sd-scripts know."""
         return seeded_generator(request.seed, self.device)
+
+
+class DoubleSinglePipeline(FlowPipeline[Request]):
+    """A transformer of double blocks (text and image apart), then single blocks (both as one sequence)."""
+
+    block_list_names = ("double_blocks", "single_blocks")
+
+    def most_to_swap(self, sizes: BlockSizes) -> int:
+        """Until one of the two lists is used up."""
+        double, single = (len(sizes[name]) for name in self.block_list_names)
+        return min(2 * double + 1, single // 2 * 2)
+
+    def swapped_bytes(self, count: int, sizes: BlockSizes) -> int:
+        """Half of ``count`` are double blocks, and for each other one two single blocks."""
+        double, single = (sizes[name] for name in self.block_list_names)
+        return sum(double[: count // 2]) + sum(single[: 2 * (count - count // 2)])
 
 
 def part_path(

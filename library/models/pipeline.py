@@ -185,6 +185,8 @@ class Pipeline(ABC, Generic[Request]):
         self.modules: dict[str, nn.Module] = {}
         """The loaded parts; a trainer may put a wrapped module in the place of the original."""
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self.on_host: Collection[str] = ()
+        """Parts that work on the CPU, whatever ``device`` is."""
         self.kept: Collection[str] = ()
         """Parts that ``release`` leaves where they are."""
 
@@ -204,7 +206,8 @@ class Pipeline(ABC, Generic[Request]):
     def load(self, part: str) -> Any:
         """Load a part, or give the loaded one."""
         if part not in self.modules:
-            place = self.places.get(part, lambda name: self.device)
+            host: Place = lambda name: "cpu"  # noqa: E731
+            place = host if part in self.on_host else self.places.get(part, lambda name: self.device)
             module = self.opened(part).load(LoadSpec.of(self.dtypes[part], place))
             self.prepare(part, module)
             self.modules[part] = module
@@ -269,7 +272,7 @@ class Pipeline(ABC, Generic[Request]):
             if name in self.modules:
                 if name in self.applied:
                     self.applied[name].rest()
-                self.modules[name].to(device)
+                self.modules[name].to("cpu" if name in self.on_host else device)
         if torch.device(device) != self.device:
             empty_cache(self.device)
 
@@ -534,6 +537,17 @@ class Pipeline(ABC, Generic[Request]):
 
 
 def _joined(conditionings: Sequence[Conditioning]) -> Conditioning:
-    """Several conditionings as one batch; tensors go to the device of the last one."""
+    """Several conditionings as one batch; tensors go to the device of the last one, shorter texts end in zeros."""
     last = conditionings[-1]
-    return {name: torch.cat([one[name].to(value) for one in conditionings]) for name, value in last.items()}
+    return {name: _concatenated([one[name].to(value) for one in conditionings]) for name, value in last.items()}
+
+
+def _concatenated(texts: Sequence[Tensor]) -> Tensor:
+    """Tensors [B, L, ...] of different lengths L as one."""
+    if len({text.shape[1:] for text in texts}) == 1:
+        return torch.cat(list(texts))
+    longest = max(text.shape[1] for text in texts)
+    joined = texts[0].new_zeros((sum(map(len, texts)), longest, *texts[0].shape[2:]))
+    for rows, text in zip(joined.split([*map(len, texts)]), texts):
+        rows[:, : text.shape[1]] = text
+    return joined

@@ -104,6 +104,56 @@ class TruncatedClassifierFree(Guidance):
         return guided * (longest / _norms(guided).clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
 
 
+class AdaptiveProjected(Guidance):
+    """Classifier-free guidance for the first steps, adaptive projected guidance (Sadat et al. 2024) for the others.
+
+    Up to and with step ``last_plain`` it is classifier-free guidance with ``scale``. After that, the difference of the
+    predictions (with a momentum over all steps, shortened to ``longest``) counts ``weight`` times, without its part
+    along the positive prediction. ``rescale`` and ``rescale_projected`` in 0..1 bring a result's standard deviation
+    that far back to the positive prediction's (Lin et al. 2023). Constants as in HunyuanImage-2.1's official code.
+    """
+
+    roles = ("negative", "positive")
+    weight = 10.0
+    longest = 10.0
+    momentum = -0.5
+
+    def __init__(self, scale: float, last_plain: int, rescale: float = 0.0, rescale_projected: float = 0.0):
+        self.scale = scale
+        self.last_plain = last_plain
+        self.rescale, self.rescale_projected = rescale, rescale_projected
+        self.moving: Tensor | None = None
+
+    def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
+        timesteps = step.timestep.expand(len(latents))
+        negative, positive = (prediction.float() for prediction in predict(latents, timesteps, self.roles))
+        difference = positive - negative
+        self.moving = difference if self.moving is None else difference + self.momentum * self.moving
+        if step.index <= self.last_plain:
+            return _rescaled(negative + self.scale * difference, positive, self.rescale)
+        short = self.moving * (self.longest / _norms(self.moving).clamp(min=torch.finfo(torch.float32).tiny)).clamp(
+            max=1
+        )
+        projected = negative + self.weight * _orthogonal(short, positive)
+        return _rescaled(projected, positive, self.rescale_projected)
+
+
+def _orthogonal(differences: Tensor, directions: Tensor) -> Tensor:
+    """What is left of each of ``differences`` [B, ...] without its part along ``directions``; in float64."""
+    wide, along = differences.double(), directions.double()
+    along = along / _norms(along).clamp(min=torch.finfo(torch.float64).tiny)
+    share = (wide * along).sum(dim=tuple(range(1, wide.ndim)), keepdim=True)
+    return (wide - share * along).to(differences.dtype)
+
+
+def _rescaled(guided: Tensor, positive: Tensor, amount: float) -> Tensor:
+    """``guided`` [B, ...], the share ``amount`` of it with the standard deviation of ``positive``."""
+    if not amount:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    return amount * guided * positive.std(axes, keepdim=True) / guided.std(axes, keepdim=True) + (1 - amount) * guided
+
+
 def _norms(predictions: Tensor) -> Tensor:
     """The norm of each prediction of a batch [B, ...], as [B, 1, ...]."""
     return torch.linalg.vector_norm(predictions, dim=tuple(range(1, predictions.ndim)), keepdim=True)

@@ -58,6 +58,14 @@ class LengthOptions:
 
 
 @dataclass
+class VaeOptions:
+    """Autoencoder"""
+
+    vae: str | None = None
+    """Autoencoder (VAE): a checkpoint file or a Diffusers folder; of Stable Diffusion, in place of the model's own."""
+
+
+@dataclass
 class PrecisionOptions:
     """Precision and memory"""
 
@@ -154,8 +162,6 @@ class StableDiffusionModelOptions:
     """Base model is Stable Diffusion 2.x."""
     v_parameterization: bool = False
     """Base model predicts v."""
-    vae: str | None = None
-    """Replacement VAE: a checkpoint file or a Diffusers folder."""
     max_token_length: Literal[75, 150, 225] | None = None
     """Longest caption in tokens; unset means 75."""
     weighted_captions: bool = False

@@ -28,6 +28,7 @@ from library.training.run_options import (
     PrecisionOptions,
     PreflightOptions,
     StableDiffusionModelOptions,
+    VaeOptions,
 )
 from library.training.tracking import LoggingOptions
 from library.training.validation_options import ValidationOptions
@@ -42,6 +43,7 @@ class TrainingOptions:
     preflight: PreflightOptions = field(default_factory=PreflightOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     stable_diffusion: StableDiffusionModelOptions = field(default_factory=StableDiffusionModelOptions)
+    vae: VaeOptions = field(default_factory=VaeOptions)
     clip_skip: ClipSkipOptions = field(default_factory=ClipSkipOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)

@@ -225,3 +225,39 @@ def test_ranks_share_the_files(folder, build):
     for cache in caches:
         cache.fill(Encoder(), batch_size=1)
     assert len(files(folder)) == 4 and len(text_by_key(group)) == 4
+
+
+class RaggedEncoder:
+    """Two numbers for each letter, padded with zeros to the longest caption of the batch."""
+
+    def __call__(self, captions):
+        longest = max(map(len, captions))
+        mask = torch.tensor([[1] * len(caption) + [0] * (longest - len(caption)) for caption in captions])
+        letters = [torch.tensor([ord(letter) for letter in caption.ljust(longest, "\0")]) for caption in captions]
+        return {
+            "states": torch.stack(letters)[..., None].expand(-1, -1, 2).float(),
+            "mask": mask,
+            "loud": mask[:, 0] > 0,
+        }
+
+
+@pytest.mark.parametrize("to_disk", [True, False])
+def test_entries_of_any_length_do_not_depend_on_those_encoded_together(folder, build, to_disk):
+    ragged = TextFormat(
+        "_r_te.npz", {"states": (None, 2), "mask": (None,), "loud": ()}, lengths={"states": "mask", "mask": "mask"}
+    )
+    found = []
+    for batch_size in (1, 3):
+        group, _ = build(folder)
+        TextCache(group, ragged, to_disk=to_disk, identity=str(batch_size)).fill(RaggedEncoder(), batch_size=batch_size)
+        found.append({str(item.path): item.text.read() for item in group.items})
+        if to_disk:
+            with numpy.load(folder / "03_r_te.npz", allow_pickle=False) as stored:
+                assert stored["states"].shape == (len("a bird, red"), 2) and stored["mask"].all()
+    assert found[0].keys() == found[1].keys()
+    for key, one in found[0].items():
+        assert all(torch.equal(one[name], found[1][key][name]) for name in ragged.arrays)
+    batch = group.load(group.plan(1, 1)[0], epoch=1, step=0, max_train_steps=1, seed=1)
+    lengths = batch.text["mask"].sum(1).tolist()
+    assert batch.text["states"].shape == (len(lengths), max(lengths), 2)
+    assert not batch.text["states"][lengths.index(min(lengths)), min(lengths) :].any()

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from library.memory.storage import StorageDtype
-from library.memory.stream_choice import BlockSizes
 from library.models.attention import AttentionBackend
 from library.models.autoencoder_kl import AutoencoderFile, open_autoencoder
 from library.models.clip import ClipFile, open_clip
-from library.models.flow_pipeline import FlowPipeline, part_path, require_width
+from library.models.flow_pipeline import DoubleSinglePipeline, part_path, require_width
 from library.models.flux.checkpoint import ModelType, TransformerFile, Variant, open_transformer
 from library.models.flux.controlnet import ControlNetFile, open_controlnet
 from library.models.flux.text import T5_LENGTH, attended_text, clip_tokens, encode_clip, encode_t5, t5_tokens
@@ -74,7 +73,7 @@ class FluxRequest(ImageRequest):
     """The dtype in which noise is drawn; None: the pipeline's."""
 
 
-class FluxPipeline(FlowPipeline[FluxRequest]):
+class FluxPipeline(DoubleSinglePipeline[FluxRequest]):
     """FLUX.1: opens the files by their headers, loads parts when they are needed, and runs them.
 
     ``parts`` are those that will be needed. Raises UserError, before anything is loaded, when one of their files isn't
@@ -84,7 +83,6 @@ class FluxPipeline(FlowPipeline[FluxRequest]):
     all_parts = PARTS
     denoiser = "transformer"
     request_class = FluxRequest
-    block_list_names = ("double_blocks", "single_blocks")
     read_on_host = frozenset({"txt_ids"})
     model_type: ClassVar[ModelType] = "flux"
     """What the transformer must be."""
@@ -138,16 +136,6 @@ class FluxPipeline(FlowPipeline[FluxRequest]):
     def control_takes_latents(self) -> bool:
         """Whether there is a ControlNet whose image goes through the autoencoder."""
         return self.files.controlnet is not None and self.files.controlnet.config.takes_latents
-
-    def most_to_swap(self, sizes: BlockSizes) -> int:
-        """Until one of the two lists is used up."""
-        double, single = (len(sizes[name]) for name in self.block_list_names)
-        return min(2 * double + 1, single // 2 * 2)
-
-    def swapped_bytes(self, count: int, sizes: BlockSizes) -> int:
-        """Half of ``count`` are double blocks, and for each other one two single blocks."""
-        double, single = (sizes[name] for name in self.block_list_names)
-        return sum(double[: count // 2]) + sum(single[: 2 * (count - count // 2)])
 
     def prepare(self, part: str, module: Any) -> None:
         """Transformer and ControlNet get the attention backend."""

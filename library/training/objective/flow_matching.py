@@ -205,11 +205,14 @@ class FlowMatching(Objective):
     noise: NoiseOptions
     patch_size: int = 2
     """Side of the square of latents that is one token of the transformer."""
+    latent_scale: float = 1.0
+    """What cached latents are multiplied by."""
 
     def noisy_input(self, latents: torch.Tensor, draws: ItemDraws, timestep: int | None = None) -> NoisyInput:
         """See ``Objective``."""
         import torch
 
+        latents = latents * self.latent_scale if self.latent_scale != 1 else latents
         device, shape = latents.device, tuple(latents.shape[1:])
         if timestep is None:
             tokens = (shape[1] // self.patch_size) * (shape[2] // self.patch_size)

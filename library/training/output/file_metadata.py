@@ -42,7 +42,7 @@ class FileMetadata:
     def __init__(self, run: RunFacts, model: ModelFacts) -> None:
         self.options, self.model = run.options, model
         self.hashes = BackgroundHashes(
-            sd_model=run.options.model.pretrained_model_name_or_path, vae=run.options.stable_diffusion.vae
+            sd_model=run.options.model.pretrained_model_name_or_path, vae=run.options.vae.vae
         )
         dataset = dataset_metadata(run.data.train, run.options.dataset, world_size=run.processes)
         self.entries = training_metadata(all_values(run.options), session_facts(run), dataset, model.entries)

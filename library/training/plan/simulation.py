@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from library.training.plan.quick_fakes import QuickFakeMode
 
 __all__ = ["DataDependentOutputException", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
 
@@ -34,7 +36,7 @@ class Simulation:
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.sources = [getattr(pipeline.files, part).source for part in pipeline.parts]
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = QuickFakeMode()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

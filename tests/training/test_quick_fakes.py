@@ -1,0 +1,80 @@
+"""The short way of the simulation's tensors gives what torch's own FakeTensorMode gives, once and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from library.training.plan.quick_fakes import QuickFakeMode
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a product": lambda x, y: x @ y,
+    "one in another format": lambda x, y: (x @ y).to(torch.bfloat16),
+    "nothing to convert": lambda x, y: x.to(torch.float32),
+    "views of views": lambda x, y: x.transpose(1, 2)[:, 2:].unflatten(1, (2, -1)).unsqueeze(0),
+    "parts": lambda x, y: x.split((1, 2), dim=1),
+    "equal parts": lambda x, y: x.chunk(3, dim=1),
+    "one in a row": lambda x, y: x.transpose(1, 2).reshape(-1),
+    "complex numbers": lambda x, y: torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()),
+    "in place": lambda x, y: (x * 2).add_(1).mul_(x),
+    "a slice in place": lambda x, y: x.clone()[:, 0].zero_(),
+    "several results": lambda x, y: torch.max(x, dim=1),
+    "norms": lambda x, y: F.layer_norm(x, x.shape[-1:]),
+    "attention": lambda x, y: F.scaled_dot_product_attention(x[None], x[None], x[None]),
+    "a convolution": lambda x, y: F.conv2d(x[None], x[:, :, None, :1].transpose(0, 1)[:1].expand(2, 4, 1, 1)),
+    "new ones": lambda x, y: (torch.zeros(3, 2), torch.empty_like(x), x.new_ones(2)),
+    "random ones": lambda x, y: (torch.rand(3), torch.randn_like(x), F.dropout(x, 0.5)),
+    "a number as a tensor": lambda x, y: x * torch.tensor(2.0),
+    "steps": lambda x, y: torch.arange(5).to(torch.float64) + 1,
+    "expanded": lambda x, y: x[:, :1].expand(4, 3, 8) + y.sum(),
+    "a table": lambda x, y: F.embedding(torch.zeros(2, 3, dtype=torch.long), y),
+    "gradients": lambda x, y: torch.autograd.grad(
+        F.gelu((x.requires_grad_() @ y).float()).square().mean(), x, retain_graph=True
+    ),
+}
+
+
+def facts(mode: FakeTensorMode, operation: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+    """What is known of the results, and with which of the arguments and results they share memory."""
+    with mode:
+        x, y = torch.empty(4, 3, 8), torch.empty(8, 6)
+        result = operation(x, y)
+        tensors = [result] if isinstance(result, Tensor) else list(result)
+        storages = [tensor.untyped_storage()._cdata for tensor in (x, y, *tensors)]
+        return [
+            (
+                *(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device),
+                *(tensor.requires_grad, tensor.untyped_storage().nbytes(), tensor.is_contiguous()),
+                storages.index(tensor.untyped_storage()._cdata),
+            )
+            for tensor in tensors
+        ]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_it_is_what_torch_gives(name):
+    quick = QuickFakeMode()
+    expected = facts(FakeTensorMode(allow_non_fake_inputs=True), OPERATIONS[name])
+    assert facts(quick, OPERATIONS[name]) == expected == facts(quick, OPERATIONS[name])
+
+
+def test_other_sizes_formats_and_numbers_are_other_results():
+    with QuickFakeMode():
+        for _ in range(2):
+            assert [torch.zeros(size).repeat(2).shape for size in (2, 3)] == [(4,), (6,)]
+            assert [torch.zeros(2).to(kind).dtype for kind in (torch.half, torch.int8)] == [torch.half, torch.int8]
+            assert [torch.cat([torch.zeros(2)] * count).shape for count in (1, 3)] == [(2,), (6,)]
+            assert [(torch.zeros(2, dtype=torch.int8) * by).dtype for by in (2, 2.0)] == [torch.int8, torch.float32]
+
+
+def test_values_are_still_asked_for_in_vain():
+    with QuickFakeMode():
+        for _ in range(2):
+            with pytest.raises(DataDependentOutputException):
+                torch.rand(()).item()

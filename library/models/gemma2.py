@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,25 @@ from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
 from library.devices import to_device
-from library.errors import UserError
+from library.models.language_model import (
+    EMBEDDING,
+    LanguageModelEncoder,
+    configured_size,
+    inferred_sizes,
+    rotary_embedding,
+)
 from library.models.lean_imports import transformers_class
 from library.models.loading import TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import GEMMA2_PREFIXES, refuse_unless
 
-EMBEDDING = "embed_tokens.weight"
 MODULES = ("embed_tokens.", "layers.", "norm.")
 HEAD_DIM = 256
 SLIDING_WINDOW = 4096
 ROPE_THETA = 10000.0
-ADVICE = 'a model with heads of another width says so as "head_dim" in the "config" entry of its metadata'
 
 
-class Gemma2TextEncoder(nn.Module):
+class Gemma2TextEncoder(LanguageModelEncoder):
     """Gemma 2 under the checkpoints' names, without logit soft-capping, as the inference programs run it.
 
     Its text is the state that enters the last layer. That layer and the final norm are there, because checkpoints and
@@ -43,16 +46,6 @@ class Gemma2TextEncoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = norm(config.hidden_size, eps=config.rms_norm_eps)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights' dtype."""
-        return self.embed_tokens.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embed_tokens.weight.device
 
     def block_lists(self) -> dict[str, Sequence[nn.Module]]:
         """The layers that run, in their order."""
@@ -70,12 +63,10 @@ class Gemma2TextEncoder(nn.Module):
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype)  # rounded to the dtype, as in training
         states = self.embed_tokens(tokens)
         masks = self._masks(tokens, attention_mask)
-        device = self.device.type
-        is_autocast = torch.is_autocast_enabled(device)
-        is_float16 = torch.float16 in (self.dtype, torch.get_autocast_dtype(device) if is_autocast else None)
-        with torch.autocast(device, dtype=torch.bfloat16) if is_float16 else nullcontext():
+        is_float16 = self.meets_float16()
+        with self.bfloat16_products(is_float16):
             states = states.float() * scale.float() if is_float16 else states * scale
-            rotations = rotary_embedding(tokens.shape[1], self.config.head_dim, states)
+            rotations = rotary_embedding(tokens.shape[1], self.config.head_dim, ROPE_THETA, states)
             for layer, kind in zip(self.block_lists()["layers"], self.config.layer_types):
                 states = layer(states, position_embeddings=rotations, attention_mask=masks[kind])
         return states
@@ -94,14 +85,6 @@ class Gemma2TextEncoder(nn.Module):
             "full_attention": attends,
             "sliding_attention": attends if length <= window else attends & (distance < window),
         }
-
-
-def rotary_embedding(length: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [1, length, head_dim] of the positions, on the device and in the dtype of ``like``."""
-    exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim
-    angles = torch.arange(length, device=like.device, dtype=torch.float32)[:, None] / ROPE_THETA**exponents
-    angles = torch.cat((angles, angles), dim=-1)[None]
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -151,41 +134,10 @@ def open_gemma2(path: Path | str, disable_mmap: bool = False, option: str = "") 
     refuse_unless(checkpoint, {"gemma2"}, "a Gemma 2 text encoder", (part,) if part else ())
     source = TensorSource(checkpoint, (prefix,), "gemma2")
     source.drop([name for name in source.names() if not name.startswith(MODULES)])
-    vocabulary, hidden = source.sizes(EMBEDDING, 2)
-    head_dim = _positive(source, "head_dim", HEAD_DIM)
+    head_dim = configured_size(source, "head_dim", HEAD_DIM)
     sizes = {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": source.sizes("layers.0.mlp.gate_proj.weight", 2)[0],
-        "num_hidden_layers": source.count(r"layers\.(\d+)\."),
-        "num_attention_heads": _heads(source, "q", head_dim),
-        "num_key_value_heads": _heads(source, "k", head_dim),
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": _positive(source, "query_pre_attn_scalar", head_dim),
+        **inferred_sizes(source, head_dim, "Gemma 2"),
+        "query_pre_attn_scalar": configured_size(source, "query_pre_attn_scalar", head_dim),
         "sliding_window": SLIDING_WINDOW,
     }
-    heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    if hidden % heads or heads % shared or head_dim % 2:
-        raise UserError(
-            f"{checkpoint.label}: a width of {hidden} with {heads} heads of queries and {shared} of keys, each "
-            f"{head_dim} wide, is no Gemma 2; {ADVICE}."
-        )
     return Gemma2File(source, sizes)
-
-
-def _heads(source: TensorSource, projection: str, head_dim: int) -> int:
-    rows = source.sizes(f"layers.0.self_attn.{projection}_proj.weight", 2)[0]
-    if rows % head_dim:
-        raise UserError(
-            f"{source.checkpoint.label}: the {rows} rows of {projection}_proj cannot be split into heads of "
-            f"{head_dim}; {ADVICE}."
-        )
-    return rows // head_dim
-
-
-def _positive(source: TensorSource, name: str, default: int) -> int:
-    """A whole number above 0 from the file's exceptions."""
-    value = source.exceptions.get(name, default)
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f'{source.checkpoint.label}: "{name}" in its configuration is {value!r}, not a whole number.')
-    return value

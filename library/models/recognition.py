@@ -18,6 +18,11 @@ GEMMA2_PREFIXES = (
     *("text_encoders.gemma2_2b.transformer.model.", "gemma2_2b.transformer.model.", "transformer.model."),
     *("model.", ""),
 )
+QWEN2_5_VL_PREFIXES = (
+    *("text_encoders.qwen25_7b.transformer.model.", "qwen25_7b.transformer.model.", "transformer.model."),
+    *("model.language_model.", "language_model.model.", "model.", ""),
+)
+BYT5_PREFIXES = ("text_encoders.byt5_small.transformer.", "byt5_small.transformer.", "module.text_tower.")
 PART_PREFIXES = (
     *("model.diffusion_model.", "vae.", "first_stage_model.", "text_encoders.", "conditioner.", "cond_stage_model."),
     *("model_ema.", "loss."),  # what a training run leaves in its files
@@ -76,6 +81,10 @@ IN_DIFFUSERS = "in the Diffusers layout"
 def _language_models(prefix: str) -> Iterator[Kind]:
     """Language models, whose names have ``prefix`` in front."""
     query_norm, query_bias = "layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_proj.bias"
+    for tower in ("visual.", "model.visual."):  # it has the same name under every prefix
+        yield Kind("qwen3-vl", "a Qwen3-VL text encoder", (prefix + LLM, prefix + query_norm, tower))
+        of_qwen2 = (prefix + LLM, prefix + query_bias, tower + "blocks.0.mlp.fc1.weight")
+        yield Kind("qwen2-vl", "a Qwen2-VL text encoder (of the generation before Qwen2.5-VL)", of_qwen2)
     for name, description, keys in (
         ("gemma3", "a Gemma 3 text encoder", (LLM, GEMMA_NORM, query_norm)),
         ("gemma2", "a Gemma 2 text encoder", (LLM, GEMMA_NORM)),
@@ -155,8 +164,12 @@ KINDS = (
         "clip-l", "a CLIP text encoder", ("encoder.layers.0.self_attn.q_proj.weight", "embeddings.position_embedding.")
     ),
     Kind("open-clip", "a text encoder in the OpenCLIP layout", ("transformer.resblocks.",)),
-    Kind("t5-full", "a full T5 file (encoder and decoder)", (T5, "decoder.block.")),
+    *(
+        Kind("byt5-glyph", "a glyph ByT5 text encoder", (T5, words), sized=(words, 0, 1510))
+        for words in ("shared.weight", "encoder.embed_tokens.weight")
+    ),
     Kind("byt5", "a ByT5 text encoder", (T5,), sized=(T5, 1, 1472)),
+    Kind("t5-full", "a full T5 file (encoder and decoder)", (T5, "decoder.block.")),
     Kind("t5", "a T5 text encoder", (T5,)),
     *(kind for prefix in LLM_PREFIXES for kind in _language_models(prefix)),
 )

@@ -21,6 +21,7 @@ from library.models.recognition import T5_PREFIXES, refuse_unless
 
 EMBEDDING = "encoder.embed_tokens.weight"
 SHARED_EMBEDDING = "shared.weight"
+GATE = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 
 
 class T5TextEncoder(nn.Module):
@@ -107,8 +108,13 @@ def open_t5(path: Path | str, disable_mmap: bool = False, option: str = "") -> T
     checkpoint = open_checkpoint(path, "text_encoder_2" if is_second else "text_encoder", disable_mmap, option)
     refuse_unless(checkpoint, {"t5", "t5-full"}, "a T5 v1.1 text encoder", T5_PREFIXES)
     source = TensorSource(checkpoint, T5_PREFIXES)
-    if "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" not in source:
+    if GATE not in source:
         raise UserError(f"{checkpoint.label} is a T5 v1.0 text encoder; T5 v1.1 (t5xxl) is needed here.")
+    return opened_encoder(source)
+
+
+def opened_encoder(source: TensorSource) -> T5File:
+    """The T5 v1.1 encoder whose tensors ``source`` has, its sizes inferred from their shapes. Raises UserError."""
     if EMBEDDING not in source:
         source.remap({EMBEDDING: Origin((SHARED_EMBEDDING,))})
     source.drop([name for name in source.names() if not name.startswith("encoder.")])
@@ -118,7 +124,7 @@ def open_t5(path: Path | str, disable_mmap: bool = False, option: str = "") -> T
         "vocab_size": vocabulary,
         "d_model": width,
         "d_kv": source.sizes("encoder.block.0.layer.0.SelfAttention.q.weight", 2)[0] // heads,
-        "d_ff": source.sizes("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
+        "d_ff": source.sizes(GATE, 2)[0],
         "num_layers": source.count(r"encoder\.block\.(\d+)\."),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +36,7 @@ class TokenizerKind:
     ``pad_id`` is what the text encoder was trained to see after the end of text; None leaves it to the files.
     """
 
-    family: Literal["clip", "t5", "gemma"]
+    family: Literal["clip", "t5", "gemma", "qwen"]
     hub_id: str
     folders: tuple[str, ...]
     files: tuple[str, ...]
@@ -49,17 +49,28 @@ class TokenizerKind:
         return self.hub_id.replace("/", "_")
 
 
-CLIP_FILES = ("vocab.json", "merges.txt")
-CLIP_L = TokenizerKind("clip", "openai/clip-vit-large-patch14", ("tokenizer",), CLIP_FILES, "BPE")
+BPE_FILES = ("vocab.json", "merges.txt")
+CLIP_L = TokenizerKind("clip", "openai/clip-vit-large-patch14", ("tokenizer",), BPE_FILES, "BPE")
 # OpenCLIP's models were trained with zeros after the end of text, which is "!". Their folders on the hub disagree.
-CLIP_H = TokenizerKind("clip", "stabilityai/stable-diffusion-2", ("tokenizer",), CLIP_FILES, "BPE", pad_id=0)
+CLIP_H = TokenizerKind("clip", "stabilityai/stable-diffusion-2", ("tokenizer",), BPE_FILES, "BPE", pad_id=0)
 CLIP_BIG_G = TokenizerKind(
-    "clip", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", ("tokenizer_2",), CLIP_FILES, "BPE", pad_id=0
+    "clip", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", ("tokenizer_2",), BPE_FILES, "BPE", pad_id=0
 )
 T5_XXL = TokenizerKind("t5", "google/t5-v1_1-xxl", ("tokenizer_2", "tokenizer"), ("spiece.model",), "Unigram")
 GEMMA_2 = TokenizerKind("gemma", "google/gemma-2-2b", ("tokenizer",), ("tokenizer.model",), "BPE", pad_id=0)
+QWEN2_5_VL = TokenizerKind("qwen", "Qwen/Qwen2.5-VL-7B-Instruct", ("tokenizer",), BPE_FILES, "BPE")
 GEMMA_SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
 """Gemma's special tokens, which are the first of its vocabulary."""
+QWEN_SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+QWEN_ADDED = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+"""What Qwen2.5's tokenizer has behind its vocab.json: special tokens, then words that are never split."""
 EMBEDDED = ("spiece_model", "text_encoders.spiece_model")
 """Under which keys checkpoints hold a sentencepiece model."""
 
@@ -112,15 +123,38 @@ def holds(kind: TokenizerKind, folder: Path) -> bool:
     has_files = all((folder / name).is_file() for name in kind.files)
     if kind.family == "gemma" and has_files and _is_gemmas(folder):
         return True
+    if kind.family == "qwen" and has_files and _whose(_json(folder / "vocab.json")) == "qwen":
+        return True
     if tokenizer_json.is_file():
+        content = _json(tokenizer_json)
         try:
-            model = json.loads(tokenizer_json.read_text(encoding="utf-8"))["model"]
-            # Gemma's BPE is told from CLIP's by its special tokens
-            is_gemma = not GEMMA_SPECIAL.values() - model["vocab"].keys() if model["type"] == "BPE" else False
-            return model["type"] == kind.json_model and is_gemma == (kind.family == "gemma")
-        except (ValueError, LookupError, TypeError, AttributeError):
+            model, added = content["model"], [token["content"] for token in content.get("added_tokens", ())]
+            is_bpe = model["type"] == "BPE"
+            return model["type"] == kind.json_model and (not is_bpe or _whose(model["vocab"], added) == kind.family)
+        except (LookupError, TypeError, AttributeError):
             raise UserError(f"{tokenizer_json} is not a valid tokenizer file.") from None
-    return has_files and kind.family != "gemma"
+    return has_files and (kind.family == "t5" or kind.family == "clip" == _whose(_json(folder / "vocab.json")))
+
+
+def _whose(vocabulary: dict[str, int], added: Collection[str] = QWEN_SPECIAL) -> str:
+    """To which family a vocabulary of byte pairs belongs, with the tokens that are ``added`` to it."""
+    if "a</w>" in vocabulary:  # of those known here, only CLIP's marks the ends of words
+        return "clip"
+    if not GEMMA_SPECIAL.values() - vocabulary.keys():
+        return "gemma"
+    # Qwen's special tokens stand outside; GPT-2's, for one, is in its vocabulary
+    return "qwen" if QWEN_SPECIAL[1] in added and QWEN_SPECIAL[0] not in vocabulary else "another"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a tokenizer's file. Raises UserError where it isn't a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a valid tokenizer file.")
+    return content
 
 
 def _is_gemmas(folder: Path) -> bool:
@@ -144,12 +178,14 @@ def _neighbours(kind: TokenizerKind, path: Path) -> Iterator[Path]:
 
 
 def _from_folder(kind: TokenizerKind, folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
-    if kind.family != "gemma" and _belongs_to_another(kind, folder):
+    if kind.family in ("clip", "t5") and _belongs_to_another(kind, folder):
         return _from_files_alone(kind, folder, vocabulary)
     arguments: dict[str, Any] = {}
     try:
         if kind.family == "gemma":
             return _gemma(folder)
+        if kind.family == "qwen":
+            return _qwen(folder)
         if kind.family == "t5" and not (folder / "tokenizer.json").is_file():
             arguments["extra_ids"] = _sentinels(folder, vocabulary)
         tokenizer = _tokenizer_class(kind).from_pretrained(str(folder), local_files_only=True, **arguments)
@@ -163,7 +199,7 @@ def _belongs_to_another(kind: TokenizerKind, folder: Path) -> bool:
 
     Those are the configuration of another kind and another model's ``tokenizer.model``.
     """
-    config, others = folder / "tokenizer_config.json", {"clip", "t5", "gemma"} - {kind.family}
+    config, others = folder / "tokenizer_config.json", {"clip", "t5", "gemma", "qwen"} - {kind.family}
     if not all((folder / name).is_file() for name in kind.files):
         return False
     if "tokenizer.model" not in kind.files and (folder / "tokenizer.model").is_file():
@@ -248,6 +284,22 @@ def _gemma(folder: Path) -> PreTrainedTokenizerBase:
         return _tokenizer_class(GEMMA_2).from_pretrained(place, local_files_only=True, add_bos_token=True)
 
 
+def _qwen(folder: Path) -> PreTrainedTokenizerBase:
+    """Qwen's tokenizer from vocab.json and merges.txt, or tokenizer.json, whatever else stands in the folder."""
+    from tokenizers import AddedToken
+
+    if not all((folder / name).is_file() for name in BPE_FILES) or _whose(_json(folder / "vocab.json")) != "qwen":
+        with tempfile.TemporaryDirectory() as place:
+            shutil.copy(folder / "tokenizer.json", place)
+            return _tokenizer_class(QWEN2_5_VL).from_pretrained(place, local_files_only=True)
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    tokenizer = _tokenizer_class(QWEN2_5_VL)(vocab=_json(folder / "vocab.json"), merges=merges)
+    for names, is_special in ((QWEN_SPECIAL, True), (QWEN_ADDED, False)):
+        tokenizer.add_tokens([AddedToken(name, special=is_special, normalized=False) for name in names])
+    return tokenizer
+
+
 def _shipped_clip() -> PreTrainedTokenizerBase:
     text = gzip.decompress((SHIPPED / "clip" / "merges.txt.gz").read_bytes()).decode("utf-8")
     merges = [tuple(line.split(" ")) for line in text.splitlines()]
@@ -304,6 +356,10 @@ def _tokenizer_class(kind: TokenizerKind) -> Any:
         from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
         return GemmaTokenizer
+    if kind.family == "qwen":
+        from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+        return Qwen2Tokenizer
     from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
     return T5Tokenizer

@@ -8,11 +8,13 @@ import torch
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.autoencoder_kl import open_autoencoder
+from library.models.byt5 import open_byt5
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
 from library.models.gemma2 import open_gemma2
 from library.models.hunyuan_image.checkpoint import open_transformer as open_hunyuan_image
 from library.models.lumina.checkpoint import open_transformer as open_lumina
+from library.models.qwen2_5_vl import open_qwen2_5_vl
 from library.models.recognition import KINDS, recognise
 from library.models.t5 import open_t5
 from library.safetensors_io import save_file
@@ -34,6 +36,11 @@ LANGUAGE_MODELS: dict[str, dict[str, tuple[int, ...]]] = {
         "embed_tokens.weight": (256000, 1),
     },
     "a Qwen 3 text encoder": {"layers.0.self_attn.q_norm.weight": (4,)},
+    "a Qwen3-VL text encoder": {"layers.0.self_attn.q_norm.weight": (4,), "/visual.patch_embed.proj.bias": (4,)},
+    "a Qwen2-VL text encoder": {
+        "layers.0.self_attn.q_proj.bias": (4,),
+        "/visual.blocks.0.mlp.fc1.weight": (4, 4),
+    },
     "a Qwen2.5-VL text encoder": {"layers.0.self_attn.q_proj.bias": (4,)},
     "a language model": {"layers.0.post_attention_layernorm.weight": (4,), "embed_tokens.weight": (32000, 1)},
 }
@@ -127,7 +134,8 @@ FILES = {
     "a CLIP-L text encoder": {CLIP_QUERY: (768, 768)},
     "a CLIP-G text encoder": {CLIP_QUERY: (1280, 1280)},
     "a T5 text encoder": {T5_QUERY: (4, 4096)},
-    "a ByT5 text encoder": {T5_QUERY: (4, 1472)},
+    "a ByT5 text encoder": {T5_QUERY: (4, 1472), "shared.weight": (384, 1472)},
+    "a glyph ByT5 text encoder": {T5_QUERY: (4, 1472), "shared.weight": (1510, 1472)},
     "a FLUX ControlNet file": {"controlnet_blocks.0.weight": (4, 4), "double_blocks.0.img_attn.qkv.weight": (4, 4)},
     "a Stable Diffusion autoencoder": {
         "encoder.down.0.block.0.conv1.weight": (4, 4, 3, 3),
@@ -140,7 +148,8 @@ FILES = {
     },
     **{
         f"{description}{' ' * index}": {
-            f"{prefix}{key}": size for key, size in {"layers.0.self_attn.q_proj.weight": (4, 4), **keys}.items()
+            key[1:] if key.startswith("/") else prefix + key: size
+            for key, size in {"layers.0.self_attn.q_proj.weight": (4, 4), **keys}.items()
         }
         for index, prefix in enumerate(("", "model.", "language_model.model."))
         for description, keys in LANGUAGE_MODELS.items()
@@ -186,6 +195,18 @@ def test_what_is_given_for_gemma_2_is_named(tmp_path, description):
         open_gemma2(path, option="--gemma2")
     message = str(error.value)
     assert message.startswith(f"--gemma2: {path}") and description.strip() in message and "\n" not in message
+
+
+@pytest.mark.parametrize("description", [name for name in FILES if not name.startswith("a Qwen2.5-VL")])
+def test_what_is_given_for_hunyuan_images_text_encoders_is_named(tmp_path, description):
+    path = write(tmp_path / "model.safetensors", FILES[description])
+    for opener, option in ((open_qwen2_5_vl, "--text_encoder"), (open_byt5, "--byt5")):
+        if opener is open_byt5 and "ByT5" in description:
+            continue
+        with pytest.raises(UserError) as error:
+            opener(path, option=option)
+        message = str(error.value)
+        assert message.startswith(f"{option}: {path}") and description.strip() in message and "\n" not in message
 
 
 @pytest.mark.parametrize("description", [name for name in FILES if "Lumina" not in name])

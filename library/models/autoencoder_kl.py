@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
-from library.errors import UserError
+from library.models.autoencoder_parts import DIFFUSERS_BLOCKS, Autoencoder, Level, Middle, norm_groups, renamed
 from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedPart
 from library.models.recognition import AUTOENCODER_PREFIXES, refuse_unless
@@ -40,68 +40,6 @@ class AutoencoderConfig:
         return 2 ** (len(self.multipliers) - 1)
 
 
-NORM_GROUPS = 32
-"""Of every GroupNorm in the published autoencoders and U-Nets, whatever their width."""
-
-
-def norm_groups(source: TensorSource, widths: Sequence[int]) -> int:
-    """The groups of a model's GroupNorms: ``norm_num_groups`` of its configuration, else the published models' 32.
-
-    Raises UserError when one of ``widths``, the channels of its levels, cannot be split into so many.
-    """
-    groups = source.exceptions.get("norm_num_groups", NORM_GROUPS)
-    if not isinstance(groups, int) or groups < 1:
-        raise UserError(
-            f'{source.checkpoint.label}: "norm_num_groups" in its configuration must be a positive integer.'
-        )
-    for width in widths:
-        if width % groups:
-            raise UserError(
-                f"{source.checkpoint.label}: {width} channels cannot be split into {groups} norm groups; a model that "
-                'was made with another number says so as "norm_num_groups" in the "config" entry of its metadata.'
-            )
-    return groups
-
-
-class ResnetBlock(nn.Module):
-    """Two normed convolutions around a shortcut, [B, in, h, w] -> [B, out, h, w]."""
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        self.changes_channels = in_channels != out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return (self.nin_shortcut(x) if self.changes_channels else x) + hidden
-
-
-class AttnBlock(nn.Module):
-    """One-head attention over all positions."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        query, key, value = (
-            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for layer in (self.q, self.k, self.v)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)
-        return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
-
-
 class Downsample(nn.Module):
     """Half the size: a strided convolution padded at the right and bottom only."""
 
@@ -122,37 +60,6 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution (the checkpoints call their list ``block``) and the step to the next resolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, count: int, groups: int):
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(in_channels if index == 0 else out_channels, out_channels, groups) for index in range(count)
-        )
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        resample = self.downsample or self.upsample
-        return x if resample is None else resample(x)
-
-
-class Middle(nn.Module):
-    """Residual block, attention, residual block, at the smallest size."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
@@ -203,7 +110,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Autoencoder):
     """Encoder and decoder; the state dict has the keys of the original checkpoints."""
 
     def __init__(self, config: AutoencoderConfig):
@@ -212,38 +119,13 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights' dtype."""
-        return self.encoder.conv_in.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.encoder.conv_in.weight.device
-
-    def encode_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the unscaled latents of ``images`` [batch, 3, H, W] in -1..1.
-
-        Each is float32 [batch, z, H/8, W/8]. The log-variance is clamped to -30..20, as in diffusers.
-        """
-        moments = self.encoder(images.to(device=self.device, dtype=self.dtype)).float()
-        mean, logvar = moments.chunk(2, dim=1)
-        return mean, logvar.clamp(-30.0, 20.0)
-
     def encode(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Scaled latents of ``images`` [batch, 3, H, W] in -1..1: float32 [batch, z, H/8, W/8].
 
         Item i is sampled from its posterior with the CPU generator ``generators[i]``, so that it does not depend on its
         batch; without generators the posterior's mean is taken.
         """
-        mean, logvar = self.encode_moments(images)
-        if generators is not None:
-            if len(generators) != len(mean):
-                raise ValueError(f"{len(generators)} generators for {len(mean)} images")
-            noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-            mean = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
-        return LATENT_SCALE * (mean - LATENT_SHIFT)
+        return LATENT_SCALE * (self.encode_unscaled(images, generators) - LATENT_SHIFT)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [batch, 3, H, W], about -1..1, of scaled ``latents`` [batch, z, H/8, W/8]."""
@@ -293,23 +175,19 @@ DIFFUSERS_NAMES = (
     (r"\bdown_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
     (r"\bup_blocks\.(\d+)\.resnets\.", r"up.\1.block."),
     (r"\bup_blocks\.(\d+)\.upsamplers\.0\.", r"up.\1.upsample."),
-    (r"\bmid_block\.resnets\.0\.", "mid.block_1."),
-    (r"\bmid_block\.resnets\.1\.", "mid.block_2."),
-    (r"\bmid_block\.attentions\.0\.", "mid.attn_1."),
+    *DIFFUSERS_BLOCKS,
     (r"\bgroup_norm\.", "norm."),
-    (r"\b(to_q|query)\.", "q."),
-    (r"\b(to_k|key)\.", "k."),
-    (r"\b(to_v|value)\.", "v."),
+    (r"\bquery\.", "q."),
+    (r"\bkey\.", "k."),
+    (r"\bvalue\.", "v."),
     (r"\b(to_out\.0|proj_attn)\.", "proj_out."),
-    (r"\bconv_shortcut\.", "nin_shortcut."),
     (r"\bconv_norm_out\.", "norm_out."),
 )
 
 
 def original_name(name: str, levels: int) -> str:
     """The original name of a Diffusers tensor; Diffusers counts the decoder's levels from the coarsest."""
-    for pattern, replacement in DIFFUSERS_NAMES:
-        name = re.sub(pattern, replacement, name)
+    name = renamed(name, DIFFUSERS_NAMES)
     return re.sub(r"\bup\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", name)
 
 

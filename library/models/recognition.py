@@ -66,6 +66,7 @@ DIFFUSERS_CAPTIONS = "time_caption_embed.caption_embedder.1.weight"
 APPROXIMATOR = "distilled_guidance_layer.in_proj.weight"
 ENCODER = "encoder.down.0.block.0.conv1.weight"
 DIFFUSERS_ENCODER = "encoder.down_blocks.0.resnets.0.conv1.weight"
+FLATTENED_ENCODER = "encoder.down_blocks.0.conv1.weight"
 DECODER = "decoder.conv_in.weight"
 CLIP = "text_model.encoder.layers.0.self_attn.q_proj.weight"
 T5 = "encoder.block.0.layer.0.SelfAttention.q.weight"
@@ -153,6 +154,12 @@ KINDS = (
     Kind("pixart", "a PixArt file", ("blocks.0.cross_attn.kv_linear.weight",)),
     Kind("aura-flow", "an AuraFlow file", ("double_layers.0.attn.w1q.weight",)),
     Kind("hunyuan-vae", "a HunyuanImage autoencoder", (ENCODER, DECODER), sized=(DECODER, 1, 64)),
+    Kind(
+        "hunyuan-vae-diffusers",
+        f"a HunyuanImage autoencoder {IN_DIFFUSERS}",
+        (FLATTENED_ENCODER, DECODER),
+        sized=(DECODER, 1, 64),
+    ),
     Kind("sd-vae", "a Stable Diffusion autoencoder (VAE)", (ENCODER, "quant_conv.weight")),
     Kind("ae", "a FLUX autoencoder (AE)", (ENCODER, DECODER)),
     Kind("sd-vae", f"a Stable Diffusion autoencoder (VAE) {IN_DIFFUSERS}", (DIFFUSERS_ENCODER, "quant_conv.weight")),

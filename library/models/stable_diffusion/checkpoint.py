@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.checkpoints import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from library.errors import UserError
-from library.models.autoencoder_kl import norm_groups
+from library.models.autoencoder_parts import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
 from library.models.lean_imports import diffusers_class
 from library.models.loading import Origin, TensorSource, on_meta

@@ -63,7 +63,6 @@ def trained_keys(path: Path) -> set[str]:
         "--optimizer_type SGDNesterov --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 2",
         "--lr_scheduler warmup_stable_decay --lr_warmup_steps 10% --lr_decay_steps 0.5 --lr_scheduler_min_lr_ratio 0.1",
         "--lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=5",
-        pytest.param("--torch_compile --dynamo_backend eager --max_train_steps 1", marks=pytest.mark.slow),
         "--scale_weight_norms 0.5 --network_dropout 0.2 --save_precision bf16",
         "--network_args ggpo_sigma=0.03 ggpo_beta=0.01",
         "--network_args split_qkv=True in_dims=[4,2,2,2,4]",

@@ -14,7 +14,7 @@ from library.memory.storage import BlocksStoredAs, Storage, block_linears
 from library.memory.stored_linear import StoredLinear
 from library.models.flux.checkpoint import open_transformer
 from library.models.loading import LoadSpec
-from tests.running import no_weights_are_read, run_in_process, train
+from tests.running import make_trainer, no_weights_are_read, run_in_process, train
 
 OPTIONS = {
     "--fp8_base_unet": Storage("fp8"),
@@ -70,29 +70,33 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert any(tensor.any() for name, tensor in one.items() if name.endswith("lora_up.weight"))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", {storage: options for options, storage in OPTIONS.items()}.values())
 def test_a_lora_is_to_the_bit_that_of_the_rounded_weights(given, rounded, tmp_path, options):
-    """Also where blocks are streamed.
+    """Blocks are streamed, and one format of each width is tried without that, too.
 
     With gradient checkpointing, accumulation and sample images; the optimizer is one that sees gradients' sizes.
     """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
-    learning = ["--optimizer_type", "SGD", "--learning_rate", "1", "--gradient_checkpointing"]
-    learning += ["--gradient_accumulation_steps", "2", "--sample_every_n_steps", "4", "--sample_prompts", prompts]
-    trainer = train("flux", *given, *learning, *options.split(), "--output_dir", tmp_path / "stored")
-    layers = [layer for layer in trainer.pipeline.load_transformer().modules() if isinstance(layer, StoredLinear)]
-    assert len(layers) > 10
+    learning = ["--optimizer_type", "SGD", "--learning_rate", "1", "--gradient_checkpointing", "--max_train_steps", "2"]
+    learning += ["--gradient_accumulation_steps", "2", "--sample_every_n_steps", "2", "--sample_prompts", prompts]
     streamed = [*options.split(), "--blocks_to_swap", "2", "--output_dir", tmp_path / "streamed"]
-    stream = train("flux", *given, *learning, *streamed).pipeline.applied["transformer"].stream
+    pipeline = train("flux", *given, *learning, *streamed).pipeline
+    stream = pipeline.applied["transformer"].stream
     assert stream.loads > 0 and stream.misses == 0
+    layers = [layer for layer in pipeline.load_transformer().modules() if isinstance(layer, StoredLinear)]
+    assert len(layers) > 10
+    folders = [tmp_path / "streamed"]
+    if options in ("--fp8_scaled", "--base_format nf4"):
+        train("flux", *given, *learning, *options.split(), "--output_dir", tmp_path / "stored")
+        folders.append(tmp_path / "stored")
     plain = [*given, *learning, "--output_dir", tmp_path / "plain"]
     plain[plain.index("--pretrained_model_name_or_path") + 1] = rounded(OPTIONS[options])
     train("flux", *plain)
-    for name in ("stored", "streamed"):
-        assert_equal(lora(tmp_path / name), lora(tmp_path / "plain"))
-    folders = [tmp_path / name / "sample" for name in ("stored", "streamed", "plain")]
-    assert len({Image.open(next(folder.glob("*.png"))).tobytes() for folder in folders}) == 1
+    for folder in folders:
+        assert_equal(lora(folder), lora(tmp_path / "plain"))
+    images = [next((folder / "sample").glob("*.png")) for folder in (*folders, tmp_path / "plain")]
+    assert len({Image.open(image).tobytes() for image in images}) == 1
 
 
 @pytest.mark.parametrize(
@@ -159,6 +163,14 @@ def test_text_encoders_follow_fp8_base(flux_command, dataset_toml, tmp_path, opt
         for part in ("transformer", "clip_l", "t5xxl")
     }
     assert kept == {"transformer": {transformer}, "clip_l": {"float8_e4m3fn"}, "t5xxl": {"float8_e4m3fn"}}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_name_a_format(given, tmp_path, options):
+    trainer = make_trainer("flux", *given, *options.split(), "--output_dir", tmp_path)
+    for step in "check_options prepare_output check_network start_processes read_data open_pipeline".split():
+        getattr(trainer, step)()
+    assert trainer.pipeline.dtypes["transformer"].storage == OPTIONS[options]
 
 
 # ---- before anything is loaded ---------------------------------------------------------------------------------------

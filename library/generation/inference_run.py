@@ -23,6 +23,7 @@ from library.generation.part_dtypes import resolve_part_dtypes
 from library.generation.parts import Parts, computing_in
 from library.generation.prompts import check_sources, read_prompts, with_seed
 from library.generation.session import Session, SessionGrammar
+from library.memory.budget import check_budget
 from library.memory.streaming_options import check_streaming_options
 from library.models.streamed_parts import stream_blocks
 from library.prompt_options import PromptOptions, check_prompt_values
@@ -78,10 +79,7 @@ class InferenceRun(ABC):
         self.pipeline = self.open_pipeline()
         self.pipeline.require_storable()
         check_streaming_options(options.streaming)
-        if options.streaming.blocks_to_swap == "auto":
-            raise UserError("--blocks_to_swap auto chooses for training only; give a number of blocks here.")
-        for line in stream_blocks(self.pipeline, options.streaming):
-            say(line)
+        check_budget(options.device.vram_budget)
         self.defaults = self.default_prompt()
         check_prompt_values(self.defaults)
         self.file_prompts = read_prompts(options.sources, self.defaults)
@@ -89,6 +87,8 @@ class InferenceRun(ABC):
             file = options.sources.from_file
             self.check_prompt(prompt, "" if file is None else f"{file}, prompt {number}: ")
         self.stack = self.open_loras()
+        for line in self.fit_memory():
+            say(line)
         self.parts = Parts(self.pipeline, options.device.offload, self.stack.enter, self.stack.move)
         self.texts: dict[TextKey, dict[str, Tensor]] = {}
         """Text outputs, on the CPU, by ``text_key``."""
@@ -163,6 +163,15 @@ class InferenceRun(ABC):
         if any(given is None and acts is not None for given, acts in negatives):
             say("classifier-free guidance without a negative prompt leads away from the empty prompt")
 
+    def fit_memory(self) -> Iterator[str]:
+        """Choose what is offloaded and streamed, as the options say; yields lines that say what. Raises UserError."""
+        options = self.options
+        if options.device.vram_budget is not None or options.streaming.blocks_to_swap == "auto":
+            from library.generation.fitting import fit
+
+            yield fit(self)
+        yield from stream_blocks(self.pipeline, options.streaming)
+
     # ---- the course -------------------------------------------------------------------------------------------------
 
     @property
@@ -216,7 +225,7 @@ class InferenceRun(ABC):
         except torch.OutOfMemoryError:
             sizes = ", ".join(dict.fromkeys(f"{prompt.width}x{prompt.height}" for prompt in prompts))
             raise UserError(
-                f"{self.pipeline.device} ran out of memory while generating an image of {sizes}; use --offload, "
+                f"{self.pipeline.device} ran out of memory while generating an image of {sizes}; use --vram_budget, "
                 "a smaller dtype or a smaller image."
             ) from None
 

@@ -31,6 +31,9 @@ class DeviceOptions:
     """Device (cuda, cuda:1, cpu); unset means the accelerator where there is one."""
     offload: bool = False
     """Keep only the part that works on the device: text encoders, then transformer, then autoencoder."""
+    vram_budget: float | None = None
+    """GiB of the device (8 for an 8 GB GPU) that images have to fit into: --offload, --stream_text_encoders and
+    --blocks_to_swap are chosen so."""
 
     def torch_device(self) -> torch.device:
         """The device itself. Raises UserError for one that this machine does not have."""

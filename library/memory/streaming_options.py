@@ -16,7 +16,7 @@ class StreamingOptions:
 
     blocks_to_swap: int | Literal["auto"] | None = None
     """Blocks of the U-Net or transformer whose memory on the device is freed: they are streamed from system RAM; auto
-    streams as many as the device's memory needs (training only)."""
+    streams as many as the device's memory needs."""
     stream_text_encoders: bool = False
     """Stream all blocks of the text encoders from system RAM: the device then holds little of T5-XXL's 9 GB."""
     block_swap_ring_size: int = 2

@@ -503,7 +503,7 @@ class Pipeline(ABC, Generic[Request]):
         def predict(latents: Tensor, timesteps: Tensor, roles: Sequence[Role]) -> Sequence[Tensor]:
             key = tuple(roles)
             if key not in joined:
-                joined[key] = _joined([text for role in roles for text in texts[role]])
+                joined[key] = joined_conditioning([text for role in roles for text in texts[role]])
             copies = len(key)
             out = predictor(torch.cat([latents] * copies), timesteps.repeat(copies), joined[key])
             return out.chunk(copies)
@@ -536,7 +536,7 @@ class Pipeline(ABC, Generic[Request]):
         return [to_image(pixels) for pixels in self.decode_latents(latents)]
 
 
-def _joined(conditionings: Sequence[Conditioning]) -> Conditioning:
+def joined_conditioning(conditionings: Sequence[Conditioning]) -> Conditioning:
     """Several conditionings as one batch; tensors go to the device of the last one, shorter texts end in zeros."""
     last = conditionings[-1]
     return {name: _concatenated([one[name].to(value) for one in conditionings]) for name, value in last.items()}

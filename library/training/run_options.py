@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from library.errors import UserError
+from library.memory.budget import check_budget
 from library.memory.plan import MemoryPlan
 
 if TYPE_CHECKING:
@@ -184,8 +185,7 @@ def check_precision(options: PrecisionOptions) -> None:
         raise UserError("--full_fp16 needs --mixed_precision fp16.")
     if options.full_bf16 and options.mixed_precision != "bf16":
         raise UserError("--full_bf16 needs --mixed_precision bf16.")
-    if options.vram_budget is not None and options.vram_budget <= 0:
-        raise UserError(f"--vram_budget must be above 0 GiB, not {options.vram_budget:g}.")
+    check_budget(options.vram_budget)
     for name in ("fp8_base", "fp8_base_unet", "fp8_scaled", "base_format"):
         if getattr(options, name) and options.mixed_precision == "no":
             raise UserError(f"--{name} needs --mixed_precision fp16 or bf16.")

@@ -96,6 +96,13 @@ class NetworkStack:
         """Whether any file has modules of these parts."""
         return any(self.places.get(part) for part in parts)
 
+    def part_bytes(self, part: str) -> int:
+        """The memory of the modules beside ``part``; merged ones take none."""
+        if self.merge:
+            return 0
+        modules = [place.module for place in self.places.get(part, [])]
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
     def enter(self, part: str, model: nn.Module, device: torch.device | str) -> None:
         """Put the modules of ``part`` into ``model``, which works on ``device``, or their effect into its weights."""
         self.leave(part)

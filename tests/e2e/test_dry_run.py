@@ -14,11 +14,11 @@ from PIL import Image
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
+from library.memory.simulation import PeakMemory
 from library.models.flux.pipeline import FluxPipeline
 from library.training.plan.dry_run import plan_of
 from library.training.plan.plan_report import Plan, plan_lines
 from library.training.plan.planned_files import kept
-from library.training.plan.simulation import PeakMemory
 from library.training.report.description import size_on_disk
 from tests.running import make_trainer as begin
 from tests.running import no_weights_are_read, run_in_process

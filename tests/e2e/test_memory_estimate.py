@@ -10,13 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
+from library.memory.simulation import PeakMemory, Simulation
 from library.options import parse_options
 from library.training.objective.step_inputs import ItemDraws
 from library.training.optim.optimizers import OptimizerOptions, create_optimizer
 from library.training.plan import memory_estimate
 from library.training.plan.dry_run import plan_of
 from library.training.plan.memory_estimate import Largest, largest_batch, optimizer_state_bytes
-from library.training.plan.simulation import PeakMemory, Simulation
 from sdxl_train_network import SdxlNetworkTrainer, SdxlTrainingOptions
 from tests.running import forget_accelerator
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions

@@ -10,8 +10,9 @@ import pytest
 import toml
 
 from library.families import by_model
+from library.memory.budget import GIB, usable
 from library.options import declared_options, read_config_file
-from library.training.plan.budget import GIB, Needs, StoredModel, needs_of, stored_model, usable
+from library.training.plan.budget import Needs, StoredModel, needs_of, stored_model
 from tests.full_size import full_flux, full_lumina, full_stable_diffusion
 from tests.running import ROOT, make_trainer, no_weights_are_read, trainer_class
 

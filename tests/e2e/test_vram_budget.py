@@ -11,9 +11,9 @@ import torch
 
 from library.checkpoints import load_tensors
 from library.errors import UserError
+from library.memory.simulation import Simulation, module_bytes
 from library.training.plan import budget
 from library.training.plan.dry_run import plan_of
-from library.training.plan.simulation import Simulation, module_bytes
 from tests.running import make_trainer, no_weights_are_read, train
 
 GIB = 1 << 30
@@ -31,8 +31,8 @@ def words(flux_command, dataset_toml, tmp_path) -> list[object]:
 @pytest.fixture(autouse=True)
 def nothing_is_reserved(monkeypatch):
     """The models of these tests are smaller than what is left to the libraries of a real device."""
-    monkeypatch.setattr(budget, "RESERVED_BYTES", 0)
-    monkeypatch.setattr(budget, "RESERVED_SHARE", 0.0)
+    monkeypatch.setattr("library.memory.budget.RESERVED_BYTES", 0)
+    monkeypatch.setattr("library.memory.budget.RESERVED_SHARE", 0.0)
 
 
 def ready(words: list[object]) -> Any:

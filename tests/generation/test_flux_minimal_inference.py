@@ -315,7 +315,7 @@ def test_a_full_device_is_explained(inference, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run.pipeline, "generate_latents", full)
-    with pytest.raises(UserError, match="cpu ran out of memory while generating an image of 48x32; use --offload"):
+    with pytest.raises(UserError, match="cpu ran out of memory while generating an image of 48x32; use --vram_budget"):
         run.draw_line(run.defaults, None)
 
 

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from library.memory.apply import apply_memory_plan
 from library.memory.formats import quantise, store_as
 from library.memory.plan import MemoryPlan, Streaming
+from library.memory.simulation import PeakMemory
 from library.memory.storage import Storage, block_linears
 from library.models.flux.chroma import ChromaTransformer
 from library.models.flux.transformer import FluxTransformer, image_ids
 from library.models.lumina.transformer import LuminaTransformer
 from library.models.stable_diffusion.unet import block_lists as unet_blocks
-from library.training.plan.simulation import PeakMemory
 from networks import lora, lora_flux, lora_lumina
 from tests.networks.stable_diffusion import tiny_model
 from tools.make_tiny_models import LUMINA, fill_randomly, transformer_config

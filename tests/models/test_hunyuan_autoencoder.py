@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.errors import UserError
+from library.memory.simulation import PeakMemory
 from library.models.autoencoder_hunyuan import (
     HunyuanAutoencoder,
     HunyuanAutoencoderConfig,
@@ -25,7 +26,6 @@ from library.models.autoencoder_parts import ResnetBlock
 from library.models.loading import LoadSpec
 from library.models.stable_diffusion.checkpoint import open_vae
 from library.safetensors_io import save_file
-from library.training.plan.simulation import PeakMemory
 from tools.tiny_hunyuan_autoencoder import (
     HUNYUAN_AUTOENCODER,
     diffusers_hunyuan_autoencoder_state,

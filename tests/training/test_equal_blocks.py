@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.memory.apply import apply_memory_plan
 from library.memory.plan import MemoryPlan
+from library.memory.simulation import Peak, PeakMemory
 from library.training.plan.equal_blocks import NotRepeatable, each_kind_once
-from library.training.plan.simulation import Peak, PeakMemory
 
 WIDTH = 8
 

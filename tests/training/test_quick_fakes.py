@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from library.training.plan.quick_fakes import QuickFakeMode
+from library.memory.quick_fakes import QuickFakeMode
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a product": lambda x, y: x @ y,

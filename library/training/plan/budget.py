@@ -9,28 +9,23 @@ the computation; 8 bits; 8 bits and streaming; and 4 bits only where nothing els
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.console import silence, size_text
 from library.errors import UserError
+from library.memory.budget import GIB, budget_bytes, least_budget, usable
+from library.memory.simulation import Peak, module_bytes
 from library.memory.streaming_options import pins
 from library.training.plan.dry_run import Rehearsal, build, cache_plans, without_values
 from library.training.plan.memory_estimate import checkpointing_is, optimizer_state_bytes, run_phases
-from library.training.plan.simulation import Peak, module_bytes
 from library.training.report.timing import process_memory
 from library.training.report.wording import Forecast
 
 if TYPE_CHECKING:
     from library.memory.stream_choice import BlockSizes, StreamedBlocks
 
-GIB = 1 << 30
-RESERVED_BYTES = round(0.8 * GIB)
-"""Of the budget, left for the device's context and for what kernels need inside them."""
-RESERVED_SHARE = 0.05
-"""Of the budget besides, for fragmentation."""
 ASSUMED_FLOPS = 100e12
 """Products per second of a fast consumer GPU, as it is reached in training (an RTX 4090)."""
 ASSUMED_COPYING = 25e9
@@ -111,7 +106,7 @@ def fit(run: Rehearsal) -> tuple[Forecast, str]:
     options, device = run.options, run.accelerator.device
     only_streams = options.streaming.blocks_to_swap == "auto"
     why = "--blocks_to_swap auto" if only_streams else f"--vram_budget {options.precision.vram_budget:g}"
-    budget = _budget(options, device)
+    budget = budget_bytes(options.precision.vram_budget, device)
     limit = usable(budget)
     no_effect = list(run.no_effect)
     with silence(), without_values():
@@ -126,11 +121,10 @@ def fit(run: Rehearsal) -> tuple[Forecast, str]:
     before = process_memory()  # with the libraries that the run works with
     if found is None:
         assert least is not None
-        needed = math.ceil((least.device + RESERVED_BYTES) / (1 - RESERVED_SHARE) / GIB * 4) / 4
         with_them = f" ({command_words(least.changes)})" if least.changes else ""
         raise UserError(
-            f"{why}: the run does not fit into {budget / GIB:g} GiB; --vram_budget {needed:g} is the least that its "
-            f"options allow{with_them}, unless it has fewer pixels or images in a batch."
+            f"{why}: the run does not fit into {budget / GIB:g} GiB; --vram_budget {least_budget(least.device):g} is "
+            f"the least that its options allow{with_them}, unless it has fewer pixels or images in a batch."
         )
     set_options(options, found.changes)
     shared = found.device if device.type == "cpu" else 0
@@ -138,22 +132,6 @@ def fit(run: Rehearsal) -> tuple[Forecast, str]:
     chosen = f"chooses {command_words(found.changes)}" if found.changes else "needs no other options"
     memory = f"{size_text(found.device)} of {budget / GIB:g} GiB"
     return forecast, f"{why} {chosen}: {memory} on the device at the peak, {size_text(found.host)} in system RAM"
-
-
-def usable(budget: int) -> int:
-    """Bytes of a device of ``budget`` bytes that tensors may take."""
-    return math.floor(budget * (1 - RESERVED_SHARE)) - RESERVED_BYTES
-
-
-def _budget(options: Any, device: Any) -> int:
-    """Bytes. Raises UserError where there is none."""
-    if options.precision.vram_budget is not None:
-        return round(options.precision.vram_budget * GIB)
-    if device.type != "cuda":
-        raise UserError(f"--blocks_to_swap auto: {device} has no memory of its own; give a number or --vram_budget.")
-    import torch
-
-    return torch.cuda.mem_get_info(device)[1]
 
 
 # ---- what a run needs ------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from library.console import LOGGER, silence, size_text
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.files import nearest_folder
+from library.memory.simulation import Simulation, forget_values
 from library.training.optim.lr_schedulers import ReportedLearningRate, load_scheduler_state
 from library.training.plan.memory_estimate import memory_phases, optimizer_state_bytes
 from library.training.plan.plan_report import CachePlan, Plan
 from library.training.plan.planned_files import plan_files
-from library.training.plan.simulation import Simulation, forget_values
 from library.training.report.description import module_counts, start_facts
 from library.training.report.report_options import report_is_wanted
 

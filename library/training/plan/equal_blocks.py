@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from library.memory.simulation import Bytes, Course, PeakMemory, Stretch
 from library.training.plan.block_kinds import Unlike, block_kind
-from library.training.plan.simulation import Bytes, Course, PeakMemory, Stretch
 
 if TYPE_CHECKING:
     from library.memory.apply import AppliedPlan

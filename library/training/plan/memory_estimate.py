@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from library.console import silence
 from library.data.batch import Batch
 from library.memory.apply import apply_memory_plan
+from library.memory.simulation import DataDependentOutputException, Peak, PeakMemory, module_bytes
 from library.training.objective.step_inputs import ItemDraws
 from library.training.optim.optimizers import create_optimizer, optimizer_name
 from library.training.plan.equal_blocks import NotRepeatable, each_kind_once
 from library.training.plan.plan_report import MemoryPhase
-from library.training.plan.simulation import DataDependentOutputException, Peak, PeakMemory, module_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from library.training.plan.quick_fakes import QuickFakeMode
+from library.memory.quick_fakes import QuickFakeMode
 
 __all__ = ["DataDependentOutputException", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
 

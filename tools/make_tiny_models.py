@@ -46,14 +46,19 @@ from library.models.lumina.checkpoint import diffusers_modules
 from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from library.models.t5 import T5TextEncoder
 from library.safetensors_io import save_file
-from tools.tiny_parts import fill_randomly, write_clip_tokenizer
+from tools.tiny_hunyuan_text import (
+    make_tiny_byt5,
+    make_tiny_qwen2_5_vl,
+    write_diffusers_byt5,
+    write_diffusers_qwen2_5_vl,
+)
+from tools.tiny_parts import WORDS, fill_randomly, write_clip_tokenizer
 
 Layout = Literal["original", "comfyui", "diffusers"]
 Variant = Literal["dev", "schnell", "chroma"]
 
 TEXT_WIDTH = 64
 TEXT_HEADS = 4
-WORDS = "a the of on and big small red green blue yellow purple black white circle square ring cat dog photo background"
 AUTOENCODER = AutoencoderConfig(channels=8, multipliers=(1, 1, 2, 2), res_blocks=1, latent_channels=16, groups=8)
 
 
@@ -81,6 +86,8 @@ class TinyHunyuanImage:
     """The paths of the files written; in the Diffusers layout, all are the model's folder."""
 
     transformer: Path
+    text_encoder: Path
+    byt5: Path
 
 
 def transformer_config(variant: Variant = "dev") -> FluxConfig:
@@ -231,15 +238,24 @@ def make_tiny_hunyuan_image(
         parts = {
             "transformer": ("diffusers", "HunyuanImageTransformer2DModel"),
             "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+            "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration"),
+            "tokenizer": ("transformers", "Qwen2Tokenizer"),
+            "text_encoder_2": ("transformers", "T5EncoderModel"),
+            "tokenizer_2": ("transformers", "ByT5Tokenizer"),
         }
         _write_pipeline("HunyuanImagePipeline", folder, parts, {"shift": 5.0})
         in_diffusers = diffusers_hunyuan_image_state(state, HUNYUAN_IMAGE)
         _write_transformer(folder, in_diffusers, diffusers_hunyuan_image_config(HUNYUAN_IMAGE))
-        return TinyHunyuanImage(folder)
+        write_diffusers_qwen2_5_vl(folder, HUNYUAN_IMAGE.text_dim, seed, dtype)
+        write_diffusers_byt5(folder, HUNYUAN_IMAGE.glyph_dim, seed, dtype)
+        return TinyHunyuanImage(folder, folder, folder)
     if layout == "comfyui":
         state = {f"model.diffusion_model.{comfyui_name(key)}": value for key, value in state.items()}
-    files = TinyHunyuanImage(folder / "hunyuan_image.safetensors")
+    names = ("hunyuan_image", "qwen_2.5_vl_7b", "byt5_small_glyphxl_fp16")
+    files = TinyHunyuanImage(*(folder / f"{name}.safetensors" for name in names))
     save_file(state, files.transformer)
+    make_tiny_qwen2_5_vl(files.text_encoder, HUNYUAN_IMAGE.text_dim, seed, dtype)
+    make_tiny_byt5(files.byt5, HUNYUAN_IMAGE.glyph_dim, seed, dtype)
     return files
 
 

@@ -20,9 +20,8 @@ from library.models.t5 import T5TextEncoder
 from library.models.tokenizer_files import QWEN_ADDED, QWEN_SPECIAL, byte_characters
 from library.randomness import generator
 from library.safetensors_io import save_file
-from tools.tiny_parts import fill_randomly
+from tools.tiny_parts import WORDS, fill_randomly
 
-WORDS = "a the of on and big small red green blue yellow purple black white circle square ring cat dog photo background"
 GLYPH_VOCABULARY = 1510
 """Bytes and special tokens of ByT5, then 138 colours and 988 fonts."""
 HEAD_DIM = 16
@@ -102,7 +101,15 @@ def write_diffusers_qwen2_5_vl(
 ) -> None:
     """Write the same model into a Diffusers folder: ``text_encoder/`` and ``tokenizer/``."""
     vocabulary = write_qwen_tokenizer(folder / "tokenizer")
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": QWEN_SPECIAL[0], "eos_token": "<|im_end|>"}
+    added = [*((name, True) for name in QWEN_SPECIAL), *((name, False) for name in QWEN_ADDED)]
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    settings = {
+        **{"tokenizer_class": "Qwen2Tokenizer", "pad_token": QWEN_SPECIAL[0], "eos_token": "<|im_end|>"},
+        "added_tokens_decoder": {
+            str(number): {"content": name, "special": is_special, **plain}
+            for number, (name, is_special) in enumerate(added, vocabulary - len(added))
+        },
+    }
     write_text(folder / "tokenizer" / "tokenizer_config.json", json.dumps(settings))
     made, prefixes = tiny_qwen2_5_vl(hidden, seed, dtype, vocabulary, layers), {"model": "model.language_model"}
     prefixes["visual"] = "model.visual"
@@ -172,7 +179,9 @@ def make_tiny_byt5(path: Path | str, width: int = 64, seed: int = 0, dtype: torc
 
 
 def write_diffusers_byt5(folder: Path, width: int = 64, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-    """Write the same model into a Diffusers folder: ``text_encoder_2/``."""
+    """Write the same model into a Diffusers folder: ``text_encoder_2/`` and ``tokenizer_2/``."""
+    (folder / "tokenizer_2").mkdir(parents=True, exist_ok=True)
+    write_text(folder / "tokenizer_2" / "tokenizer_config.json", json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
     encoder = tiny_byt5(width, seed)
     config = {**json.loads(encoder.config.to_json_string()), "architectures": ["T5EncoderModel"]}
     _write_model(folder / "text_encoder_2", config, byt5_state(encoder, dtype))

@@ -1,4 +1,4 @@
-"""What the tiny models share: random weights and a CLIP tokenizer."""
+"""What the tiny models share: random weights, the words of their tokenizers, and a CLIP tokenizer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import nn
 from library.files import write_text
 from library.models.tokenizer_files import byte_characters
 from library.randomness import generator
+
+WORDS = "a the of on and big small red green blue yellow purple black white circle square ring cat dog photo background"
+"""What the tiny tokenizers know in one piece."""
 
 
 def fill_randomly(module: nn.Module, seed: int, purpose: str) -> None:

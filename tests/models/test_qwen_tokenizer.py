@@ -22,7 +22,7 @@ from library.models.tokenizer_files import (
 )
 from library.safetensors_io import save_file
 from tools.make_tiny_models import gemma_tokenizer, tokenizer_entries, write_clip_tokenizer, write_t5_tokenizer
-from tools.tiny_hunyuan_text import write_qwen_tokenizer
+from tools.tiny_hunyuan_text import write_diffusers_qwen2_5_vl, write_qwen_tokenizer
 
 CORPUS = [
     "",
@@ -94,6 +94,17 @@ def test_ids_are_those_of_the_tokenizers_library(tmp_path, files, converted, pla
     assert len(tokenizer) == files[1] and tokenizer.pad_token == "<|endoftext|>"
     tokens = qwen_tokens(tokenizer, ["a", "a red cat"])
     assert tokens.mask[0].tolist() == [1] * 36 + [0] * 2 and (tokens.ids[0, 36:] == tokenizer.pad_token_id).all()
+
+
+def test_ids_are_those_of_transformers_from_a_diffusers_folder(tmp_path):
+    write_diffusers_qwen2_5_vl(tmp_path)
+    opened = open_checkpoint(tmp_path, "text_encoder")
+    tokenizer = load_tokenizer(QWEN2_5_VL, opened, 1000)
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+    reference = Qwen2Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer(CORPUS).input_ids == reference(CORPUS).input_ids
+    assert tokenizer.pad_token_id == reference.pad_token_id
 
 
 def test_special_tokens_follow_the_vocabulary(tmp_path, files):

@@ -46,6 +46,7 @@ from library.models.lumina.checkpoint import diffusers_modules
 from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from library.models.t5 import T5TextEncoder
 from library.safetensors_io import save_file
+from tools.tiny_hunyuan_autoencoder import tiny_hunyuan_autoencoder, write_diffusers_hunyuan_autoencoder
 from tools.tiny_hunyuan_text import (
     make_tiny_byt5,
     make_tiny_qwen2_5_vl,
@@ -88,6 +89,7 @@ class TinyHunyuanImage:
     transformer: Path
     text_encoder: Path
     byt5: Path
+    autoencoder: Path
 
 
 def transformer_config(variant: Variant = "dev") -> FluxConfig:
@@ -234,9 +236,11 @@ def make_tiny_hunyuan_image(
     transformer = HunyuanImageTransformer(HUNYUAN_IMAGE)
     fill_randomly(transformer, seed, "tiny hunyuan image transformer")
     state = {key: value.to(dtype).contiguous() for key, value in transformer.state_dict().items()}
+    autoencoder = tiny_hunyuan_autoencoder(seed, dtype)
     if layout == "diffusers":
         parts = {
             "transformer": ("diffusers", "HunyuanImageTransformer2DModel"),
+            "vae": ("diffusers", "AutoencoderKLHunyuanImage"),
             "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
             "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration"),
             "tokenizer": ("transformers", "Qwen2Tokenizer"),
@@ -248,14 +252,16 @@ def make_tiny_hunyuan_image(
         _write_transformer(folder, in_diffusers, diffusers_hunyuan_image_config(HUNYUAN_IMAGE))
         write_diffusers_qwen2_5_vl(folder, HUNYUAN_IMAGE.text_dim, seed, dtype)
         write_diffusers_byt5(folder, HUNYUAN_IMAGE.glyph_dim, seed, dtype)
-        return TinyHunyuanImage(folder, folder, folder)
+        write_diffusers_hunyuan_autoencoder(folder / "vae", autoencoder)
+        return TinyHunyuanImage(folder, folder, folder, folder)
     if layout == "comfyui":
         state = {f"model.diffusion_model.{comfyui_name(key)}": value for key, value in state.items()}
-    names = ("hunyuan_image", "qwen_2.5_vl_7b", "byt5_small_glyphxl_fp16")
+    names = ("hunyuan_image", "qwen_2.5_vl_7b", "byt5_small_glyphxl_fp16", "hunyuan_image_2.1_vae_fp16")
     files = TinyHunyuanImage(*(folder / f"{name}.safetensors" for name in names))
     save_file(state, files.transformer)
     make_tiny_qwen2_5_vl(files.text_encoder, HUNYUAN_IMAGE.text_dim, seed, dtype)
     make_tiny_byt5(files.byt5, HUNYUAN_IMAGE.glyph_dim, seed, dtype)
+    save_file(autoencoder, files.autoencoder)
     return files
 
 

@@ -71,7 +71,8 @@ def assert_loads_to(path, original: State, **arguments) -> None:
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
 def test_every_layout_holds_the_same_weights(tmp_path, layout, original):
     files = make_tiny_hunyuan_image(tmp_path, layout)
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 5e6
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size < 19e6  # 64 latent channels cost the autoencoder 13.5e6 of it
     assert_loads_to(files.transformer, original)
     assert open_transformer(files.transformer).config == HUNYUAN_IMAGE
 

@@ -15,6 +15,7 @@ from library.models.autoencoder_hunyuan import (
 )
 from library.models.loading import LoadSpec
 from library.safetensors_io import save_file
+from tools.make_tiny_models import make_tiny_hunyuan_image
 from tools.tiny_hunyuan_autoencoder import (
     HUNYUAN_AUTOENCODER,
     diffusers_hunyuan_autoencoder_config,
@@ -90,6 +91,15 @@ def test_every_layout_loads_to_the_same_weights(tiny, tmp_path):
         state = loaded.state_dict()
         assert state.keys() == tiny.keys()
         assert all(torch.equal(state[key], value) for key, value in tiny.items()), path
+
+
+def test_the_tiny_models_autoencoder_is_the_same_in_each_layout(tiny_hunyuan_image, tmp_path):
+    files = [tiny_hunyuan_image, make_tiny_hunyuan_image(tmp_path, "diffusers")]
+    states = [open_hunyuan_autoencoder(each.autoencoder).load(LoadSpec()).state_dict() for each in files]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    theirs = AutoencoderKLHunyuanImage.from_pretrained(tmp_path, subfolder="vae")
+    ours = open_hunyuan_autoencoder(tiny_hunyuan_image.autoencoder).load(LoadSpec())
+    assert_alike(ours, theirs, 32, 64)
 
 
 def test_other_numbers_of_norm_groups_are_read_from_the_configuration(tmp_path):

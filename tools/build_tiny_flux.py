@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--chroma_text_steps", type=int, default=600)
     parser.add_argument("--approximator_steps", type=int, default=400)
     parser.add_argument("--chroma_steps", type=int, default=3500)
-    parser.add_argument("--lumina_steps", type=int, default=3500)
+    parser.add_argument("--lumina_steps", type=int, default=2000)
     options = parser.parse_args()
     options.stages = options.stages or ALL_STAGES
     if options.threads:

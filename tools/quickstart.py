@@ -4,7 +4,8 @@
 ``requirements.txt`` into it, and then does what a user with real weights does: it writes a small data set, its TOML and
 a sample prompt file into ``quickstart_output``, starts ``accelerate launch flux_train_network.py`` on the tiny FLUX.1
 in ``assets/tiny_flux``, and reports what came out: images before and after, the loss curve, a score, and where the
-LoRA lies. ``--family chroma`` does the same with the tiny Chroma in ``assets/tiny_chroma``.
+LoRA lies. ``--family chroma`` does the same with the tiny Chroma in ``assets/tiny_chroma``, ``--family lumina``, with
+``lumina_train_network.py``, with the tiny Lumina Image 2.0 in ``assets/tiny_lumina``.
 
 The concept is a "zog", a purple disc inside a yellow ring, which the tiny model has never seen. The program ends with 1
 when the score says that it wasn't learned, and with the trainer's own code when the training failed.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 FLUX = ROOT / "assets" / "tiny_flux"
 CHROMA = ROOT / "assets" / "tiny_chroma"
+LUMINA = ROOT / "assets" / "tiny_lumina"
 NAME = "zog"
 PIXELS = 128
 PROMPTS = (
@@ -64,6 +66,7 @@ class Family:
     """Further training options, as the family's guide recommends them."""
     samples: str
     """Options of a sample prompt: how it is guided."""
+    steps: int = 600
     flags: tuple[str, ...] = ()
     only_tiny: dict[str, object] = field(default_factory=dict)
     """Options that the real model does without."""
@@ -102,6 +105,24 @@ FAMILIES = {
         samples="--n small --l 2.0 --g 0.0",
         flags=("apply_t5_attn_mask",),
         only_tiny={"tokenizer_cache_dir": FLUX / "tokenizers", "t5xxl_max_token_length": 16},
+    ),
+    "lumina": Family(
+        script="lumina_train_network.py",
+        network_module="networks.lora_lumina",
+        files={
+            "pretrained_model_name_or_path": LUMINA / "lumina-tiny.safetensors",
+            "gemma2": LUMINA / "gemma2.safetensors",
+            "ae": FLUX / "ae.safetensors",
+        },
+        real_files=("lumina-image-2.safetensors", "gemma-2-2b.safetensors", "ae.safetensors"),
+        settings={
+            "learning_rate": 4e-3,
+            "timestep_sampling": "nextdit_shift",
+            "discrete_flow_shift": 6.0,
+            "system_prompt": "You are an assistant designed to generate high-quality images based on user prompts.",
+        },
+        samples="--l 3.5",
+        steps=200,
     ),
 }
 
@@ -156,7 +177,8 @@ def main() -> int:
             return environment.continue_inside(str(Path(__file__).resolve()), sys.argv[1:])
     suffix = "" if options.family == "flux" else f"_{options.family}"
     output = options.output or ROOT / f"quickstart_output{suffix}"
-    return quickstart(Folders(output.resolve(), options.family), options.steps, options.seed, options.threads)
+    steps = options.steps or FAMILIES[options.family].steps
+    return quickstart(Folders(output.resolve(), options.family), steps, options.seed, options.threads)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -164,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     help_of_family = "which tiny model (default flux)"
     parser.add_argument("--family", "--model_type", choices=tuple(FAMILIES), default="flux", help=help_of_family)
     parser.add_argument("--output", type=Path, help="folder for all files (default quickstart_output)")
-    parser.add_argument("--steps", type=int, default=600, help="training steps (default 600)")
+    parser.add_argument("--steps", type=int, help="training steps (default 600, Lumina's 200)")
     parser.add_argument("--seed", type=int, default=1, help="training seed (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--use_this_python", action="store_true", help="make no .venv: everything is installed already")

@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its tensors' names and shapes, so that a file of the wrong family is named."""
+"""What a checkpoint is, inferred from its tensors' names and shapes, so that a file of the wrong family is named."""
 
 from __future__ import annotations
 

@@ -234,6 +234,7 @@ def test_patches_of_several_latents_are_put_back_where_they_were_taken():
         ({"axes_dims": (8, 8, 16)}, "axes"),
         ({"num_heads": 3}, "64 is not a multiple of 3"),
         ({"num_heads": 0}, "multiple of 0"),
+        ({"single_mlp_hidden": 0}, "too few rows"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(changes, words):

@@ -64,7 +64,7 @@ def infer_config(source: TensorSource) -> HunyuanImageConfig:
     axes = exceptions.get("rope_axes_dim", (head_dim // 2,) * 2)
     try:
         if patch != patch_width:
-            raise ValueError(f"the patches of {patch_width} x {patch} are no squares")
+            raise ValueError(f"the patches of {patch_width} x {patch} are not square")
         return HunyuanImageConfig(
             hidden_size=hidden,
             num_heads=hidden // head_dim,
@@ -88,7 +88,7 @@ def infer_config(source: TensorSource) -> HunyuanImageConfig:
         raise UserError(f"{source.checkpoint.label} has sizes that don't fit together: {error}.") from None
 
 
-# What ComfyUI's names become; it renames the original ones as textually.
+# ComfyUI replaces parts of the original names; this is the way back.
 COMFYUI_NAMES = (
     (re.compile(r"^(time_in|txt_in\.t_embedder)\.in_layer\."), r"\1.mlp.0."),
     (re.compile(r"^(time_in|txt_in\.t_embedder)\.out_layer\."), r"\1.mlp.2."),
@@ -121,7 +121,7 @@ Table = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Layout:
-    """The names of modules in a layout, by ours: around the lists of blocks, and in a block of each list."""
+    """The names of modules in a layout, keyed by ours: around the lists of blocks, and in a block of each list."""
 
     outer: Table
     double: Table

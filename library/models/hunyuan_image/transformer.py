@@ -67,6 +67,9 @@ class HunyuanImageConfig:
                 f"{self.head_dim}"
             )
 
+        if self.single_mlp_hidden < 1:
+            raise ValueError("the first layers of the single blocks have too few rows for a feed-forward")
+
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""

@@ -81,7 +81,7 @@ def _convolve_in_strips(
     overwrite: bool,
 ) -> Tensor:
     height, reach = x.shape[2], conv.kernel_size[0] // 2
-    activate = None if norm is None else _activation(norm, x, rows)
+    activate = None if norm is None else _activation(norm, x)
     result = beside if overwrite else None
     filled = 0
     for start in range(0, height, rows):
@@ -105,14 +105,12 @@ def _convolve_in_strips(
     return result
 
 
-def _activation(norm: nn.GroupNorm, x: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+def _activation(norm: nn.GroupNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
     """SiLU of the group norm of ``x``, as a function of any rows of ``x``; both are computed in float32."""
-    parts = x.split(rows, dim=2)
-    spread = [torch.var_mean(part.float().reshape(len(x), norm.num_groups, -1), 2, correction=0) for part in parts]
-    variances, means = (torch.stack(values) for values in zip(*spread))
-    shares = torch.tensor([part.shape[2] / x.shape[2] for part in parts], device=x.device)[:, None, None]
-    mean = (shares * means).sum(0)
-    deviation = (shares * (variances + (means - mean) ** 2)).sum(0).add(norm.eps).sqrt()
+    groups = x.reshape(len(x), norm.num_groups, -1).split(1, dim=1)
+    spread = [torch.var_mean(group.float(), 2, correction=0) for group in groups]  # not all of x in float32 at once
+    variance, mean = (torch.cat(values, dim=1) for values in zip(*spread))
+    deviation = (variance + norm.eps).sqrt()
     of_channel = [value.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for value in (mean, deviation)]
     scale = norm.weight.float() / of_channel[1]
     shift = norm.bias.float() - of_channel[0] * scale

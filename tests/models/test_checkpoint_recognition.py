@@ -146,6 +146,10 @@ FILES = {
         "encoder.down.0.block.0.conv1.weight": (4, 4, 3, 3),
         "decoder.conv_in.weight": (4, 64, 3, 3),
     },
+    "a HunyuanImage autoencoder in the Diffusers layout": {
+        "encoder.down_blocks.0.conv1.weight": (4, 4, 3, 3),
+        "decoder.conv_in.weight": (4, 64, 3, 3),
+    },
     **{
         f"{description}{' ' * index}": {
             key[1:] if key.startswith("/") else prefix + key: size

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.console import warn
 from library.errors import UserError
 from library.models.loading import TensorSource
 
@@ -286,3 +287,30 @@ class Autoencoder(nn.Module):
             noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
             mean = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
         return mean
+
+
+# ---- values that are not finite -------------------------------------------------------------------------------------
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are numbers; yes, too, for a tensor without values, as a dry run has it."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(values, FakeTensor) or bool(values.isfinite().all())
+
+
+def overflow_advice(dtype: torch.dtype, remedy: str) -> str:
+    """What helps where an autoencoder that computes in ``dtype`` gives NaN; ``remedy`` if it is float16."""
+    if dtype == torch.float16:
+        return f"in float16 its values overflow: {remedy}"
+    return f"its weights may be damaged (it runs in {str(dtype).removeprefix('torch.')})"
+
+
+def visible(pixels: Tensor, latents: Tensor, denoiser: str, advice: str) -> Tensor:
+    """``pixels`` of ``latents`` within -1..1. What is not finite becomes black, with a warning that says why."""
+    if not all_finite(pixels):
+        if all_finite(latents):
+            warn(f"An image is black where the autoencoder gives NaN; {advice}.")
+        else:
+            warn(f"An image is black: {denoiser} gave NaN latents.")
+    return pixels.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0).clamp(-1, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.memory.stream_choice import BlockSizes
+from library.models.autoencoder_parts import overflow_advice, visible
 from library.models.loading import TensorSource
 from library.models.pipeline import Pipeline, Request
 from library.randomness import seeded_generator
@@ -38,9 +39,15 @@ class FlowPipeline(Pipeline[Request]):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, C, h, w]."""
+        """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, C, h, w].
+
+        NaN values become black, with a warning.
+        """
+        autoencoder = self.load_autoencoder()
         with self._without_autocast():
-            return self.load_autoencoder().decode(latents).float().clamp(-1, 1)
+            pixels = autoencoder.decode(latents).float()
+        advice = overflow_advice(autoencoder.dtype, "run it in bfloat16 or float32")
+        return visible(pixels, latents, "the transformer", advice)
 
     def _without_autocast(self) -> torch.autocast:
         """An autoencoder that is kept in float32 must also compute in it."""

@@ -125,6 +125,19 @@ def test_images_become_latents_that_decode_to_images(pipeline):
     assert (pipeline.latent_stride, pipeline.latent_channels) == (8, 16)
 
 
+def test_an_image_that_overflows_is_black_with_a_warning_that_says_what_gave_it(files, caplog):
+    half = open_pipeline(files, dtypes={"autoencoder": torch.float16})
+    block = half.load_autoencoder().decoder.mid.block_1
+    block.conv1.weight.fill_(6e4)
+    assert torch.equal(half.decode_latents(torch.ones(1, 16, 2, 3)), torch.full((1, 3, 16, 24), -1.0))
+    assert "in float16 its values overflow: run it in bfloat16 or float32" in caplog.text
+    caplog.clear()
+    whole = open_pipeline(files)
+    assert whole.decode_latents(torch.ones(1, 16, 2, 3)).isfinite().all() and not caplog.records
+    whole.decode_latents(torch.full((1, 16, 2, 3), float("nan")))
+    assert "the transformer gave NaN latents" in caplog.text and "overflow" not in caplog.text
+
+
 def test_prediction_is_the_transformers_velocity(pipeline):
     conditioning = pipeline.encode_prompts(["a cat", "a dog"])
     latents, timesteps = torch.randn(2, 16, 4, 6), torch.tensor([0.1, 0.9])

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from library.console import warn
 from library.errors import UserError
 from library.memory.storage import BlocksStoredAs, StorageDtype
 from library.models.attention import AttentionBackend
+from library.models.autoencoder_parts import all_finite, overflow_advice, visible
 from library.models.clip import ClipFile
 from library.models.pipeline import Conditioning, ImageRequest, Pipeline
 from library.models.sampling import ClassifierFree, DiffusersSolver, Guidance, Role, Unguided
@@ -39,6 +39,7 @@ TOKENIZERS: dict[Variant, tuple[TokenizerKind, ...]] = {
     "sd2": (CLIP_H,),
     "sdxl": (CLIP_L, CLIP_BIG_G),
 }
+HALF_VAE_REMEDY = "add --no_half_vae"
 SMALLEST_SIDE = 64
 
 
@@ -199,7 +200,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
             latents = latents + torch.exp(0.5 * posterior.logvar.float()) * noise.to(latents.device)
         if not all_finite(latents):
-            raise UserError(f"The autoencoder gives NaN latents; {_overflow_advice(dtype)}.")
+            raise UserError(f"The autoencoder gives NaN latents; {overflow_advice(dtype, HALF_VAE_REMEDY)}.")
         return latents
 
     @torch.no_grad()
@@ -213,12 +214,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         unscaled = latents.float() / self.latent_scale
         with _without_autocast(device):
             pixels = autoencoder.decode(unscaled.to(device, dtype)).sample.float()
-        if not all_finite(pixels):
-            if all_finite(latents):
-                warn(f"An image is black where the autoencoder gives NaN; {_overflow_advice(dtype)}.")
-            else:
-                warn("An image is black: the U-Net gave NaN latents.")
-        return pixels.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0).clamp(-1, 1)
+        return visible(pixels, latents, "the U-Net", overflow_advice(dtype, HALF_VAE_REMEDY))
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[Encoder, Tokens]:
         """Token chunks of the prompts for each encoder (all by default), on the CPU."""
@@ -328,16 +324,3 @@ def time_ids(original_size: tuple[int, int], crop: tuple[int, int], target_size:
 def _without_autocast(device: torch.device) -> torch.autocast:
     """XL's autoencoder overflows in float16, so one that is kept in float32 must also compute in it."""
     return torch.autocast(device.type, enabled=False)
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether all values are numbers; yes, too, for a tensor without values, as a dry run has it."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(values, FakeTensor) or bool(values.isfinite().all())
-
-
-def _overflow_advice(dtype: torch.dtype) -> str:
-    if dtype == torch.float16:
-        return "in float16 its values overflow: add --no_half_vae"
-    return f"its weights may be damaged (it runs in {str(dtype).removeprefix('torch.')})"

@@ -33,6 +33,16 @@ BlockStream.poisons = True  # a streamed weight that is used where it isn't ther
 OffloadedInputs.smallest = 1  # the inputs of tiny models are worth the way too
 
 
+def pytest_collection() -> None:
+    """What collecting imports and makes stays for good: to look for garbage in it takes seconds."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def messages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """caplog sees the suite's messages even after a test has set up the console."""

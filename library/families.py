@@ -58,6 +58,8 @@ class Family:
     """As the tools for LoRA files name it."""
     module_marks: str = ""
     """Regular expression that finds one of its LoRA files by the name of a module in the transformer or U-Net."""
+    shared_marks: str = ""
+    """The same for names that another family has too; they count where ``ss_base_model_version`` says it is this."""
     encoder_marks: str = ""
     """The same for files that hold nothing but modules of text encoders."""
     lora_files: str = ""
@@ -94,16 +96,18 @@ class Family:
 
 @dataclass(frozen=True, eq=False)
 class OtherFamily:
-    """A model family that no script here is for: its LoRA files are recognised, so that messages can name it."""
+    """A model family that no training script here is for: its LoRA files are known, and what there is for them."""
 
+    room: str
+    """As of ``Family``, like all that follows."""
     lora_name: str
-    """As the tools for LoRA files name it."""
-    versions: tuple[str, ...]
-    """Beginnings of ``ss_base_model_version`` in LoRA files."""
+    versions: Mapping[str, ModelVersion]
     module_marks: str
-    """Regular expression that finds one of its LoRA files by the name of a module in the transformer."""
+    shared_marks: str = ""
     encoder_marks: str = ""
-    """The same for files that hold nothing but modules of text encoders."""
+    lora_files: str = ""
+    networks: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
 
 
 def load(name: str) -> Any:
@@ -203,9 +207,17 @@ LUMINA = Family(
 FAMILIES = (STABLE_DIFFUSION, SDXL, FLUX, LUMINA)
 OTHER_FAMILIES = (
     OtherFamily(
+        room="hunyuan_image",
         lora_name="HunyuanImage-2.1",
-        versions=("hunyuan",),
+        versions={"hunyuan": ModelVersion("hunyuan-image-2.1", "diffusers", 2048)},
         module_marks=r"lora_unet_(double|single)_blocks_\d+_(\w+_fc\d|\w*mod\w*_linear)$",
+        shared_marks=r"lora_unet_(double|single)_blocks_",
+        lora_files="networks.lora_tools.hunyuan_image_lora:HunyuanImageLoRA",
+        networks=("networks.lora_hunyuan_image", "networks.oft_hunyuan_image"),
+        tools=(
+            "networks.hunyuan_image_merge_lora:HunyuanImageMergeLoraOptions",
+            "networks.hunyuan_image_extract_lora:HunyuanImageExtractLoraOptions",
+        ),
     ),
 )
 CACHING_OPTIONS = "tools.cache_run:CachingOptions"
@@ -229,7 +241,7 @@ def switches() -> dict[str, Family]:
 
 def network_modules() -> list[str]:
     """Names of the network modules of this suite, each once."""
-    return sorted({module for family in FAMILIES for module in family.networks})
+    return sorted({module for family in (*FAMILIES, *OTHER_FAMILIES) for module in family.networks})
 
 
 def script_options() -> Iterator[Any]:
@@ -240,9 +252,10 @@ def script_options() -> Iterator[Any]:
             yield load(family.inference)
 
 
-def version_of(base_model_version: str) -> tuple[Family, ModelVersion] | None:
+def version_of(base_model_version: str) -> tuple[Family | OtherFamily, ModelVersion] | None:
     """Whose model ``ss_base_model_version`` names; the beginnings that are tried first are the longest."""
-    found = {begin: (family, version) for family in FAMILIES for begin, version in family.versions.items()}
+    known: tuple[Family | OtherFamily, ...] = (*FAMILIES, *OTHER_FAMILIES)
+    found = {begin: (family, version) for family in known for begin, version in family.versions.items()}
     for begin in sorted(found, key=len, reverse=True):
         if base_model_version.startswith(begin):
             return found[begin]
@@ -252,8 +265,9 @@ def version_of(base_model_version: str) -> tuple[Family, ModelVersion] | None:
 def lora_family(modules: Collection[str], base_model_version: str = "") -> Family | OtherFamily | None:
     """The model family that a LoRA file is for.
 
-    ``modules``: names of its modules. Those in the transformer or U-Net decide; where there is none,
-    ``base_model_version`` (``ss_base_model_version``) does, then the names in text encoders. None where nothing does.
+    ``modules``: names of its modules. Those in the transformer or U-Net decide; where there is none or two families
+    have them, ``base_model_version`` (``ss_base_model_version``) does, then the names in text encoders. None where
+    nothing does.
     """
     # The names of one family may hold the marks of another; the more special of two stands before it.
     known: tuple[Family | OtherFamily, ...] = (*OTHER_FAMILIES, *reversed(FAMILIES))
@@ -264,6 +278,11 @@ def lora_family(modules: Collection[str], base_model_version: str = "") -> Famil
             if pattern and any(re.match(pattern, name) for name in modules):
                 yield family
 
-    by_version = (family for family in known if base_model_version.startswith(tuple(family.versions)))
-    found = chain(marked(lambda family: family.module_marks), by_version, marked(lambda family: family.encoder_marks))
+    by_version = [family for family in known if base_model_version.startswith(tuple(family.versions))]
+    found = chain(
+        (family for family in marked(lambda family: family.shared_marks) if family in by_version),
+        marked(lambda family: family.module_marks),
+        by_version,
+        marked(lambda family: family.encoder_marks),
+    )
     return next(found, None)

@@ -51,6 +51,8 @@ class TargetTable:
     """Class names; every Linear and Conv2d inside modules of these classes is a target."""
     conv_classes: tuple[str, ...] = ()
     """As ``classes``, but only when wide convolutions are requested (``Rules.with_conv``)."""
+    ends: tuple[str, ...] = ("",)
+    """Of these layers, those whose module path has one of these ends."""
     file_path: Callable[[str], str] = same_path
     """Module path -> the path that names the module in files."""
     is_text_encoder: bool = False
@@ -151,7 +153,8 @@ def _layers(parent: nn.Module, parent_path: str, table: TargetTable) -> Iterable
     for child_path, module in parent.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             path = ".".join(part for part in (parent_path, child_path) if part)
-            yield path, Target(table.file_path(path), module, table)
+            if path.endswith(table.ends):
+                yield path, Target(table.file_path(path), module, table)
 
 
 def ranks_by_name(rules: Sequence[tuple[str, tuple[str, ...]]]) -> Callable[[Target, Arguments], int | None]:

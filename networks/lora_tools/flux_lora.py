@@ -1,19 +1,16 @@
-"""LoRA files for FLUX.1 and Chroma under this suite's names (see ``known_lora``)."""
+"""LoRA files for FLUX.1 and Chroma under this suite's names (see ``stream_lora``)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
-from library.console import say
 from library.errors import UserError
 from library.models.flux.checkpoint import DOUBLE, OUTER, SINGLE
 from networks.adapters.lora_targets import TargetTable
 from networks.lora_flux import CLIP_L, FLUX, IN_LAYERS, T5XXL, TRANSFORMER
 from networks.lora_tools.flux_metadata import flux_entries
-from networks.lora_tools.known_lora import KnownLoRA
+from networks.lora_tools.stream_lora import StreamLoRA
 
-FEED_FORWARD_RATIO = 4  # of FLUX.1 and Chroma, where a file does not tell
 BFL_NAMES = ("double_blocks.", "single_blocks.", "final_layer.", *IN_LAYERS)
 FLAT_BFL_NAMES = tuple(name.replace(".", "_") for name in BFL_NAMES)
 CONTROL_LORA = (".lora_B.bias", "_norm.scale")
@@ -24,23 +21,14 @@ _T5_LAYERS = (
 )
 
 
-def part_count(path: str) -> int:
-    """In how many layers Diffusers has a layer of the original model: 3 (q, k, v), 4 (and the feed-forward), or 1."""
-    if path.endswith(("img_attn.qkv", "txt_attn.qkv")):
-        return 3
-    return 4 if path.endswith(".linear1") else 1
-
-
-class FluxLoRA(KnownLoRA):
+class FluxLoRA(StreamLoRA):
     """A LoRA file for FLUX.1 or Chroma."""
 
     model_name = "FLUX.1 or Chroma"
     rules = FLUX
     entries = flux_entries()
-
-    def __init__(self, path: Path | str, option: str = "--models"):
-        self._ratio_is_told = False
-        super().__init__(path, option)
+    joined = ("img_attn.qkv", "txt_attn.qkv")
+    feed_forward = ("_mlp.0", "_mlp.2")
 
     @staticmethod
     def layer_paths(blocks: int) -> Iterable[tuple[TargetTable, str]]:
@@ -82,32 +70,3 @@ class FluxLoRA(KnownLoRA):
                 f'{self.label} is a Control LoRA of Black Forest Labs (it holds "{control}"): beside LoRA it changes'
                 " biases and norms, which a LoRA file cannot hold."
             )
-
-    def rows(self, name: str) -> list[int]:
-        whole, count, width = self.whole(name), part_count(self.targets[name].path), self.width(name)
-        if count == 1:
-            return [self.shapes(str(whole))[1][0]]
-        if count == 3:
-            return [width] * 3
-        if whole is not None:
-            return [width] * 3 + [self.shapes(whole)[1][0] - 3 * width]
-        return [width] * 3 + [self.height(name, 3) if 3 in self.parts[name] else self._feed_forward_rows(width)]
-
-    def _feed_forward_rows(self, width: int) -> int:
-        """Of a single block whose feed-forward part has no module: as other modules have it, else FLUX.1's ratio."""
-        for name, parts in self.parts.items():
-            path, whole = self.targets[name].path, self.whole(name)
-            if path.endswith(".linear1") and (3 in parts or whole is not None):
-                return self.height(name, 3) if whole is None else self.shapes(whole)[1][0] - 3 * width
-            if whole is not None and path.endswith("_mlp.0"):
-                return self.shapes(whole)[1][0]
-            if whole is not None and path.endswith((".linear2", "_mlp.2")):
-                columns = self.shapes(whole)[0][1]
-                return columns - width if path.endswith(".linear2") else columns
-        if not self._ratio_is_told:
-            self._ratio_is_told = True
-            say(
-                f"{self.path}: no module tells the size of the feed-forward layers; {FEED_FORWARD_RATIO} times"
-                f" {width} is taken, as FLUX.1 and Chroma have it"
-            )
-        return FEED_FORWARD_RATIO * width

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 
 from library.errors import UserError
-from library.families import FAMILIES, Family, OtherFamily, load
+from library.families import FAMILIES, OTHER_FAMILIES, Family, OtherFamily, load, lora_family
 from networks.adapters.lora_file import LoRAWeights
 from networks.adapters.lora_formats import join_parts, plain_name, refuse_repetition, whole_module
 from networks.adapters.lora_targets import Part, Rules, Target, TargetTable
@@ -79,7 +79,17 @@ class KnownLoRA(NamedLoRA):
         """Raises UserError for a file of the family that holds more than LoRA."""
 
     def require_known(self) -> None:
-        """Raises UserError that lists every module and tensor that belongs to no layer of the family."""
+        """Raises UserError that lists every module and tensor that belongs to no layer of the family.
+
+        Also for a file whose metadata say that it is for another family with files of its own, since names may be the
+        same there.
+        """
+        told = lora_family((), self.metadata.get("ss_base_model_version", ""))
+        if told and not self.unmatched and type(self) is not _kinds().get(told, type(self)):
+            raise UserError(
+                f"{self.label} is for {told.lora_name}, as its ss_base_model_version says; a LoRA for {self.model_name}"
+                " is needed here."
+            )
         self.refuse_special()
         unknown = [*self.unmatched, *self.others]
         if unknown:
@@ -138,8 +148,8 @@ def family_of(lora: NamedLoRA) -> Family | OtherFamily | None:
     return lora.family or next((family for family, kind in _kinds().items() if _knows_all(kind, lora.path)), None)
 
 
-def _kinds() -> dict[Family, type[KnownLoRA]]:
-    return {family: load(family.lora_files) for family in FAMILIES if family.lora_files}
+def _kinds() -> dict[Family | OtherFamily, type[KnownLoRA]]:
+    return {family: load(family.lora_files) for family in (*FAMILIES, *OTHER_FAMILIES) if family.lora_files}
 
 
 def open_known(paths: Sequence[str], option: str = "--models") -> list[KnownLoRA]:

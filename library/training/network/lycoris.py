@@ -33,6 +33,8 @@ UNAVAILABLE = {
 }
 ATTENTION_CLASSES = {"CrossAttention": "Attention", "SelfAttention": "JointAttention"}
 """Classes that presets name -> what Stable Diffusion of diffusers, and Lumina, have in their place."""
+ATTENTION_LAYERS = {"MMDoubleStreamBlock": ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj")}
+"""Classes of blocks without a module for their attention -> its layers, for presets that name "SelfAttention"."""
 PRESET_KEYS = (
     *("ENABLE_CONV", "UNET_TARGET_REPLACE_MODULE", "UNET_TARGET_REPLACE_NAME", "TEXT_ENCODER_TARGET_REPLACE_MODULE"),
     *("TEXT_ENCODER_TARGET_REPLACE_NAME", "MODULE_ALGO_MAP", "NAME_ALGO_MAP", "USE_FNMATCH", "TARGET_EXCLUDE_NAME"),
@@ -291,6 +293,11 @@ def _name_attention_as_here(preset: dict[str, Any], unet: Any) -> None:
         algorithms = preset.get("module_algo_map") or {}
         if named in algorithms:
             preset["module_algo_map"] = {own: algorithms[named], **algorithms}
+    targets = preset["unet_target_module"]
+    if "SelfAttention" in targets and ATTENTION_LAYERS.keys().isdisjoint(targets):
+        blocks = [(path, type(module).__name__) for path, module in unet.named_modules()]
+        layers = [f"{path}.{layer}" for path, block in blocks for layer in ATTENTION_LAYERS.get(block, ())]
+        preset["unet_target_name"] = [*preset.get("unet_target_name", ()), *layers]
 
 
 def _prepare_norms(network: Any, wanted: bool) -> None:

@@ -32,15 +32,15 @@ def comfyui_name(target: Target) -> str:
 def convert(src_path: str, save_to: Path, reverse: bool = False) -> None:
     """Write the file ``src_path`` under ComfyUI's names, or with ``reverse`` under those of sd-scripts.
 
-    Converted again the same way, a file stays as it is. Metadata are kept, hashes in them recomputed. Raises UserError
-    for modules that belong to no layer of HunyuanImage-2.1.
+    Converted again the same way, a file stays as it is. Metadata are kept, hashes in them recomputed; a file for
+    sd-scripts says what its readers look for. Raises UserError for modules that belong to no layer of HunyuanImage-2.1.
     """
     lora = HunyuanImageLoRA(src_path, "src_path")
     lora.require_known()
     made = RenamedTensors(lora, reverse)
     metadata = {key: value for key, value in lora.metadata.items() if not key.startswith(STALE_METADATA)}
-    if reverse:
-        metadata = {**lora.entries, **metadata}
+    if reverse and "ss_base_model_version" not in metadata:
+        metadata |= lora.entries
     if any(key in metadata for key in HASHES):
         metadata |= dict(zip(HASHES, content_hashes(made.described, metadata, made.load)))
     if made.described.keys() == set(lora.checkpoint):

@@ -145,6 +145,7 @@ def test_every_option_named_in_the_text_exists():
     known |= {"help", "num_processes", "multi_gpu", "show_all_keys"}
     known |= {"name"}  # stands for any option
     known |= {"family"}  # of tools/quickstart.py
+    known |= {"reverse"}  # of networks/convert_hunyuan_image_lora_to_comfy.py
     wrong = set()
     for page in PAGES:
         prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

@@ -23,6 +23,8 @@ SCRIPTS = [
     *("networks/extract_lora_from_models.py", "networks/check_lora_weights.py", "tools/show_metadata.py"),
     *("networks/flux_merge_lora.py", "networks/flux_extract_lora.py", "tools/convert_diffusers_to_flux.py"),
     *("networks/lumina_merge_lora.py", "networks/lumina_extract_lora.py", "networks/convert_lumina_lora.py"),
+    *("networks/hunyuan_image_merge_lora.py", "networks/hunyuan_image_extract_lora.py"),
+    "networks/convert_hunyuan_image_lora_to_comfy.py",
 ]
 
 

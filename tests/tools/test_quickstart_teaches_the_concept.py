@@ -24,7 +24,7 @@ DOCUMENTED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("chroma", 50), ("lumina", 40)])
+@pytest.mark.parametrize(("name", "steps"), [("chroma", 50), ("lumina", 24)])
 def test_a_fraction_of_the_steps_brings_the_first_rings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, steps: int
 ) -> None:

@@ -109,8 +109,8 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
         options, hunyuan, precision = self.options, self.options.hunyuan_image, self.options.precision
         if not options.network.network_train_unet_only:
             raise UserError(
-                "--network_train_unet_only is required: HunyuanImage-2.1's text encoders cannot be trained, as there are "
-                "no LoRA modules for them."
+                "--network_train_unet_only is required: HunyuanImage-2.1's text encoders are not trained, as there "
+                "are no LoRA modules for them."
             )
         for name in ("fp8_base", "fp8_base_unet"):
             if getattr(precision, name):

@@ -94,22 +94,6 @@ class Family:
         return load(f"{self.script}:{self.options}")
 
 
-@dataclass(frozen=True, eq=False)
-class OtherFamily:
-    """A model family that no training script here is for: its LoRA files are known, and what there is for them."""
-
-    room: str
-    """As of ``Family``, like all that follows."""
-    lora_name: str
-    versions: Mapping[str, ModelVersion]
-    module_marks: str
-    shared_marks: str = ""
-    encoder_marks: str = ""
-    lora_files: str = ""
-    networks: tuple[str, ...] = ()
-    tools: tuple[str, ...] = ()
-
-
 def load(name: str) -> Any:
     """The class ``module:Name``, imported now."""
     module, _, attribute = name.partition(":")
@@ -204,22 +188,26 @@ LUMINA = Family(
     ),
 )
 
-FAMILIES = (STABLE_DIFFUSION, SDXL, FLUX, LUMINA)
-OTHER_FAMILIES = (
-    OtherFamily(
-        room="hunyuan_image",
-        lora_name="HunyuanImage-2.1",
-        versions={"hunyuan": ModelVersion("hunyuan-image-2.1", "diffusers", 2048)},
-        module_marks=r"lora_unet_(double|single)_blocks_\d+_(\w+_fc\d|\w*mod\w*_linear)$",
-        shared_marks=r"lora_unet_(double|single)_blocks_",
-        lora_files="networks.lora_tools.hunyuan_image_lora:HunyuanImageLoRA",
-        networks=("networks.lora_hunyuan_image", "networks.oft_hunyuan_image"),
-        tools=(
-            "networks.hunyuan_image_merge_lora:HunyuanImageMergeLoraOptions",
-            "networks.hunyuan_image_extract_lora:HunyuanImageExtractLoraOptions",
-        ),
+HUNYUAN_IMAGE = Family(
+    key="hunyuan_image",
+    name="HunyuanImage-2.1",
+    lora_name="HunyuanImage-2.1",
+    room="hunyuan_image",
+    script="hunyuan_image_train_network",
+    trainer="HunyuanImageNetworkTrainer",
+    options="HunyuanImageTrainingOptions",
+    networks=("networks.lora_hunyuan_image", "networks.oft_hunyuan_image"),
+    versions={"hunyuan": ModelVersion("hunyuan-image-2.1", "diffusers", 2048)},
+    module_marks=r"lora_unet_(double|single)_blocks_\d+_(\w+_fc\d|\w*mod\w*_linear)$",
+    shared_marks=r"lora_unet_(double|single)_blocks_",
+    lora_files="networks.lora_tools.hunyuan_image_lora:HunyuanImageLoRA",
+    tools=(
+        "networks.hunyuan_image_merge_lora:HunyuanImageMergeLoraOptions",
+        "networks.hunyuan_image_extract_lora:HunyuanImageExtractLoraOptions",
     ),
 )
+
+FAMILIES = (STABLE_DIFFUSION, SDXL, FLUX, LUMINA, HUNYUAN_IMAGE)
 CACHING_OPTIONS = "tools.cache_run:CachingOptions"
 """What the caching tools take beside the options of a family's training script and the families' switches."""
 
@@ -241,7 +229,7 @@ def switches() -> dict[str, Family]:
 
 def network_modules() -> list[str]:
     """Names of the network modules of this suite, each once."""
-    return sorted({module for family in (*FAMILIES, *OTHER_FAMILIES) for module in family.networks})
+    return sorted({module for family in FAMILIES for module in family.networks})
 
 
 def script_options() -> Iterator[Any]:
@@ -252,17 +240,16 @@ def script_options() -> Iterator[Any]:
             yield load(family.inference)
 
 
-def version_of(base_model_version: str) -> tuple[Family | OtherFamily, ModelVersion] | None:
+def version_of(base_model_version: str) -> tuple[Family, ModelVersion] | None:
     """Whose model ``ss_base_model_version`` names; the beginnings that are tried first are the longest."""
-    known: tuple[Family | OtherFamily, ...] = (*FAMILIES, *OTHER_FAMILIES)
-    found = {begin: (family, version) for family in known for begin, version in family.versions.items()}
+    found = {begin: (family, version) for family in FAMILIES for begin, version in family.versions.items()}
     for begin in sorted(found, key=len, reverse=True):
         if base_model_version.startswith(begin):
             return found[begin]
     return None
 
 
-def lora_family(modules: Collection[str], base_model_version: str = "") -> Family | OtherFamily | None:
+def lora_family(modules: Collection[str], base_model_version: str = "") -> Family | None:
     """The model family that a LoRA file is for.
 
     ``modules``: names of its modules. Those in the transformer or U-Net decide; where there is none or two families
@@ -270,9 +257,9 @@ def lora_family(modules: Collection[str], base_model_version: str = "") -> Famil
     nothing does.
     """
     # The names of one family may hold the marks of another; the more special of two stands before it.
-    known: tuple[Family | OtherFamily, ...] = (*OTHER_FAMILIES, *reversed(FAMILIES))
+    known = tuple(reversed(FAMILIES))
 
-    def marked(marks: Callable[[Any], str]) -> Iterator[Family | OtherFamily]:
+    def marked(marks: Callable[[Any], str]) -> Iterator[Family]:
         for family in known:
             pattern = marks(family)
             if pattern and any(re.match(pattern, name) for name in modules):

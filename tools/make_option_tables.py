@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library.errors import UserError  # noqa: E402
-from library.families import FAMILIES, OTHER_FAMILIES, Family, load  # noqa: E402
+from library.families import FAMILIES, Family, load  # noqa: E402
 from library.files import write_text  # noqa: E402
 from library.options import Option, declared_options, describe_type  # noqa: E402
 
@@ -76,7 +76,6 @@ def tool_page(options: str) -> Page:
 
 PAGES = (
     *(page for family in FAMILIES for page in family_pages(family)),
-    *(tool_page(tool) for family in OTHER_FAMILIES for tool in family.tools),
     tool_page("networks.resize_lora:ResizeLoraOptions"),
 )
 HEAD = "| option | value | default | meaning |\n|---|---|---|---|"

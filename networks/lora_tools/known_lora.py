@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 
 from library.errors import UserError
-from library.families import FAMILIES, OTHER_FAMILIES, Family, OtherFamily, load, lora_family
+from library.families import FAMILIES, Family, load, lora_family
 from networks.adapters.lora_file import LoRAWeights
 from networks.adapters.lora_formats import join_parts, plain_name, refuse_repetition, whole_module
 from networks.adapters.lora_targets import Part, Rules, Target, TargetTable
@@ -143,13 +143,13 @@ class KnownLoRA(NamedLoRA):
         return _joined(parts, self.rows(name)) if whole is None else whole
 
 
-def family_of(lora: NamedLoRA) -> Family | OtherFamily | None:
+def family_of(lora: NamedLoRA) -> Family | None:
     """The model family that a file is for, whatever program's names it has; None where nothing says it."""
     return lora.family or next((family for family, kind in _kinds().items() if _knows_all(kind, lora.path)), None)
 
 
-def _kinds() -> dict[Family | OtherFamily, type[KnownLoRA]]:
-    return {family: load(family.lora_files) for family in (*FAMILIES, *OTHER_FAMILIES) if family.lora_files}
+def _kinds() -> dict[Family, type[KnownLoRA]]:
+    return {family: load(family.lora_files) for family in FAMILIES if family.lora_files}
 
 
 def open_known(paths: Sequence[str], option: str = "--models") -> list[KnownLoRA]:

@@ -14,7 +14,7 @@ import torch
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.families import Family, OtherFamily, lora_family
+from library.families import Family, lora_family
 from networks.adapters.lora_file import LoRAWeights, with_adapter_config
 from networks.adapters.lora_formats import check_shapes, grouped_keys, read_module
 from networks.lora_tools.arithmetic import layer_shape
@@ -72,7 +72,7 @@ class NamedLoRA:
             raise self._named(error) from None
 
     @property
-    def family(self) -> Family | OtherFamily | None:
+    def family(self) -> Family | None:
         """The model family that the names (or the metadata) tell; None where they do not."""
         return lora_family(self.modules, self.metadata.get("ss_base_model_version", ""))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from library.families import SDXL, Family, OtherFamily
+from library.families import SDXL, Family
 from library.models.loading import TensorSource
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel
 from networks.adapters.lora_targets import Rules, Target, TargetTable, find_targets
@@ -73,7 +73,7 @@ def layers_of(model: StableDiffusionModel) -> tuple[dict[str, Layer], dict[str, 
     return layers, {**names, **{name: name for name in layers}}
 
 
-def usual_name(name: str, family: Family | OtherFamily) -> str:
+def usual_name(name: str, family: Family) -> str:
     """A LoRA name as ``networks.lora`` writes it, where another program took the names of the other U-Net layout."""
     if family is not SDXL and name.startswith("lora_te1_"):
         return name.replace("lora_te1_", "lora_te_", 1)

@@ -10,7 +10,7 @@ import torch
 from library.console import say
 from library.devices import parse_dtype
 from library.errors import UserError
-from library.families import SDXL, STABLE_DIFFUSION, Family, OtherFamily, by_model
+from library.families import SDXL, STABLE_DIFFUSION, Family, by_model
 from library.models.stable_diffusion.checkpoint import (
     BASE_MODEL_VERSIONS,
     StableDiffusionModel,
@@ -34,7 +34,7 @@ from networks.lora_tools.options import (
 )
 from networks.lora_tools.stable_diffusion_layers import layers_of, usual_name
 
-ADVICE: Mapping[Family | OtherFamily, str] = {
+ADVICE: Mapping[Family, str] = {
     STABLE_DIFFUSION: "networks/merge_lora.py merges those.",
     SDXL: "networks/sdxl_merge_lora.py merges those.",
 }
@@ -54,7 +54,7 @@ class MergeRun:
             if lora.family is not None:
                 lora.require_family(wanted, ADVICE.get(lora.family, ""))
 
-    def ingredients(self, family: Family | OtherFamily, rename: Callable[[str], str]) -> list[Ingredient]:
+    def ingredients(self, family: Family, rename: Callable[[str], str]) -> list[Ingredient]:
         """The files with their shares, checked; modules under the names that ``rename`` gives."""
         for own in self.blocks:
             if own is not None and own.family is not family:
@@ -68,9 +68,9 @@ class MergeRun:
         check_ingredients(made)
         return made
 
-    def family(self) -> Family | OtherFamily:
+    def family(self) -> Family:
         """The family that all files are for. Raises UserError when they are for several, or names don't tell."""
-        families: dict[Family | OtherFamily, NamedLoRA] = {}
+        families: dict[Family, NamedLoRA] = {}
         for lora in self.loras:
             if lora.family is not None:
                 families[lora.family] = lora

@@ -77,7 +77,7 @@ class HunyuanImagePipeline(DoubleSinglePipeline[HunyuanImageRequest]):
     all_parts = PARTS
     denoiser = "transformer"
     request_class = HunyuanImageRequest
-    read_on_host = frozenset({"vlm_mask", "byt5_mask", "ocr_mask"})
+    read_on_host = frozenset({"vlm_mask", "byt5_mask"})
     token_side = 1
     files: OpenedFiles
 

@@ -78,17 +78,18 @@ def encode_glyphs(encoder: T5TextEncoder, prompts: Sequence[str], length: int = 
     All of them are zero for a prompt that quotes nothing; the encoder does not run unless one does.
     """
     texts = [glyph_text(prompt) for prompt in prompts]
-    is_quoting = torch.tensor([text is not None for text in texts])
+    quoting = [row for row, text in enumerate(texts) if text is not None]
     width = encoder.config.d_model
     embed = torch.zeros(len(texts), length, width, dtype=encoder.dtype, device=encoder.device)
     mask = torch.zeros(len(texts), length, dtype=torch.int64)
-    if is_quoting.any():
+    if quoting:
         tokens = byt5_tokens([text for text in texts if text is not None], length)
         states, count = encoder(tokens["input_ids"], tokens["attention_mask"]), tokens["input_ids"].shape[1]
-        mask[is_quoting, :count] = tokens["attention_mask"]
+        mask[quoting, :count] = tokens["attention_mask"]
         states = states.masked_fill(_absent(tokens["attention_mask"], states), 0).to(embed.dtype)
-        embed[is_quoting.to(embed.device), :count] = states
-    return {"byt5_embed": embed, "byt5_mask": mask, "ocr_mask": is_quoting}
+        embed[quoting, :count] = states
+    ocr_mask = torch.tensor([text is not None for text in texts])
+    return {"byt5_embed": embed, "byt5_mask": mask, "ocr_mask": ocr_mask}
 
 
 def _absent(mask: Tensor, states: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from tests.running import ROOT, forget_accelerator, launched_script, run_in_proc
 RUN = (
     "--network_dim 4 --learning_rate 1e-3 --train_batch_size 2 --seed 7 --max_data_loader_n_workers 0 --no_report"
 ).split()
-SMALL = {"1024, 1024": "128, 128", "768, 768": "96, 96", "--max_train_epochs=10": "--max_train_epochs=2"}
+SMALL = {"1024, 1024": "128, 128", "768, 768": "96, 96", "1280, 768": "1280, 64", "--max_train_epochs=10": "--max_train_epochs=2"}
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,10 @@ def entry_options(guide: Guide, entry: Entry, folder: Path, place: Path, named: 
         text = f"{text}{plain}" if "[general]" in text else plain.replace("[[datasets]]\n", f"[[datasets]]\n{text}\n")
     else:
         options.append("--min_bucket_reso=64")
-        for name in set(re.findall(r'"path/to/image/([\w-]+)"', text)):
-            copies(place / "many", folder / name)
-            text = text.replace(f'"path/to/image/{name}"', f'"{(folder / name).as_posix()}"')
+        for name in set(re.findall(r'"path/to/([\w/-]+)"', text)):
+            images = folder / name.replace("/", "-")
+            copies(place / "many", images)
+            text = text.replace(f'"path/to/{name}"', f'"{images.as_posix()}"')
     path.write_text(smaller(text), encoding="utf-8")
     return [*options, f"--dataset_config={path}"]
 

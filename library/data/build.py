@@ -105,6 +105,9 @@ def _checked(settings: DatasetSettings, bucket_divisor: int, size_divisor: int, 
         log.warning("%s: bucket sides are %d to %d, to be multiples of %d.", place_, low, high, step)
     if low > min(width, height):
         raise UserError(f"{place_}: min_bucket_reso ({low}) must not be larger than the resolution {width}x{height}.")
+    if high < max(width, height) and settings.max_bucket_reso == DatasetSettings.max_bucket_reso:
+        high = -(-max(width, height) // step) * step
+        log.info("%s: max_bucket_reso is %d, so that the resolution %dx%d has a bucket.", place_, high, width, height)
     if high < max(width, height):
         raise UserError(f"{place_}: max_bucket_reso ({high}) must not be smaller than the resolution {width}x{height}.")
     return replace(settings, min_bucket_reso=low, max_bucket_reso=high)

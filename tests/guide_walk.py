@@ -37,7 +37,12 @@ from tests.running import ROOT, forget_accelerator, launched_script, run_in_proc
 RUN = (
     "--network_dim 4 --learning_rate 1e-3 --train_batch_size 2 --seed 7 --max_data_loader_n_workers 0 --no_report"
 ).split()
-SMALL = {"1024, 1024": "128, 128", "768, 768": "96, 96", "1280, 768": "1280, 64", "--max_train_epochs=10": "--max_train_epochs=2"}
+SMALL = {
+    "1024, 1024": "128, 128",
+    "768, 768": "96, 96",
+    "1280, 768": "1280, 64",
+    "--max_train_epochs=10": "--max_train_epochs=2",
+}
 
 
 @dataclass(frozen=True)

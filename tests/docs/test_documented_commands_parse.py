@@ -142,7 +142,7 @@ def test_every_option_named_in_the_text_exists():
     classes += [cache_run.caching_options(family) for family in FAMILIES]
     known = {name for options_class in classes for name in declared_options(options_class)}
     known |= {*LINE_OPTIONS, *SESSION.letters}
-    known |= {"help", "num_processes", "multi_gpu", "show_all_keys"}
+    known |= {"help", "num_processes", "num_cpu_threads_per_process", "multi_gpu", "show_all_keys", "reverse"}
     known |= {"name"}  # stands for any option
     known |= {"family"}  # of tools/quickstart.py
     known |= {"reverse"}  # of networks/convert_hunyuan_image_lora_to_comfy.py

@@ -29,7 +29,7 @@ from tests.running import ROOT, forget_accelerator, launched_script
 GUIDES = (
     *("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en"),
     *("caching", "lycoris", "flux_train_network", "flux_controlnet", "flux_minimal_inference", "README"),
-    *("lora_tools", "lumina_train_network", "lumina_minimal_inference"),
+    *("hunyuan_image_train_network", "lora_tools", "lumina_train_network", "lumina_minimal_inference"),
 )
 WALKED = [shlex.split(entry.text) for walk in WALKS.values() for entry in walk if entry.kind == "options"]
 SHOWN = [(block, words) for block in blocks("bash") if block.page.stem in GUIDES for words in commands(block)]
@@ -82,6 +82,11 @@ def models(request):
     def named(script: str, words: list[str]) -> list[str]:
         if not (script in (*TRAINERS, *IMAGE) or script.startswith("tools/cache_")):
             return []
+        if "hunyuan_image" in script or "--hunyuan_image" in words:
+            tiny, denoiser = request.getfixturevalue("tiny_hunyuan_image"), "pretrained_model_name_or_path"
+            files = {"dit" if script in IMAGE else denoiser: tiny.transformer, "text_encoder": tiny.text_encoder}
+            files |= {"byt5": tiny.byt5, "vae": tiny.autoencoder}
+            return [f"--{name}={file}" for name, file in files.items()]
         if "lumina" in script or "--lumina" in words:
             tiny, ending = request.getfixturevalue("tiny_lumina"), "_path" if script in IMAGE else ""
             return [
@@ -228,8 +233,9 @@ def test_command_for_several_processes(block, words, place, run):
 def base_command(words: list[str], script: str = "train_network.py") -> list[str]:
     """A short command that a page's options are added to; theirs win."""
     data = [] if "--train_data_dir" in words else ["--dataset_config", "dataset.toml"]
-    family = next((name for name in ("flux", "lumina") if name in script), "")
+    family = next((name for name in ("flux", "lumina", "hunyuan_image") if name in script), "")
     network = ["--network_module", "networks.lora" + (f"_{family}" if family else ""), "--network_dim", "4"]
+    network += ["--network_train_unet_only"] if family == "hunyuan_image" else []
     return [*data, *network, "--learning_rate", "1e-3", "--max_train_steps", "1", "--output_dir", "output"]
 
 

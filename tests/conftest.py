@@ -100,9 +100,7 @@ def tiny_lumina(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_hunyuan_image(tmp_path_factory):
     """A random tiny HunyuanImage-2.1 in the real files' layouts."""
-    from tools.make_tiny_models import make_tiny_hunyuan_image
-
-    return make_tiny_hunyuan_image(tmp_path_factory.mktemp("tiny_hunyuan_image"))
+    return TINY["hunyuan_image"].make(tmp_path_factory.mktemp("tiny_hunyuan_image"))
 
 
 @pytest.fixture(scope="session")

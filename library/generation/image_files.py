@@ -120,23 +120,23 @@ def lora_hash(path: Path) -> str:
     return read_header(path).metadata.get("sshs_model_hash") or model_hash(path)
 
 
-def image_names(folder: Path, name: str) -> Iterator[Path]:
-    """``name.png`` in ``folder``, then the same with ``_001`` and so on."""
-    yield folder / f"{name}.png"
+def file_names(folder: Path, name: str, suffix: str) -> Iterator[Path]:
+    """``name`` with ``suffix`` in ``folder``, then the same with ``_001`` and so on."""
+    yield folder / f"{name}{suffix}"
     for number in itertools.count(1):
-        yield folder / f"{name}_{number:03d}.png"
+        yield folder / f"{name}_{number:03d}{suffix}"
 
 
-def save_image(image: Image.Image, folder: Path, name: str, record: ImageRecord | None) -> Path:
-    """Write ``image`` as ``name.png``, or a new name beginning so, in ``folder``, with the text of ``record``.
+def save_image(image: Image.Image, folder: Path, name: str, text: Mapping[str, str]) -> Path:
+    """Write ``image`` as ``name.png``, or a new name beginning so, in ``folder``, with ``text`` by key.
 
     Returns the path.
     """
     from PIL.PngImagePlugin import PngInfo
 
-    text = PngInfo()
-    for key, value in (record.entries() if record else {}).items():
-        text.add_text(key, value)  # becomes iTXt (UTF-8) where Latin-1 does not suffice
+    chunks = PngInfo()
+    for key, value in text.items():
+        chunks.add_text(key, value)  # becomes iTXt (UTF-8) where Latin-1 does not suffice
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=text)
-    return write_new(image_names(folder, name), buffer.getvalue())
+    image.save(buffer, format="PNG", pnginfo=chunks)
+    return write_new(file_names(folder, name, ".png"), buffer.getvalue())

@@ -19,7 +19,7 @@ from library.families import Family
 from library.files import require_writable_folder
 from library.generation.image_files import ImageRecord, UsedLora, lora_hash, save_image
 from library.generation.lora_files import LoraFile, check_not_merged, parse_lora_files, parse_multipliers
-from library.generation.part_dtypes import resolve_part_dtypes
+from library.generation.part_dtypes import PartDtype, resolve_part_dtypes
 from library.generation.parts import Parts, computing_in
 from library.generation.prompts import check_sources, read_prompts, with_seed
 from library.generation.session import Session, SessionGrammar
@@ -62,6 +62,10 @@ class InferenceRun(ABC):
     """Parts for which fp8 counts as bfloat16."""
     unused_in_prompts: ClassVar[Collection[str]] = ()
     """Fields of prompts that are there for other families."""
+    output_option: ClassVar[str] = "--output_dir"
+    """The option that says where images go (see ``output_folder``)."""
+    lora_option: ClassVar[str] = "--lora_weights"
+    """The option that names LoRA files (see ``read_lora_files``)."""
     options: Any
     """Has the groups ``image`` (ImageOptions), ``sources`` (PromptSourceOptions), ``lora`` (LoraFileOptions),
     ``output`` (ImageFileOptions), ``dtypes`` (DtypeOptions with those of ``dtype_options``), ``device`` (DeviceOptions)
@@ -70,19 +74,17 @@ class InferenceRun(ABC):
     def __init__(self, options: Any):
         self.options = options
         check_sources(options.sources)
-        self.lora_files: list[LoraFile] = parse_lora_files(options.lora)
+        self.lora_files: list[LoraFile] = self.read_lora_files()
         self.check_options()
-        require_writable_folder(Path(options.output.output_dir), "--output_dir")
-        self.dtypes, self.noise_dtype = resolve_part_dtypes(
-            options.dtypes, self.dtype_options, self.denoiser, self.never_8_bits
-        )
+        require_writable_folder(self.output_folder, self.output_option)
+        self.dtypes, self.noise_dtype = self.part_dtypes()
         self.pipeline = self.open_pipeline()
         self.pipeline.require_storable()
         check_streaming_options(options.streaming)
         check_budget(options.device.vram_budget)
         self.defaults = self.default_prompt()
         check_prompt_values(self.defaults)
-        self.file_prompts = read_prompts(options.sources, self.defaults)
+        self.file_prompts = [self.as_meant(prompt) for prompt in read_prompts(options.sources, self.defaults)]
         for number, prompt in enumerate(self.file_prompts, 1):
             file = options.sources.from_file
             self.check_prompt(prompt, "" if file is None else f"{file}, prompt {number}: ")
@@ -99,6 +101,23 @@ class InferenceRun(ABC):
 
     def check_options(self) -> None:
         """What can be known from the options alone. Raises UserError."""
+
+    def read_lora_files(self) -> list[LoraFile]:
+        """The LoRA files that the options name. Raises UserError for one that is missing."""
+        return parse_lora_files(self.options.lora)
+
+    @property
+    def output_folder(self) -> Path:
+        """Where images are written."""
+        return Path(self.options.output.output_dir)
+
+    def part_dtypes(self) -> tuple[dict[str, PartDtype], torch.dtype]:
+        """The dtypes of each part, and the one that noise is drawn in. Raises UserError for an unknown name."""
+        return resolve_part_dtypes(self.options.dtypes, self.dtype_options, self.denoiser, self.never_8_bits)
+
+    def as_meant(self, prompt: PromptOptions) -> PromptOptions:
+        """A prompt of ``--from_file`` as this family means its fields."""
+        return prompt
 
     @abstractmethod
     def open_pipeline(self) -> Pipeline[Any]:
@@ -149,7 +168,7 @@ class InferenceRun(ABC):
         """One line for each reason why given options change nothing."""
         options = self.options
         if options.lora.merge_lora_weights and not self.lora_files:
-            say("--merge_lora_weights has no effect without --lora_weights")
+            say(f"--merge_lora_weights has no effect without {self.lora_option}")
         if options.sources.from_file is not None and options.image.prompt != type(options.image).prompt:
             say("--prompt has no effect with --from_file")
         if options.sources.interactive:
@@ -229,14 +248,20 @@ class InferenceRun(ABC):
                 "a smaller dtype or a smaller image."
             ) from None
 
-    def draw(self, prompt: PromptOptions) -> Path:
+    def draw(self, prompt: PromptOptions) -> None:
         """Draw an encoded prompt and write its file."""
         with self.explaining_memory([prompt]):
             image = self.image(prompt)
-        record = None if self.options.output.no_metadata else self.record(prompt, image)
-        path = save_image(image, Path(self.options.output.output_dir), self.file_name(prompt), record)
-        say(f"saved {path} ({image.width}x{image.height}, seed {prompt.seed})")
-        return path
+        self.save(image, self.file_name(prompt), self.text_of(prompt), prompt.seed)
+
+    def text_of(self, prompt: PromptOptions) -> Mapping[str, str]:
+        """The text that says in a file how it was made; nothing with ``--no_metadata``."""
+        return {} if self.options.output.no_metadata else self.record(prompt).entries()
+
+    def save(self, image: Image, name: str, text: Mapping[str, str], seed: object) -> None:
+        """Write an image's file, with ``text``."""
+        path = save_image(image, self.output_folder, name, text)
+        say(f"saved {path} ({image.width}x{image.height}, seed {seed})")
 
     def encode(self, prompts: Sequence[PromptOptions], keep_encoders: bool = False) -> None:
         """Make the text outputs of ``prompts`` that are not there yet; then let the text encoders go."""
@@ -261,8 +286,9 @@ class InferenceRun(ABC):
         return text, tuple(self.stack.multipliers) if self.stack.acts_on(*self.pipeline.encoders) else ()
 
     def text_outputs(self, text: Text) -> dict[str, Tensor]:
-        """The conditioning of an encoded text on the device."""
-        return {name: tensor.to(self.pipeline.device) for name, tensor in self.texts[self.text_key(text)].items()}
+        """The conditioning of an encoded text, where the pipeline wants it."""
+        outputs, host = self.texts[self.text_key(text)], self.pipeline.read_on_host
+        return {name: value if name in host else value.to(self.pipeline.device) for name, value in outputs.items()}
 
     def encoded_request(self, prompt: PromptOptions) -> ImageRequest:
         """The request for an encoded prompt."""
@@ -274,12 +300,13 @@ class InferenceRun(ABC):
 
     @contextlib.contextmanager
     def at_work(self, *parts: str) -> Iterator[None]:
-        """While it is active, these parts are on the device and computation is in the first one's dtype."""
-        with self.parts.at_work(*parts), computing_in(self.pipeline.device, self.dtypes[parts[0]].compute):
+        """While it is active, these parts are where they work and computation is in the first one's dtype."""
+        device = self.pipeline.device_of(parts[0])
+        with self.parts.at_work(*parts), computing_in(device, self.dtypes[parts[0]].compute):
             yield
 
     def latents(self, prompt: PromptOptions) -> Tensor:
-        """The latents [1, channels, height / 8, width / 8], float32, of an encoded prompt."""
+        """The latents [1, C, h, w], float32, of an encoded prompt."""
         with self.at_work(*self.denoising_parts(prompt)):
             return self.pipeline.generate_latents(self.encoded_request(prompt), progress=True)
 
@@ -290,19 +317,24 @@ class InferenceRun(ABC):
 
     def image(self, prompt: PromptOptions) -> Image:
         """The image of an encoded prompt."""
+        return self.image_of(self.latents(prompt))
+
+    def image_of(self, latents: Tensor) -> Image:
+        """The image of ``latents`` [1, ...]."""
         from library.models.pipeline import to_image
 
-        return to_image(self.decode(self.latents(prompt))[0])
+        return to_image(self.decode(latents)[0])
 
-    def record(self, prompt: PromptOptions, image: Image) -> ImageRecord:
-        """How ``image`` was made."""
+    def record(self, prompt: PromptOptions) -> ImageRecord:
+        """How the image of ``prompt`` is made."""
         for file in self.lora_files:
             if file.path not in self.hashes:
                 self.hashes[file.path] = lora_hash(file.path)
         model = self.pipeline.opened(self.pipeline.denoiser).source.checkpoint
+        height, width = self.pipeline.image_size(self.pipeline.request(prompt))
         return ImageRecord(
             script=self.script,
-            prompt=replace(self.recorded(prompt), width=image.width, height=image.height),
+            prompt=replace(self.recorded(prompt), width=width, height=height),
             sampler=self.sampler,
             model=model.path.name,
             model_hash=legacy_hash(model.files[0]),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from library.errors import UserError
 
@@ -21,13 +24,43 @@ class LoraFileOptions:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A file and its strength."""
+    """A file, its strength, and which of its modules act."""
 
     path: Path
     multiplier: float
+    include: str = ""
+    """Regular expression that the name of a module holds; empty: all do."""
+    exclude: str = ""
+    """Regular expression that it does not hold; empty: none does."""
 
     def __str__(self) -> str:
         return f"{self.path.name};{self.multiplier:g}"
+
+    def keeps(self, key: str) -> bool:
+        """Whether the tensor of this key belongs to a module that acts."""
+        module = module_of(key)
+        return bool(re.search(self.include, module)) and not (self.exclude and re.search(self.exclude, module))
+
+
+def module_of(key: str) -> str:
+    """The name of the module that a key of a LoRA file belongs to."""
+    first, _, _ = key.partition(".")
+    if first.startswith(("lora_", "lycoris_", "oft_")):
+        return first
+    return re.sub(r"\.(lora|lora_\w+|alpha|dora_scale)(\..*)?$", "", key)
+
+
+def check_pattern(pattern: str, place: str) -> None:
+    """Raises UserError beginning with ``place`` for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f'{place}: "{pattern}" is no regular expression ({error}).') from None
+
+
+def one_each(files: Sequence[str], values: Sequence[Any], missing: Any) -> list[Any]:
+    """A value for each of ``files``: those that are given, then ``missing``."""
+    return [*values[: len(files)], *[missing] * (len(files) - len(values))]
 
 
 def parse_lora_files(options: LoraFileOptions) -> list[LoraFile]:

@@ -85,7 +85,7 @@ class Parts:
     def _load(self, part: str) -> None:
         self.pipeline.load(part)
         try:
-            self.on_load(part, self.pipeline.modules[part], self.pipeline.device)
+            self.on_load(part, self.pipeline.modules[part], self.pipeline.device_of(part))
         except BaseException:  # Ctrl-C too: a session must not continue with a part that is only half prepared
             self.pipeline.release(part)
             raise

@@ -15,7 +15,7 @@ from library.prompt_options import PromptOptions, read_prompt_file
 class ImageOptions:
     """Image"""
 
-    prompt: str = ""
+    prompt: str | None = None
     """What to draw."""
     negative_prompt: str | None = None
     """What to keep away from, with classifier-free guidance; unset counts as an empty one."""

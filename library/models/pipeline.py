@@ -203,6 +203,10 @@ class Pipeline(ABC, Generic[Request]):
         """A part's module on torch's meta device: its structure without its values."""
         return self.opened(part).meta_module()
 
+    def device_of(self, part: str) -> torch.device:
+        """Where a part works."""
+        return torch.device("cpu") if part in self.on_host else self.device
+
     def load(self, part: str) -> Any:
         """Load a part, or give the loaded one."""
         if part not in self.modules:

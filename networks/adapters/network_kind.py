@@ -94,11 +94,12 @@ class NetworkKind(ABC, Generic[Network]):
         weights_sd: Mapping[str, Tensor] | None = None,
         for_inference: bool = False,
         neuron_dropout: float | None = None,
+        keep: Callable[[str], bool] | None = None,
         **network_args: Any,
     ) -> tuple[Network, dict[str, Tensor]]:
         """The network that a file (or its tensors ``weights_sd``) holds, with its weights, ranks and alphas.
 
-        Returns the network and the tensors under this suite's own keys. Arguments that choose modules or ranks have no
+        With ``keep``, only those of its tensors whose key it says yes to. Returns the network and the tensors under this suite's own keys. Arguments that choose modules or ranks have no
         effect, and a warning names them. With ``for_inference`` nothing is trainable. Raises UserError when nothing in
         the file fits the models.
         """
@@ -112,6 +113,8 @@ class NetworkKind(ABC, Generic[Network]):
             if file is None:
                 raise ValueError("either a file or its tensors must be given")
             weights_sd, metadata = read_file(file)
+        if keep is not None:
+            weights_sd = {key: tensor for key, tensor in weights_sd.items() if keep(key)}
         try:
             network, tensors, info = self.network_of_tensors(models, arguments, weights_sd, metadata)
         except UserError as error:

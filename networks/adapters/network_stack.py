@@ -23,6 +23,7 @@ from networks.adapters.adapter_network import AdapterNetwork
 from networks.lora_tools.known_lora import family_of
 from networks.lora_tools.named_lora import NamedLoRA
 
+KeepKey = Callable[[str], bool]
 ChooseModule = Callable[[Collection[str]], ModuleType]
 """The network module (``networks.lora_flux``, ...) that reads a file with these keys."""
 
@@ -42,7 +43,7 @@ class NetworkStack:
     ``text_encoders`` and ``transformer`` are meta modules by the part's name; the encoders stand in the order that the
     family's networks expect, None for one that the model lacks; ``families`` are those whose files
     may be meant for the model. With ``merge`` they change the weights of the parts, else they are computed beside them
-    and their multipliers can be changed.
+    and their multipliers can be changed. ``keep`` says for each file which of its keys are read (None: all).
     Raises UserError, naming the file, for one that cannot be read or fits nothing here.
     """
 
@@ -54,14 +55,15 @@ class NetworkStack:
         transformer: Mapping[str, nn.Module],
         families: Collection[Family],
         merge: bool = False,
+        keep: Sequence[KeepKey | None] = (),
     ):
         self.merge = merge
         self.multipliers = [multiplier for _, multiplier in files]
         encoders, (image_model,) = list(text_encoders.values()), transformer.values()
         self.networks = []
-        for path, multiplier in files:
+        for (path, multiplier), kept in zip(files, keep or [None] * len(files)):
             try:
-                self.networks.append(_build(path, multiplier, choose_module, encoders, image_model))
+                self.networks.append(_build(path, multiplier, choose_module, encoders, image_model, kept))
             except UserError:
                 _refuse_other_family(path, families)
                 raise
@@ -79,13 +81,14 @@ class NetworkStack:
         encoders: Sequence[str],
         families: Collection[Family],
         merge: bool = False,
+        keep: Sequence[KeepKey | None] = (),
     ) -> NetworkStack:
         """For the parts of a ``library.models.pipeline.Pipeline``, of whose ``encoders`` some may be lacking."""
         text_encoders = {
             encoder: pipeline.meta_module(encoder) if encoder in pipeline.encoders else None for encoder in encoders
         }
         denoiser = {pipeline.denoiser: pipeline.meta_module(pipeline.denoiser)}
-        return cls(files, choose_module, text_encoders, denoiser, families, merge)
+        return cls(files, choose_module, text_encoders, denoiser, families, merge, keep)
 
     def _places_in(self, meta_module: nn.Module) -> list[Place]:
         paths = {id(module): path for path, module in meta_module.named_modules()}
@@ -144,10 +147,17 @@ def lora_or_oft(lora: ModuleType, oft: ModuleType) -> ChooseModule:
 
 
 def _build(
-    path: Path, multiplier: float, choose: ChooseModule, encoders: list[nn.Module | None], transformer: nn.Module
+    path: Path,
+    multiplier: float,
+    choose: ChooseModule,
+    encoders: list[nn.Module | None],
+    transformer: nn.Module,
+    keep: KeepKey | None,
 ) -> AdapterNetwork[Any]:
     module = choose(open_checkpoint(path).keys())
-    network, _ = module.create_network_from_weights(multiplier, path, None, encoders, transformer, for_inference=True)
+    network, _ = module.create_network_from_weights(
+        multiplier, path, None, encoders, transformer, for_inference=True, keep=keep
+    )
     return network
 
 

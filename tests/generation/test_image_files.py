@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from library.files import write_new
-from library.generation.image_files import ImageRecord, UsedLora, image_names, lora_hash, save_image
+from library.generation.image_files import ImageRecord, UsedLora, file_names, lora_hash, save_image
 from library.prompt_options import PromptOptions
 from tests.running import ROOT
 from tools import show_metadata
@@ -46,7 +46,7 @@ def test_the_web_uis_reading_of_the_text():
 
 
 def test_single_keys_and_their_order_in_the_file(tmp_path):
-    path = save_image(Image.new("RGB", (4, 4)), tmp_path, "image", RECORD)
+    path = save_image(Image.new("RGB", (4, 4)), tmp_path, "image", RECORD.entries())
     with Image.open(path) as image:
         text = dict(image.text)
     assert text == RECORD.entries()
@@ -64,10 +64,10 @@ def test_what_did_not_act_is_left_out():
 
 
 def test_names_are_never_taken_twice(tmp_path):
-    paths = [save_image(Image.new("RGB", (4, 4), (number, 0, 0)), tmp_path, "cat", None) for number in range(3)]
+    paths = [save_image(Image.new("RGB", (4, 4), (number, 0, 0)), tmp_path, "cat", {}) for number in range(3)]
     assert [path.name for path in paths] == ["cat.png", "cat_001.png", "cat_002.png"]
     assert [Image.open(path).getpixel((0, 0))[0] for path in paths] == [0, 1, 2]
-    assert next(image_names(tmp_path, "dog")).name == "dog.png"
+    assert next(file_names(tmp_path, "dog", ".png")).name == "dog.png"
 
 
 def test_two_processes_write_every_file(tmp_path):
@@ -103,7 +103,7 @@ def test_the_hash_of_a_lora_is_that_of_its_tensors(tmp_path):
 
 
 def test_the_metadata_viewer_shows_a_images_text(tmp_path, capsys):
-    path = save_image(Image.new("RGB", (4, 4)), tmp_path, "image", RECORD)
+    path = save_image(Image.new("RGB", (4, 4)), tmp_path, "image", RECORD.entries())
     show_metadata.main([str(path)])
     assert json.loads(capsys.readouterr().out) == RECORD.entries()
 

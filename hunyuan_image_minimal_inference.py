@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -168,7 +168,7 @@ class HunyuanImageInferenceOptions:
 
 
 class HunyuanImageInference(InferenceRun):
-    """HunyuanImage-2.1: two text encoders, guidance that is projected after some steps, flow matching in Euler steps."""
+    """HunyuanImage-2.1: two text encoders, guidance that is projected later, flow matching in Euler steps."""
 
     script = "hunyuan_image_minimal_inference.py"
     family = HUNYUAN_IMAGE
@@ -318,7 +318,8 @@ class HunyuanImageInference(InferenceRun):
         if self.merges:
             return ("transformer",)
         drawing: tuple[Part, ...] = ("transformer", "text_encoder", "byt5")
-        return drawing if self.options.output.output_type == "latent" else (*drawing, "autoencoder")
+        fits = self.options.device.vram_budget is not None or self.options.streaming.blocks_to_swap == "auto"
+        return drawing if self.options.output.output_type == "latent" and not fits else (*drawing, "autoencoder")
 
     def part_dtypes(self) -> tuple[dict[str, PartDtype], torch.dtype]:
         """Also ``--fp8`` and ``--fp8_vl``; where files are merged, the transformer is as its file has it."""
@@ -384,6 +385,11 @@ class HunyuanImageInference(InferenceRun):
             lora.merge_lora_weights or self.merges,
             keep,
         )
+
+    def fit_memory(self) -> Iterator[str]:
+        """As for every family, where anything is drawn."""
+        if not self.decodes and not self.merges:
+            yield from super().fit_memory()
 
     # ---- the course -------------------------------------------------------------------------------------------------
 

@@ -196,6 +196,7 @@ HUNYUAN_IMAGE = Family(
     script="hunyuan_image_train_network",
     trainer="HunyuanImageNetworkTrainer",
     options="HunyuanImageTrainingOptions",
+    inference="hunyuan_image_minimal_inference:HunyuanImageInferenceOptions",
     networks=("networks.lora_hunyuan_image", "networks.oft_hunyuan_image"),
     versions={"hunyuan": ModelVersion("hunyuan-image-2.1", "diffusers", 2048)},
     module_marks=r"lora_unet_(double|single)_blocks_\d+_(\w+_fc\d|\w*mod\w*_linear)$",

@@ -87,21 +87,23 @@ class DoubleSinglePipeline(FlowPipeline[Request]):
 
 def part_path(
     transformer: Path | str,
-    opened: TensorSource,
+    opened: TensorSource | None,
     given: Path | str | None,
     *,
     option: str,
     name: str,
     subfolder: str,
-    prefixes: tuple[str, ...],
+    prefixes: tuple[str, ...] = (),
 ) -> Path | str:
     """Where a part is: as ``given``, else in the ``transformer``'s own model folder or all-in-one file.
 
-    ``opened``: the transformer's tensors. Raises UserError, naming ``option``, when there is none.
+    ``opened``: the tensors of an all-in-one file, where the part's have one of the ``prefixes``. Raises UserError,
+    naming ``option``, when there is none.
     """
     if given:
         return given
-    if (Path(transformer) / subfolder).is_dir() or any(key.startswith(prefixes) for key in opened.checkpoint):
+    keys = opened.checkpoint if opened else ()
+    if (Path(transformer) / subfolder).is_dir() or any(key.startswith(prefixes) for key in keys):
         return transformer
     raise UserError(f"{option} is missing: it names the {name} file that belongs to the transformer.")
 

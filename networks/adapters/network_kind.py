@@ -99,9 +99,9 @@ class NetworkKind(ABC, Generic[Network]):
     ) -> tuple[Network, dict[str, Tensor]]:
         """The network that a file (or its tensors ``weights_sd``) holds, with its weights, ranks and alphas.
 
-        With ``keep``, only those of its tensors whose key it says yes to. Returns the network and the tensors under this suite's own keys. Arguments that choose modules or ranks have no
-        effect, and a warning names them. With ``for_inference`` nothing is trainable. Raises UserError when nothing in
-        the file fits the models.
+        With ``keep``, only those of its tensors whose key it says yes to. Returns the network and the tensors under
+        this suite's own keys. Arguments that choose modules or ranks have no effect, and a warning names them. With
+        ``for_inference`` nothing is trainable. Raises UserError when nothing in the file fits the models.
         """
         arguments = self._parsed(network_args, neuron_dropout)
         models = self._models(text_encoder, unet)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from library.models.flow_pipeline import DoubleSinglePipeline, part_path, requir
 from library.models.hunyuan_image.checkpoint import TransformerFile, open_transformer
 from library.models.hunyuan_image.text import encode_glyphs, encode_qwen, glyph_text, qwen_tokens
 from library.models.hunyuan_image.transformer import HunyuanImageConfig
+from library.models.loading import TensorSource
 from library.models.pipeline import Conditioning, ImageRequest
 from library.models.qwen2_5_vl import Qwen25VLFile, open_qwen2_5_vl
 from library.models.sampling import AdaptiveProjected, FlowEuler, Guidance, Role, Unguided
@@ -70,8 +71,8 @@ class HunyuanImageRequest(ImageRequest):
 class HunyuanImagePipeline(DoubleSinglePipeline[HunyuanImageRequest]):
     """Opens the files by their headers, loads parts when they are needed, and runs them.
 
-    ``parts`` are those that will be needed. Raises UserError, before anything is loaded, when one of the files isn't
-    what it should be, doesn't fit the others, or isn't given.
+    ``parts`` are those that will be needed; an autoencoder alone decodes latents. Raises UserError, before anything is
+    loaded, when one of the files isn't what it should be, doesn't fit the others, or isn't given.
     """
 
     all_parts = PARTS
@@ -103,7 +104,7 @@ class HunyuanImagePipeline(DoubleSinglePipeline[HunyuanImageRequest]):
     @property
     def config(self) -> HunyuanImageConfig:
         """The transformer's sizes, inferred from its file."""
-        return self.files.transformer.config
+        return self.opened("transformer").config
 
     @property
     def latent_stride(self) -> int:
@@ -113,7 +114,7 @@ class HunyuanImagePipeline(DoubleSinglePipeline[HunyuanImageRequest]):
     @property
     def latent_channels(self) -> int:
         """Channels of a latent."""
-        return self.config.in_channels
+        return self.files.autoencoder.config.latent_channels if self.files.autoencoder else self.config.in_channels
 
     def prepare(self, part: str, module: Any) -> None:
         """The transformer gets the attention backend, the autoencoder the height of its strips."""
@@ -202,7 +203,7 @@ class HunyuanImagePipeline(DoubleSinglePipeline[HunyuanImageRequest]):
 class OpenedFiles:
     """The opened files of the parts that a pipeline needs."""
 
-    transformer: TransformerFile
+    transformer: TransformerFile | None
     autoencoder: HunyuanAutoencoderFile | None
     text_encoder: Qwen25VLFile | None
     byt5: T5File | None
@@ -210,25 +211,27 @@ class OpenedFiles:
 
 def open_files(files: HunyuanImageFiles, parts: Collection[Part]) -> OpenedFiles:
     """Open the files of ``parts`` and check that they fit together. Raises UserError."""
-    transformer = open_transformer(files.transformer, files.disable_mmap, files.transformer_option)
-    config = transformer.config
+    transformer = autoencoder = text_encoder = byt5 = None
+    if "transformer" in parts:
+        transformer = open_transformer(files.transformer, files.disable_mmap, files.transformer_option)
 
     def path(given: Path | str | None, option: str, name: str, subfolder: str) -> Path | str:
-        return part_path(
-            files.transformer, transformer.source, given, option=option, name=name, subfolder=subfolder, prefixes=()
-        )
+        return part_path(files.transformer, None, given, option=option, name=name, subfolder=subfolder)
 
-    autoencoder = text_encoder = byt5 = None
+    def require(source: TensorSource, width: int, wanted: Callable[[HunyuanImageConfig], int]) -> None:
+        if transformer is not None:
+            require_width(transformer, source, width, wanted(transformer.config))
+
     if "text_encoder" in parts:
         found = path(files.text_encoder, "--text_encoder", "Qwen2.5-VL", "text_encoder")
         text_encoder = open_qwen2_5_vl(found, files.disable_mmap, "--text_encoder")
-        require_width(transformer, text_encoder.source, text_encoder.hidden_size, config.text_dim)
+        require(text_encoder.source, text_encoder.hidden_size, lambda config: config.text_dim)
     if "byt5" in parts:
         found = path(files.byt5, "--byt5", "byT5", "text_encoder_2")
         byt5 = open_byt5(found, files.disable_mmap, "--byt5")
-        require_width(transformer, byt5.source, byt5.hidden_size, config.glyph_dim)
+        require(byt5.source, byt5.hidden_size, lambda config: config.glyph_dim)
     if "autoencoder" in parts:
         found = path(files.autoencoder, "--vae", "autoencoder", "vae")
         autoencoder = open_hunyuan_autoencoder(found, files.disable_mmap, "--vae")
-        require_width(transformer, autoencoder.source, autoencoder.config.latent_channels, config.in_channels)
+        require(autoencoder.source, autoencoder.config.latent_channels, lambda config: config.in_channels)
     return OpenedFiles(transformer, autoencoder, text_encoder, byt5)

@@ -255,10 +255,12 @@ class LycorisModule:
 def _merge_module(lora: Any, multiplier: float) -> None:
     import torch
 
+    from library.memory.stored_linear import write_weight
+
     layer = lora.org_module[0]
     lora.to(layer.weight.device, torch.float32)
     weight, bias = lora.get_merged_weight(multiplier, layer.weight.shape, layer.weight.device)
-    layer.weight.copy_(weight)
+    write_weight(layer, weight)
     if bias is not None and layer.bias is not None:
         layer.bias.copy_(bias)
     elif bias is not None:

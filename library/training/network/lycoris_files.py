@@ -55,6 +55,10 @@ class LycorisStack:
             network, _ = self.module.create_network_from_weights(multiplier, path, None, [], model, tensors)
             self.module.merge(network, multiplier)
 
+    def part_bytes(self, part: str) -> int:
+        """Memory on the device beside the part: none, as the files are merged."""
+        return 0
+
     def leave(self, part: str) -> None:
         """Merged weights stay merged."""
 

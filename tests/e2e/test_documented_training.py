@@ -14,10 +14,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from library.console import LOGGER
 from library.prompt_options import read_prompt_file
@@ -30,6 +32,7 @@ GUIDES = (
     *("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en"),
     *("caching", "lycoris", "flux_train_network", "flux_controlnet", "flux_minimal_inference", "README"),
     *("hunyuan_image_train_network", "lora_tools", "lumina_train_network", "lumina_minimal_inference"),
+    "hunyuan_image_minimal_inference",
 )
 WALKED = [shlex.split(entry.text) for walk in WALKS.values() for entry in walk if entry.kind == "options"]
 SHOWN = [(block, words) for block in blocks("bash") if block.page.stem in GUIDES for words in commands(block)]
@@ -46,10 +49,11 @@ FRAGMENTS = [
     if words[0].startswith("--") and words not in WALKED
 ]
 IMAGE = {
-    "flux_minimal_inference.py": ["--width=64", "--height=64"],
-    "lumina_minimal_inference.py": ["--image_width=64", "--image_height=64"],
+    "flux_minimal_inference.py": ["--width=64", "--height=64", "--steps=2"],
+    "lumina_minimal_inference.py": ["--image_width=64", "--image_height=64", "--steps=2"],
+    "hunyuan_image_minimal_inference.py": ["--image_size", "64", "64", "--infer_steps=2"],
 }
-"""The scripts that draw, and how each is told a small size."""
+"""The scripts that draw, and how each is told a small size and few steps."""
 DRAWINGS = [
     pytest.param(block, words, id=str(block)) for block, words in SHOWN if words[0] == "python" and words[1] in IMAGE
 ]
@@ -308,14 +312,21 @@ SMALL_DATASET = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket
 @pytest.mark.parametrize(("block", "words"), DRAWINGS)
 def test_images(block, words, place, run, lora_for):
     write_own_files(place, block.page)
-    for name in re.findall(r"[\w/-]+\.safetensors", " ".join(words)):  # models, too, but those are named again
+    for name in re.findall(r"[\w./-]+\.safetensors", " ".join(words)):  # models, too, but those are named again
         (place / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(lora_for(words[1].partition("_")[0]), place / name)
-    said = run(words[1], [*words[2:], *IMAGE[words[1]], "--steps=2", "--device=cpu"])
+        if name.endswith("_latent.safetensors"):
+            save_file({"latent": torch.ones(1, 64, 2, 2)}, place / name)
+        else:
+            shutil.copy(lora_for(words[1].partition("_minimal")[0]), place / name)
+    said = run(words[1], [*words[2:], *IMAGE[words[1]], "--device=cpu"])
     require_nothing_to_complain(said)
-    output = Path(words[words.index("--output_dir") + 1]) if "--output_dir" in words else Path()
-    prompts = words[words.index("--from_file") + 1] if "--from_file" in words else None
-    assert len(list((place / output).glob("*.png"))) == (len(read_prompt_file(Path(prompts))) if prompts else 1)
+    given = dict(pairwise(words))
+    output = Path(given.get("--output_dir") or given.get("--save_path") or "")
+    prompts = given.get("--from_file")
+    drawn = 0 if "--save_merged_model" in given else len(read_prompt_file(Path(prompts))) if prompts else 1
+    assert len(list((place / output).glob("*.png"))) == drawn
+    if not drawn:
+        assert "double_blocks.0.img_attn_qkv.weight" in load_file(place / given["--save_merged_model"])
 
 
 # ---- tools for FLUX.1 ----------------------------------------------------------------------------------------------

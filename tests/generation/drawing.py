@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -57,3 +58,18 @@ def write_random_network(
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     network.save_weights(path, None, {})
     return path
+
+
+def with_lora(state: dict[str, Tensor], prefix: str, lora: Path, strength: float) -> dict[str, Tensor]:
+    """Weights of the original names with the LoRA's product added, in float64."""
+    tensors, added = load_file(lora), 0
+    merged = dict(state)
+    for name, weight in state.items():
+        key = prefix + name.removesuffix(".weight").replace(".", "_")
+        if f"{key}.lora_up.weight" in tensors:
+            up, down = (tensors[f"{key}.lora_{way}.weight"].double() for way in ("up", "down"))
+            factor = strength * tensors[f"{key}.alpha"].item() / len(down)
+            merged[name] = (weight.double() + factor * up @ down).to(weight.dtype)
+            added += 1
+    assert added == sum(key.endswith(".alpha") and key.startswith(prefix) for key in tensors)
+    return merged

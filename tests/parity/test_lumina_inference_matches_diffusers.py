@@ -23,7 +23,7 @@ from library.models.lumina.pipeline import LuminaFiles, LuminaPipeline
 from library.options import parse_options
 from lumina_minimal_inference import LuminaInference, LuminaInferenceOptions
 from networks import lora_lumina
-from tests.generation.drawing import write_random_network
+from tests.generation.drawing import with_lora, write_random_network
 from tools.make_tiny_models import LUMINA, diffusers_lumina_state, make_tiny_lumina
 
 PROMPT, NEGATIVE, SYSTEM = "a big red cat on the blue photo", "small dog", "the red"
@@ -47,21 +47,6 @@ def lora(pipeline, tmp_path_factory) -> Path:
     """A random LoRA of transformer and Gemma 2."""
     parts = ([pipeline.load("gemma2")], pipeline.load("transformer"))
     return write_random_network(tmp_path_factory.mktemp("lora") / "lora.safetensors", lora_lumina, *parts, 1, 2.0)
-
-
-def with_lora(state: dict[str, Tensor], prefix: str, lora: Path, strength: float) -> dict[str, Tensor]:
-    """Weights of the original names with the LoRA's product added, in float64."""
-    tensors, added = load_file(lora), 0
-    merged = dict(state)
-    for name, weight in state.items():
-        key = prefix + name.removesuffix(".weight").replace(".", "_")
-        if f"{key}.lora_up.weight" in tensors:
-            up, down = (tensors[f"{key}.lora_{way}.weight"].double() for way in ("up", "down"))
-            factor = strength * tensors[f"{key}.alpha"].item() / len(down)
-            merged[name] = (weight.double() + factor * up @ down).to(weight.dtype)
-            added += 1
-    assert added == sum(key.endswith(".alpha") and key.startswith(prefix) for key in tensors)
-    return merged
 
 
 @pytest.fixture(scope="module", params=[None, 0.7], ids=["plain", "lora"])

@@ -12,9 +12,9 @@ from tests.running import run_in_process
 
 DRAWING = [family for family in FAMILIES if family.inference]
 
-PROMPTS = """a red cat --w 80 --h 64 --s 3 --g 2.5 --d 5
+PROMPTS = """a red cat --w 96 --h 64 --s 3 {guidance} 2.5 --d 5
 # the next ones are guided away from another text, and from the empty one
-a blue dog --w 64 --h 80 --s 2 --d 6 --l 3 --n small cat
+a blue dog --w 64 --h 96 --s 2 --d 6 --l 3 --n small cat
 the photo --w 64 --h 64 --s 2 --d 7 --l 2
 """
 FORMATS = {
@@ -40,7 +40,7 @@ def pixels(folder: Path, beginning: str = "") -> list[tuple[tuple[int, int], byt
 )
 def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_toml, tmp_path):
     files, prompts = tiny_files(family), tmp_path / "prompts.txt"
-    prompts.write_text(PROMPTS, encoding="utf-8")
+    prompts.write_text(PROMPTS.format(guidance=family.guidance), encoding="utf-8")
     trained = run_in_process(
         family.script,
         *family.command(files),
@@ -54,7 +54,7 @@ def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_tom
         family.inference,
         *(*family.drawing(files), "--from_file", prompts),
         *(word for option in family.dtypes for word in (option, dtype)),
-        *("--lora_weights", tmp_path / "trained.safetensors", "--output_dir", tmp_path / "drawn"),
+        *(family.lora_option, tmp_path / "trained.safetensors", family.output_option, tmp_path / "drawn"),
     )
     assert drawn.returncode == 0, drawn.stderr[-3000:]
     before, samples = (pixels(tmp_path / "sample", step) for step in ("trained_000000_", "trained_000002_"))

@@ -34,6 +34,12 @@ class Family:
     """Options of the inference script that name the files."""
     dtypes: tuple[str, ...] = ("--dtype",)
     """Options of the inference script that name the dtypes of all parts."""
+    lora_option: str = "--lora_weights"
+    """Option of the inference script that names LoRA files."""
+    output_option: str = "--output_dir"
+    """Option of the inference script that names the folder for images."""
+    guidance: str = "--g"
+    """Guidance in a prompt that training and the inference script take the same."""
 
     @property
     def script(self) -> str:

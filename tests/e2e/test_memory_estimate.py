@@ -128,9 +128,16 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
     assert expected == pytest.approx(measured_peak(step), rel=0.1)
 
 
-@pytest.mark.parametrize("command", ["flux_command", "sd1_command"])
-def test_a_block_of_each_kind_stands_for_all(make_trainer, command):
-    trainer = make_trainer(command, "--cache_latents --mixed_precision bf16 --keep_attention_outputs")
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("flux_command", "--keep_attention_outputs"),
+        ("sd1_command", ""),
+        ("sd1_command", "--network_train_unet_only --network_args conv_dim=2"),  # autocast keeps casts of its weights
+    ],
+)
+def test_a_block_of_each_kind_stands_for_all(make_trainer, command, arguments):
+    trainer = make_trainer(command, f"--cache_latents --mixed_precision bf16 {arguments}")
     size = Largest(128, 128, 2)
     with Simulation(trainer.pipeline).running():
         build(trainer)

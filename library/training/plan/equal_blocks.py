@@ -257,6 +257,10 @@ class BlockMemory:
             for device, enabled, dtype in self.cast:
                 contexts.enter_context(torch.autocast(device, dtype, enabled))
             self._run(graph)
+            before = graph.course.level
+            torch.clear_autocast_cache()  # weights that it keeps cast until the end of the forward pass
+            if graph.course.level != before:
+                raise NotRepeatable
             self.saved = graph.course.level
             self.held = sorted(graph.course.given.values())
             if graph.end is None and (self.saved != (0, 0) or self.held):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.make_tiny_models import TinyFlux, TinyLumina, gemma_tokenizer, write_t5_tokenizer
+from tools.make_tiny_models import TinyFlux, TinyHunyuanImage, TinyLumina, gemma_tokenizer, write_t5_tokenizer
 
 T5_VOCABULARY = 32128
 CLIP_VOCABULARY = 49408
@@ -87,6 +87,39 @@ def full_lumina(folder: Path) -> TinyLumina:
     dtypes = {"lumina": torch.bfloat16, "gemma2": torch.float16, "ae": torch.float32}
     paths = {name: write_hollow(folder / f"{name}.safetensors", states[name], dtypes[name]) for name in states}
     return TinyLumina(paths["lumina"], paths["gemma2"], paths["ae"])
+
+
+def full_hunyuan_image(folder: Path) -> TinyHunyuanImage:
+    """HunyuanImage-2.1 and Qwen2.5-VL in bfloat16, the glyph ByT5 and the autoencoder in float16; a small tokenizer."""
+    from library.models.autoencoder_hunyuan import HunyuanAutoencoder, HunyuanAutoencoderConfig
+    from library.models.hunyuan_image.transformer import HunyuanImageConfig, HunyuanImageTransformer
+    from library.models.qwen2_5_vl import Qwen25VLTextEncoder, qwen2_5_vl_config
+    from library.models.t5 import T5TextEncoder
+    from tools.make_tiny_models import t5_config
+    from tools.tiny_hunyuan_text import write_qwen_tokenizer
+
+    write_qwen_tokenizer(folder / "tokenizer")
+    qwen = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    qwen |= {"num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128}
+    byt5 = t5_config(1510)
+    byt5.d_model, byt5.d_kv, byt5.d_ff, byt5.num_layers, byt5.num_heads = 1472, 64, 3584, 12, 6
+    with torch.device("meta"):
+        modules = {
+            "hunyuan_image": HunyuanImageTransformer(HunyuanImageConfig()),
+            "qwen": Qwen25VLTextEncoder(qwen2_5_vl_config(qwen)),
+            "byt5": T5TextEncoder(byt5),
+            "vae": HunyuanAutoencoder(HunyuanAutoencoderConfig()),
+        }
+    states = {name: module.state_dict() for name, module in modules.items()}
+    states["byt5"]["shared.weight"] = states["byt5"].pop("encoder.embed_tokens.weight")
+    states["qwen"] = {f"model.{name}": tensor for name, tensor in states["qwen"].items()}
+    first = [name for name in states["qwen"] if name.startswith("model.layers.0.")]
+    for layer in (26, 27):  # in the file, but not in the module
+        renamed = {name.replace(".0.", f".{layer}.", 1): states["qwen"][name] for name in first}
+        states["qwen"] |= renamed
+    dtypes = {"hunyuan_image": torch.bfloat16, "qwen": torch.bfloat16, "byt5": torch.float16, "vae": torch.float16}
+    paths = {name: write_hollow(folder / f"{name}.safetensors", states[name], dtypes[name]) for name in states}
+    return TinyHunyuanImage(*(paths[name] for name in ("hunyuan_image", "qwen", "byt5", "vae")))
 
 
 def full_stable_diffusion(folder: Path, variant: str = "sdxl") -> Path:

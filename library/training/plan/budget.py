@@ -78,8 +78,12 @@ class Candidate:
 class Needs:
     """What a run needs in memory, phase by phase, with any of the options that change it."""
 
-    def __init__(self, phases: list[PhaseNeeds], denoiser: str, held: int) -> None:
+    def __init__(
+        self, phases: list[PhaseNeeds], denoiser: str, held: int, on_host: frozenset[str] = frozenset()
+    ) -> None:
         self.phases, self.denoiser, self.held = phases, denoiser, held
+        self.on_host = on_host
+        """Parts that work on the CPU."""
 
     def of(self, model: StoredModel, checkpointing: bool, count: int, encoders: bool) -> tuple[int, int]:
         """Bytes on the device and in system RAM at the peak of the run; ``encoders``: whether they are streamed."""
@@ -89,12 +93,14 @@ class Needs:
         device = host = 0
         for phase in self.phases:
             peak = phase.peak(checkpointing)
-            weights = sum(model.bytes[part] for part in phase.parts)
-            moved = [streamed[part] for part in phase.parts if part in streamed]
+            on_device = phase.parts - self.on_host
+            weights = sum(model.bytes[part] for part in on_device)
+            moved = [streamed[part] for part in on_device if part in streamed]
+            beside = sum(model.bytes[part] for part in phase.parts & self.on_host)
             weights -= sum(blocks.bytes - blocks.ring_bytes for blocks in moved)
             dense = model.dense if self.denoiser in phase.parts else 0
             device = max(device, weights + phase.fixed + peak.device + dense)
-            host = max(host, self.held + sum(blocks.bytes for blocks in moved) + peak.host)
+            host = max(host, self.held + beside + sum(blocks.bytes for blocks in moved) + peak.host)
         return device, host
 
 
@@ -165,7 +171,7 @@ def needs_of(run: Rehearsal) -> Needs:
         once: Callable[[bool], Peak] = peak if work.is_step else functools.partial(_of_checkpointing, peak)
         phases.append(PhaseNeeds(work.parts, trained if work.trains else 0, once))
     held = sum(plan.bytes for plan in caches if plan.in_memory and plan.bytes)
-    return Needs(phases, pipeline.denoiser, held)
+    return Needs(phases, pipeline.denoiser, held, frozenset(pipeline.on_host))
 
 
 def _of_checkpointing(peak: Callable[[bool], Peak], checkpointing: bool) -> Peak:

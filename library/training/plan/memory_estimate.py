@@ -90,7 +90,7 @@ def run_phases(run: RunFacts, loss: StepLoss, latents: bool, texts: bool) -> lis
 
 
 def memory_phases(
-    run: RunFacts, loss: StepLoss, optimizer_bytes: int, latents: bool, texts: bool, held: Mapping[str, int]
+    run: RunFacts, loss: StepLoss, optimizer_bytes: int, latents: bool, texts: bool, held: dict[str, int]
 ) -> list[MemoryPhase]:
     """The phases of ``run_phases``, each with what it holds at its peak; one that cannot be simulated says why.
 
@@ -102,7 +102,8 @@ def memory_phases(
     network = module_bytes(run.network)
 
     def phase(work: Work) -> MemoryPhase:
-        on_device, on_host = {part: weights[part] for part in weights if part in work.parts}, dict(held)
+        on_device = {part: weights[part] for part in weights if part in work.parts and part not in pipeline.on_host}
+        on_host = held | {part: weights[part] for part in weights if part in work.parts and part in pipeline.on_host}
         streamed = [blocks for part, blocks in pipeline.streamed.items() if part in on_device]
         if streamed:
             for part in pipeline.streamed.keys() & on_device.keys():

@@ -99,8 +99,7 @@ def test_presets_fit_into_their_gpus_by_the_plan(family, tmp_path):
             getattr(trainer, step)()
         with no_weights_are_read():
             needs = needs or needs_of(trainer)
-            trainer.open_pipeline()
-            needs.on_host = frozenset(trainer.pipeline.on_host)  # what is simulated does not depend on it
+            needs.on_host = frozenset(trainer.make_pipeline().on_host)  # what is simulated does not depend on it
             precision, streaming = trainer.options.precision, trainer.options.streaming
             if precision.fp8_scaled not in models:
                 parts = frozenset(part for phase in needs.phases for part in phase.parts)

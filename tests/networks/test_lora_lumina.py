@@ -53,6 +53,12 @@ def gemma() -> Gemma2TextEncoder:
     return Gemma2TextEncoder(gemma2_config(GEMMA)).requires_grad_(False)
 
 
+def given_words(value: object) -> str:
+    """A test's name by the arguments that are given; names of modules have no order."""
+    is_given = isinstance(value, dict) and all(isinstance(word, str) for word in value.values())
+    return " ".join(f"{name}={word}" for name, word in value.items()) if is_given else "modules"  # type: ignore[attr-defined]
+
+
 def ranks(model: nn.Module, gemma: nn.Module | None = None, dim: int = 4, **arguments: str) -> dict[str, int]:
     """Rank by name without the prefix of the transformer's."""
     network = lora_lumina.create_network(1.0, dim, 1.0, None, [gemma], model, **arguments)
@@ -118,7 +124,7 @@ def test_every_layer_of_the_blocks_and_of_gemma(lumina, gemma):
             },
         ),
     ],
-    ids=str,
+    ids=given_words,
 )  # fmt: skip
 def test_ranks(lumina, arguments, changed):
     """0 leaves a module out; of several rules for a module the first counts, then the last pattern."""
@@ -144,7 +150,7 @@ def test_ranks(lumina, arguments, changed):
             {name for name in block_names("layers") if name.startswith("layers_0")},
         ),
     ],
-    ids=str,
+    ids=given_words,
 )
 def test_block_selection(lumina, arguments, kept):
     assert set(ranks(lumina, **arguments)) == kept

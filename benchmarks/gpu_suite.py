@@ -98,7 +98,7 @@ def jobs(device: str, size: str) -> list[Job]:
     without = " and not nf4" if missing(["bitsandbytes"]) else ""
     trains = (*TRAINING, "bitsandbytes")
     found = [
-        tests("streaming", "steps", seconds=75),
+        tests("streaming", "steps", "attention", seconds=85),
         program("block_streaming", seconds=130),
         program("train_step", seconds=130),
         tests("storage_formats", seconds=40, only=f"not {TRAINS}{without}"),

@@ -701,21 +701,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--v_prediction", action="store_true", help="Stable Diffusion: a file that says it predicts v")
     arguments = parser.parse_args()
-    is_flux, is_lumina = arguments.family in FLUX.model_names, arguments.family == "lumina"
+    others = {"lumina": make_tiny_lumina, "hunyuan_image": make_tiny_hunyuan_image}
+    is_flux = arguments.family in FLUX.model_names
     if arguments.variant and arguments.family != "flux":
         parser.error("--variant is for FLUX.1")
-    if arguments.v_prediction and (is_flux or is_lumina):
+    if arguments.v_prediction and (is_flux or arguments.family in others):
         parser.error("--v_prediction is for Stable Diffusion")
     if is_flux:
         variant = "chroma" if arguments.family == "chroma" else arguments.variant or "dev"
         files: Any = make_tiny_flux(arguments.folder, variant, arguments.layout, arguments.seed)
-    elif is_lumina:
-        files = make_tiny_lumina(arguments.folder, arguments.layout, arguments.seed)
+    elif arguments.family in others:
+        files = others[arguments.family](arguments.folder, arguments.layout, arguments.seed)
     else:
         from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
         if arguments.layout == "comfyui":
-            parser.error("--layout comfyui is for FLUX.1 and Lumina")
+            parser.error("--layout comfyui is not for Stable Diffusion, whose files are the same in ComfyUI")
         path = make_tiny_stable_diffusion(
             arguments.folder, arguments.family, arguments.layout, arguments.seed, v_prediction=arguments.v_prediction
         )

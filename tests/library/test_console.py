@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +13,7 @@ from library.console import LOGGER, ConsoleOptions, messages_above_progress, say
 from library.errors import UserError
 from library.options import parse_options
 from library.training.training_options import TrainingOptions
+from tests.running import ROOT
 
 
 @pytest.fixture
@@ -90,3 +93,14 @@ def test_a_log_on_a_full_disk_is_one_warning_and_messages_go_on(talk, capsys):
         "--console_log_file: /dev/full cannot be written (No space left on device); messages go to the console."
     ]
     assert lines[1:] == ["a step", "be careful \u2713", "gone wrong"] and "Traceback" not in "".join(lines)
+
+
+def test_a_reader_that_has_read_enough_ends_the_script_without_a_traceback():
+    """As ``--help | head`` does: the pipe is closed before the script has written."""
+    program = (
+        "import os, signal, sys\nfrom library.console import run_script\n"
+        "reading, writing = os.pipe()\nos.close(reading)\nos.dup2(writing, sys.stdout.fileno())\n"
+        "run_script(lambda: print('x' * 100_000, flush=True))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")

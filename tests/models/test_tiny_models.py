@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from library.models.flux.checkpoint import open_transformer
+from library.models.hunyuan_image.checkpoint import open_transformer as open_hunyuan_image
 from library.models.lumina.checkpoint import open_transformer as open_lumina
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from tools import make_tiny_models
@@ -59,12 +60,23 @@ def test_the_command_line_writes_lumina(tmp_path, monkeypatch, capsys, layout, c
     assert contents(tmp_path / "printed") == contents(tmp_path / "again")
 
 
+@pytest.mark.parametrize(("layout", "count"), [("original", 4), ("comfyui", 4), ("diffusers", 1)])
+def test_the_command_line_writes_hunyuan_image(tmp_path, monkeypatch, capsys, layout, count):
+    arguments = [str(tmp_path / "printed"), "--family", "hunyuan_image", "--layout", layout, "--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["make_tiny_models.py", *arguments])
+    make_tiny_models.main()
+    printed = capsys.readouterr().out.split()
+    assert len(printed) == count and open_hunyuan_image(printed[0]).config == make_tiny_models.HUNYUAN_IMAGE
+    make_tiny_models.make_tiny_hunyuan_image(tmp_path / "again", layout, seed=3)
+    assert contents(tmp_path / "printed") == contents(tmp_path / "again")
+
+
 def test_options_of_other_families_are_refused(tmp_path, monkeypatch, capsys):
     for arguments, words in (
         (["--family", "lumina", "--variant", "dev"], "--variant is for FLUX.1"),
         (["--family", "chroma", "--variant", "dev"], "--variant is for FLUX.1"),
         (["--family", "lumina", "--v_prediction"], "--v_prediction is for Stable Diffusion"),
-        (["--family", "sd1", "--layout", "comfyui"], "--layout comfyui is for FLUX.1 and Lumina"),
+        (["--family", "sd1", "--layout", "comfyui"], "--layout comfyui is not for Stable Diffusion"),
     ):
         monkeypatch.setattr(sys, "argv", ["make_tiny_models.py", str(tmp_path), *arguments])
         with pytest.raises(SystemExit):

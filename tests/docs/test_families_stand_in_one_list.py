@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,9 @@ def script_marks(family: Family) -> set[str]:
     return own_marks(family) - set(family.networks)
 
 
-def named_families(source: str, marks: Callable[[Family], set[str]] = own_marks) -> set[str]:
-    """The rooms of the families whose scripts, classes or network modules a module names in strings or imports."""
+@cache
+def named_in(source: str) -> frozenset[str]:
+    """What a module names in strings or imports."""
     names: set[str] = set()
     tree = ast.parse(source)
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -64,8 +66,12 @@ def named_families(source: str, marks: Callable[[Family], set[str]] = own_marks)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 names |= {node.module or "", alias.name, f"{node.module}.{alias.name}"}
-    names -= {LOOP}
-    return {family.room for family in FAMILIES if names & marks(family)}
+    return frozenset(names - {LOOP})
+
+
+def named_families(source: str, marks: Callable[[Family], set[str]] = own_marks) -> set[str]:
+    """The rooms of the families whose scripts, classes or network modules a module names in strings or imports."""
+    return {family.room for family in FAMILIES if named_in(source) & marks(family)}
 
 
 def is_a_familys_own(path: str) -> bool:
@@ -120,6 +126,7 @@ def test_library_names_no_script_but_in_the_list():
     assert found == []
 
 
+@cache
 def strings(path: Path) -> set[str]:
     """The strings of a module that are exactly one word."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -19,11 +19,12 @@ from library.memory.simulation import PeakMemory
 from library.memory.storage import Storage, block_linears
 from library.models.flux.chroma import ChromaTransformer
 from library.models.flux.transformer import FluxTransformer, image_ids
+from library.models.hunyuan_image.transformer import HunyuanImageTransformer
 from library.models.lumina.transformer import LuminaTransformer
 from library.models.stable_diffusion.unet import block_lists as unet_blocks
-from networks import lora, lora_flux, lora_lumina
+from networks import lora, lora_flux, lora_hunyuan_image, lora_lumina
 from tests.networks.stable_diffusion import tiny_model
-from tools.make_tiny_models import LUMINA, fill_randomly, transformer_config
+from tools.make_tiny_models import HUNYUAN_IMAGE, LUMINA, fill_randomly, transformer_config
 
 CHECKPOINTED, OFFLOADED = MemoryPlan(checkpointing=True), MemoryPlan(checkpointing=True, offload_inputs=True)
 WITH_ATTENTION = MemoryPlan(checkpointing=True, keep_attention=True)
@@ -71,6 +72,18 @@ def lumina_inputs(height: int = 4, width: int = 6, lengths: tuple[int, ...] = (3
     }
 
 
+def hunyuan_image_inputs() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(3)
+    return {
+        "latents": torch.randn(2, 64, 3, 4, generator=random),
+        "timesteps": torch.tensor([200.0, 700.0]),
+        "text": torch.randn(2, 5, 64, generator=random),
+        "text_mask": torch.arange(5) < torch.tensor([[3], [5]]),
+        "glyphs": torch.randn(2, 4, 64, generator=random),
+        "glyph_mask": torch.arange(4) < torch.tensor([[4], [0]]),
+    }
+
+
 def make(family: str, network_args: Mapping[str, str] | None = None, **sizes: int) -> Case:
     if family.startswith("sd"):
         tiny = tiny_model(family)
@@ -82,6 +95,12 @@ def make(family: str, network_args: Mapping[str, str] | None = None, **sizes: in
         inputs = lumina_inputs()
         blocks = {name: [*getattr(model, name)] for name in ("context_refiner", "noise_refiner", "layers")}
         network = lora_lumina.create_network(1.0, 2, 2.0, None, [None], model, **network_args or {})
+    elif family == "hunyuan_image":
+        model = HunyuanImageTransformer(replace(HUNYUAN_IMAGE, **sizes))
+        fill_randomly(model, 1, "memory")
+        inputs = hunyuan_image_inputs()
+        blocks = {name: [*getattr(model, name)] for name in ("double_blocks", "single_blocks")}
+        network = lora_hunyuan_image.create_network(1.0, 2, 2.0, None, [None], model, **network_args or {})
     else:
         kind = {"flux": FluxTransformer, "chroma": ChromaTransformer}[family]
         model = kind(replace(transformer_config(family), **sizes))
@@ -96,7 +115,7 @@ def make(family: str, network_args: Mapping[str, str] | None = None, **sizes: in
     return Case(model, inputs, blocks, network)
 
 
-@pytest.fixture(params=["flux", "chroma", "lumina", "sd1", "sdxl"])
+@pytest.fixture(params=["flux", "chroma", "lumina", "hunyuan_image", "sd1", "sdxl"])
 def case(request) -> Iterator[Case]:
     case = make(request.param)
     case.network.apply_to(None, case.model, False, True)

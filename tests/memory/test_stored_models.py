@@ -17,13 +17,14 @@ from library.memory.storage import BlocksStoredAs, Storage
 from library.memory.stored_linear import StoredLinear
 from library.models.clip import open_clip
 from library.models.flux.checkpoint import open_transformer
+from library.models.hunyuan_image.checkpoint import open_transformer as open_hunyuan_image
 from library.models.loading import LoadSpec
 from library.models.lumina.checkpoint import open_transformer as open_lumina
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.models.t5 import open_t5
 from library.randomness import generator
 from library.safetensors_io import save_file as our_save_file
-from networks import lora, lora_flux, lora_lumina
+from networks import lora, lora_flux, lora_hunyuan_image, lora_lumina
 from tools.make_tiny_models import make_tiny_flux
 
 
@@ -43,6 +44,12 @@ def flux_output(model):
 def lumina_output(model):
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     return model(normal(2, 16, 8, 8), torch.tensor([0.3, 0.8]), normal(2, 5, 64), mask)
+
+
+def hunyuan_image_output(model):
+    text_mask, glyph_mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    times = torch.tensor([300.0, 800.0])
+    return model(normal(2, 64, 4, 4), times, normal(2, 5, 64), text_mask, normal(2, 3, 64), glyph_mask)
 
 
 def unet_output(model):
@@ -89,11 +96,14 @@ def opened(request):
         return open_transformer(request.getfixturevalue("tiny_flux").transformer), lora_flux, flux_output
     if request.param == "lumina":
         return open_lumina(request.getfixturevalue("tiny_lumina").transformer), lora_lumina, lumina_output
+    if request.param == "hunyuan_image":
+        file = open_hunyuan_image(request.getfixturevalue("tiny_hunyuan_image").transformer)
+        return file, lora_hunyuan_image, hunyuan_image_output
     tiny_sd1 = request.getfixturevalue("tiny_sd1")
     return open_stable_diffusion(tiny_sd1).unet, lora, unet_output
 
 
-@pytest.mark.parametrize("opened", ["flux", "lumina", "sd1"], indirect=True)
+@pytest.mark.parametrize("opened", ["flux", "lumina", "hunyuan_image", "sd1"], indirect=True)
 def test_training_is_that_of_the_dequantised_model(opened, storage):
     file, module, output = opened
     model = file.load(LoadSpec.of(BlocksStoredAs(torch.float32, storage)))

@@ -36,6 +36,7 @@ EVERY_PAIR = [
     for algorithm in ALGORITHMS
     if family in ("sd1", "flux") or (family, algorithm) in QUICK  # sdxl has the layers of sd1, under other names
 ]
+EVERY_PAIR.append(pytest.param("hunyuan_image", "lokr"))
 PREFIXES = {
     "sd1": ("lora_te_text_model_encoder_layers_0_", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_"),
     "sdxl": (
@@ -46,6 +47,7 @@ PREFIXES = {
         *("lora_te1_text_model_encoder_layers_0_", "lora_unet_double_blocks_0_img_attn_"),
         "lora_unet_single_blocks_0_linear1",
     ),
+    "hunyuan_image": ("lora_unet_double_blocks_0_txt_attn_qkv", "lora_unet_single_blocks_0_linear2"),
     "lumina": ("lora_te1_layers_0_self_attn_", "lora_unet_layers_0_attention_qkv", "lora_unet_final_layer_linear"),
 }
 

@@ -327,6 +327,24 @@ def console():
 # ---- what the tests of every guide do --------------------------------------------------------------------------------
 
 
+def walk_on(
+    guide: Guide,
+    entry: Entry,
+    folder: Path,
+    run: Callable[[Path, list[str]], Outcome],
+    compared: Callable[[Entry], Outcome],
+    models: Mapping[str, Mapping[str, Path | str]],
+    named: Mapping[str, Path],
+    place: Path,
+) -> None:
+    """An entry of a kind that is run in this process: it has its effect, and nothing else goes without one."""
+    options = [*model_options(entry, models), *entry_options(guide, entry, folder, place, named)]
+    outcome = run(folder / "out", options)
+    if not outcome.refused:
+        assert outcome.no_effect == entry.no_effect
+    require(entry, outcome, compared)
+
+
 def run_command(
     guide: Guide, entry: Entry, models: Mapping[str, Mapping[str, Path | str]], place: Path, folder: Path
 ) -> Outcome:

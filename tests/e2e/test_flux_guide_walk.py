@@ -17,15 +17,14 @@ from tests.guide_walk import (
     Guide,
     compared,
     console,
-    entry_options,
     make_place,
-    model_options,
     require,
     require_shown,
     require_well_formed,
     run,
     run_command,
     run_program,
+    walk_on,
     with_files,
 )
 
@@ -110,11 +109,7 @@ IN_PROCESS = [entry for entry in WALK if entry.kind not in ("command", "program"
 
 @pytest.mark.parametrize("entry", IN_PROCESS, ids=lambda entry: entry.id)
 def test_what_the_guide_says_works(entry, run, compared, models, named, place, tmp_path):
-    options = [*model_options(entry, models), *entry_options(GUIDE, entry, tmp_path, place, named)]
-    outcome = run(tmp_path / "out", options)
-    if not outcome.refused:
-        assert outcome.no_effect == entry.no_effect
-    require(entry, outcome, compared)
+    walk_on(GUIDE, entry, tmp_path, run, compared, models, named, place)
 
 
 @pytest.mark.slow

@@ -11,13 +11,12 @@ from tests.documented import WALKS
 from tests.guide_walk import (
     Guide,
     compared,
-    entry_options,
     make_place,
-    model_options,
     require,
     require_well_formed,
     run,
     run_command,
+    walk_on,
 )
 
 __all__ = ["compared", "run"]  # fixtures
@@ -76,11 +75,7 @@ def place(tmp_path_factory, image_folder) -> Path:
 
 @pytest.mark.parametrize("entry", [e for e in WALK if e.kind != "command"], ids=lambda entry: entry.id)
 def test_what_the_guide_says_works(entry, run, compared, models, named, place, tmp_path):
-    options = [*model_options(entry, models), *entry_options(GUIDE, entry, tmp_path, place, named)]
-    outcome = run(tmp_path / "out", options)
-    if not outcome.refused:
-        assert outcome.no_effect == entry.no_effect
-    require(entry, outcome, compared)
+    walk_on(GUIDE, entry, tmp_path, run, compared, models, named, place)
 
 
 @pytest.mark.slow

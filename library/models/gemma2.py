@@ -15,13 +15,13 @@ from library.devices import to_device
 from library.models.language_model import (
     EMBEDDING,
     LanguageModelEncoder,
+    LanguageModelFile,
     configured_size,
     inferred_sizes,
     rotary_embedding,
 )
 from library.models.lean_imports import transformers_class
 from library.models.loading import TensorSource, on_meta
-from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import GEMMA2_PREFIXES, refuse_unless
 
 MODULES = ("embed_tokens.", "layers.", "norm.")
@@ -88,21 +88,8 @@ class Gemma2TextEncoder(LanguageModelEncoder):
 
 
 @dataclass(frozen=True)
-class Gemma2File(OpenedTextEncoder[Gemma2TextEncoder]):
+class Gemma2File(LanguageModelFile[Gemma2TextEncoder]):
     """An opened Gemma 2 checkpoint, ready to be loaded."""
-
-    source: TensorSource
-    sizes: dict[str, Any]
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the token embedding."""
-        return self.sizes["vocab_size"]
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the states."""
-        return self.sizes["hidden_size"]
 
     def meta_module(self) -> Gemma2TextEncoder:
         """The module on torch's meta device: its structure without its values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.models.loading import TensorSource
+from library.models.pipeline import Module, OpenedTextEncoder
 
 EMBEDDING = "embed_tokens.weight"
 ADVICE = 'a model with heads of another width says so as "head_dim" in the "config" entry of its metadata'
@@ -84,6 +86,24 @@ def _heads(source: TensorSource, projection: str, head_dim: int) -> int:
             f"{head_dim}; {ADVICE}."
         )
     return rows // head_dim
+
+
+@dataclass(frozen=True)
+class LanguageModelFile(OpenedTextEncoder[Module]):
+    """An opened checkpoint of a language model, ready to be loaded."""
+
+    source: TensorSource
+    sizes: dict[str, Any]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding."""
+        return self.sizes["vocab_size"]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the states."""
+        return self.sizes["hidden_size"]
 
 
 def configured_size(source: TensorSource, name: str, default: int) -> int:

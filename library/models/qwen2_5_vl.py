@@ -15,13 +15,13 @@ from library.errors import UserError
 from library.models.language_model import (
     EMBEDDING,
     LanguageModelEncoder,
+    LanguageModelFile,
     configured_size,
     inferred_sizes,
     rotary_embedding,
 )
 from library.models.lean_imports import transformers_class
 from library.models.loading import TensorSource, on_meta
-from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import QWEN2_5_VL_PREFIXES, refuse_unless
 
 HEAD_DIM = 128
@@ -62,21 +62,8 @@ class Qwen25VLTextEncoder(LanguageModelEncoder):
 
 
 @dataclass(frozen=True)
-class Qwen25VLFile(OpenedTextEncoder[Qwen25VLTextEncoder]):
+class Qwen25VLFile(LanguageModelFile[Qwen25VLTextEncoder]):
     """An opened Qwen2.5-VL checkpoint, ready to be loaded."""
-
-    source: TensorSource
-    sizes: dict[str, Any]
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the token embedding."""
-        return self.sizes["vocab_size"]
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the states."""
-        return self.sizes["hidden_size"]
 
     def meta_module(self) -> Qwen25VLTextEncoder:
         """The module on torch's meta device: its structure without its values."""

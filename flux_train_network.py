@@ -102,6 +102,7 @@ class FluxNetworkTrainer(NetworkTrainer):
     )
     bucket_divisor = 32
     size_divisor = 16
+    sample_step = 16
     encoders: tuple[Encoder, ...] = ("clip_l", "t5xxl")
     version = "flux1"
     """``ss_base_model_version``."""
@@ -271,10 +272,9 @@ class FluxNetworkTrainer(NetworkTrainer):
     # ---- samples and metadata ---------------------------------------------------------------------------------------
 
     def sample_request(self, prompt: PromptOptions) -> ImageRequest:
-        """Sides are rounded down to multiples of 16, at least 64."""
-        request = self.pipeline.request(prompt, control_image=self.prompt_control(prompt))
-        request.width, request.height = (max(64, side // 16 * 16) for side in (request.width, request.height))
-        return request
+        """With the control image, where a ControlNet takes part."""
+        width, height = self.sample_size(prompt)
+        return self.pipeline.request(prompt, width=width, height=height, control_image=self.prompt_control(prompt))
 
     def prompt_control(self, prompt: PromptOptions, place: str = "") -> Image | None:
         """The control image of a sample prompt, if a ControlNet takes part; ``place`` begins a UserError's sentence."""

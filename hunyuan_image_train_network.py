@@ -94,6 +94,7 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
     )
     bucket_divisor = 32
     size_divisor = 32
+    sample_step = 32
     prediction_type = "epsilon"  # as kohya-ss/sd-scripts writes it, whatever is predicted
     default_resolution = 512
     cache_parts = {"latents": ("transformer", "autoencoder"), "text": ("transformer", "text_encoder", "byt5")}
@@ -157,16 +158,6 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
     def prompt_options_without_effect(self) -> Iterable[str]:
         """Those of Stable Diffusion, FLUX.1 and Lumina."""
         return ("sample_sampler", "guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg")
-
-    def prepare_output(self) -> None:
-        """As for every family; sides of sample images that are rounded are named."""
-        super().prepare_output()
-        for number, prompt in enumerate(self.outputs.samples.prompts, 1):
-            given = [side or self.sample_side for side in (prompt.width, prompt.height)]
-            drawn = [sample_side(side) for side in given]
-            if given != drawn:
-                place = f"{self.options.samples.sample_prompts}, prompt {number}"
-                say("{}: {}x{} is rounded to {}x{}, multiples of 32 pixels".format(place, *given, *drawn))
 
     # ---- models and caches ------------------------------------------------------------------------------------------
 
@@ -238,8 +229,8 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
     # ---- samples and metadata ---------------------------------------------------------------------------------------
 
     def sample_request(self, prompt: PromptOptions) -> HunyuanImageRequest:
-        """512 x 512 pixels in 20 steps where the prompt says nothing; sides are multiples of 32, at least 64."""
-        width, height = (sample_side(side or self.sample_side) for side in (prompt.width, prompt.height))
+        """512 x 512 pixels in 20 steps where the prompt says nothing."""
+        width, height = self.sample_size(prompt)
         return self.pipeline.request(prompt, width=width, height=height, sample_steps=prompt.sample_steps or 20)
 
     def family_metadata(self) -> dict[str, Any]:
@@ -253,11 +244,6 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
     def architecture(self) -> tuple[str, str]:
         """``hunyuan-image-2.1``."""
         return "hunyuan-image-2.1", "diffusers"
-
-
-def sample_side(side: int) -> int:
-    """A sample image's side in whole tokens: a multiple of 32 pixels, at least 64."""
-    return max(64, side // 32 * 32)
 
 
 def main() -> None:

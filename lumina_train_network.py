@@ -95,6 +95,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
     bucket_divisor = 16
     size_divisor = 16
     sample_side = 1024
+    sample_step = 16
     prediction_type = "epsilon"  # as kohya-ss/sd-scripts writes it, whatever is predicted
     encoders: tuple[Encoder, ...] = ("gemma2",)
     cache_parts = {"latents": ("transformer", "autoencoder"), "text": ("transformer", "gemma2")}
@@ -163,12 +164,6 @@ class LuminaNetworkTrainer(NetworkTrainer):
         super().prepare_output()
         lumina, samples = self.options.lumina, self.outputs.samples
         samples.batch_size = lumina.sample_batch_size or self.options.dataset.train_batch_size
-        for number, prompt in enumerate(samples.prompts, 1):
-            given = [side or self.sample_side for side in (prompt.width, prompt.height)]
-            drawn = [sample_side(side) for side in given]
-            if given != drawn:
-                place = f"{self.options.samples.sample_prompts}, prompt {number}"
-                say("{}: {}x{} is rounded to {}x{}, multiples of 16 pixels".format(place, *given, *drawn))
         if not samples.prompts:
             self.report_unused(["sample_batch_size"], "without sample prompts")
 
@@ -247,11 +242,10 @@ class LuminaNetworkTrainer(NetworkTrainer):
             self.pipeline.load_transformer().set_attention_backend(self.training_attention)
 
     def sample_request(self, prompt: PromptOptions) -> LuminaRequest:
-        """Sides are rounded down to multiples of 16, at least 64; the schedule is the run's, or the prompt's own."""
+        """The schedule is the run's, or the prompt's own."""
         shift = self.options.flow.discrete_flow_shift if prompt.flow_shift is None else prompt.flow_shift
-        request = self.pipeline.request(prompt, flow_shift=shift)
-        request.width, request.height = sample_side(request.width), sample_side(request.height)
-        return request
+        width, height = self.sample_size(prompt)
+        return self.pipeline.request(prompt, width=width, height=height, flow_shift=shift)
 
     def family_metadata(self) -> dict[str, Any]:
         """How flow matching was set up, and the system prompt."""
@@ -267,11 +261,6 @@ class LuminaNetworkTrainer(NetworkTrainer):
     def architecture(self) -> tuple[str, str]:
         """``lumina-2``."""
         return "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
-
-
-def sample_side(side: int) -> int:
-    """A sample image's side in whole tokens: a multiple of 16 pixels, at least 64."""
-    return max(64, side // 16 * 16)
 
 
 def main() -> None:

@@ -161,6 +161,12 @@ class NetworkTrainer(FamilyHooks):
         given = [name for name in unused if any(getattr(prompt, name) is not None for prompt in prompts)]
         if given:
             say(f"no effect in sample prompts for {self.family}: {', '.join(given)}")
+        for number, prompt in enumerate(prompts, 1):
+            width, height = (side or self.sample_side for side in (prompt.width, prompt.height))
+            if (width, height) != (drawn := self.sample_size(prompt)):
+                place = f"{self.options.samples.sample_prompts}, prompt {number}"
+                rounded = f"{drawn[0]}x{drawn[1]}, multiples of {self.sample_step} pixels"
+                say(f"{place}: {width}x{height} is rounded to {rounded}")
 
     def check_network(self) -> None:
         """Import the network's module, which checks its own arguments. Raises UserError.
@@ -838,7 +844,7 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
 
     def sample_request(self, prompt: PromptOptions) -> ImageRequest:
         """The sampler is the prompt's own, or the run's."""
-        width, height = (side or self.sample_side for side in (prompt.width, prompt.height))
+        width, height = self.sample_size(prompt)
         sampler = prompt.sample_sampler or self.options.sampler.sample_sampler
         return self.pipeline.request(prompt, width=width, height=height, sampler=sampler)
 

@@ -32,6 +32,8 @@ class FamilyHooks(ABC):
     size_divisor: ClassVar[int] = 8
     sample_side: ClassVar[int] = 512
     """Side of a sample image whose prompt says nothing, in pixels."""
+    sample_step: ClassVar[int] = 8
+    """Sides of sample images are multiples of so many pixels."""
     cache_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The parts of the pipeline whose files the caches of ``latents`` and ``text`` need; all of them unless named."""
 
@@ -101,6 +103,12 @@ class FamilyHooks(ABC):
     @abstractmethod
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
         """The model's output, which ``objective.read_prediction`` makes comparable with ``noisy.target``."""
+
+    def sample_size(self, prompt: PromptOptions) -> tuple[int, int]:
+        """Width and height of a sample image: multiples of ``sample_step`` not above the prompt's, at least 64."""
+        sides = (side or self.sample_side for side in (prompt.width, prompt.height))
+        width, height = (max(64, side // self.sample_step * self.sample_step) for side in sides)
+        return width, height
 
     @abstractmethod
     def sample_request(self, prompt: PromptOptions) -> ImageRequest:

@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, layout: str, gigabytes: float) -> Path:
 
     from library.models.flux.transformer import FluxTransformer
     from library.safetensors_io import save_file
-    from tools.make_tiny_models import diffusers_transformer_state
+    from tools.other_layouts import diffusers_transformer_state
 
     config = config_of_size(gigabytes * 1e9 / 2)
     with torch.device("meta"):

@@ -22,13 +22,8 @@ from library.files import write_text
 from library.models.flux.controlnet import HINT_NAMES, ControlNetConfig, FluxControlNet
 from library.models.flux.transformer import FluxConfig
 from library.safetensors_io import save_file
-from tools.make_tiny_models import (
-    Variant,
-    diffusers_transformer_config,
-    diffusers_transformer_state,
-    fill_randomly,
-    transformer_config,
-)
+from tools.make_tiny_models import Variant, fill_randomly, transformer_config
+from tools.other_layouts import diffusers_transformer_config, diffusers_transformer_state
 
 Layout = Literal["original", "diffusers"]
 Kind = Literal["xlabs", "instantx", "union"]

@@ -335,7 +335,8 @@ def test_files_that_diffusers_saves_come_back(tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    from tools.make_tiny_models import diffusers_transformer_config, transformer_config
+    from tools.make_tiny_models import transformer_config
+    from tools.other_layouts import diffusers_transformer_config
 
     config = transformer_config()
     theirs = FluxTransformer2DModel.from_config(diffusers_transformer_config(config))

@@ -17,7 +17,8 @@ from tests.networks.conftest import randomise
 from tests.networks.lora_tool_files import assert_same, deltas, independent_hashes, metadata, ranks, run
 from tests.parity.test_hunyuan_image_transformer_matches_diffusers import inputs, run_diffusers, their_model
 from tests.running import run_in_process
-from tools.make_tiny_models import HUNYUAN_IMAGE, diffusers_hunyuan_image_state, fill_randomly
+from tools.make_tiny_models import HUNYUAN_IMAGE, fill_randomly
+from tools.other_layouts import diffusers_hunyuan_image_state
 
 SAID = {
     "ss_base_model_version": "hunyuan-image-2.1",

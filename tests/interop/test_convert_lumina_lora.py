@@ -17,7 +17,8 @@ from networks.convert_lumina_lora import main
 from tests.networks.conftest import randomise
 from tests.networks.lora_tool_files import assert_same, deltas, independent_hashes, metadata, ranks, run
 from tests.running import run_in_process
-from tools.make_tiny_models import LUMINA, diffusers_lumina_config, diffusers_lumina_state, fill_randomly
+from tools.make_tiny_models import LUMINA, fill_randomly
+from tools.other_layouts import diffusers_lumina_config, diffusers_lumina_state
 
 pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
 

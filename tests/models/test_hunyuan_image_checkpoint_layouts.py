@@ -20,7 +20,8 @@ from library.models.loading import LoadSpec
 from library.models.lumina.checkpoint import open_transformer as open_lumina
 from library.safetensors_io import save_file
 from tests.full_size import write_hollow
-from tools.make_tiny_models import HUNYUAN_IMAGE, comfyui_name, make_tiny_hunyuan_image
+from tools.make_tiny_models import HUNYUAN_IMAGE, make_tiny_hunyuan_image
+from tools.other_layouts import comfyui_name
 
 PREFIX = "model.diffusion_model."
 State = dict[str, torch.Tensor]

@@ -13,8 +13,8 @@ import torch
 
 from library.models.flux.transformer import FluxConfig, FluxTransformer
 from library.safetensors_io import save_file
-from tools.make_tiny_models import diffusers_transformer_state
 from tools.make_tiny_stable_diffusion import Encoder, Shape, build_modules, original_tensors
+from tools.other_layouts import diffusers_transformer_state
 
 ROOT = Path(__file__).parents[2]
 CONFIG = FluxConfig(hidden_size=768, num_heads=6, depth=3, depth_single=6, context_dim=512, mlp_hidden=3072)

@@ -17,12 +17,8 @@ from library.models.autoencoder_kl import (
 )
 from library.models.loading import LoadSpec
 from library.safetensors_io import save_file
-from tools.make_tiny_models import (
-    AUTOENCODER,
-    diffusers_autoencoder_config,
-    diffusers_autoencoder_state,
-    fill_randomly,
-)
+from tools.make_tiny_models import AUTOENCODER, fill_randomly
+from tools.other_layouts import diffusers_autoencoder_config, diffusers_autoencoder_state
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,8 @@ from library.models.flux.chroma import ChromaConfig, ChromaTransformer, text_key
 from library.models.loading import LoadSpec
 from networks import lora_flux
 from tests.parity.flux_inputs import HEIGHT, WIDTH, assert_equal_to_scale, transformer_inputs
-from tools.make_tiny_models import (
-    diffusers_transformer_config,
-    diffusers_transformer_state,
-    fill_randomly,
-    make_tiny_chroma,
-    transformer_config,
-)
+from tools.make_tiny_models import fill_randomly, make_tiny_chroma, transformer_config
+from tools.other_layouts import diffusers_transformer_config, diffusers_transformer_state
 
 TEXT = 9
 PROMPT_TOKENS = (3, 7)  # with the end token

@@ -16,7 +16,8 @@ from library.models.autoencoder_kl import AutoencoderKL as FluxAutoencoder
 from library.models.loading import LoadSpec, TensorSource, load_module
 from library.models.stable_diffusion.checkpoint import UnetFile, infer_unet_config, open_vae
 from library.safetensors_io import save_file
-from tools.make_tiny_models import diffusers_autoencoder_config, diffusers_autoencoder_state, fill_randomly
+from tools.make_tiny_models import fill_randomly
+from tools.other_layouts import diffusers_autoencoder_config, diffusers_autoencoder_state
 
 WIDTHS = (32, 64)
 GROUPS = pytest.mark.parametrize("groups", [32, 8])

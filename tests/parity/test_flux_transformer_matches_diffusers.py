@@ -17,12 +17,8 @@ from library.models.flux.transformer import (
 from library.models.loading import LoadSpec
 from library.models.transformer_parts import apply_rope, rope_rotations
 from tests.parity.flux_inputs import HEIGHT, WIDTH, assert_equal_to_scale, transformer_inputs
-from tools.make_tiny_models import (
-    diffusers_transformer_config,
-    diffusers_transformer_state,
-    fill_randomly,
-    transformer_config,
-)
+from tools.make_tiny_models import fill_randomly, transformer_config
+from tools.other_layouts import diffusers_transformer_config, diffusers_transformer_state
 
 TEXT = 7
 

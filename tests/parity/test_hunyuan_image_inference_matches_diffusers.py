@@ -23,7 +23,8 @@ from library.options import parse_options
 from networks import lora_hunyuan_image
 from tests.generation.drawing import with_lora, write_random_network
 from tests.parity.test_hunyuan_image_transformer_matches_diffusers import their_model
-from tools.make_tiny_models import HUNYUAN_IMAGE, diffusers_hunyuan_image_state
+from tools.make_tiny_models import HUNYUAN_IMAGE
+from tools.other_layouts import diffusers_hunyuan_image_state
 from tools.tiny_hunyuan_autoencoder import (
     HUNYUAN_AUTOENCODER,
     diffusers_hunyuan_autoencoder_config,

@@ -14,12 +14,8 @@ from library.models.hunyuan_image.transformer import HunyuanImageConfig, Hunyuan
 from library.models.loading import LoadSpec
 from library.models.transformer_parts import GridRotations, sinusoid
 from tests.parity.flux_inputs import assert_equal_to_scale
-from tools.make_tiny_models import (
-    HUNYUAN_IMAGE,
-    diffusers_hunyuan_image_config,
-    diffusers_hunyuan_image_state,
-    fill_randomly,
-)
+from tools.make_tiny_models import HUNYUAN_IMAGE, fill_randomly
+from tools.other_layouts import diffusers_hunyuan_image_config, diffusers_hunyuan_image_state
 
 SIZES = {
     "tiny": HUNYUAN_IMAGE,

@@ -24,7 +24,8 @@ from library.options import parse_options
 from lumina_minimal_inference import LuminaInference, LuminaInferenceOptions
 from networks import lora_lumina
 from tests.generation.drawing import with_lora, write_random_network
-from tools.make_tiny_models import LUMINA, diffusers_lumina_state, make_tiny_lumina
+from tools.make_tiny_models import LUMINA, make_tiny_lumina
+from tools.other_layouts import diffusers_lumina_state
 
 PROMPT, NEGATIVE, SYSTEM = "a big red cat on the blue photo", "small dog", "the red"
 HEIGHT, WIDTH, STEPS, LENGTH, SEED, SHIFT, SCALE = 48, 64, 6, 40, 11, 6.0, 4.0

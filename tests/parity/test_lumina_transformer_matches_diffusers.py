@@ -12,7 +12,8 @@ from library.models.loading import LoadSpec
 from library.models.lumina.checkpoint import open_transformer
 from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from tests.parity.flux_inputs import assert_equal_to_scale
-from tools.make_tiny_models import LUMINA, diffusers_lumina_config, diffusers_lumina_state, fill_randomly
+from tools.make_tiny_models import LUMINA, fill_randomly
+from tools.other_layouts import diffusers_lumina_config, diffusers_lumina_state
 
 SIZES = {
     "tiny": LUMINA,

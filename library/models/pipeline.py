@@ -6,9 +6,11 @@ requested. Loading, releasing, moving, tokenizers and drawing images stand here 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -26,7 +28,17 @@ from library.memory.streaming import aligned, streamed_tensors
 from library.models.attention import AttentionBackend, require_backend
 from library.models.fingerprint import fingerprint
 from library.models.loading import LoadSpec, Place, TensorSource, load_module, loaded_bytes
-from library.models.sampling import ClassifierFree, Guidance, Role, Solver, StepHook, Unguided, denoise
+from library.models.sampling import (
+    ClassifierFree,
+    Guidance,
+    ModelCall,
+    Role,
+    Solver,
+    Step,
+    StepHook,
+    Unguided,
+    denoise,
+)
 from library.models.tokenizer_files import TokenizerKind, load_tokenizer
 from library.prompt_options import PromptOptions
 from library.randomness import draw_noise, seeded_generator
@@ -82,6 +94,14 @@ class OpenedTextEncoder(OpenedPart[Module]):
 # ---- requests -------------------------------------------------------------------------------------------------------
 
 
+CONDITIONINGS: dict[Role, str] = {
+    "positive": "conditioning",
+    "negative": "negative_conditioning",
+    "unconditional": "unconditional_conditioning",
+}
+"""The fields of a request that hold the conditioning for each role."""
+
+
 @dataclass
 class ImageRequest:
     """What is drawn. Prompts may be given as conditioning, as ``encode_prompts`` gives it for one prompt."""
@@ -99,6 +119,8 @@ class ImageRequest:
     """Classifier-free guidance; 1 turns it off."""
     conditioning: Conditioning | None = None
     negative_conditioning: Conditioning | None = None
+    unconditional_conditioning: Conditioning | None = None
+    """Of the empty prompt, for guidance that has it beside the negative one."""
     start_latents: Tensor | None = None
     """Latents [C, h, w], as the denoiser takes them, that are drawn over; None: the image begins as noise."""
     first_step: int = 0
@@ -106,7 +128,7 @@ class ImageRequest:
 
     def common(self) -> tuple[Any, ...]:
         """What it shares with requests that may be drawn together with it: all but texts, seed and start latents."""
-        own = ("prompt", "negative_prompt", "seed", "conditioning", "negative_conditioning", "start_latents")
+        own = ("prompt", "negative_prompt", "seed", "start_latents", *CONDITIONINGS.values())
         values = [value for name, value in vars(self).items() if name not in own]
         return tuple(value if isinstance(value, Hashable) else id(value) for value in values)
 
@@ -483,12 +505,15 @@ class Pipeline(ABC, Generic[Request]):
 
     def request_conditioning(self, request: Request, role: Role) -> Conditioning:
         """The conditioning [1, ...] of a request's prompt of that role, encoded unless it is given."""
-        if role == "positive":
-            return request.conditioning or self.encode_prompts([request.prompt], role=role)
-        return request.negative_conditioning or self.encode_prompts([request.negative_prompt or ""], role=role)
+        given = getattr(request, CONDITIONINGS[role])
+        texts = {"positive": request.prompt, "negative": request.negative_prompt or "", "unconditional": ""}
+        return given or self.encode_prompts([texts[role]], role=role)
 
-    def predictor(self, requests: Sequence[Request]) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
-        """``predict`` with what else these requests say; it is given their batch once or several times over."""
+    def predictor(self, requests: Sequence[Request]) -> Callable[..., Tensor]:
+        """``predict`` with what else these requests say; it is given their batch once or several times over.
+
+        Beside latents, timesteps and conditioning it takes what hooks add to a call (``ModelCall.extras``).
+        """
         return self.predict
 
     @torch.no_grad()
@@ -504,27 +529,35 @@ class Pipeline(ABC, Generic[Request]):
         predictor = self.predictor(requests)
         joined: dict[tuple[Role, ...], Conditioning] = {}
 
-        def predict(latents: Tensor, timesteps: Tensor, roles: Sequence[Role]) -> Sequence[Tensor]:
+        def run(call: ModelCall) -> Tensor:
+            return predictor(call.latents, call.timesteps, call.conditioning, **call.extras)
+
+        for hook in hooks:
+            run = partial(hook.around, run)
+
+        def predict(latents: Tensor, step: Step, roles: Sequence[Role]) -> Sequence[Tensor]:
             key = tuple(roles)
             if key not in joined:
                 joined[key] = joined_conditioning([text for role in roles for text in texts[role]])
-            copies = len(key)
-            out = predictor(torch.cat([latents] * copies), timesteps.repeat(copies), joined[key])
-            return out.chunk(copies)
+            inputs = torch.cat([latents] * len(key))
+            return run(ModelCall(inputs, step.timestep.expand(len(inputs)), joined[key], key, step)).chunk(len(key))
 
         generators = [self.generator(request) for request in requests]
         start = [request.start_latents for request in requests if request.start_latents is not None]
-        return denoise(
-            predict,
-            solver,
-            self.start_noise(first, generators),
-            guidance,
-            generators=generators,
-            hooks=hooks,
-            image=torch.stack(start).to(self.device) if start else None,
-            first=first.first_step if start else 0,
-            progress=progress,
-        )
+        with contextlib.ExitStack() as attached:
+            for hook in hooks:
+                attached.enter_context(hook.attached(self.load(self.denoiser)))
+            return denoise(
+                predict,
+                solver,
+                self.start_noise(first, generators),
+                guidance,
+                generators=generators,
+                hooks=hooks,
+                image=torch.stack(start).to(self.device) if start else None,
+                first=first.first_step if start else 0,
+                progress=progress,
+            )
 
     @torch.no_grad()
     def generate(self, request: Request, progress: bool = False) -> Image.Image:

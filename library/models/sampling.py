@@ -1,23 +1,25 @@
 """Denoising, the same for every model family: from noise (or a noisy image) to latents, step by step.
 
 Three kinds of object take part. A ``Solver`` knows the noise levels and how a prediction becomes a step. ``Guidance``
-decides for which prompts a model is run at a step and makes one prediction of the results. A ``StepHook`` looks at the
-latents before and after a step, and may change them.
+decides for which prompts a model is run at a step and makes one prediction of the results. A ``StepHook`` is a feature
+that is added to all this: it looks at the latents before and after a step, wraps the calls of the model, or replaces
+one of the others.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Role = Literal["positive", "negative"]
-"""What a text is for: what an image shall show, or what it shall keep away from."""
+Role = Literal["positive", "negative", "unconditional"]
+"""What a text is for: what an image shall show, what it shall keep away from, or nothing (the empty text)."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,33 @@ class Step:
     """What the model is told, 0-dim: a sigma in 0..1 (flow matching, float32) or a timestep in 0..999."""
 
 
-Predict = Callable[[Tensor, Tensor, Sequence[Role]], Sequence[Tensor]]
-"""``predict(latents [B, ...], timesteps [B], roles)``: a prediction [B, ...] for the prompts of each of these roles."""
+Predict = Callable[[Tensor, Step, Sequence[Role]], Sequence[Tensor]]
+"""``predict(latents [B, ...], step, roles)``: a prediction [B, ...] for the prompts of each of these roles."""
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What the denoiser is called with: a row for each role and image, all images of the first role first."""
+
+    latents: Tensor
+    """[rows, ...], as the solver gives them to the model."""
+    timesteps: Tensor
+    """[rows]"""
+    conditioning: Mapping[str, Tensor]
+    """Batch first, ``rows`` items."""
+    roles: tuple[Role, ...]
+    step: Step
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline's ``predict``, by name."""
+
+    @property
+    def images(self) -> int:
+        """How many images are drawn together."""
+        return len(self.latents) // len(self.roles)
+
+
+RunModel = Callable[[ModelCall], Tensor]
+"""Gives the prediction [rows, ...]."""
 
 
 # ---- guidance -------------------------------------------------------------------------------------------------------
@@ -60,7 +87,7 @@ class Unguided(Guidance):
     roles = ("positive",)
 
     def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
-        return predict(latents, step.timestep.expand(len(latents)), self.roles)[0]
+        return predict(latents, step, self.roles)[0]
 
 
 class ClassifierFree(Guidance):
@@ -72,7 +99,7 @@ class ClassifierFree(Guidance):
         self.scale = scale
 
     def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
-        negative, positive = predict(latents, step.timestep.expand(len(latents)), self.roles)
+        negative, positive = predict(latents, step, self.roles)
         return negative + self.scale * (positive - negative)
 
 
@@ -93,10 +120,9 @@ class TruncatedClassifierFree(Guidance):
         self.renorm = renorm
 
     def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
-        timesteps = step.timestep.expand(len(latents))
         if 1 - step.timestep.item() >= self.truncation:
-            return predict(latents, timesteps, ("positive",))[0]
-        negative, positive = (prediction.float() for prediction in predict(latents, timesteps, self.roles))
+            return predict(latents, step, ("positive",))[0]
+        negative, positive = (prediction.float() for prediction in predict(latents, step, self.roles))
         guided = negative + self.scale * (positive - negative)
         if self.renorm <= 0:
             return guided
@@ -125,8 +151,7 @@ class AdaptiveProjected(Guidance):
         self.moving: Tensor | None = None
 
     def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
-        timesteps = step.timestep.expand(len(latents))
-        negative, positive = (prediction.float() for prediction in predict(latents, timesteps, self.roles))
+        negative, positive = (prediction.float() for prediction in predict(latents, step, self.roles))
         difference = positive - negative
         self.moving = difference if self.moving is None else difference + self.momentum * self.moving
         if step.index <= self.last_plain:
@@ -231,7 +256,27 @@ class DiffusersSolver(Solver):
 
 
 class StepHook:
-    """Sees the latents [B, ...] before and after every step, and may give back others."""
+    """A feature of the denoising loop for one batch of images; what it does not need, it leaves as it is here.
+
+    Several work together: the first one is the innermost around the model, the guidance and the solver, and the first
+    to see the latents [B, ...] before and after every step, of which it may give back others.
+    """
+
+    def attached(self, denoiser: Any) -> AbstractContextManager[Any]:
+        """While the context is active, what has to be changed in the loaded ``denoiser`` is changed."""
+        return nullcontext()
+
+    def solver(self, solver: Solver) -> Solver:
+        """The solver of the batch."""
+        return solver
+
+    def guidance(self, guidance: Guidance) -> Guidance:
+        """The guidance of the batch."""
+        return guidance
+
+    def around(self, run: RunModel, call: ModelCall) -> Tensor:
+        """The prediction [rows, ...] of a call of the model; ``run`` makes it, of this call or another."""
+        return run(call)
 
     def before(self, latents: Tensor, step: Step) -> Tensor:
         """The latents that the step begins with."""
@@ -262,6 +307,8 @@ def denoise(
     from tqdm import tqdm
 
     guidance = guidance or Unguided()
+    for hook in hooks:
+        solver, guidance = hook.solver(solver), hook.guidance(guidance)
     latents = solver.start(noise.float(), None if image is None else image.float(), first)
     count = len(solver.timesteps)
     for index in tqdm(range(first, count), desc="denoising", disable=not progress):

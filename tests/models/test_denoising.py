@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy
 import pytest
@@ -11,7 +14,17 @@ from torch import Tensor
 
 from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.models.pipeline import to_image
-from library.models.sampling import DiffusersSolver, FlowEuler, Guidance, Predict, Step, StepHook, denoise
+from library.models.sampling import (
+    DiffusersSolver,
+    FlowEuler,
+    Guidance,
+    ModelCall,
+    Predict,
+    RunModel,
+    Step,
+    StepHook,
+    denoise,
+)
 from library.models.schedules import flow_sigmas
 from library.models.stable_diffusion.pipeline import (
     StableDiffusionFiles,
@@ -50,7 +63,7 @@ def test_images_of_a_stable_diffusion_batch_are_those_drawn_alone(sd1, sampler):
     torch.testing.assert_close(sd1.generate_latents(*requests), alone, rtol=1e-3, atol=1e-3)
 
 
-def zero(latents: Tensor, timesteps: Tensor, roles: object) -> list[Tensor]:
+def zero(latents: Tensor, step: Step, roles: object) -> list[Tensor]:
     return [torch.zeros_like(latents)]
 
 
@@ -81,14 +94,13 @@ def test_guidance_knows_the_step_and_may_keep_what_it_saw():
 
         def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
             self.steps.append((step.index, step.count))
-            timesteps = step.timestep.expand(len(latents))
             if step.index == 0:  # truncated: one prediction is enough
-                return predict(latents, timesteps, ["positive"])[0]
-            negative, positive = predict(latents, timesteps, self.roles)
+                return predict(latents, step, ["positive"])[0]
+            negative, positive = predict(latents, step, self.roles)
             self.sum = self.sum + positive - negative
             return positive + self.sum
 
-    def predict(latents: Tensor, timesteps: Tensor, roles: object) -> list[Tensor]:
+    def predict(latents: Tensor, step: Step, roles: object) -> list[Tensor]:
         return [torch.full_like(latents, {"positive": 2.0, "negative": 1.0}[role]) for role in roles]
 
     guidance = Momentum()
@@ -101,7 +113,7 @@ def test_flow_matching_begins_with_an_image_under_the_noise_of_a_step():
     image, noise = torch.randn(1, 4), torch.randn(1, 4)
     solver = FlowEuler(flow_sigmas(4))
 
-    def velocity(latents: Tensor, timesteps: Tensor, roles: object) -> list[Tensor]:
+    def velocity(latents: Tensor, step: Step, roles: object) -> list[Tensor]:
         return [noise - image]
 
     torch.testing.assert_close(solver.start(noise, image, 3), 0.75 * image + 0.25 * noise)
@@ -113,7 +125,7 @@ def test_samplers_begin_with_an_image_under_the_noise_of_a_step(sampler):
     image = torch.rand(1, 4, 6, 5) * 2 - 1
     noise = draw_noise((4, 6, 5), [seeded_generator(1)])
 
-    def knows(latents: Tensor, timesteps: Tensor, roles: object) -> list[Tensor]:
+    def knows(latents: Tensor, step: Step, roles: object) -> list[Tensor]:
         return [noise]
 
     solver = DiffusersSolver(make_scheduler(sampler), 8)
@@ -155,3 +167,33 @@ def test_every_text_is_encoded_once_for_each_role(flux):
     for key, conditioning in flux.encode_texts(texts, batch_size=3).items():
         for name, values in conditioning.items():
             torch.testing.assert_close(values, made[key][name], rtol=1e-5, atol=1e-5)
+
+
+def test_features_wrap_the_model_the_guidance_and_the_solver(sd1):
+    """Each of two hooks sees every call of the model, with its rows and its step; the last one is the outermost."""
+    order: list[tuple[str, int]] = []
+
+    class Feature(StepHook):
+        def __init__(self, name: str):
+            self.name = name
+
+        @contextmanager
+        def attached(self, denoiser: Any) -> Iterator[None]:
+            assert denoiser is sd1.load("unet")
+            order.append((f"{self.name} enters", 0))
+            yield
+            order.append((f"{self.name} leaves", 0))
+
+        def around(self, run: RunModel, call: ModelCall) -> Tensor:
+            assert call.roles == ("negative", "positive") and call.images == 2
+            assert len(call.latents) == len(call.timesteps) == len(call.conditioning["hidden_state"]) == 4
+            order.append((self.name, call.step.index))
+            return run(call)
+
+    size = {**SIZE, "sample_steps": 2}
+    requests = [StableDiffusionRequest("a", seed=seed, sampler="euler", **size) for seed in (1, 2)]
+    plain = sd1.generate_latents(*requests)
+    assert torch.equal(sd1.generate_latents(*requests, hooks=[Feature("inner"), Feature("outer")]), plain)
+    calls = [(name, index) for index in (0, 1) for name in ("outer", "inner")]
+    inside = [("inner enters", 0), ("outer enters", 0), *calls, ("outer leaves", 0), ("inner leaves", 0)]
+    assert order == inside

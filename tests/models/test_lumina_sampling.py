@@ -43,8 +43,7 @@ class Velocities:
         self.generator = torch.Generator().manual_seed(0)
         self.calls: list[dict[str, Tensor]] = []
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, roles: Sequence[str]) -> list[Tensor]:
-        assert timesteps.shape == (len(latents),)
+    def __call__(self, latents: Tensor, step: Step, roles: Sequence[str]) -> list[Tensor]:
         size = 2.0 if len(self.calls) % 2 else 0.5
         made = {role: torch.randn(latents.shape, generator=self.generator) for role in ("positive", "negative")}
         made["positive"] *= torch.tensor([size, 1 / size]).reshape(-1, 1, 1, 1)
@@ -99,7 +98,7 @@ def test_a_step_exactly_at_the_end_of_guidance_is_not_guided():
 
 
 def test_predictions_of_zero_stay_zero():
-    def nothing(latents: Tensor, timesteps: Tensor, roles: Sequence[str]) -> list[Tensor]:
+    def nothing(latents: Tensor, step: Step, roles: Sequence[str]) -> list[Tensor]:
         return [torch.zeros_like(latents) for _ in roles]
 
     guided = TruncatedClassifierFree(3.0, renorm=1.0)(nothing, torch.ones(1, 2, 2, 2), Step(0, 1, torch.tensor(1.0)))

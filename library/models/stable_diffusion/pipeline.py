@@ -255,11 +255,11 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         """
         return self.encode_tokens(self.tokenize(prompts, encoders), trained)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, **arguments: Any) -> Tensor:
         """What the U-Net predicts (noise, or v) [B, 4, h, w], float32, for noisy scaled ``latents``.
 
-        ``timesteps`` [B] are in 0..999. XL's ``conditioning`` also holds ``time_ids`` [B, 6]: the original height and
-        width, the crop's top and left, the target height and width.
+        ``timesteps`` [B] are in 0..999; ``arguments`` are further ones of diffusers' U-Net. XL's ``conditioning`` also
+        holds ``time_ids`` [B, 6]: the original height and width, the crop's top and left, the target height and width.
         """
         device, dtype = latents.device, self._compute_dtype("unet")
         added: dict[str, Tensor] | None = None
@@ -272,7 +272,11 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             states = conditioning["hidden_state"].to(device)
         unet: Any = self.load_transformer()
         out = unet(
-            latents.to(dtype), timesteps.to(device), encoder_hidden_states=states.to(dtype), added_cond_kwargs=added
+            latents.to(dtype),
+            timesteps.to(device),
+            encoder_hidden_states=states.to(dtype),
+            added_cond_kwargs=added,
+            **arguments,
         )
         return out.sample.float()
 

@@ -93,6 +93,13 @@ OneWaySwitch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A switch without a ``--no_`` twin, for where that is an option of its own."""
 
 
+class Aliases:
+    """Further names of an option, as metadata of its type: ``Annotated[int, Aliases("other_name")]``."""
+
+    def __init__(self, *names: str):
+        self.names = names
+
+
 @dataclass
 class ConfigOptions:
     """Configuration files"""
@@ -113,6 +120,12 @@ class Option:
     type: Any
     default: Any
     help: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, and the others under which it is understood."""
+        marks = get_args(self.type)[1:] if get_origin(self.type) is Annotated else ()
+        return (self.name, *itertools.chain.from_iterable(mark.names for mark in marks if isinstance(mark, Aliases)))
 
 
 _DECLARED: dict[Any, dict[str, Option]] = {}
@@ -174,6 +187,11 @@ def declared_options(options_class: Any) -> dict[str, Option]:
     return options
 
 
+def _by_every_name(known: dict[str, Option]) -> dict[str, Option]:
+    """The options by their names, aliases among them."""
+    return {name: option for option in known.values() for name in option.names}
+
+
 def parse_options(
     options_class: type[Options],
     description: str,
@@ -220,7 +238,7 @@ def changed_options(options: Any) -> dict[str, Any]:
 
 def _refuse_unknown_options(arguments: Sequence[str], known: dict[str, Option]) -> None:
     switches = [name for name, option in known.items() if option.type is bool]
-    names = set(known) | {f"no_{name}" for name in switches}
+    names = set(_by_every_name(known)) | {f"no_{name}" for name in switches}
     for name in filter(None, map(_named_option, arguments)):
         if name not in names:
             match = nearest(name, known)
@@ -273,8 +291,9 @@ def _take_command_line(options: Any, arguments: Sequence[str], known: dict[str, 
             given[-1][1].append(argument)
         else:
             raise UserError(f'"{argument}" belongs to no option; options begin with "--".')
+    options_by_name = _by_every_name(known)
     for name, values in given:
-        option = known[name] if name in known else known[name.removeprefix("no_")]
+        option = options_by_name.get(name) or known[name.removeprefix("no_")]
         setattr(getattr(options, option.group), option.name, _given_value(name, values, option))
 
 
@@ -284,7 +303,7 @@ def _given_value(name: str, values: list[str], option: Option) -> Any:
     if bool in kinds:
         if values:
             raise UserError(f'--{name} is a switch and takes no value, but "{values[0]}" follows it.')
-        return name == option.name
+        return name in option.names
     if values == ["None"] and type(None) in get_args(option.type):
         return None
     if list in kinds:
@@ -310,13 +329,14 @@ def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
     flat = _flattened(path)
     values: dict[str, Any] = {}
     without_effect: list[str] = []
+    by_name = _by_every_name(known)
     for key, value in flat.items():
-        if key not in known:
+        if key not in by_name:
             if key not in FRONT_END_KEYS and key not in keys_of_other_scripts():
                 raise UserError(f'{path}: unknown key "{key}".{did_you_mean(key, known)}')
             without_effect.append(key)
         elif value not in ("", []):
-            values[key] = _checked(value, known[key], path)
+            values[by_name[key].name] = _checked(value, by_name[key], path)
     if without_effect:
         from library.console import say_when_set_up
 

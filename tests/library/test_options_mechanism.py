@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
 from library.console import ConsoleOptions, set_up_console
 from library.errors import UserError
 from library.options import (
+    Aliases,
     ConfigOptions,
     StepsOrRatio,
     declared_options,
@@ -46,6 +47,8 @@ class ExampleOptions:
     """Warm-up."""
     swapped: int | Literal["auto"] | None = None
     """A number or a word."""
+    weights: Annotated[list[float] | None, Aliases("multipliers", "strengths")] = None
+    """An option of three names."""
 
 
 @dataclass
@@ -267,3 +270,12 @@ def test_a_number_or_a_word(word, value, tmp_path):
     assert parse_options(Combined, "", ["--swapped", word]).example.swapped == value
     (tmp_path / "a.toml").write_text(f"swapped = {value!r}\n" if value else "", encoding="utf-8")
     assert parse_options(Combined, "", ["--config_file", str(tmp_path / "a.toml")]).example.swapped == value
+
+
+def test_an_option_is_understood_under_each_of_its_names(tmp_path):
+    for name in ("weights", "multipliers", "strengths"):
+        assert parse(f"--{name}", "1", "0.5").example.weights == [1, 0.5]
+        assert with_file(tmp_path, f"{name} = [2]").example.weights == [2]
+    with pytest.raises(UserError, match="--weights must be"):
+        parse("--strengths", "x")
+    assert list(declared_options(Combined)).count("weights") == 1 and "strengths" not in declared_options(Combined)

@@ -1,0 +1,88 @@
+"""Size, steps, sampler and start noise of ``gen_img.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from library.errors import UserError
+
+SIDE_MULTIPLE = 8
+
+
+@dataclass
+class SamplingOptions:
+    """Sampling"""
+
+    W: int | None = None
+    """Width in pixels, a multiple of 8; unset means 512, or 1024 for SDXL."""
+    H: int | None = None
+    """Height in pixels, a multiple of 8; unset means 512, or 1024 for SDXL."""
+    steps: int = 50
+    """Denoising steps."""
+    sampler: str = "ddim"
+    """Sampler: ddim, pndm, lms, euler, euler_a, heun, dpm_2, dpm_2_a, dpmsolver, dpmsolver++ or dpmsingle."""
+    scale: float = 7.5
+    """Classifier-free guidance; 1 or less turns it off."""
+    negative_scale: float | None = None
+    """Guidance away from the negative prompt by a scale of its own; unset means that it takes the empty one's place."""
+    original_height: int | None = None
+    """SDXL: height that the image is said to have had before it was scaled; unset means the height drawn."""
+    original_width: int | None = None
+    """SDXL: width that the image is said to have had before it was scaled; unset means the width drawn."""
+    original_height_negative: int | None = None
+    """SDXL: the same height for the negative prompt; unset means that of the prompt."""
+    original_width_negative: int | None = None
+    """SDXL: the same width for the negative prompt; unset means that of the prompt."""
+    crop_top: int | None = None
+    """SDXL: pixels that are said to have been cut off at the top; unset means 0."""
+    crop_left: int | None = None
+    """SDXL: pixels that are said to have been cut off at the left; unset means 0."""
+    pyramid_noise_prob: float | None = None
+    """Probability that an image begins with pyramid noise, 0..1."""
+    pyramid_noise_discount_range: list[float] | None = None
+    """Least and largest discount of pyramid noise from one size to the next."""
+    noise_offset_prob: float | None = None
+    """Probability that the noise of an image is brightened or darkened as a whole, 0..1."""
+    noise_offset_range: list[float] | None = None
+    """Two numbers: the offset's smallest value, and that plus its standard deviation."""
+    force_scheduler_zero_steps_offset: bool = False
+    """Begin img2img exactly at the noise of its first step, not one step below it."""
+
+
+def check_sampling(options: SamplingOptions) -> None:
+    """Raises UserError for values that no image can be drawn with; the sampler's name is the model family's affair."""
+    for side in ("W", "H"):
+        check_side(getattr(options, side), f"--{side}")
+    for name, key in (("pyramid_noise", "pyramid_noise_discount_range"), ("noise_offset", "noise_offset_range")):
+        probability, bounds = getattr(options, f"{name}_prob"), getattr(options, key)
+        if probability is not None and not 0 <= probability <= 1:
+            raise UserError(f"--{name}_prob must be between 0 and 1, not {probability:g}.")
+        if bounds is not None and len(bounds) != 2:
+            raise UserError(f"--{key} takes two numbers, not {len(bounds)}.")
+        if probability and bounds is None:
+            raise UserError(f"--{name}_prob needs --{key} with two numbers.")
+    if min(options.pyramid_noise_discount_range or [0]) < 0:
+        raise UserError("--pyramid_noise_discount_range must not be negative.")
+
+
+def check_side(side: int | None, place: str) -> None:
+    """Raises UserError, beginning with ``place``, for a width or height in pixels that no image can have."""
+    if side is not None and (side < 1 or side % SIDE_MULTIPLE):
+        raise UserError(f"{place} must be a positive multiple of {SIDE_MULTIPLE}, not {side}.")
+
+
+def request_fields(options: SamplingOptions) -> dict[str, Any]:
+    """What the options say of every image's request, by the request's fields."""
+    return {
+        "steps_offset": 1,
+        "strength_ahead": not options.force_scheduler_zero_steps_offset,
+        "pyramid_noise": _chance(options.pyramid_noise_prob, options.pyramid_noise_discount_range),
+        "noise_offset": _chance(options.noise_offset_prob, options.noise_offset_range),
+    }
+
+
+def _chance(probability: float | None, bounds: Sequence[float] | None) -> tuple[float, float, float] | None:
+    """Probability, smallest and largest value; None where it never happens."""
+    return (probability, bounds[0], bounds[1]) if probability and bounds else None

@@ -73,7 +73,7 @@ class InferenceRun(ABC):
 
     def __init__(self, options: Any):
         self.options = options
-        check_sources(options.sources)
+        self.check_sources()
         self.lora_files: list[LoraFile] = self.read_lora_files()
         self.check_options()
         require_writable_folder(self.output_folder, self.output_option)
@@ -84,10 +84,7 @@ class InferenceRun(ABC):
         check_budget(options.device.vram_budget)
         self.defaults = self.default_prompt()
         check_prompt_values(self.defaults)
-        self.file_prompts = [self.as_meant(prompt) for prompt in read_prompts(options.sources, self.defaults)]
-        for number, prompt in enumerate(self.file_prompts, 1):
-            file = options.sources.from_file
-            self.check_prompt(prompt, "" if file is None else f"{file}, prompt {number}: ")
+        self.file_prompts = self.read_prompts()
         self.stack = self.open_loras()
         for line in self.fit_memory():
             say(line)
@@ -99,8 +96,20 @@ class InferenceRun(ABC):
 
     # ---- what a family gives ----------------------------------------------------------------------------------------
 
+    def check_sources(self) -> None:
+        """Raises UserError when prompts are to come from two places."""
+        check_sources(self.options.sources)
+
     def check_options(self) -> None:
         """What can be known from the options alone. Raises UserError."""
+
+    def read_prompts(self) -> Sequence[PromptOptions]:
+        """The prompts that are known ahead, checked. Raises UserError."""
+        sources = self.options.sources
+        prompts = [self.as_meant(prompt) for prompt in read_prompts(sources, self.defaults)]
+        for number, prompt in enumerate(prompts, 1):
+            self.check_prompt(prompt, "" if sources.from_file is None else f"{sources.from_file}, prompt {number}: ")
+        return prompts
 
     def read_lora_files(self) -> list[LoraFile]:
         """The LoRA files that the options name. Raises UserError for one that is missing."""

@@ -103,6 +103,23 @@ class ClassifierFree(Guidance):
         return negative + self.scale * (positive - negative)
 
 
+class NegativeScale(Guidance):
+    """Classifier-free guidance from the empty prompt, and away from the negative one by a scale of its own.
+
+    With the predictions u for the empty prompt, c for the positive and n for the negative one, it is
+    ``u + scale (c - u) - negative_scale (n - u)``.
+    """
+
+    roles = ("negative", "positive", "unconditional")
+
+    def __init__(self, scale: float, negative_scale: float):
+        self.scale, self.negative_scale = scale, negative_scale
+
+    def __call__(self, predict: Predict, latents: Tensor, step: Step) -> Tensor:
+        negative, positive, empty = predict(latents, step, self.roles)
+        return empty + self.scale * (positive - empty) - self.negative_scale * (negative - empty)
+
+
 class TruncatedClassifierFree(Guidance):
     """Classifier-free guidance near the noise only, whose result is no longer than the positive prediction.
 

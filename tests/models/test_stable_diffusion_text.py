@@ -15,7 +15,7 @@ from library.models.stable_diffusion.text import (
     Tokens,
     chunk_count,
     encode,
-    encode_penultimate,
+    encode_for_xl,
     join_chunks,
     require_clip_skip,
     split_into_chunks,
@@ -173,7 +173,7 @@ def test_each_chunk_is_read_alone():
 def test_sdxl_reads_layer_11_of_the_real_clip():
     """The last layer but one, which in a model of 12 layers is number 11 of 13 states."""
     encoder, tokens = clip(12), rows(20)
-    states, pooled = encode_penultimate(encoder, tokens, 99)
+    states, pooled = encode_for_xl(encoder, tokens, 99)
     all_states = encoder.text_model(tokens.ids[:, 0], output_hidden_states=True).hidden_states
     assert len(all_states) == 13 and pooled is None
     assert torch.equal(states, all_states[11])
@@ -181,9 +181,9 @@ def test_sdxl_reads_layer_11_of_the_real_clip():
 
 def test_the_pooled_text_is_that_of_the_first_chunk():
     encoder, tokens = clip(3, projection=24), rows(100, chunks=2)
-    _, pooled = encode_penultimate(encoder, tokens, 99)
+    _, pooled = encode_for_xl(encoder, tokens, 99)
     first = Tokens(tokens.ids[:, :1])
-    torch.testing.assert_close(pooled, encode_penultimate(encoder, first, 99)[1])
+    torch.testing.assert_close(pooled, encode_for_xl(encoder, first, 99)[1])
     last = encoder.text_model(tokens.ids[:, 0]).last_hidden_state[:, 76]
     torch.testing.assert_close(pooled, last @ encoder.text_projection.weight.T)
 
@@ -191,7 +191,7 @@ def test_the_pooled_text_is_that_of_the_first_chunk():
 def test_the_pooled_text_stands_at_the_first_end_though_added_tokens_have_higher_ids():
     encoder, tokens = clip(3, projection=24), rows(10)
     tokens.ids[0, 0, 4] = 105
-    _, pooled = encode_penultimate(encoder, tokens, 99)
+    _, pooled = encode_for_xl(encoder, tokens, 99)
     last = encoder.text_model(tokens.ids[:, 0]).last_hidden_state[:, 11]
     torch.testing.assert_close(pooled, encoder.text_projection(last))
 
@@ -204,7 +204,7 @@ def test_weights_multiply_states_and_leave_the_pooled_text():
     factors = torch.ones(2, 152)
     factors[0, 4], factors[0, 76], factors[1, 2] = 1.5, 0.0, -2.0
     torch.testing.assert_close(encode(encoder, weighted), encode(encoder, tokens) * factors[..., None])
-    states, pooled = encode_penultimate(encoder, tokens, 99)
-    weighted_states, weighted_pooled = encode_penultimate(encoder, weighted, 99)
+    states, pooled = encode_for_xl(encoder, tokens, 99)
+    weighted_states, weighted_pooled = encode_for_xl(encoder, weighted, 99)
     torch.testing.assert_close(weighted_states, states * factors[..., None])
     assert torch.equal(weighted_pooled, pooled)

@@ -7,16 +7,16 @@ diffusers' and transformers' modules.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.checkpoints import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
+from library.checkpoints import Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.models.autoencoder_parts import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
+from library.models.hub import is_hub_id
 from library.models.lean_imports import diffusers_class
 from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedPart
@@ -60,7 +60,6 @@ TIME_IDS = 6
 EDM_KEYS = {"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"}
 EDM = "was trained with the EDM schedule (as Playground 2.5 and CosXL), which is not supported."
 PREDICTIONS = {"v_prediction": True, "epsilon": False}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,7 @@ def open_stable_diffusion(
 
 
 def _refuse_hub_id(path: Path, option: str) -> None:
-    is_file_name = path.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES)
-    if not path.exists() and not is_file_name and HUB_ID.fullmatch(path.as_posix()):
+    if is_hub_id(path):
         raise UserError(
             f"{option}: there is no file or folder {path.as_posix()}, and models are not downloaded from the Hugging "
             f'Face hub; if it is an id there, fetch it with "hf download {path.as_posix()} --local-dir FOLDER" and '

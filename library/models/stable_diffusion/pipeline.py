@@ -10,26 +10,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from library.console import warn
 from library.errors import UserError
 from library.memory.storage import BlocksStoredAs, StorageDtype
 from library.models.attention import AttentionBackend
 from library.models.autoencoder_parts import all_finite, overflow_advice, visible
 from library.models.clip import ClipFile
 from library.models.pipeline import Conditioning, ImageRequest, Pipeline
-from library.models.sampling import ClassifierFree, DiffusersSolver, Guidance, Role, Unguided
+from library.models.sampling import ClassifierFree, DiffusersSolver, Guidance, NegativeScale, Role, Unguided
+from library.models.stable_diffusion.added_words import AddedWords
 from library.models.stable_diffusion.checkpoint import UnetFile, VaeFile, Variant, open_stable_diffusion
+from library.models.stable_diffusion.image_text import ImageTexts, image_chunks, image_tokens, whole_chunks
 from library.models.stable_diffusion.sampling import make_scheduler
 from library.models.stable_diffusion.text import (
+    CHUNK,
+    Join,
     Tokens,
     chunk_count,
     encode,
-    encode_penultimate,
+    encode_for_xl,
     require_clip_skip,
     tokenize,
+    weighted_and_joined,
 )
 from library.models.stable_diffusion.unet import block_lists, set_attention_backend
 from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, TokenizerKind
 from library.prompt_options import PromptOptions
+from library.text_files import shown
 
 Part = Literal["unet", "autoencoder", "text_encoder", "text_encoder_2"]
 Encoder = Literal["text_encoder", "text_encoder_2"]
@@ -64,9 +71,14 @@ class StableDiffusionRequest(ImageRequest):
 
     sample_steps: int = 30
     scale: float = 7.5
+    negative_scale: float | None = None
+    """How far guidance leads away from the negative prompt, where the empty one is what it leads away from by
+    ``scale``; None: the negative prompt takes the empty one's place."""
     sampler: str = "ddim"
     original_size: tuple[int, int] | None = None
     """Height and width that XL is told the image had before it was scaled; None: the image's."""
+    negative_original_size: tuple[int, int] | None = None
+    """The same for the negative and the empty prompt; None: as for the positive one."""
     crop: tuple[int, int] = (0, 0)
     """Pixels that XL is told were cut off at the top and at the left."""
     target_size: tuple[int, int] | None = None
@@ -92,8 +104,8 @@ class OpenedFiles:
 class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
     """Opens the model by its headers, loads parts when they are needed, and runs them.
 
-    ``clip_skip`` has no effect for XL. Raises UserError, before anything is loaded, when the files aren't a Stable
-    Diffusion model or an argument doesn't fit them.
+    ``clip_skip`` has no effect for XL but in texts of images, which are read as ``image_texts`` says. Raises UserError,
+    before anything is loaded, when the files aren't a Stable Diffusion model or an argument doesn't fit them.
     """
 
     all_parts = PARTS
@@ -113,6 +125,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         clip_skip: int | None = None,
         max_token_length: int | None = 75,
         weighted_captions: bool = False,
+        image_texts: ImageTexts | None = None,
         attention_backend: AttentionBackend = "sdpa",
     ):
         super().__init__(dtype, device, dtypes, attention_backend, files.tokenizer_cache_dir)
@@ -132,6 +145,15 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         self.zero_terminal_snr = zero_terminal_snr
         self.clip_skip = clip_skip
         self.weighted_captions = weighted_captions
+        self.image_texts = image_texts or ImageTexts()
+        self.words: dict[Encoder, AddedWords] = {}
+        """Words that texts of images may have beside the vocabulary, by encoder."""
+        self.channels_last = False
+        """Keep the weights of convolutions in that memory format."""
+        self.vae_slices: int | None = None
+        """Slices in which the autoencoder works through an image."""
+        self.vae_batch_size: float | None = None
+        """Images that go through the autoencoder together; below 1 a share of a batch, None all of it."""
 
     @property
     def variant(self) -> Variant:
@@ -159,9 +181,13 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         return self.files.autoencoder.config["scaling_factor"]
 
     def prepare(self, part: str, module: Any) -> None:
-        """The U-Net gets the attention backend."""
+        """The U-Net gets the attention backend, a text encoder the added words, convolutions their memory format."""
         if part == "unet":
             set_attention_backend(module, self.attention_backend)
+        if part in self.words:
+            self.words[part].attach(module)  # type: ignore[index]
+        if self.channels_last and part in ("unet", "autoencoder"):
+            module.to(memory_format=torch.channels_last)
 
     streams_first = "large"  # they lie where the image is smallest, and hold almost all of the bytes
 
@@ -225,17 +251,26 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             for encoder in encoders
         }
 
-    def encode_tokens(self, tokens: Mapping[Encoder, Tokens], trained: Collection[Encoder] = ()) -> dict[str, Tensor]:
-        """The conditioning of ``tokens``, from their encoders; gradients flow through the ``trained`` ones."""
+    def encode_tokens(
+        self,
+        tokens: Mapping[Encoder, Tokens],
+        trained: Collection[Encoder] = (),
+        xl_layer: int = 2,
+        join: Join = weighted_and_joined,
+    ) -> dict[str, Tensor]:
+        """The conditioning of ``tokens``, from their encoders; gradients flow through the ``trained`` ones.
+
+        ``xl_layer`` is the layer from the end that XL takes.
+        """
         conditioning: dict[str, Tensor] = {}
         for encoder, module in zip(tokens, self.load_text_encoders(list(tokens))):
             with torch.set_grad_enabled(encoder in trained):
                 if self.variant != "sdxl":
-                    conditioning["hidden_state"] = encode(module, tokens[encoder], self.clip_skip)
+                    conditioning["hidden_state"] = encode(module, tokens[encoder], self.clip_skip, join)
                     continue
                 number = self.encoders.index(encoder) + 1
                 end_of_text = self.tokenizers[encoder].eos_token_id
-                states, pooled = encode_penultimate(module, tokens[encoder], end_of_text)
+                states, pooled = encode_for_xl(module, tokens[encoder], end_of_text, xl_layer, join)
                 conditioning[f"hidden_state{number}"] = states
                 if pooled is not None:
                     conditioning[f"pool{number}"] = pooled
@@ -254,6 +289,47 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         ``hidden_state2`` [B, 75 n + 2, 1280] and ``pool2`` [B, 1280].
         """
         return self.encode_tokens(self.tokenize(prompts, encoders), trained)
+
+    def chunks_needed(self, texts: Sequence[str]) -> int:
+        """How many chunks of 75 tokens the longest of ``texts`` fills, at most as many as images may have.
+
+        All texts of an image need the same number. A text that is cut is named in a warning.
+        """
+        most, needed = self.image_texts.max_chunks, 1
+        for text in texts:
+            lengths = [len(image_chunks(self.tokenizer(name), text, self.words.get(name))) for name in self.encoders]
+            if max(lengths) > most:
+                warn(
+                    f"{shown(text)} needs {max(lengths)} x {CHUNK} tokens and is cut after {most} x {CHUNK}; use "
+                    f"--max_embeddings_multiples {max(lengths)} or more."
+                )
+            needed = max(needed, *lengths)
+        return min(needed, most)
+
+    @torch.no_grad()
+    def encode_image_texts(
+        self, texts: Sequence[str], encoders: Collection[Encoder] | None = None, *, chunks: int
+    ) -> list[dict[str, Tensor]]:
+        """The conditioning [1, ...] of each text of an image, ``chunks`` chunks long; see ``image_text.py``.
+
+        Every text is encoded by itself, so that its conditioning depends on nothing else. As ``encode_prompts`` gives
+        it, but with ``77 chunks`` positions and, for XL, of the layer that ``clip_skip`` names.
+        """
+        encoders = self.encoders if encoders is None else encoders
+
+        def join(states: Tensor, tokens: Tokens) -> Tensor:
+            return whole_chunks(states, tokens, self.image_texts.normalization)
+
+        conditionings = []
+        for text in texts:
+            tokens = {}
+            for encoder in encoders:
+                tokenizer = self.tokenizer(encoder)
+                tokens[encoder] = image_tokens(
+                    tokenizer, image_chunks(tokenizer, text, self.words.get(encoder)), chunks
+                )
+            conditionings.append(self.encode_tokens(tokens, xl_layer=self.clip_skip or 2, join=join))
+        return conditionings
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, **arguments: Any) -> Tensor:
         """What the U-Net predicts (noise, or v) [B, 4, h, w], float32, for noisy scaled ``latents``.
@@ -307,8 +383,12 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         return DiffusersSolver(scheduler, request.sample_steps)
 
     def guidance(self, request: StableDiffusionRequest) -> Guidance:
-        """Classifier-free for scales above 1."""
-        return ClassifierFree(request.scale) if request.scale > 1 else Unguided()
+        """Classifier-free for scales above 1, with a scale of its own for the negative prompt if there is one."""
+        if request.scale <= 1:
+            return Unguided()
+        if request.negative_scale is None:
+            return ClassifierFree(request.scale)
+        return NegativeScale(request.scale, request.negative_scale)
 
     def request_conditioning(self, request: StableDiffusionRequest, role: Role) -> Conditioning:
         """For XL with the sizes."""
@@ -316,7 +396,10 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         if self.variant != "sdxl":
             return conditioning
         size = self.image_size(request)
-        sizes = time_ids(request.original_size or size, request.crop, request.target_size or size)
+        original = request.original_size or size
+        if role != "positive":
+            original = request.negative_original_size or original
+        sizes = time_ids(original, request.crop, request.target_size or size)
         return {"time_ids": sizes, **conditioning}
 
 

@@ -4,6 +4,9 @@
 number; brackets nest. ``\\(``, ``\\)``, ``\\[``, ``\\]`` and ``\\\\`` stand for the characters themselves. A closing
 bracket without an opening one is text, and an opening one without a closing one reaches to the end. The format is that
 of AUTOMATIC1111's web UI, as kohya-ss/sd-scripts reads it.
+
+Texts of images know two words more: ``BREAK`` lets the text go on in the next chunk of tokens, and ``AND`` divides a
+prompt into sub-prompts.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import re
 from itertools import groupby
 
+BREAK = re.compile(r"\bBREAK\b")
+AND = " AND "
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 OPENING = {")": "(", "]": "["}
 PIECE = re.compile(
@@ -52,6 +57,24 @@ def parse_prompt_weights(prompt: str) -> list[tuple[str, float]]:
         for start in unclosed:
             multiply_from(start, FACTORS[opening])
     return _joined(texts, weights) or [("", 1.0)]
+
+
+def sub_prompts(prompt: str) -> list[str]:
+    """The parts of ``prompt`` between words ``AND``, in capitals with a space on each side; one where there is none."""
+    return [part.strip() for part in prompt.split(AND)]
+
+
+def parts_between_breaks(prompt: str) -> list[list[tuple[str, float]]]:
+    """The pieces of ``prompt`` with their weights, as ``parse_prompt_weights`` gives them, of each part of it.
+
+    The word ``BREAK``, in capitals, divides the parts; brackets may reach over it.
+    """
+    parts: list[list[tuple[str, float]]] = [[]]
+    for text, weight in parse_prompt_weights(prompt):
+        first, *others = BREAK.split(text)
+        parts[-1].append((first, weight))
+        parts += [[(other, weight)] for other in others]
+    return parts
 
 
 def _joined(texts: list[str], weights: list[float]) -> list[tuple[str, float]]:

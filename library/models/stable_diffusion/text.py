@@ -2,11 +2,13 @@
 
 A prompt of up to ``75 n`` tokens is cut into n chunks, each with a start and an end of text of its own, so that CLIP
 can read them; their outputs are joined to ``75 n + 2`` positions, as in kohya-ss/sd-scripts.
+
+``image_text.py`` has what ``gen_img.py`` does otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,10 @@ class Tokens:
 
     ids: Tensor
     weights: Tensor | None = None
+
+
+Join = Callable[[Tensor, Tokens], Tensor]
+"""Makes states [batch, chunks, 77, hidden] of tokens one sequence, weighted [batch, positions, hidden]."""
 
 
 def chunk_count(max_token_length: int | None) -> int:
@@ -77,19 +83,31 @@ def join_chunks(states: Tensor) -> Tensor:
     return torch.cat((states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]), dim=1)
 
 
-def encode(encoder: ClipTextEncoder, tokens: Tokens, clip_skip: int | None = None) -> Tensor:
-    """States [batch, 75 n + 2, hidden] as Stable Diffusion 1.x and 2.x take them.
+def weighted_and_joined(states: Tensor, tokens: Tokens) -> Tensor:
+    """States [batch, chunks, 77, hidden] as [batch, 75 chunks + 2, hidden], multiplied by the weights."""
+    joined = join_chunks(states)
+    if tokens.weights is None:
+        return joined
+    return joined * to_device(join_chunks(tokens.weights), joined.device, joined.dtype)[..., None]
+
+
+def encode(
+    encoder: ClipTextEncoder, tokens: Tokens, clip_skip: int | None = None, join: Join = weighted_and_joined
+) -> Tensor:
+    """States [batch, positions, hidden] as Stable Diffusion 1.x and 2.x take them.
 
     They are those of layer ``clip_skip`` from the end (1, which is also None: the last), after the final norm.
     """
     hidden_states, last = _run(encoder, tokens)
     if clip_skip is not None:
         last = encoder.text_model.final_layer_norm(hidden_states[-clip_skip])
-    return _joined(last, tokens)
+    return join(last.unflatten(0, tokens.ids.shape[:2]), tokens)
 
 
-def encode_penultimate(encoder: ClipTextEncoder, tokens: Tokens, end_of_text: int) -> tuple[Tensor, Tensor | None]:
-    """States [batch, 75 n + 2, hidden] as SDXL takes them: of the last layer but one, without the final norm.
+def encode_for_xl(
+    encoder: ClipTextEncoder, tokens: Tokens, end_of_text: int, layer: int = 2, join: Join = weighted_and_joined
+) -> tuple[Tensor, Tensor | None]:
+    """States [batch, positions, hidden] as XL takes them: of that ``layer`` from the end, without the final norm.
 
     The second is the pooled text [batch, projection] of an encoder with a ``text_projection``: the final state at the
     first ``end_of_text`` of the first chunk, projected, never weighted. (Added tokens have ids above the end token's;
@@ -101,7 +119,7 @@ def encode_penultimate(encoder: ClipTextEncoder, tokens: Tokens, end_of_text: in
         ends = to_device((tokens.ids[:, 0] == end_of_text).int().argmax(dim=-1), last.device)
         first_chunks = last.unflatten(0, tokens.ids.shape[:2])[:, 0]
         pooled = encoder.text_projection(first_chunks[torch.arange(len(ends), device=last.device), ends])
-    return _joined(hidden_states[-2], tokens), pooled
+    return join(hidden_states[-layer].unflatten(0, tokens.ids.shape[:2]), tokens), pooled
 
 
 def require_clip_skip(clip_skip: int | None, layers: int) -> None:
@@ -115,10 +133,3 @@ def _run(encoder: ClipTextEncoder, tokens: Tokens) -> tuple[tuple[Tensor, ...], 
     ids = to_device(tokens.ids.flatten(0, 1), encoder.device)
     outputs = encoder.text_model(input_ids=ids, output_hidden_states=True)
     return outputs.hidden_states, outputs.last_hidden_state
-
-
-def _joined(states: Tensor, tokens: Tokens) -> Tensor:
-    joined = join_chunks(states.unflatten(0, tokens.ids.shape[:2]))
-    if tokens.weights is None:
-        return joined
-    return joined * to_device(join_chunks(tokens.weights), joined.device, joined.dtype)[..., None]

@@ -1,0 +1,82 @@
+"""Where a model is that is named by a path, by a pattern, or by its id on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from library.checkpoints import PICKLE_SUFFIXES
+from library.console import say
+from library.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+)
+"""Names of Diffusers' weights, without those in a half format or of another framework."""
+TEXT_FILES = ("json", "txt", "model")
+
+
+def is_hub_id(name: Path | str) -> bool:
+    """Whether ``name`` can be an id on the hub and is no path that exists or that names a file."""
+    path = Path(name)
+    is_file_name = path.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES)
+    return not path.exists() and not is_file_name and HUB_ID.fullmatch(path.as_posix()) is not None
+
+
+def find_model(name: str, option: str) -> Path:
+    """The file or folder that ``name`` stands for.
+
+    That is a path, a pattern that one path matches, or an id on the hub, whose Diffusers folder is fetched with a line
+    that says so. Raises UserError, beginning with ``option``, when there are several or none.
+    """
+    if Path(name).exists():
+        return Path(name).resolve()
+    matches = sorted(glob.glob(name))
+    if len(matches) > 1:
+        raise UserError(f"{option}: {name} matches {len(matches)} files ({', '.join(matches[:5])}); name one of them.")
+    if matches:
+        return Path(matches[0]).resolve()
+    if is_hub_id(name):
+        return _fetched(Path(name).as_posix(), option)
+    return Path(name)
+
+
+def _fetched(name: str, option: str) -> Path:
+    """The folder of a model on the hub, after its files have been fetched, or the one that was fetched before."""
+    import huggingface_hub
+
+    say(f"{option}: there is no file or folder {name}; asking the Hugging Face hub, or its local cache, for it")
+    try:
+        try:
+            files = wanted_files(huggingface_hub.list_repo_files(name))
+        except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
+            raise
+        except OSError:  # without a network
+            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        if not files:
+            raise UserError(f"{option}: {name} on the Hugging Face hub is not in the layout of Diffusers.")
+        paths = [Path(huggingface_hub.hf_hub_download(name, file)) for file in files]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{option}: there is no file or folder {name}, and no model of that name to be had from the Hugging Face "
+            f"hub ({str(error).strip().splitlines()[0].rstrip('.')})."
+        ) from None
+    return paths[0].parents[files[0].count("/")]
+
+
+def wanted_files(files: Iterable[str]) -> list[str]:
+    """Those files of a Diffusers folder that make the model: weights in one format, configurations, vocabularies."""
+    by_folder: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, _ = file.rpartition("/")
+        by_folder.setdefault(folder, []).append(file)
+    wanted = []
+    for folder, names in by_folder.items():
+        weights = [name for name in names if WEIGHTS.fullmatch(name.rpartition("/")[2])]
+        safetensors = [name for name in weights if ".safetensors" in name]
+        texts = [name for name in names if name.rpartition(".")[2] in TEXT_FILES and ".index." not in name]
+        wanted += (safetensors or weights) + (texts if folder else [])
+    return wanted if any(name.endswith((".safetensors", ".bin")) for name in wanted) else []

@@ -53,22 +53,31 @@ class Session:
     def run(self, draw: Callable[[PromptOptions, str | None], None]) -> None:
         """Hand each line to ``draw`` until the last one or the end of the input; a mistake does not end the session."""
         print(self.grammar.help, flush=True)
-        for line in _lines(self.grammar.end):
-            try:
-                draw(*self.read(line))
-            except UserError as error:
-                print(f"error: {error}", flush=True)
-            except KeyboardInterrupt:
-                print("stopped", flush=True)
+        take_lines(lambda line: draw(*self.read(line)), "prompt> ", self.grammar.end)
 
 
-def _lines(end: str) -> Iterator[str]:
+def take_lines(take: Callable[[str], None], ask: str, end: str | None) -> None:
+    """Ask for lines and hand each to ``take``, until the line ``end`` (if any) or the end of the input.
+
+    Other empty lines are skipped. A mistake (UserError) is printed and Ctrl-C stops what is being drawn; neither ends
+    the session.
+    """
+    for line in _lines(ask, end):
+        try:
+            take(line)
+        except UserError as error:
+            print(f"error: {error}", flush=True)
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+
+
+def _lines(ask: str, end: str | None) -> Iterator[str]:
     reconfigure = getattr(sys.stdin, "reconfigure", None)
     if reconfigure is not None and not sys.stdin.isatty():
         reconfigure(encoding="utf-8", errors="replace")  # a pipe has the system's code page otherwise
     while True:
         try:
-            line = input("prompt> ")
+            line = input(ask)
         except (EOFError, KeyboardInterrupt):
             print()
             return

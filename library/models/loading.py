@@ -391,17 +391,10 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def load_module(
-    module: nn.Module,
-    source: TensorSource,
-    spec: LoadSpec,
-    kept_in_float32: Collection[str] = (),
-) -> None:
-    """Fill ``module``, built on the meta device, with the tensors of ``source``; it ends frozen and in eval mode.
+def require_fit(module: nn.Module, source: TensorSource) -> dict[str, Any]:
+    """The tensors of ``module`` by name, for which ``source`` has values.
 
-    Weights below the module's ``kept_dense`` (a tuple of names), where it has that, are never stored in a storage
-    format. Names that end in one of ``kept_in_float32`` become float32; where they are stored in a format, they are
-    computed with in it. Raises UserError that lists missing and unexpected tensors or names one whose shape is wrong.
+    Raises UserError that lists missing and unexpected tensors or names one whose shape is wrong.
     """
     places = module.state_dict(keep_vars=True)
     names = set(source.names())
@@ -428,6 +421,22 @@ def load_module(
                 f'{source.checkpoint.label}: tensor "{name}" is {str(stored).removeprefix("torch.")}, but weights must '
                 "be floating-point numbers; use the float32, float16, bfloat16 or fp8 version."
             )
+    return places
+
+
+def load_module(
+    module: nn.Module,
+    source: TensorSource,
+    spec: LoadSpec,
+    kept_in_float32: Collection[str] = (),
+) -> None:
+    """Fill ``module``, built on the meta device, with the tensors of ``source``; it ends frozen and in eval mode.
+
+    Weights below the module's ``kept_dense`` (a tuple of names), where it has that, are never stored in a storage
+    format. Names that end in one of ``kept_in_float32`` become float32; where they are stored in a format, they are
+    computed with in it. Raises UserError that lists missing and unexpected tensors or names one whose shape is wrong.
+    """
+    places = require_fit(module, source)
     stored_layers = _stored_layers(module, spec)
     state = {}
     with torch.no_grad():

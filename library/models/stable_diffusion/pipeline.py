@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ from library.models.stable_diffusion.unet import block_lists, set_attention_back
 from library.models.tokenizer_files import CLIP_BIG_G, CLIP_H, CLIP_L, TokenizerKind
 from library.prompt_options import PromptOptions
 from library.text_files import shown
+
+if TYPE_CHECKING:
+    from library.models.stable_diffusion.control_net import ControlNetFile
+    from library.models.stable_diffusion.control_net_lllite import LLLiteFile
 
 Part = Literal["unet", "autoencoder", "text_encoder", "text_encoder_2"]
 Encoder = Literal["text_encoder", "text_encoder_2"]
@@ -235,12 +240,17 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
 
         NaN values become black, with a warning.
         """
+        pixels = self.decode_pixels(latents)
+        advice = overflow_advice(self._compute_dtype("autoencoder"), HALF_VAE_REMEDY)
+        return visible(pixels, latents, "the U-Net", advice)
+
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """As ``decode_latents``, but gradients flow and NaN values stay."""
         autoencoder: Any = self.load_autoencoder()
         dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
         unscaled = latents.float() / self.latent_scale
         with _without_autocast(device):
-            pixels = autoencoder.decode(unscaled.to(device, dtype)).sample.float()
-        return visible(pixels, latents, "the U-Net", overflow_advice(dtype, HALF_VAE_REMEDY))
+            return autoencoder.decode(unscaled.to(device, dtype)).sample.float()
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[Encoder, Tokens]:
         """Token chunks of the prompts for each encoder (all by default), on the CPU."""
@@ -250,6 +260,12 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             encoder: tokenize(self.tokenizers[encoder], prompts, self.chunks, self.weighted_captions)
             for encoder in encoders
         }
+
+    def first_tokens(self, prompts: Sequence[str]) -> Tensor:
+        """The first chunk [B, 77] of each prompt for the first encoder, on the CPU; weights of words are left out."""
+        encoder = self.encoders[0]
+        self.load_tokenizers([encoder])
+        return tokenize(self.tokenizers[encoder], prompts, 1, True).ids[:, 0]
 
     def encode_tokens(
         self,
@@ -331,30 +347,54 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             conditionings.append(self.encode_tokens(tokens, xl_layer=self.clip_skip or 2, join=join))
         return conditionings
 
+    def unet_text(self, conditioning: Conditioning, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+        """What diffusers' U-Nets and ControlNets are given of ``conditioning``, by the names of their arguments."""
+        if self.variant != "sdxl":
+            return {"encoder_hidden_states": conditioning["hidden_state"].to(device, dtype)}
+        states = torch.cat([conditioning[name].to(device) for name in ("hidden_state1", "hidden_state2")], dim=-1)
+        # In a half format, sizes above 2048 or 256 would be rounded before they become sinusoids.
+        time_ids = conditioning["time_ids"].to(device, torch.float32)
+        added = {"text_embeds": conditioning["pool2"].to(device, dtype), "time_ids": time_ids}
+        return {"encoder_hidden_states": states.to(dtype), "added_cond_kwargs": added}
+
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, **arguments: Any) -> Tensor:
         """What the U-Net predicts (noise, or v) [B, 4, h, w], float32, for noisy scaled ``latents``.
 
         ``timesteps`` [B] are in 0..999; ``arguments`` are further ones of diffusers' U-Net. XL's ``conditioning`` also
         holds ``time_ids`` [B, 6]: the original height and width, the crop's top and left, the target height and width.
         """
-        device, dtype = latents.device, self._compute_dtype("unet")
-        added: dict[str, Tensor] | None = None
-        if self.variant == "sdxl":
-            states = torch.cat([conditioning[name].to(device) for name in ("hidden_state1", "hidden_state2")], dim=-1)
-            # In a half format, sizes above 2048 or 256 would be rounded before they become sinusoids.
-            time_ids = conditioning["time_ids"].to(device, torch.float32)
-            added = {"text_embeds": conditioning["pool2"].to(device, dtype), "time_ids": time_ids}
-        else:
-            states = conditioning["hidden_state"].to(device)
         unet: Any = self.load_transformer()
-        out = unet(
-            latents.to(dtype),
-            timesteps.to(device),
-            encoder_hidden_states=states.to(dtype),
-            added_cond_kwargs=added,
-            **arguments,
-        )
+        text = self.unet_text(conditioning, latents.device, self._compute_dtype("unet"))
+        out = unet(latents.to(self._compute_dtype("unet")), timesteps.to(latents.device), **text, **arguments)
         return out.sample.float()
+
+    # Control
+
+    def open_control_net(self, path: Path | str, option: str) -> ControlNetFile:
+        """A ControlNet for this model, opened by its headers. Raises UserError, naming ``option``, for other files."""
+        from library.models.stable_diffusion.control_net import open_control_net
+
+        return open_control_net(path, self.files.unet, option)
+
+    def load_control_net(self, opened: ControlNetFile) -> Any:
+        """An opened ControlNet on the device, in the pipeline's dtype and with its attention."""
+        from library.models.stable_diffusion.control_net import load_control_net
+
+        return load_control_net(opened, self.dtype, self.device, self.attention_backend)
+
+    def open_lllite(self, path: Path | str, option: str) -> LLLiteFile:
+        """A ControlNet-LLLite for this model, opened by its headers. Raises UserError, as ``open_control_net``."""
+        from library.models.stable_diffusion.control_net_lllite import open_lllite
+
+        return open_lllite(path, self.files.unet, self.variant, option)
+
+    def before_lllite_layers(
+        self, unet: Any, paths: Collection[str], change: Callable[[str, Tensor], Tensor]
+    ) -> AbstractContextManager[Any]:
+        """While it is active, the U-Net's layers of those original paths get what ``change`` makes of their inputs."""
+        from library.models.stable_diffusion.control_net_lllite import before_layers
+
+        return before_layers(unet, paths, change)
 
     # Drawing
 

@@ -1,0 +1,89 @@
+"""ControlNets in the denoising loop: what they make of the hint images is added to the U-Net's features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.generation.control_options import CONTROL_NETS, Control, Hints
+from library.generation.features import Batch, Feature
+from library.models.sampling import ModelCall, RunModel, StepHook
+
+SHRUNK = "the features that a ControlNet adds to would have another size"
+
+
+class ControlNets(Feature):
+    """The models of ``--control_net_models``. Raises UserError for files that don't fit the pipeline's model."""
+
+    option = CONTROL_NETS
+    refuses = {"--ds_depth_1": SHRUNK}
+
+    def __init__(self, pipeline: Any, hints: Hints, first_stage_only: bool = False):
+        self.pipeline = pipeline
+        self.hints = hints
+        self.first_stage_only = first_stage_only
+        self.files = [pipeline.open_control_net(used.path, CONTROL_NETS) for used in hints.used]
+        self.models: list[Any] = []
+
+    def hook(self, batch: Batch) -> StepHook | None:
+        """What adds to the U-Net's features, at the batch's size."""
+        if batch.stage == 2 and self.first_stage_only:
+            return None
+        if not self.models:
+            self.models = [self.pipeline.load_control_net(file) for file in self.files]
+        hints = [hint_pixels(self.hints, batch, model) for model in range(len(self.files))]
+        return ControlNetHook(self.pipeline, self.models, self.hints.used, hints)
+
+
+def hint_pixels(hints: Hints, batch: Batch, model: int) -> Tensor:
+    """The hints [B, 3, H, W], in 0..1, of a model for the images of a batch."""
+    images = [hints.image(number, model, batch.width, batch.height) for number in batch.numbers]
+    return torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255 for image in images])
+
+
+class ControlNetHook(StepHook):
+    """ControlNets that act in turn, or together for XL; ``hints`` [B, 3, H, W] are in 0..1, for each of them."""
+
+    def __init__(self, pipeline: Any, models: Sequence[Any], used: Sequence[Control], hints: Sequence[Tensor]):
+        self.pipeline = pipeline
+        self.models = models
+        self.used = used
+        self.hints = [hint.to(pipeline.device) for hint in hints]
+
+    def around(self, run: RunModel, call: ModelCall) -> Tensor:
+        """The call with what the models that act at its step add."""
+        index, count = call.step.index, call.step.count
+        candidates = range(len(self.models))
+        if self.pipeline.variant != "sdxl":
+            candidates = range(index % len(self.models), index % len(self.models) + 1)
+        acting = [model for model in candidates if self.used[model].acts(index, count)]
+        if not any(self.used[model].multiplier for model in acting):
+            return run(call)
+        added = [self._residuals(model, call) for model in acting]
+        down = [torch.stack(levels).mean(0) for levels in zip(*(down for down, _ in added))]
+        middle = torch.stack([middle for _, middle in added]).mean(0)
+        extras = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+        return run(replace(call, extras={**call.extras, **extras}))
+
+    def _residuals(self, model: int, call: ModelCall) -> tuple[Sequence[Tensor], Tensor]:
+        latents, network = call.latents, self.models[model]
+        stride, (height, width) = self.pipeline.latent_stride, latents.shape[2:]
+        hints = self.hints[model].repeat(len(latents) // len(self.hints[model]), 1, 1, 1)
+        if hints.shape[2:] != (height * stride, width * stride):
+            size = (height * stride, width * stride)
+            hints = F.interpolate(hints, size, mode="bicubic", align_corners=False).clamp(0, 1)
+        dtype = network.dtype
+        return network(
+            latents.to(dtype),
+            call.timesteps.to(latents.device),
+            controlnet_cond=hints.to(dtype),
+            conditioning_scale=self.used[model].multiplier,
+            return_dict=False,
+            **self.pipeline.unet_text(call.conditioning, latents.device, dtype),
+        )

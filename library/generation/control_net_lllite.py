@@ -1,0 +1,87 @@
+"""ControlNet-LLLite in the denoising loop: what the hint images make of the inputs of attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from library.generation.control_net import SHRUNK, hint_pixels
+from library.generation.control_options import LLLITES, Control, Hints
+from library.generation.features import Batch, Feature
+from library.models.sampling import ModelCall, RunModel, StepHook
+
+
+class LLLites(Feature):
+    """The models of ``--control_net_lllite_models``. Raises UserError for files that don't fit the pipeline's model."""
+
+    option = LLLITES
+    refuses = {"--ds_depth_1": SHRUNK}
+
+    def __init__(self, pipeline: Any, hints: Hints, first_stage_only: bool = False):
+        self.pipeline = pipeline
+        self.hints = hints
+        self.first_stage_only = first_stage_only
+        self.files = [pipeline.open_lllite(used.path, LLLITES) for used in hints.used]
+        self.models: list[Any] = []
+
+    def hook(self, batch: Batch) -> StepHook | None:
+        """What adds to the inputs of the U-Net's layers, for hints of the batch's size."""
+        if batch.stage == 2 and self.first_stage_only:
+            return None
+        if not self.models:
+            self.models = [file.load(self.pipeline.dtype, self.pipeline.device) for file in self.files]
+        hints = [2 * hint_pixels(self.hints, batch, model) - 1 for model in range(len(self.files))]
+        return LLLiteHook(self.pipeline, self.models, self.hints.used, hints)
+
+
+class LLLiteHook(StepHook):
+    """Adds to the layers' inputs what every model makes of them, the last one first.
+
+    ``models`` hold their modules by the layers' paths; ``hints`` [B, 3, H, W] are in -1..1, for each of them. A hint's
+    maps are made once for each size of the latents.
+    """
+
+    def __init__(
+        self, pipeline: Any, models: Sequence[dict[str, Any]], used: Sequence[Control], hints: Sequence[Tensor]
+    ):
+        self.pipeline = pipeline
+        self.models = models
+        self.used = used
+        self.hints = [hint.to(pipeline.device, pipeline.dtype) for hint in hints]
+        self.maps: dict[tuple[int, str, tuple[int, ...]], Tensor] = {}
+        self.acting: list[int] = []
+        self.latent_size: tuple[int, int] = (0, 0)
+
+    def attached(self, denoiser: Any) -> AbstractContextManager[Any]:
+        """While the context is active, the layers' inputs are added to."""
+        paths = {path for model in self.models for path in model}
+        return self.pipeline.before_lllite_layers(denoiser, paths, self._added)
+
+    def around(self, run: RunModel, call: ModelCall) -> Tensor:
+        """The call, with the models that act at its step."""
+        height, width = call.latents.shape[2:]
+        self.latent_size = (height, width)
+        step = call.step
+        acting = [i for i, used in enumerate(self.used) if used.multiplier and used.acts(step.index, step.count)]
+        self.acting = acting[::-1]  # a model that is added later stands in front of the others
+        try:
+            return run(call)
+        finally:
+            self.acting = []
+
+    def _added(self, path: str, x: Tensor) -> Tensor:
+        for index in self.acting:
+            module = self.models[index].get(path)
+            if module is not None:
+                change = module(x.to(self.pipeline.dtype), self._map(index, path, module))
+                x = x + (self.used[index].multiplier * change).to(x.dtype)
+        return x
+
+    def _map(self, index: int, path: str, module: Any) -> Tensor:
+        key = (index, path, self.latent_size)
+        if key not in self.maps:
+            self.maps[key] = module.hint_map(self.hints[index], self.latent_size)
+        return self.maps[key]

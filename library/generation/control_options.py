@@ -1,0 +1,164 @@
+"""ControlNets of ``gen_img.py``: their options, and what the options ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from library.console import warn
+from library.errors import UserError
+from library.generation.guide_images import OPTION as GUIDE_OPTION
+from library.generation.guide_images import GuideImages
+from library.options import Aliases
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from library.generation.features import Feature
+
+CONTROL_NETS = "--control_net_models"
+LLLITES = "--control_net_lllite_models"
+CANNY = re.compile(r"canny(?:_(\d+)_(\d+))?")
+CANNY_THRESHOLDS = (63, 191)
+
+
+@dataclass
+class ControlOptions:
+    """ControlNet"""
+
+    control_net_models: list[str] = field(default_factory=list)
+    """ControlNet files (the original layout, as weights or as differences, or Diffusers') or folders. Several of Stable
+    Diffusion 1.x and 2.x act in turn, step by step; of SDXL, the mean of what they add is used."""
+    control_net_preps: list[str] = field(default_factory=list)
+    """What is done to the hint image of each ControlNet: none, canny, or canny with its two thresholds, as in
+    canny_63_191."""
+    control_net_multipliers: Annotated[list[float], Aliases("control_net_weights")] = field(default_factory=list)
+    """Strength of each ControlNet or ControlNet-LLLite; 1 where none is given."""
+    control_net_ratios: list[float] = field(default_factory=list)
+    """Up to which share of the steps, 0 to 1, each ControlNet or ControlNet-LLLite acts; 1 where none is given."""
+    control_net_lllite_models: list[str] = field(default_factory=list)
+    """ControlNet-LLLite files, for SDXL; several act together."""
+    guide_image_path: list[str] = field(default_factory=list)
+    """Images, or folders of them, that ControlNets take as hints and image guidance as its aims. Each image that is
+    drawn takes the next one, or the next one for each ControlNet."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """What one model is used with."""
+
+    path: str
+    multiplier: float = 1.0
+    ratio: float = 1.0
+    canny: tuple[int, int] | None = None
+    """The thresholds of the edges that the hint image is replaced by; None: it is used as it is."""
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether its ratio lets it act at that step, from 0."""
+        return step / steps <= self.ratio
+
+
+def controls(models: Sequence[str], options: ControlOptions) -> list[Control]:
+    """Each of ``models`` with what the options say of it. Raises UserError."""
+    for name in ("control_net_preps", "control_net_multipliers", "control_net_ratios"):
+        count = len(getattr(options, name))
+        if count > len(models):
+            raise UserError(f"--{name}: {count} values are given for {len(models)} ControlNet models.")
+    for ratio in options.control_net_ratios:
+        if not 0 <= ratio <= 1:
+            raise UserError(f"--control_net_ratios: a ratio must be between 0 and 1, not {ratio:g}.")
+    preps = [_thresholds(text) for text in options.control_net_preps]
+    return [
+        Control(
+            model,
+            _of(options.control_net_multipliers, index, 1.0),
+            _of(options.control_net_ratios, index, 1.0),
+            _of(preps, index, None),
+        )
+        for index, model in enumerate(models)
+    ]
+
+
+def _of(values: Sequence[Any], index: int, missing: Any) -> Any:
+    return values[index] if index < len(values) else missing
+
+
+def _thresholds(text: str) -> tuple[int, int] | None:
+    if text.lower() == "none":
+        return None
+    match = CANNY.fullmatch(text.lower())
+    if match is None:
+        raise UserError(
+            f'--control_net_preps: "{text}" is not known; write none, canny, or canny with its two thresholds '
+            "(canny_63_191)."
+        )
+    return CANNY_THRESHOLDS if match[1] is None else (int(match[1]), int(match[2]))
+
+
+class Hints:
+    """Which guide images the models take: for each drawn image one for each model, in order; a single one is for all.
+
+    Raises UserError when there are too few.
+    """
+
+    def __init__(self, guides: GuideImages, used: Sequence[Control], option: str):
+        if not len(guides):
+            raise UserError(f"{option} needs hint images: name them with {GUIDE_OPTION}.")
+        guides.check()
+        if 1 < len(guides) < len(used):
+            raise UserError(
+                f"{GUIDE_OPTION}: {len(guides)} images are given for {len(used)} ControlNet models; each image that is "
+                "drawn needs one for each of them, or one for all."
+            )
+        if len(guides) > 1 and len(guides) % len(used):
+            warn(
+                f"{GUIDE_OPTION}: the last {len(guides) % len(used)} of {len(guides)} images are not used: each image "
+                f"that is drawn takes {len(used)}, one for each ControlNet model."
+            )
+        self.guides = guides
+        self.used = used
+
+    def image(self, number: int, model: int, width: int, height: int) -> Image:
+        """The hint that a model, by its index, takes for the drawn image of that number."""
+        from PIL import Image
+
+        count = len(self.used)
+        index = 0 if len(self.guides) == 1 else number % (len(self.guides) // count) * count + model
+        resized = self.guides.image(index).resize((width, height), Image.Resampling.LANCZOS)
+        thresholds = self.used[model].canny
+        return resized if thresholds is None else edges(resized, thresholds)
+
+
+def edges(image: Image, thresholds: tuple[int, int]) -> Image:
+    """White edges on black, as the Canny algorithm finds them between the two thresholds."""
+    import cv2
+    import numpy
+    from PIL import Image
+
+    found = cv2.Canny(cv2.cvtColor(numpy.array(image), cv2.COLOR_RGB2GRAY), *thresholds)
+    return Image.fromarray(found).convert("RGB")
+
+
+def open_control(options: ControlOptions, pipeline: Any, first_stage_only: bool = False) -> Feature | None:
+    """The feature that the options ask for; None where they ask for none.
+
+    ``first_stage_only`` leaves it out of the second stage of Highres. fix. Raises UserError, before anything is loaded,
+    for options and files that cannot be used.
+    """
+    if options.control_net_models and options.control_net_lllite_models:
+        raise UserError(f"{CONTROL_NETS} and {LLLITES} cannot be used at the same time.")
+    models = options.control_net_models or options.control_net_lllite_models
+    used = controls(models, options)
+    if not models:
+        return None
+    option = CONTROL_NETS if options.control_net_models else LLLITES
+    hints = Hints(GuideImages(options.guide_image_path), used, option)
+    if options.control_net_models:
+        from library.generation.control_net import ControlNets
+
+        return ControlNets(pipeline, hints, first_stage_only)
+    from library.generation.control_net_lllite import LLLites
+
+    return LLLites(pipeline, hints, first_stage_only)

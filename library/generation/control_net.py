@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from library.generation.control_options import CONTROL_NETS, Control, Hints
+from library.generation.control_hints import CONTROL_NETS, Control, Hints
 from library.generation.features import Batch, Feature
 from library.models.sampling import ModelCall, RunModel, StepHook
 

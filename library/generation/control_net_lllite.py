@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from library.generation.control_hints import LLLITES, Control, Hints
 from library.generation.control_net import SHRUNK, hint_pixels
-from library.generation.control_options import LLLITES, Control, Hints
 from library.generation.features import Batch, Feature
 from library.models.sampling import ModelCall, RunModel, StepHook
 

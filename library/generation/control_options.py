@@ -7,19 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from library.console import warn
 from library.errors import UserError
-from library.generation.guide_images import OPTION as GUIDE_OPTION
+from library.generation.control_hints import CONTROL_NETS, LLLITES, Control, Hints
 from library.generation.guide_images import GuideImages
 from library.options import Aliases
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from library.generation.features import Feature
 
-CONTROL_NETS = "--control_net_models"
-LLLITES = "--control_net_lllite_models"
 CANNY = re.compile(r"canny(?:_(\d+)_(\d+))?")
 CANNY_THRESHOLDS = (63, 191)
 
@@ -43,21 +38,6 @@ class ControlOptions:
     guide_image_path: list[str] = field(default_factory=list)
     """Images, or folders of them, that ControlNets take as hints and image guidance as its aims. Each image that is
     drawn takes the next one, or the next one for each ControlNet."""
-
-
-@dataclass(frozen=True)
-class Control:
-    """What one model is used with."""
-
-    path: str
-    multiplier: float = 1.0
-    ratio: float = 1.0
-    canny: tuple[int, int] | None = None
-    """The thresholds of the edges that the hint image is replaced by; None: it is used as it is."""
-
-    def acts(self, step: int, steps: int) -> bool:
-        """Whether its ratio lets it act at that step, from 0."""
-        return step / steps <= self.ratio
 
 
 def controls(models: Sequence[str], options: ControlOptions) -> list[Control]:
@@ -95,50 +75,6 @@ def _thresholds(text: str) -> tuple[int, int] | None:
             "(canny_63_191)."
         )
     return CANNY_THRESHOLDS if match[1] is None else (int(match[1]), int(match[2]))
-
-
-class Hints:
-    """Which guide images the models take: for each drawn image one for each model, in order; a single one is for all.
-
-    Raises UserError when there are too few.
-    """
-
-    def __init__(self, guides: GuideImages, used: Sequence[Control], option: str):
-        if not len(guides):
-            raise UserError(f"{option} needs hint images: name them with {GUIDE_OPTION}.")
-        guides.check()
-        if 1 < len(guides) < len(used):
-            raise UserError(
-                f"{GUIDE_OPTION}: {len(guides)} images are given for {len(used)} ControlNet models; each image that is "
-                "drawn needs one for each of them, or one for all."
-            )
-        if len(guides) > 1 and len(guides) % len(used):
-            warn(
-                f"{GUIDE_OPTION}: the last {len(guides) % len(used)} of {len(guides)} images are not used: each image "
-                f"that is drawn takes {len(used)}, one for each ControlNet model."
-            )
-        self.guides = guides
-        self.used = used
-
-    def image(self, number: int, model: int, width: int, height: int) -> Image:
-        """The hint that a model, by its index, takes for the drawn image of that number."""
-        from PIL import Image
-
-        count = len(self.used)
-        index = 0 if len(self.guides) == 1 else number % (len(self.guides) // count) * count + model
-        resized = self.guides.image(index).resize((width, height), Image.Resampling.LANCZOS)
-        thresholds = self.used[model].canny
-        return resized if thresholds is None else edges(resized, thresholds)
-
-
-def edges(image: Image, thresholds: tuple[int, int]) -> Image:
-    """White edges on black, as the Canny algorithm finds them between the two thresholds."""
-    import cv2
-    import numpy
-    from PIL import Image
-
-    found = cv2.Canny(cv2.cvtColor(numpy.array(image), cv2.COLOR_RGB2GRAY), *thresholds)
-    return Image.fromarray(found).convert("RGB")
 
 
 def open_control(options: ControlOptions, pipeline: Any, first_stage_only: bool = False) -> Feature | None:

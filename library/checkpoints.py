@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from library.errors import UserError, did_you_mean
 from library.safetensors_io import DTYPES, TensorEntry, open_regular, read_header, strict_json
@@ -142,35 +142,47 @@ def _read_into(file: IO[bytes], buffer: memoryview, path: Path) -> None:
         filled += count
 
 
+def load_pickled(path: Path, disable_mmap: bool = False, classes: Sequence[type] = ()) -> dict[Any, Any]:
+    """The dictionary in a file that PyTorch pickled, read so that no code in it runs.
+
+    Beside tensors it may hold objects of these ``classes``. Raises UserError for anything else.
+    """
+    import pickle
+    import zipfile
+
+    import torch
+
+    open_regular(path).close()
+    can_map = not disable_mmap and zipfile.is_zipfile(path)  # the format before PyTorch 1.6 can't be mapped
+    try:
+        with torch.serialization.safe_globals([*classes]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors, and loading it could run code that someone put there; "
+            "use the safetensors version of this model."
+        ) from None
+    except Exception as error:  # a damaged file may end the unpickler on any kind of error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} cannot be read as a PyTorch file: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} contains no set of named tensors.")
+    return content
+
+
 class PickledCheckpoint(Checkpoint):
     """A ``.ckpt``, ``.pt``, ``.pth`` or ``.bin`` file, read with ``weights_only=True``, so that no code in it runs."""
 
     def __init__(self, path: Path, disable_mmap: bool = False):
-        import pickle
-        import zipfile
-
         import torch
 
-        open_regular(path).close()
+        content = load_pickled(path, disable_mmap)
         self.path = path
         self.files = [path]
         self.label = str(path)
         self.metadata: dict[str, str] = {}
-        can_map = not disable_mmap and zipfile.is_zipfile(path)  # the format before PyTorch 1.6 can't be mapped
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"{path} holds more than tensors, and loading it could run code that someone put there; "
-                "use the safetensors version of this model."
-            ) from None
-        except Exception as error:  # a damaged file may end the unpickler on any kind of error
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{path} cannot be read as a PyTorch file: {reason}") from None
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        if isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
-        if not isinstance(content, dict):
-            raise UserError(f"{path} contains no set of named tensors.")
         self.tensors = {
             key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)
         }

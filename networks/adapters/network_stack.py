@@ -106,18 +106,25 @@ class NetworkStack:
         modules = [place.module for place in self.places.get(part, [])]
         return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
-    def enter(self, part: str, model: nn.Module, device: torch.device | str) -> None:
-        """Put the modules of ``part`` into ``model``, which works on ``device``, or their effect into its weights."""
+    def modules_in(self, part: str, model: nn.Module) -> list[AdapterModule]:
+        """The modules of ``part``, now those of the layers of ``model``; they do not act yet."""
         self.leave(part)
-        for place in self.places.get(part, []):
+        places = self.places.get(part, [])
+        for place in places:
             layer: Any = model.get_submodule(place.path)
             place.module.transfer(layer)
+        return [place.module for place in places]
+
+    def enter(self, part: str, model: nn.Module, device: torch.device | str) -> None:
+        """Put the modules of ``part`` into ``model``, which works on ``device``, or their effect into its weights."""
+        for module in self.modules_in(part, model):
             if self.merge:
-                place.module.merge(device)
-                place.module.transfer(place.meta_module)
+                module.merge(device)
             else:
-                place.module.to(device)
-                place.module.apply_to()
+                module.to(device)
+                module.apply_to()
+        if self.merge:
+            self.leave(part)
 
     def leave(self, part: str) -> None:
         """Take the modules out of ``part``, so that nothing here keeps it in memory; merged weights stay merged."""

@@ -364,7 +364,7 @@ def test_a_merged_model_is_written_and_nothing_is_drawn(inference, lora_files, p
 
 def test_lycoris_files_are_merged(inference, plain, tmp_path):
     kohya = pytest.importorskip("lycoris.kohya")
-    from library.training.network.lycoris import LycorisModule
+    from library.lycoris import LycorisModule
 
     module = HunyuanImagePipeline(pipeline_files(inference), torch.float32, "cpu").load("transformer")
     network = LycorisModule(kohya).create_network(1.0, 4, 2.0, None, [], module, algo="loha")

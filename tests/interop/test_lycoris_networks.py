@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
+from library.lycoris import LycorisModule, quiet_imports
 from library.options import parse_options
 from library.safetensors_io import model_hash
-from library.training.network.lycoris import LycorisModule, quiet_imports
 from library.training.objective.step_inputs import ItemDraws
 from tests.families.families import TINY
 from tests.running import forget_accelerator, trainer_class

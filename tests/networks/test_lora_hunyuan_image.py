@@ -283,7 +283,7 @@ def test_oft_turns_the_attention_or_every_layer_and_its_file_has_a_tensor_for_ea
 
 
 def test_lycoris_finds_the_same_layers(hunyuan):
-    from library.training.network.lycoris import LycorisModule, quiet_imports
+    from library.lycoris import LycorisModule, quiet_imports
 
     quiet_imports()
     package = LycorisModule(pytest.importorskip("lycoris.kohya"))

@@ -19,7 +19,7 @@ from library.checkpoints import load_tensors, open_checkpoint
 from library.console import say
 from library.errors import UserError
 from library.families import network_modules
-from library.training.network.lycoris import LycorisModule, quiet_imports
+from library.lycoris import LycorisModule, quiet_imports
 
 REQUIRED_METHODS = (
     *("apply_to", "set_multiplier", "prepare_grad_etc", "on_epoch_start", "load_weights", "save_weights"),

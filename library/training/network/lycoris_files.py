@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.checkpoints import load_tensors
 from library.errors import UserError
-from library.training.network.lycoris import LycorisModule, quiet_imports
+from library.lycoris import LycorisModule, quiet_imports
 
 if TYPE_CHECKING:
     import torch

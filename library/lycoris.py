@@ -147,16 +147,20 @@ class LycorisModule:
         unet: Any,
         weights_sd: Mapping[str, Tensor] | None = None,
         for_inference: bool = False,
+        keep: Callable[[str], bool] | None = None,
         **given: Any,
     ) -> tuple[Any, Mapping[str, Tensor]]:
         """The network of a file with its weights: as its metadata describes it, else as the package reads it.
 
-        The package tells a network by its tensors alone, which fails for LoKr's convolutions, (IA)^3 and others.
-        Raises UserError when the file holds nothing for these models or cannot be read that way.
+        With ``keep``, only those of its tensors whose key it says yes to. The package tells a network by its tensors
+        alone, which fails for LoKr's convolutions, (IA)^3 and others. Raises UserError when the file holds nothing for
+        these models or cannot be read that way.
         """
         metadata: Mapping[str, str] = {}
         if weights_sd is None:
             weights_sd, metadata = load_tensors(file, finite=True)
+        if keep is not None:
+            weights_sd = {key: tensor for key, tensor in weights_sd.items() if keep(key)}
         network = self._from_recipe(multiplier, metadata, weights_sd, vae, text_encoder, unet, given)
         if network is None:
             network = self._from_tensors(multiplier, file, weights_sd, vae, text_encoder, unet)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,9 @@ from library.data.batch import Batch
 from library.data.contact_sheet import to_image, write_contact_sheet
 from library.data.dataset import DatasetGroup
 from library.errors import UserError
+from library.image_window import close_windows, show_image
 
+ESCAPE = 27
 KEY_HELP = "keys in the window: any for the next image, s for the next batch, e for the next epoch, Esc to end"
 
 
@@ -72,22 +72,13 @@ def _show(batch: Batch) -> str | None:
     """Show the images; the key that was pressed ("s", "e", "escape"), or None when there is no window."""
     if batch.images is None:
         return "s"
-    # Without a display OpenCV's window library would end the process instead of raising.
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return None
-    import cv2
-    import numpy
-
     for image in batch.images:
-        pixels = numpy.asarray(to_image(image.numpy()))
-        try:
-            cv2.imshow("dataset", pixels[:, :, ::-1])
-            key = cv2.waitKey() & 0xFF
-        except cv2.error:
+        key = show_image(to_image(image.numpy()), "dataset")
+        if key is None:
             return None
-        if key == 27:
-            cv2.destroyAllWindows()
+        if key == ESCAPE:
+            close_windows()
             return "escape"
-        if chr(key) in "se":
+        if key in (ord("s"), ord("e")):
             return chr(key)
     return "s"

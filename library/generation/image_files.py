@@ -1,7 +1,8 @@
-"""Images as files: names that are never taken twice, and text in the PNG that says how to make the image again.
+"""Images as files: names that are never taken twice, and text in them that says how to make the image again.
 
-The text is written twice: as single keys, those of kohya-ss/sd-scripts' image generation where it has one, and as the
-``parameters`` text of AUTOMATIC1111's web UI, which image sites and viewers read.
+In a PNG the text is written twice: as single keys, those of kohya-ss/sd-scripts' image generation where it has one, and
+as the ``parameters`` text of AUTOMATIC1111's web UI, which image sites and viewers read. WebP and JPEG files hold the
+second one, in EXIF's UserComment, where the web UI has it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.errors import UserError, in_one_line
 from library.files import write_new
 from library.modelspec import IMPLEMENTATION_VERSION
 from library.prompt_options import PromptOptions
@@ -21,8 +23,16 @@ from library.safetensors_io import file_hash, model_hash, read_header
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 HASH_DIGITS = 12  # of a LoRA file's hash, as the web UI writes it
+SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+"""Of image files that can be written."""
+EXIF_FOLDER, USER_COMMENT = 0x8769, 0x9286
+LONGEST_COMMENT = 60_000
+"""Bytes; a JPEG file has room for 64 KiB of EXIF data."""
+UNICODE = b"UNICODE\0"
+"""What EXIF puts before a comment in UTF-16."""
 
 
 @dataclass
@@ -61,6 +71,10 @@ class ImageRecord:
     loras: Sequence[UsedLora] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     """What else the image depends on, by key."""
+    web_ui_sampler: str | None = None
+    """The web UI's name of the sampler; None: the same."""
+    web_ui_settings: Mapping[str, str] = field(default_factory=dict)
+    """What else the image depends on, by the web UI's names."""
 
     def entries(self) -> dict[str, str]:
         """The text chunks by key."""
@@ -93,13 +107,14 @@ class ImageRecord:
         hashes = ", ".join(f"{Path(lora.name).stem}: {lora.hash[:HASH_DIGITS]}" for lora in self.loras)
         values = {
             "Steps": prompt.sample_steps,
-            "Sampler": self.sampler,
+            "Sampler": self.web_ui_sampler or self.sampler,
             "CFG scale": prompt.scale,
             "Distilled CFG Scale": prompt.guidance_scale,
             "Seed": prompt.seed,
             "Size": f"{prompt.width}x{prompt.height}",
             "Model hash": self.model_hash,
             "Model": Path(self.model).stem,
+            **self.web_ui_settings,
             "Lora hashes": hashes or None,
             "Version": IMPLEMENTATION_VERSION,
         }
@@ -132,11 +147,59 @@ def save_image(image: Image.Image, folder: Path, name: str, text: Mapping[str, s
 
     Returns the path.
     """
+    return write_new(file_names(folder, name, ".png"), image_bytes(image, ".png", text))
+
+
+def image_bytes(image: Image.Image, suffix: str, text: Mapping[str, str]) -> bytes:
+    """The file of ``image`` in the format of ``suffix``, one of ``SUFFIXES``, with ``text`` by key.
+
+    A PNG has all keys, the others ``parameters`` only.
+    """
+    buffer = io.BytesIO()
+    if suffix == ".png":
+        image.save(buffer, format="PNG", pnginfo=_png_text(text))
+    else:
+        exif = _exif_text(text["parameters"]) if "parameters" in text else b""
+        image.save(buffer, format="WEBP" if suffix == ".webp" else "JPEG", quality=100, exif=exif)
+    return buffer.getvalue()
+
+
+def _png_text(text: Mapping[str, str]) -> PngInfo:
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     for key, value in text.items():
         chunks.add_text(key, value)  # becomes iTXt (UTF-8) where Latin-1 does not suffice
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=chunks)
-    return write_new(file_names(folder, name, ".png"), buffer.getvalue())
+    return chunks
+
+
+def _exif_text(text: str) -> bytes:
+    """EXIF data with ``text`` as UserComment."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    comment = text.encode("utf-16-be", errors="replace")[:LONGEST_COMMENT]
+    exif[EXIF_FOLDER] = {USER_COMMENT: UNICODE + comment}
+    return exif.tobytes()
+
+
+def text_in_image(path: Path) -> dict[str, str]:
+    """The text in an image file, by key; the comment of a WebP or JPEG file is its ``parameters``.
+
+    Raises UserError for a file that is no image or cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            texts = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+            if image.format == "PNG" and not texts:
+                texts = dict(getattr(image, "text", {}))  # may stand behind the pixels, which takes longer
+            if image.format == "PNG":
+                return texts
+            comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no image that can be read ({in_one_line(error)}).") from None
+    if isinstance(comment, bytes) and comment.startswith(UNICODE):
+        texts["parameters"] = comment[len(UNICODE) :].decode("utf-16-be", errors="replace")
+    return texts

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PureWindowsPath
 from typing import Any
 
 from library.console import warn
@@ -210,6 +211,8 @@ LIMITS: Mapping[str, tuple[str, float, float]] = {
 def check_image_prompt(prompt: ImagePrompt, place: str = "") -> None:
     """Raises UserError, beginning with ``place``, for values that no image can have."""
     check_prompt_values(prompt, place)
+    if prompt.file_name is not None:
+        _check_file_name(prompt.file_name, place)
     for side in ("width", "height"):
         value = getattr(prompt, side)
         if value is not None and value % SIDE_MULTIPLE:
@@ -222,3 +225,10 @@ def check_image_prompt(prompt: ImagePrompt, place: str = "") -> None:
         if value is not None and not least <= value <= largest:
             wanted = "not be negative" if largest == math.inf else f"be between {least:g} and {largest:g}"
             raise UserError(f"{place}{name} must {wanted}, but is {value:g}.")
+
+
+def _check_file_name(name: str, place: str) -> None:
+    """Raises UserError, beginning with ``place``, for what names no file within the output folder."""
+    path = PureWindowsPath(name)  # knows the separators and drives of every system
+    if not path.name or path.anchor or ".." in path.parts or not name.isprintable():
+        raise UserError(f"{place}--f must name a file within --outdir, not {shown(name)}.")

@@ -6,39 +6,152 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from library.errors import UserError
 from library.models.lean_imports import diffusers_class
+from library.models.stable_diffusion.control_net_lllite import LLLiteModule
 from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
 from tests.families.stable_diffusion import few_blocks
-from tools.make_tiny_control import make_tiny_control_net
+from tools.make_tiny_control import make_tiny_control_net, make_tiny_lllite
 
 OPTION = "--control_net_models"
 
 
 @pytest.fixture(scope="module")
-def sd1(few_blocks_sd1) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(StableDiffusionFiles(few_blocks_sd1), torch.float32, "cpu")
+def pipelines(few_blocks_sd1, few_blocks_sdxl) -> dict[str, StableDiffusionPipeline]:
+    files = {"sd1": few_blocks_sd1, "sdxl": few_blocks_sdxl}
+    return {v: StableDiffusionPipeline(StableDiffusionFiles(path), torch.float32, "cpu") for v, path in files.items()}
 
 
 @pytest.fixture(scope="module")
-def sdxl(few_blocks_sdxl) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(StableDiffusionFiles(few_blocks_sdxl), torch.float32, "cpu")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("control")
 
 
-def state(pipeline: StableDiffusionPipeline, path: Path) -> dict[str, torch.Tensor]:
-    module = pipeline.load_control_net(pipeline.open_control_net(path, OPTION))
-    return module.state_dict()
+def loaded(pipeline: StableDiffusionPipeline, path: Path) -> dict[str, Tensor]:
+    return pipeline.load_control_net(pipeline.open_control_net(path, OPTION)).state_dict()
 
 
-def test_every_layout_of_a_control_net_gives_the_tensors_of_diffusers_own_model(sd1, sdxl, tmp_path):
-    for pipeline, variant in ((sd1, "sd1"), (sdxl, "sdxl")):
-        shape = few_blocks(variant)
-        folder = make_tiny_control_net(tmp_path / variant / "diffusers", variant, "diffusers", shape=shape)
-        wanted = diffusers_class("ControlNetModel").from_pretrained(folder).state_dict()
-        for layout in ("original", "difference"):
-            path = make_tiny_control_net(tmp_path / variant / layout, variant, layout, shape=shape)
-            found = state(pipeline, path)
-            assert found.keys() == wanted.keys()
-            for name, value in wanted.items():
-                torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6 if layout == "difference" else 0)
-        assert all(torch.equal(value, wanted[name]) for name, value in state(pipeline, folder).items())
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+def test_every_layout_of_a_control_net_gives_the_tensors_of_diffusers_own_model(pipelines, variant, tmp_path):
+    shape = few_blocks(variant)
+    folder = make_tiny_control_net(tmp_path / "diffusers", variant, "diffusers", shape=shape)
+    wanted = load_file(folder / "diffusion_pytorch_model.safetensors")
+    for layout in ("original", "difference", "diffusers"):
+        path = make_tiny_control_net(tmp_path / layout, variant, layout, shape=shape)
+        found = loaded(pipelines[variant], path)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6 if layout == "difference" else 0)
+
+
+def test_original_names_become_those_that_diffusers_converts_them_to(pipelines, tmp_path):
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    path = make_tiny_control_net(tmp_path, "sd1", shape=few_blocks("sd1"))
+    pipeline = pipelines["sd1"]
+    opened = pipeline.open_control_net(path, OPTION)
+    config = dict(diffusers_class("ControlNetModel")(**opened.config).config)
+    theirs = convert_controlnet_checkpoint(load_file(path), config)
+    ours = loaded(pipeline, path)
+    assert {name for name in theirs if not torch.equal(theirs[name], ours[name])} == set()
+    assert theirs.keys() == ours.keys()
+
+
+def test_a_file_without_the_prefix_is_the_same(pipelines, tmp_path):
+    path = make_tiny_control_net(tmp_path, "sd1", shape=few_blocks("sd1"))
+    bare = {name.removeprefix("control_model."): value for name, value in load_file(path).items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    ours, expected = (loaded(pipelines["sd1"], p) for p in (tmp_path / "bare.safetensors", path))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_files_that_are_no_control_net_of_the_model_are_refused_in_one_sentence(pipelines, few_blocks_sd1, tmp_path):
+    xl = make_tiny_control_net(tmp_path / "xl", "sdxl", shape=few_blocks("sdxl"))
+    wide = make_tiny_control_net(tmp_path / "wide", "sd1")
+    whole = load_file(make_tiny_control_net(tmp_path / "sd1", "sd1", shape=few_blocks("sd1")))
+    whole.pop("control_model.zero_convs.1.0.weight")
+    save_file(whole, tmp_path / "damaged.safetensors")
+    cases = {
+        xl: "belongs to another model",
+        wide: "belongs to another model",
+        few_blocks_sd1: "a ControlNet for Stable Diffusion",
+        tmp_path / "damaged.safetensors": "1 tensors are missing",
+        tmp_path / "nothing.safetensors": "does not exist",
+    }
+    for path, message in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            pipelines["sd1"].open_control_net(path, OPTION)
+        assert str(caught.value).startswith(OPTION) and "\n" not in str(caught.value)
+
+
+# ---- LLLite ----------------------------------------------------------------------------------------------------------
+
+
+def open_lllite(pipeline: StableDiffusionPipeline, path: Path):
+    return pipeline.open_lllite(path, "--control_net_lllite_models")
+
+
+def test_an_lllite_file_has_a_module_for_each_layer_that_it_names(pipelines, folder):
+    path = make_tiny_lllite(folder, shape=few_blocks("sdxl"))
+    modules = open_lllite(pipelines["sdxl"], path).load(torch.float32, "cpu")
+    assert "input_blocks.4.1.transformer_blocks.0.attn1.to_q" in modules
+    assert "middle_block.1.transformer_blocks.0.attn2.to_q" in modules
+    stored = load_file(path)
+    for layer, module in modules.items():
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, stored[f"lllite_unet_{layer.replace('.', '_')}.{name}"])
+
+
+def test_an_lllite_module_is_its_formula(pipelines):
+    for level, layers in enumerate([((3, 4, 4), (4, 8, 2)), ((3, 4, 4), (4, 8, 4)), ((3, 4, 4), (4, 4, 4), (4, 8, 2))]):
+        torch.manual_seed(level)
+        module = LLLiteModule(layers, 16, 6)
+        hints, rows = torch.randn(2, 3, 64, 96), 4
+        size = (8 >> level, 12 >> level)
+        x = torch.randn(rows, size[0] * size[1], 16)
+        seen = hints
+        for index, layer in enumerate(module.conditioning1[::2]):
+            seen = F.conv2d(F.relu(seen) if index else seen, layer.weight, layer.bias, layer.stride)
+        assert seen.shape == (2, 8, *size)
+        tokens = torch.cat([seen.flatten(2).transpose(1, 2)] * 2)
+        down = F.relu(F.linear(x, module.down[0].weight, module.down[0].bias))
+        mid = F.relu(F.linear(torch.cat([tokens, down], dim=2), module.mid[0].weight, module.mid[0].bias))
+        expected = F.linear(mid, module.up[0].weight, module.up[0].bias)
+        torch.testing.assert_close(module(x, module.hint_map(hints, (8, 12))), expected)
+        # Of latents with an odd number of rows, halved sizes are rounded up.
+        assert module.hint_map(hints, (7, 11)).shape[1] == -(-7 // 2**level) * -(-11 // 2**level)
+
+
+def test_lllite_files_that_cannot_be_used_are_refused_in_one_sentence(pipelines, folder, tmp_path):
+    path = make_tiny_lllite(folder, shape=few_blocks("sdxl"))
+    stored = load_file(path)
+    for change, message in {
+        "unknown": "the U-Net has no layer for 1 of its",
+        "missing": "is missing",
+        "narrow": "belongs to another model",
+        "other": "holds no ControlNet-LLLite",
+    }.items():
+        tensors = dict(stored)
+        first = next(iter(tensors)).split(".")[0]
+        if change == "unknown":
+            tensors |= {
+                key.replace(first, "lllite_unet_input_blocks_99_1_transformer_blocks_0_attn1_to_q"): value.clone()
+                for key, value in tensors.items()
+                if key.startswith(first + ".")
+            }
+        elif change == "missing":
+            tensors.pop(f"{first}.mid.0.bias")
+        elif change == "narrow":
+            for name, axis in (("down.0.weight", 1), ("up.0.weight", 0), ("up.0.bias", 0)):
+                tensors[f"{first}.{name}"] = tensors[f"{first}.{name}"].narrow(axis, 0, 3).clone()
+        else:
+            tensors = {"a": torch.zeros(1)}
+        save_file(tensors, tmp_path / f"{change}.safetensors")
+        with pytest.raises(UserError, match=message):
+            open_lllite(pipelines["sdxl"], tmp_path / f"{change}.safetensors")
+    with pytest.raises(UserError, match="is for Stable Diffusion XL; this is Stable Diffusion 1.x"):
+        open_lllite(pipelines["sd1"], path)

@@ -140,6 +140,8 @@ LETTERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 """Field and reader of a value by the option's name; ``--d`` (seeds) is read by ``take_seeds``."""
 
+OPTION = re.compile(r"\s--")
+"""What an option begins with; a prompt from a shell or a module may have line breaks."""
 SEEDS = re.compile(r"(?:^|\s)--d(?:\s+(.*?))?\s*(?=\s--|$)", re.IGNORECASE)
 
 
@@ -164,15 +166,15 @@ def parse_image_prompt(line: str, defaults: ImagePrompt, place: str = "prompt") 
     Gradual Latent is enough to enable it. Raises UserError, beginning with ``place``, for a value that is no number
     where one is needed, or that no image can have.
     """
-    prompt, *pieces = (" " + line.strip()).split(" --")
+    prompt, *pieces = OPTION.split(" " + line.strip())
     values: dict[str, Any] = {"prompt": prompt.strip(), "raw_prompt": line.strip()}
     for piece in pieces:
-        name, _, text = piece.strip().partition(" ")
+        name, *text = piece.split(None, 1) or [""]
         if name.lower() not in LETTERS:
             warn(f'{place}: "--{piece.strip()}" is not a prompt option and is ignored.')
             continue
         field, read = LETTERS[name.lower()]
-        values[field] = _read(text, read, f"{place}: --{name}")
+        values[field] = _read("".join(text), read, f"{place}: --{name}")
     if "sample_steps" in values:
         values["sample_steps"] = min(max(values["sample_steps"], 1), 1000)
     _enable(values, "deep_shrink_", "deep_shrink_depth_1", defaults, DEEP_SHRINK_DEPTH)

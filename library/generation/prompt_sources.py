@@ -11,14 +11,15 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from library.console import say, warn
 from library.errors import UserError, in_one_line
 from library.generation.dynamic_prompts import expand, is_dynamic, variant_count
-from library.generation.image_prompts import ImagePrompt, parse_image_prompt, take_seeds
+from library.generation.image_prompts import OPTION, ImagePrompt, parse_image_prompt, take_seeds
 from library.generation.session import PLACE, take_lines
+from library.options import all_values
 from library.randomness import python_random
 from library.text_files import read_text, shown
 
@@ -130,10 +131,14 @@ class ImagePrompts:
             for line in self.lines:
                 self._say_how_seeds_fit(line)
 
-    def open_module(self, args: Any, pipe: Any, networks: Sequence[Any]) -> None:
-        """Let the module of ``--from_module`` make its prompter. Raises UserError when it fails."""
+    def open_module(self, options: Any, pipeline: Any, networks: Sequence[Any]) -> None:
+        """Let the module of ``--from_module`` make its prompter. Raises UserError when it fails.
+
+        It gets all ``options`` of the script by name, and the models by the names of ``ModelParts``.
+        """
         if self.module is None:
             return
+        args, pipe = SimpleNamespace(**all_values(options)), ModelParts(pipeline)
         self._arguments = (args, pipe)
         with _ModuleErrors(self.module):
             self._prompter = getattr(self.module, MODULE_FUNCTION)(args, pipe, networks)
@@ -159,7 +164,7 @@ class ImagePrompts:
 
         def take(line: str) -> None:
             nonlocal number
-            if not (" " + line.strip()).split(" --")[0].strip():
+            if not OPTION.split(" " + line.strip())[0].strip():
                 return
             images = self._images(PromptLine(line, PLACE), draw_seed, None, number, 0)
             number += len(images)
@@ -323,6 +328,38 @@ def _import_module(path: Path) -> ModuleType:
     if not callable(getattr(module, MODULE_FUNCTION, None)):
         raise UserError(f"--from_module: {path} has no function {MODULE_FUNCTION}(args, pipe, networks).")
     return module
+
+
+class ModelParts:
+    """The ``pipe`` of a prompt module: parts of the model, loaded when they are asked for."""
+
+    def __init__(self, pipeline: Any):
+        self._pipeline = pipeline
+
+    @property
+    def unet(self) -> Any:
+        """The U-Net."""
+        return self._pipeline.load(self._pipeline.denoiser)
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder."""
+        return self._pipeline.load_autoencoder()
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """One or two."""
+        return self._pipeline.load_text_encoders()
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """One for each text encoder."""
+        return [self._pipeline.tokenizer(encoder) for encoder in self._pipeline.encoders]
+
+    @property
+    def device(self) -> Any:
+        """Where they work."""
+        return self._pipeline.device
 
 
 class _ModuleErrors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ def take_lines(take: Callable[[str], None], ask: str, end: str | None) -> None:
 
 def _lines(ask: str, end: str | None) -> Iterator[str]:
     reconfigure = getattr(sys.stdin, "reconfigure", None)
-    if reconfigure is not None and not sys.stdin.isatty():
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows has a line editor of its own
+            import readline  # noqa: F401 (gives input() its line editor, with the lines before)
+    elif reconfigure is not None:
         reconfigure(encoding="utf-8", errors="replace")  # a pipe has the system's code page otherwise
     while True:
         try:

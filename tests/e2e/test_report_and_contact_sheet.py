@@ -19,6 +19,8 @@ from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.data.build import build_dataset_groups
 from library.data.contact_sheet import PER_BUCKET, write_contact_sheet
 from library.data.options import DatasetOptions
+from library.generation.image_pages import ImagePages
+from library.generation.image_prompts import ImagePrompt
 from library.html_pages import read_page_data
 from library.options import parse_options
 from library.training.output.sample_images import SampleOptions, Samples
@@ -383,3 +385,32 @@ def test_the_contact_sheet_in_a_browser(browser, sheet):
     browser.run("document.querySelector('.sample .image').click()")
     browser.wait_for("return document.querySelector('#viewer-stage img').naturalWidth")
     assert browser.run("return document.getElementById('viewer-open').href").startswith(sheet.parent.as_uri())
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The page of images of three prompt lines, the last of which is dynamic."""
+    folder = tmp_path_factory.mktemp("drawn")
+    pages = ImagePages(folder, grid=False, report=True)
+    prompts = [NASTY, NASTY, "", "a cat", "a dog"]
+    for number, prompt in enumerate(prompts):
+        path, image = folder / f"im {number} #.png", Image.new("RGB", (96 - 32 * (number > 2), 64), "red")
+        image.save(path)
+        text = {"steps": "4", "seed": str(number), "negative-prompt": "" if number < 2 else f"no {NASTY}"}
+        pages.add(path, image, ImagePrompt(prompt=prompt, number=number, index=[0, 1, 0, 0, 1][number]), text)
+    pages.finish()
+    return folder / "report.html"
+
+
+def test_the_page_of_drawn_images_in_a_browser(browser, drawn):
+    check_page(browser, drawn)
+    assert touch_targets(browser) == []
+    lines = browser.run("return [...document.querySelectorAll('section')].map(e => e.innerText.split('\\n'))")
+    assert [line[0] for line in lines] == [NASTY, "empty prompt", f"negative prompt: no {NASTY}"]
+    assert lines[2].count("a cat") == lines[2].count("a dog") == 1 and "seed 4" in lines[2]
+    assert browser.run("return document.getElementById('what').textContent") == "5 images, steps 4"
+    browser.run("document.querySelectorAll('.sample .image')[1].click()")
+    browser.wait_for("return document.querySelector('#viewer-stage img').naturalWidth === 96")
+    assert browser.run("return document.querySelector('#viewer-stage img').src").endswith("im%201%20%23.png")
+    browser.press("ArrowDown")
+    browser.wait_for("return document.getElementById('viewer-words').textContent.startsWith('im 2')")

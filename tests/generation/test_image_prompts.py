@@ -145,3 +145,13 @@ def test_seeds_are_taken_from_anywhere_in_a_line(line, rest, seeds):
 def test_seeds_that_are_none(value):
     with pytest.raises(UserError, match="^p.txt, line 4: .*(whole numbers|64 bits)"):
         take_seeds(f"a cat --d {value} --w 64", "p.txt, line 4")
+
+
+def test_line_breaks_and_tabs_of_a_shell_or_module_separate_options():
+    image = parse_image_prompt("a cat,\n  sun\n--n bad,\n  worse\t--w\t640\n --h 64\n", DEFAULTS)
+    assert (image.prompt, image.negative_prompt, image.width, image.height) == (
+        "a cat,\n  sun",
+        "bad,\n  worse",
+        640,
+        64,
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -182,8 +184,7 @@ def test_iter_same_seed_is_one_for_each_iteration(file):
 PROMPTER = """
 class Prompter:
     def __init__(self, args, pipe, networks):
-        self.words, self.calls = args.prompter_module_args.split(), []
-        pipe.calls, self.networks = self.calls, networks
+        self.words, self.calls, self.pipe, self.networks = args.prompter_module_args.split(), [], pipe, networks
     def __len__(self):
         return len(self.words)
     def shuffle(self):
@@ -199,27 +200,36 @@ def get_prompter(args, pipe, networks):
 """
 
 
-def of_module(path: str, arguments: str = "a b", **options: object) -> tuple[ImagePrompts, SimpleNamespace]:
-    found, pipe = prompts(from_module=path, prompter_module_args=arguments, **options), SimpleNamespace()
+@dataclass
+class ScriptOptions:
+    """Options of a script."""
+
+    prompts: ImagePromptOptions
+
+
+def of_module(path: str, pipeline: object = None, **options: object) -> tuple[ImagePrompts, Any]:
+    """The prompts, and the prompter of the module."""
+    options = {"from_module": path, "prompter_module_args": "a b", **options}
+    found = prompts(**options)
     found.check()
-    found.open_module(SimpleNamespace(prompter_module_args=arguments), pipe, [])
-    return found, pipe
+    found.open_module(ScriptOptions(ImagePromptOptions(**options)), pipeline, ["a network"])
+    return found, found._prompter
 
 
 def test_from_module_is_called_for_each_prompt_of_each_iteration(module):
-    found, pipe = of_module(module(PROMPTER), n_iter=2, seed=3, images_per_prompt=2)
+    found, prompter = of_module(module(PROMPTER), n_iter=2, seed=3, images_per_prompt=2)
     assert not found.known_ahead and found.count is None
     lines = list(found)
     assert [[image.prompt for image in line] for line in lines] == [["a", "a"], ["b", "b"]] * 2
     assert [line[0].seed for line in lines] == drawn(3, 4)
-    assert pipe.calls == [(0, 0, None), (1, 2, None), (2, 4, None)] * 2
+    assert prompter.calls == [(0, 0, None), (1, 2, None), (2, 4, None)] * 2
     assert [image.number for line in lines for image in line] == list(range(8))
 
 
 def test_from_module_with_iter_same_seed_and_shuffle(module):
-    found, pipe = of_module(module(PROMPTER), n_iter=2, seed=3, iter_same_seed=True, shuffle_prompts=True)
+    found, prompter = of_module(module(PROMPTER), n_iter=2, seed=3, iter_same_seed=True, shuffle_prompts=True)
     assert [line[0].prompt for line in found] == ["b", "a", "a", "b"]
-    iteration_seeds = [call[2] for call in pipe.calls]
+    iteration_seeds = [call[2] for call in prompter.calls]
     assert iteration_seeds[0] == drawn(3, 1)[0] and len(set(iteration_seeds)) == 2
 
 
@@ -250,6 +260,27 @@ def test_modules_with_mistakes(module, text, sentence):
 def test_a_prompter_without_shuffle(module):
     with pytest.raises(UserError, match=r"--shuffle_prompts: the prompter of --from_module has no shuffle\(\)"):
         of_module(module("def get_prompter(*a):\n    return lambda *b: None"), shuffle_prompts=True)
+
+
+def test_a_module_gets_networks_and_the_models_by_their_usual_names(module):
+    pipeline = SimpleNamespace(
+        denoiser="unet",
+        encoders=("one", "two"),
+        device="cpu",
+        load=lambda part: f"the {part}",
+        load_autoencoder=lambda: "the autoencoder",
+        load_text_encoders=lambda: ["first", "second"],
+        tokenizer=lambda encoder: f"tokenizer {encoder}",
+    )
+    _, prompter = of_module(module(PROMPTER), pipeline)
+    pipe = prompter.pipe
+    assert (pipe.unet, pipe.vae, pipe.device, prompter.networks) == (
+        "the unet",
+        "the autoencoder",
+        "cpu",
+        ["a network"],
+    )
+    assert (pipe.text_encoders, pipe.tokenizers) == (["first", "second"], ["tokenizer one", "tokenizer two"])
 
 
 # ---- sessions -----------------------------------------------------------------------------------------------------

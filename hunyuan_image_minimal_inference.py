@@ -453,13 +453,12 @@ class HunyuanImageInference(InferenceRun):
         self.save(image, name, {} if self.options.output.no_metadata else file.text, seed)
 
     def write_merged_model(self) -> None:
-        """Write the transformer with the LoRA files merged into it."""
+        """Write the transformer with the files merged into it, tensor by tensor; with ``--lycoris`` it is loaded."""
+        from library.models.loading import require_fit
         from library.modelspec import IMPLEMENTATION_VERSION, standard_entries
-        from library.safetensors_io import save_file
+        from library.safetensors_io import save_file, save_one_by_one
 
         path = Path(str(self.options.lora.save_merged_model))
-        module = self.pipeline.load("transformer")
-        self.stack.enter("transformer", module, self.pipeline.device)
         entries = {
             "modelspec.sai_model_spec": "1.0.1",
             **standard_entries("hunyuan-image-2.1"),
@@ -467,8 +466,22 @@ class HunyuanImageInference(InferenceRun):
             "modelspec.implementation_version": IMPLEMENTATION_VERSION,
             "modelspec.merged_from": ", ".join(file.path.stem for file in self.lora_files),
         }
-        save_file(module.state_dict(), path, {} if self.options.output.no_metadata else entries)
+        metadata = {} if self.options.output.no_metadata else entries
+        if self.options.lora.lycoris:
+            module = self.pipeline.load("transformer")
+            self.stack.enter("transformer", module, self.pipeline.device)
+            save_file(module.state_dict(), path, metadata)
+        else:
+            source = self.pipeline.opened("transformer").source
+            tensors = require_fit(self.pipeline.meta_module("transformer"), source)
+            described = {name: tensor.to(source.stored_dtype(name)) for name, tensor in tensors.items()}
+            save_one_by_one(described, self.merged_tensor, path, metadata)
         say(f"saved {path}")
+
+    def merged_tensor(self, name: str) -> Tensor:
+        """A tensor of the transformer's file with the effect of the LoRA files."""
+        tensor = self.pipeline.opened("transformer").source.load(name, None, "cpu")
+        return self.stack.merged_weight("transformer", name.removesuffix(".weight"), tensor)
 
     # ---- images -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
@@ -125,6 +125,22 @@ class NetworkStack:
                 module.apply_to()
         if self.merge:
             self.leave(part)
+
+    def merged_weight(self, part: str, path: str, weight: Tensor) -> Tensor:
+        """``weight``, that of the Linear at ``path`` of ``part``, with the files' effect, in its dtype.
+
+        For a model that is never loaded as a whole. ``weight`` may be changed.
+        """
+        places = [place for place in self.places.get(part, []) if place.path == path]
+        if not places:
+            return weight
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        for place in places:
+            place.module.transfer(layer)
+            place.module.merge()
+            place.module.transfer(place.meta_module)
+        return layer.weight.detach()
 
     def leave(self, part: str) -> None:
         """Take the modules out of ``part``, so that nothing here keeps it in memory; merged weights stay merged."""

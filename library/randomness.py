@@ -75,3 +75,25 @@ def draw_noise(
 
     shape = tuple(item_shape)
     return torch.stack([torch.randn(shape, generator=g, device=g.device, dtype=dtype) for g in generators])
+
+
+def pyramid_layers(shape: tuple[int, ...], count: int, discount: float, generator: torch.Generator) -> torch.Tensor:
+    """Noise of coarser and coarser grids for one item, [c, h, w] = ``shape`` on the generator's device.
+
+    Layer i has the sides ``side / r^i``, r from 2..4 for each layer, is enlarged bilinearly and weighted by the power i
+    of ``discount``; the first layer is of full size. After a layer with a side of 1 no more follow.
+    """
+    import torch
+
+    channels, height, width = shape
+    device = generator.device
+    total = torch.zeros(1, *shape, device=device)
+    ratios = random.Random(generator.initial_seed())  # Python's, since a dry run's tensors have no values
+    for index in range(count):
+        ratio = ratios.uniform(2, 4)
+        rows, columns = (max(1, int(side / ratio**index)) for side in (height, width))
+        layer = torch.randn(1, channels, rows, columns, generator=generator, device=device)
+        total += discount**index * torch.nn.functional.interpolate(layer, size=(height, width), mode="bilinear")
+        if rows == 1 or columns == 1:
+            break
+    return total[0]

@@ -1,4 +1,4 @@
-"""Size, steps, sampler and start noise of ``gen_img.py``."""
+"""Size, steps, sampler and start noise of ``gen_img.py``, and the prompt that the command line makes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.errors import UserError
+from library.generation.image_prompts import SIDE_MULTIPLE, ImagePrompt
 
-SIDE_MULTIPLE = 8
+SIDES = {"sd1": 512, "sd2": 512, "sdxl": 1024}
+"""The side of an image, in pixels, where nothing else is said."""
+PROMPT_FIELDS = {
+    "width": "W",
+    "height": "H",
+    "sample_steps": "steps",
+    "sample_sampler": "sampler",
+    "scale": "scale",
+    "negative_scale": "negative_scale",
+    "original_height": "original_height",
+    "original_width": "original_width",
+    "original_height_negative": "original_height_negative",
+    "original_width_negative": "original_width_negative",
+    "crop_top": "crop_top",
+    "crop_left": "crop_left",
+    "strength": "strength",
+    "deep_shrink_depth_1": "ds_depth_1",
+    "deep_shrink_timesteps_1": "ds_timesteps_1",
+    "deep_shrink_depth_2": "ds_depth_2",
+    "deep_shrink_timesteps_2": "ds_timesteps_2",
+    "deep_shrink_ratio": "ds_ratio",
+    "gradual_latent_timesteps": "gradual_latent_timesteps",
+    "gradual_latent_ratio": "gradual_latent_ratio",
+    "gradual_latent_ratio_step": "gradual_latent_ratio_step",
+    "gradual_latent_every_n_steps": "gradual_latent_every_n_steps",
+    "gradual_latent_s_noise": "gradual_latent_s_noise",
+    "gradual_latent_unsharp_params": "gradual_latent_unsharp_params",
+}
+"""A prompt's field -> the option that gives its default."""
 
 
 @dataclass
@@ -73,16 +102,31 @@ def check_side(side: int | None, place: str) -> None:
         raise UserError(f"{place} must be a positive multiple of {SIDE_MULTIPLE}, not {side}.")
 
 
+def default_prompt(options: SamplingOptions, variant: str, *groups: Any) -> ImagePrompt:
+    """The command line as a prompt for a model of that ``variant`` (sd1, sd2 or sdxl).
+
+    ``groups`` are the options of features that a prompt may set, too: StartImageOptions and so on.
+    """
+    side = SIDES[variant]
+    given = {
+        field: getattr(group, option)
+        for group in (options, *groups)
+        for field, option in PROMPT_FIELDS.items()
+        if hasattr(group, option)
+    }
+    return ImagePrompt(**{"width": side, "height": side, **{k: v for k, v in given.items() if v is not None}})
+
+
 def request_fields(options: SamplingOptions) -> dict[str, Any]:
     """What the options say of every image's request, by the request's fields."""
     return {
         "steps_offset": 1,
-        "strength_ahead": not options.force_scheduler_zero_steps_offset,
-        "pyramid_noise": _chance(options.pyramid_noise_prob, options.pyramid_noise_discount_range),
-        "noise_offset": _chance(options.noise_offset_prob, options.noise_offset_range),
+        "offset_start": not options.force_scheduler_zero_steps_offset,
+        "pyramid_noise": _perturbation(options.pyramid_noise_prob, options.pyramid_noise_discount_range),
+        "noise_offset": _perturbation(options.noise_offset_prob, options.noise_offset_range),
     }
 
 
-def _chance(probability: float | None, bounds: Sequence[float] | None) -> tuple[float, float, float] | None:
+def _perturbation(probability: float | None, bounds: Sequence[float] | None) -> tuple[float, float, float] | None:
     """Probability, smallest and largest value; None where it never happens."""
     return (probability, bounds[0], bounds[1]) if probability and bounds else None

@@ -490,6 +490,10 @@ class Pipeline(ABC, Generic[Request]):
     def solver(self, request: Request) -> Solver:
         """The way from noise to image. Raises UserError for an unknown sampler."""
 
+    def first_step(self, request: Request, solver: Any) -> int:
+        """The step that drawing over ``start_latents`` begins with."""
+        return request.first_step
+
     def guidance(self, request: Request) -> Guidance:
         """How the predictions for positive and negative prompts become one."""
         return Unguided() if request.scale == 1 else ClassifierFree(request.scale)
@@ -555,7 +559,7 @@ class Pipeline(ABC, Generic[Request]):
                 generators=generators,
                 hooks=hooks,
                 image=torch.stack(start).to(self.device) if start else None,
-                first=first.first_step if start else 0,
+                first=self.first_step(first, solver) if start else 0,
                 progress=progress,
             )
 

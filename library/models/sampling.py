@@ -241,25 +241,53 @@ class FlowEuler(Solver):
 
 
 class DiffusersSolver(Solver):
-    """A diffusers scheduler, new and of this solver alone, that is to make ``steps`` steps."""
+    """A diffusers scheduler, new and of this solver alone, that is to make ``steps`` steps.
+
+    An image that is drawn over gets the noise of the step ``lead`` steps before the first one.
+    """
 
     PNDM_STEPS = 4
     """With fewer, there is no room for the Runge-Kutta steps that pndm begins with."""
 
-    def __init__(self, scheduler: Any, steps: int):
+    noise: Tensor
+    """What the latents began with, [B, ...]."""
+    image: Tensor | None = None
+    """The latents that are drawn over, [B, ...]."""
+
+    def __init__(self, scheduler: Any, steps: int, lead: int = 0):
         if steps < self.PNDM_STEPS and "skip_prk_steps" in scheduler.config:
             scheduler.register_to_config(skip_prk_steps=True)
         scheduler.set_timesteps(steps)
         self.scheduler = scheduler
+        self.steps = steps
+        self.lead = lead
         self.timesteps = scheduler.timesteps
         self.takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
     def start(self, noise: Tensor, image: Tensor | None = None, first: int = 0) -> Tensor:
+        self.noise, self.image = noise, image
         if image is None:
             return noise * float(self.scheduler.init_noise_sigma)
+        self._begin(max(first - self.lead, 0))
+        latents = self.noisy_image(max(first - self.lead, 0)) if first < len(self.timesteps) else image
+        self._begin(first)
+        return latents
+
+    def first_step(self, strength: float) -> int:
+        """The step that drawing over an image begins with: the share ``strength`` (0..1) of all steps is left."""
+        steps = min(int(self.steps * strength) + self.lead, self.steps)
+        return (self.steps - steps + self.lead) * self.scheduler.order
+
+    def noisy_image(self, index: int) -> Tensor:
+        """The image that is drawn over under the noise of step ``index``, the next one; after the last one, itself."""
+        assert self.image is not None
+        if index >= len(self.timesteps):
+            return self.image
+        return self.scheduler.add_noise(self.image, self.noise, self.timesteps[index : index + 1])
+
+    def _begin(self, index: int) -> None:
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(first)
-        return self.scheduler.add_noise(image, noise, self.timesteps[first : first + 1])
+            self.scheduler.set_begin_index(index)
 
     def model_input(self, latents: Tensor, step: Step) -> Tensor:
         return self.scheduler.scale_model_input(latents, step.timestep)

@@ -22,7 +22,8 @@ from library.models.sampling import ClassifierFree, DiffusersSolver, Guidance, N
 from library.models.stable_diffusion.added_words import AddedWords
 from library.models.stable_diffusion.checkpoint import UnetFile, VaeFile, Variant, open_stable_diffusion
 from library.models.stable_diffusion.image_text import ImageTexts, image_chunks, image_tokens, whole_chunks
-from library.models.stable_diffusion.sampling import make_scheduler
+from library.models.stable_diffusion.sampling import make_scheduler, noises_of_steps
+from library.models.stable_diffusion.start_noise import Perturbation, draw_start
 from library.models.stable_diffusion.text import (
     CHUNK,
     Join,
@@ -94,6 +95,19 @@ class StableDiffusionRequest(ImageRequest):
     """Keep predicted latents within -1..1, in the samplers that can (ddim, heun)."""
     steps_offset: int = 0
     """Moves the timesteps, in the samplers that can."""
+    strength: float | None = None
+    """How much of ``start_latents`` is drawn anew, 0 (nothing) to 1, as a share of the steps; None: ``first_step``."""
+    offset_start: bool = False
+    """Begin one step below the noise of ``start_latents``, in the samplers that take ``steps_offset``."""
+    pyramid_noise: Perturbation | None = None
+    """Noise of coarser grids on the start noise, by a discount from one to the next."""
+    noise_offset: Perturbation | None = None
+    """A number that is added to all of the start noise."""
+
+    @property
+    def drawn_over(self) -> bool:
+        """Whether it draws over an image by a strength."""
+        return self.start_latents is not None and self.strength is not None
 
 
 @dataclass(frozen=True)
@@ -420,7 +434,27 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             clip_sample=request.clip_sample,
             steps_offset=request.steps_offset,
         )
-        return DiffusersSolver(scheduler, request.sample_steps)
+        if not request.drawn_over:
+            return DiffusersSolver(scheduler, request.sample_steps)
+        if "skip_prk_steps" in scheduler.config:  # its Runge-Kutta steps are for the beginning, where all is noise
+            scheduler.register_to_config(skip_prk_steps=True)
+        leads = request.offset_start and scheduler.order == 1 and "steps_offset" in scheduler.config
+        return DiffusersSolver(scheduler, request.sample_steps, lead=int(leads))
+
+    def first_step(self, request: StableDiffusionRequest, solver: Any) -> int:
+        """By the request's strength, if it has one."""
+        return super().first_step(request, solver) if request.strength is None else solver.first_step(request.strength)
+
+    def start_noise(self, request: StableDiffusionRequest, generators: Sequence[torch.Generator]) -> Tensor:
+        """As for every family, with pyramid noise and offset.
+
+        The noise of an image that is drawn over follows on that and on as much noise as stochastic samplers need.
+        """
+        height, width = (side // self.latent_stride for side in self.image_size(request))
+        over = noises_of_steps(request.sampler, request.sample_steps) if request.drawn_over else None
+        shape = (self.latent_channels, height, width)
+        noise = [draw_start(shape, g, request.pyramid_noise, request.noise_offset, over) for g in generators]
+        return torch.stack(noise).to(self.device)
 
     def guidance(self, request: StableDiffusionRequest) -> Guidance:
         """Classifier-free for scales above 1, with a scale of its own for the negative prompt if there is one."""

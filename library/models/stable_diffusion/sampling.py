@@ -36,6 +36,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 SYNONYMS = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
 SAMPLERS = (*SCHEDULERS, *SYNONYMS)
 """Names that ``--sample_sampler`` and prompt lines may give."""
+NOISES_OF_A_STEP = {"dpm_2_a": 2}
+"""For how much noise in a step an image's generator is moved on; 1 for samplers that aren't named."""
 
 SMALLEST_ALPHA = 2**-24
 """What stands for a signal of zero where a sampler divides by it; diffusers' own number."""
@@ -83,6 +85,11 @@ def make_scheduler(
             **{key: value for key, value in wanted.items() if key in known},
             prediction_type="v_prediction" if v_prediction else "epsilon",
         )
+
+
+def noises_of_steps(sampler: str, steps: int) -> int:
+    """How many noises precede that of an image that is drawn over: as many as the steps could need."""
+    return steps * NOISES_OF_A_STEP.get(SYNONYMS.get(sampler, sampler), 1)
 
 
 def zero_terminal_betas() -> list[float]:

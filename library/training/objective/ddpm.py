@@ -10,14 +10,13 @@ Every item has its own CPU generator for each kind of draw, so that no draw depe
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.devices import to_device
 from library.models.schedules import TRAIN_STEPS, alphas_cumprod, rescale_to_zero_terminal_snr
-from library.randomness import draw_noise
+from library.randomness import draw_noise, pyramid_layers
 from library.training.objective.noise import draw_input_perturbation, draw_uniform, per_item
 from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions, timestep_bounds
 from library.training.objective.objective import Objective
@@ -111,10 +110,9 @@ def add_multires_noise(
 ) -> torch.Tensor:
     """``noise`` [batch, c, h, w] with ``--multires_noise_iterations``: noise of coarser and coarser grids on top of it.
 
-    Layer i has the sides ``side / r^i``, r drawn from 2..4 for each layer, is enlarged bilinearly and weighted by
-    ``--multires_noise_discount`` to the power i; the first layer is of full size. After a layer with a side of 1 no
-    more follow. Each item is divided by its own standard deviation, not by that of the batch: so an item does not
-    depend on its neighbours, and two processes train what one does.
+    They are ``pyramid_layers``, discounted by ``--multires_noise_discount``. Each item is divided by its own standard
+    deviation, not by that of the batch: so an item does not depend on its neighbours, and two processes train what one
+    does.
     """
     import torch
 
@@ -122,27 +120,9 @@ def add_multires_noise(
         return noise
     count, discount = options.multires_noise_iterations, options.multires_noise_discount
     shape = tuple(noise.shape[1:])
-    layers = torch.stack([_layers(shape, count, discount, generator) for generator in generators])
+    layers = torch.stack([pyramid_layers(shape, count, discount, generator) for generator in generators])
     total = noise + to_device(layers, noise.device)
     return total / total.std(dim=(1, 2, 3), keepdim=True)
-
-
-def _layers(shape: tuple[int, ...], count: int, discount: float, generator: torch.Generator) -> torch.Tensor:
-    """The sum of the layers for one item, [c, h, w] on the generator's device."""
-    import torch
-
-    channels, height, width = shape
-    device = generator.device
-    total = torch.zeros(1, *shape, device=device)
-    ratios = random.Random(generator.initial_seed())  # Python's, since a dry run's tensors have no values
-    for index in range(count):
-        ratio = ratios.uniform(2, 4)
-        rows, columns = (max(1, int(side / ratio**index)) for side in (height, width))
-        layer = torch.randn(1, channels, rows, columns, generator=generator, device=device)
-        total += discount**index * torch.nn.functional.interpolate(layer, size=(height, width), mode="bilinear")
-        if rows == 1 or columns == 1:
-            break
-    return total[0]
 
 
 def add_noise(

@@ -1,0 +1,171 @@
+"""Drawing from noise, over an image and within a mask gives what diffusers' pipelines give, with every sampler."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from library.models.inpainting import Inpainting
+from library.models.stable_diffusion.pipeline import (
+    StableDiffusionFiles,
+    StableDiffusionPipeline,
+    StableDiffusionRequest,
+)
+from library.models.stable_diffusion.sampling import SCHEDULERS, noises_of_steps
+from tests.families.stable_diffusion import make_few_blocks
+
+PROMPT, NEGATIVE = "a big red cat, on the blue photo", "small dog"
+SIDE, STEPS, SCALE, STRENGTH, SEED = 64, 4, 4.0, 0.8, 11
+SHAPE = (4, SIDE // 8, SIDE // 8)
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+THEIRS = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+    "pndm": (diffusers.PNDMScheduler, {}),
+    "lms": (diffusers.LMSDiscreteScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "dpm_2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "dpm_2_a": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "dpmsolver": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmsingle": (diffusers.DPMSolverSinglestepScheduler, {"lower_order_final": True}),
+}
+WAYS = {"noise": "{}Pipeline", "image": "{}Img2ImgPipeline", "mask": "{}InpaintPipeline"}
+
+
+def image_latents(seed: int = 0) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def half_mask() -> torch.Tensor:
+    """1 where the image is drawn anew: its lower half."""
+    mask = torch.zeros(1, 1, *SHAPE[1:])
+    mask[:, :, SHAPE[1] // 2 :] = 1
+    return mask
+
+
+class Pair:
+    """The same weights in both programs; 2.x predicts v."""
+
+    def __init__(self, variant: str, folder: Path):
+        self.variant = variant
+        file = make_few_blocks(folder / "original", variant, "original", seed=4)
+        self.v = variant == "sd2"
+        self.ours = StableDiffusionPipeline(StableDiffusionFiles(file), torch.float32, "cpu", v_parameterization=self.v)
+        self.texts = {text: self.ours.encode_prompts([text]) for text in (PROMPT, NEGATIVE)}
+        name = "StableDiffusionXL" if variant == "sdxl" else "StableDiffusion"
+        first = getattr(diffusers, f"{name}Pipeline").from_pretrained(
+            make_few_blocks(folder / "diffusers", variant, "diffusers", seed=4)
+        )
+        parts = {key: first.components[key] for key in first.components if key in ("unet", "vae", "scheduler")}
+        self.theirs = {}
+        for way, pattern in WAYS.items():
+            kind = getattr(diffusers, pattern.format(name))
+            none = dict.fromkeys(key for key in first.components if key not in parts)
+            if variant != "sdxl":
+                none["requires_safety_checker"] = False
+            self.theirs[way] = kind(**parts, **none)
+            self.theirs[way].set_progress_bar_config(disable=True)
+
+    def request(self, sampler: str, way: str, seed: int = SEED, **fields: Any) -> StableDiffusionRequest:
+        over = {} if way == "noise" else {"start_latents": image_latents(), "strength": STRENGTH}
+        return StableDiffusionRequest(
+            PROMPT,
+            NEGATIVE,
+            **{"width": SIDE, "height": SIDE, "seed": seed, "sample_steps": STEPS, "scale": SCALE, "steps_offset": 1},
+            sampler=sampler,
+            conditioning=self.texts[PROMPT],
+            negative_conditioning=self.texts[NEGATIVE],
+            **{**over, **fields},
+        )
+
+    def draw(self, *requests: StableDiffusionRequest, way: str = "noise") -> torch.Tensor:
+        hooks = [Inpainting(half_mask())] if way == "mask" else []
+        return self.ours.generate_latents(*requests, hooks=hooks)
+
+    def expected(self, sampler: str, way: str) -> torch.Tensor:
+        kind, arguments = THEIRS[sampler]
+        prediction = "v_prediction" if self.v else "epsilon"
+        offset = {} if sampler == "dpmsingle" else {"steps_offset": 1}
+        skip = {"skip_prk_steps": True} if sampler == "pndm" and way != "noise" else {}
+        pipeline = self.theirs[way]
+        pipeline.scheduler = kind(**SCHEDULE, prediction_type=prediction, **arguments, **offset, **skip)
+        generator = torch.Generator().manual_seed(SEED)
+        if way != "noise":  # the noise for an image follows on those of the steps
+            for _ in range(1 + noises_of_steps(sampler, STEPS)):
+                torch.randn(SHAPE, generator=generator)
+        over = {} if way == "noise" else {"image": image_latents()[None], "strength": STRENGTH}
+        if way == "mask":
+            mask = half_mask().repeat_interleave(8, 2).repeat_interleave(8, 3)
+            over |= {"mask_image": mask, "masked_image_latents": image_latents()[None]}
+        if way != "image":
+            over |= {"height": SIDE, "width": SIDE}
+        return pipeline(
+            **self.embeddings(),
+            **over,
+            num_inference_steps=STEPS,
+            guidance_scale=SCALE,
+            generator=generator,
+            output_type="latent",
+        ).images
+
+    def embeddings(self) -> dict[str, torch.Tensor]:
+        made = {}
+        for prefix, text in (("", PROMPT), ("negative_", NEGATIVE)):
+            conditioning = self.texts[text]
+            made[f"{prefix}prompt_embeds"] = torch.cat([conditioning[k] for k in conditioning if "hidden" in k], -1)
+            if self.variant == "sdxl":
+                made[f"{prefix}pooled_prompt_embeds"] = conditioning["pool2"]
+        return made
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Callable[[str], Pair]:
+    return functools.cache(lambda variant: Pair(variant, tmp_path_factory.mktemp(variant)))
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """Drawing within a mask is drawing over an image, too; some samplers of diffusers take long to set up."""
+    slow = ("dpm_2", "dpm_2_a")
+    ways = [("sd1", "noise"), ("sd1", "image"), ("sd1", "mask"), ("sd2", "mask"), ("sdxl", "mask")]
+    others = [(v, "noise", sampler) for v in ("sd2", "sdxl") for sampler in SCHEDULERS if sampler not in slow]
+    return [(variant, way, sampler) for variant, way in ways for sampler in SCHEDULERS] + others
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("variant, way, sampler", cases())
+def test_latents_are_the_same(pairs, variant, way, sampler):
+    """``--sampler``, ``--image_path``, ``--mask_path``, ``--strength``, ``--force_scheduler_zero_steps_offset``."""
+    pair = pairs(variant)
+    latents = pair.draw(pair.request(sampler, way), way=way)
+    expected = pair.expected(sampler, way)
+    assert latents.shape == expected.shape and expected.abs().max() > 0.1
+    assert (latents - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max().item())
+
+
+BATCHES = [
+    ("sd1", "noise", "ddim"),
+    ("sd1", "noise", "euler_a"),
+    ("sdxl", "mask", "dpm_2_a"),
+    ("sd2", "mask", "euler_a"),
+]
+
+
+@pytest.mark.parametrize("variant, way, sampler", BATCHES)
+def test_an_image_does_not_depend_on_its_batch(pairs, variant, way, sampler):
+    """``--batch_size``."""
+    pair = pairs(variant)
+    together = pair.draw(*(pair.request(sampler, way, seed) for seed in range(4)), way=way)
+    alone = pair.draw(pair.request(sampler, way, 3), way=way)[0]
+    assert (together[3] - alone).abs().max() <= 1e-4 * max(1.0, alone.abs().max().item())
+    assert (together[0] - together[3]).abs().max() > 0.01

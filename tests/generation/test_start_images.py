@@ -179,7 +179,7 @@ def test_black_is_kept_and_white_is_drawn_anew(pipeline, tmp_path):
     assert torch.equal(draw(pipeline, start_images(path, masks["white"]), 0), plain)
     assert torch.equal(draw(pipeline, start_images(path, masks["black"]), 0), image)
     mixed = draw(pipeline, start_images(path, tmp_path / "half.bmp"), 0)
-    assert torch.equal(mixed[..., 4:], image[..., 4:])
+    assert torch.equal(mixed[..., 5:], image[..., 5:]), "but for the blurred border"
     assert (mixed[..., :4] - image[..., :4]).abs().mean() > 0.1
     assert start_images(path, masks["black"], regional=True).hook(Batch([ImagePrompt()], [], [0], 64, 64)) is None
 

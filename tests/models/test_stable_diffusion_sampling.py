@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.models.sampling import DiffusersSolver, Role, denoise
+from library.models.sampling import DiffusersSolver, Role, Step, denoise
 from library.models.stable_diffusion.sampling import (
     SAMPLERS,
     SCHEDULERS,
@@ -46,8 +46,8 @@ class KnowsTheImage:
         self.image, self.v_prediction = image, v_prediction
         self.timesteps: list[float] = []
 
-    def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor, roles: Sequence[Role]) -> list[torch.Tensor]:
-        (timestep,) = timesteps.unique()
+    def __call__(self, latents: torch.Tensor, step: Step, roles: Sequence[Role]) -> list[torch.Tensor]:
+        timestep = step.timestep
         self.timesteps.append(float(timestep))
         # Between whole timesteps, most samplers interpolate sigma, some its logarithm: nearly the same.
         sigma = float(np.interp(float(timestep), np.arange(1000), self.sigmas))
@@ -126,9 +126,9 @@ def test_noise_within_a_run_comes_from_the_images_own_generator(sampler):
         scheduler = make_scheduler(sampler)
         kept: list[torch.Tensor] = []
 
-        def predict(latents: torch.Tensor, timesteps: torch.Tensor, roles: Sequence[Role]) -> list[torch.Tensor]:
+        def predict(latents: torch.Tensor, step: Step, roles: Sequence[Role]) -> list[torch.Tensor]:
             kept.append(latents)
-            return model(latents, timesteps, roles)
+            return model(latents, step, roles)
 
         denoise(predict, DiffusersSolver(scheduler, 4), noise, generators=[seeded_generator(seed)])
         return torch.cat(kept)

@@ -14,8 +14,11 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
+
+import pytest
 
 SHA = "c0ffee" + "0" * 34
 """The name of every revision."""
@@ -99,7 +102,8 @@ class HubServer:
         if call == "commit":
             return self._commit(name, body)
         if call == "revision":
-            return 200, {"id": name, "modelId": name, "sha": SHA, "siblings": [], "tags": [], "private": True}, {}
+            siblings = [{"rfilename": path} for path in files]
+            return 200, {"id": name, "modelId": name, "sha": SHA, "siblings": siblings, "tags": [], "private": True}, {}
         if call == "tree":
             described = [
                 {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -144,6 +148,19 @@ class HubServer:
             return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": SHA}
         return 200, data, headers
+
+
+def use_for_programs(hub: HubServer, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Let programs that are started from here take ``hub`` for the real one, with their cache in ``home``.
+
+    Its address is read when huggingface_hub is imported, so that it makes no difference here.
+    """
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
 
 
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:

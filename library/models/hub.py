@@ -47,22 +47,25 @@ def find_model(name: str, option: str) -> Path:
 def _fetched(name: str, option: str) -> Path:
     """The folder of a model on the hub, after its files have been fetched, or the one that was fetched before."""
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
 
     say(f"{option}: there is no file or folder {name}; asking the Hugging Face hub, or its local cache, for it")
     try:
         try:
-            files = wanted_files(huggingface_hub.list_repo_files(name))
-        except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.GatedRepoError):
+            repository = huggingface_hub.model_info(name, revision="main")
+        except (HfHubHTTPError, ValueError):
             raise
-        except OSError:  # without a network
+        except Exception:  # the network's own errors have no common kind
             return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        files = wanted_files(sibling.rfilename for sibling in repository.siblings or ())
         if not files:
             raise UserError(f"{option}: {name} on the Hugging Face hub is not in the layout of Diffusers.")
         paths = [Path(huggingface_hub.hf_hub_download(name, file)) for file in files]
     except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"{option}: there is no file or folder {name}, and no model of that name to be had from the Hugging Face "
-            f"hub ({str(error).strip().splitlines()[0].rstrip('.')})."
+            f"{option}: there is no file or folder {name}, and the Hugging Face hub has no model of that name for you, "
+            f"or cannot be reached ({reason})."
         ) from None
     return paths[0].parents[files[0].count("/")]
 

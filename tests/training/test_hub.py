@@ -13,20 +13,15 @@ from safetensors.torch import load_file
 from library.errors import UserError
 from library.training.output.hub import check_hub_options
 from library.training.run_options import HubOptions
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, use_for_programs
 from tests.running import ROOT
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub that programs started from here take for the real one."""
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
     with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        use_for_programs(server, monkeypatch, tmp_path / "hf_home")
         yield server
 
 

@@ -16,6 +16,7 @@ from library.errors import UserError
 from library.memory.storage import BlocksStoredAs, StorageDtype
 from library.models.attention import AttentionBackend
 from library.models.autoencoder_parts import all_finite, overflow_advice, visible
+from library.models.autoencoder_slices import in_slices
 from library.models.clip import ClipFile
 from library.models.pipeline import Conditioning, ImageRequest, Pipeline
 from library.models.sampling import ClassifierFree, DiffusersSolver, Guidance, NegativeScale, Role, Unguided
@@ -234,19 +235,32 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
         Raises UserError when the autoencoder's values overflow.
         """
-        autoencoder: Any = self.load_autoencoder()
-        dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
-        with _without_autocast(device):
-            posterior = autoencoder.encode(pixels.to(device, dtype)).latent_dist
-        latents = posterior.mean.float()
+        means, logvars = zip(*(self._encode(batch) for batch in pixels.split(self._together(len(pixels)))))
+        latents = torch.cat(means)
         if generators is not None:
             if len(generators) != len(latents):
                 raise ValueError(f"{len(generators)} generators for {len(latents)} images")
             noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-            latents = latents + torch.exp(0.5 * posterior.logvar.float()) * noise.to(latents.device)
+            latents = latents + torch.exp(0.5 * torch.cat(logvars)) * noise.to(latents.device)
         if not all_finite(latents):
-            raise UserError(f"The autoencoder gives NaN latents; {overflow_advice(dtype, HALF_VAE_REMEDY)}.")
+            advice = overflow_advice(self._compute_dtype("autoencoder"), HALF_VAE_REMEDY)
+            raise UserError(f"The autoencoder gives NaN latents; {advice}.")
         return latents
+
+    def _together(self, images: int) -> int:
+        """How many of so many images go through the autoencoder at once."""
+        share = self.vae_batch_size
+        if share is None:
+            return images
+        return max(1, int(share if share >= 1 else share * images))
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, float32, of the latents of ``pixels``."""
+        autoencoder: Any = self.load_autoencoder()
+        dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
+        with _without_autocast(device), in_slices(autoencoder, self.vae_slices, pixels.shape[2]):
+            posterior = autoencoder.encode(pixels.to(device, dtype)).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -260,11 +274,18 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """As ``decode_latents``, but gradients flow and NaN values stay."""
+        decoded = [self._decode(batch) for batch in latents.split(self._together(len(latents)))]
+        advice = overflow_advice(self._compute_dtype("autoencoder"), HALF_VAE_REMEDY)
+        return visible(torch.cat(decoded), latents, "the U-Net", advice)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Pixels, float32, of scaled ``latents``."""
         autoencoder: Any = self.load_autoencoder()
         dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
-        unscaled = latents.float() / self.latent_scale
-        with _without_autocast(device):
-            return autoencoder.decode(unscaled.to(device, dtype)).sample.float()
+        unscaled = (latents.float() / self.latent_scale).to(device, dtype)
+        height = latents.shape[2] * self.latent_stride
+        with _without_autocast(device), in_slices(autoencoder, self.vae_slices, height):
+            return autoencoder.decode(unscaled).sample.float()
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[Encoder, Tokens]:
         """Token chunks of the prompts for each encoder (all by default), on the CPU."""

@@ -206,9 +206,11 @@ class ImageOutputs:
 
         No file is replaced: where the name is taken, a number follows it. Raises UserError when it cannot be written.
         """
-        name = self._names.pop(prompt.number, None) or self._of_the_moment(prompt, position, self.stage)
-        text = {} if self.options.no_metadata else record.entries()
-        path = self._write(image, name, text)
+        name = self._names.pop(prompt.number, None)
+        wanted = name or self._of_the_moment(prompt, position, self.stage)
+        path = self._write(image, wanted, {} if self.options.no_metadata else record.entries())
+        if name is not None and path != next(name.paths()):
+            warn(f"{next(name.paths())} is there already; the image is {path.name}.")
         self.pages.add(path, image, prompt, record.entries())
         return path
 
@@ -258,15 +260,11 @@ class ImageOutputs:
     # ---- files ------------------------------------------------------------------------------------------------------
 
     def _write(self, image: Image.Image, name: FileName, text: Mapping[str, str]) -> Path:
-        wanted = next(name.paths())
         try:
             name.folder.mkdir(parents=True, exist_ok=True)
-            path = write_new(name.paths(), image_bytes(image, name.suffix.lower(), text))
+            return write_new(name.paths(), image_bytes(image, name.suffix.lower(), text))
         except (OSError, ValueError) as error:
-            raise UserError(f"{wanted}: cannot be written ({in_one_line(error)}).") from None
-        if path != wanted:
-            warn(f"{wanted} is there already; the image is {path.name}.")
-        return path
+            raise UserError(f"{next(name.paths())}: cannot be written ({in_one_line(error)}).") from None
 
     def _show_existing(self, path: Path, prompt: ImagePrompt) -> None:
         """Put a skipped image on the pages, too."""

@@ -180,6 +180,8 @@ class ImagePrompts:
         if self.source != "from_file":
             return []
         path = Path(self.options.from_file or "")
+        if path.suffix.lower() in (".json", ".toml"):
+            raise UserError(f"--from_file: {path} must be a text file with one prompt line on each line.")
         numbered = enumerate(read_text(path, "--from_file").split("\n"), 1)
         lines = [PromptLine(s, f"{path}, line {n}") for n, s in numbered if s.strip() and not s.startswith("#")]
         if not lines:
@@ -247,9 +249,11 @@ class ImagePrompts:
         for seed, prompts in zip(seeds, expand(text, seeds, line.place)):
             for prompt in prompts:
                 index = len(images)
-                image = self._parsed(PromptLine(prompt, line.place))
-                image = dataclasses.replace(image, seed=seed, number=number + index, index=index)
-                images.append(dataclasses.replace(image, iteration=iteration, dynamic=dynamic))
+                read = self._parsed(PromptLine(prompt, line.place))
+                image = dataclasses.replace(
+                    read, seed=seed, number=number + index, index=index, iteration=iteration, dynamic=dynamic
+                )
+                images.append(image)
         return images
 
     def _parsed(self, line: PromptLine) -> ImagePrompt:

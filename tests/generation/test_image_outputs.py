@@ -121,6 +121,13 @@ def test_no_file_is_replaced(outputs, tmp_path, caplog):
     assert "im_000001.png is there already; the image is im_000001_001.png" in caplog.text
 
 
+def test_images_of_the_same_moment_have_names_of_their_own(outputs, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("time.strftime", lambda form: "20300102030405")
+    paths = draw(outputs(), lines_of(tmp_path, "a --d 7", n_iter=2))
+    assert names(paths) == ["im_20300102030405_000_7.png", "im_20300102030405_000_7_001.png"]
+    assert caplog.text == ""
+
+
 # ---- text ---------------------------------------------------------------------------------------------------------
 
 FULL = ImagePrompt(

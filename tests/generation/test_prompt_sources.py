@@ -352,6 +352,8 @@ def test_files_that_hold_no_prompts(tmp_path, file):
         prompts(from_file=str(tmp_path / "bytes.txt"))
     with pytest.raises(UserError, match="--from_module: there is no file"):
         prompts(from_module=str(tmp_path / "missing.py"))
+    with pytest.raises(UserError, match="prompts.JSON must be a text file with one prompt line on each line"):
+        prompts(from_file=str(tmp_path / "prompts.JSON"))
     with pytest.raises(UserError, match=r"must be a Python file"):
         prompts(from_module=file("a"))
 

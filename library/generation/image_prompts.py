@@ -210,18 +210,19 @@ LIMITS: Mapping[str, tuple[str, float, float]] = {
 """Name in messages, least and largest value by field."""
 
 
+def check_side(side: int | None, place: str) -> None:
+    """Raises UserError, beginning with ``place``, for a width or height in pixels that no image can have."""
+    if side is not None and (side < 1 or side % SIDE_MULTIPLE):
+        raise UserError(f"{place} must be a positive multiple of {SIDE_MULTIPLE}, not {side}.")
+
+
 def check_image_prompt(prompt: ImagePrompt, place: str = "") -> None:
     """Raises UserError, beginning with ``place``, for values that no image can have."""
+    for letter, side in (("w", prompt.width), ("h", prompt.height)):
+        check_side(side, f"{place}--{letter}")
     check_prompt_values(prompt, place)
     if prompt.file_name is not None:
         _check_file_name(prompt.file_name, place)
-    for side in ("width", "height"):
-        value = getattr(prompt, side)
-        if value is not None and value % SIDE_MULTIPLE:
-            raise UserError(
-                f"{place}the {side} must be divisible by {SIDE_MULTIPLE}, not {value}; "
-                f"{value // SIDE_MULTIPLE * SIDE_MULTIPLE} would be right."
-            )
     for field, (name, least, largest) in LIMITS.items():
         value = getattr(prompt, field)
         if value is not None and not least <= value <= largest:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.errors import UserError
-from library.generation.image_prompts import SIDE_MULTIPLE, ImagePrompt
+from library.generation.image_prompts import ImagePrompt, check_side
 
 SIDES = {"sd1": 512, "sd2": 512, "sdxl": 1024}
 """The side of an image, in pixels, where nothing else is said."""
@@ -94,12 +94,6 @@ def check_sampling(options: SamplingOptions) -> None:
             raise UserError(f"--{name}_prob needs --{key} with two numbers.")
     if min(options.pyramid_noise_discount_range or [0]) < 0:
         raise UserError("--pyramid_noise_discount_range must not be negative.")
-
-
-def check_side(side: int | None, place: str) -> None:
-    """Raises UserError, beginning with ``place``, for a width or height in pixels that no image can have."""
-    if side is not None and (side < 1 or side % SIDE_MULTIPLE):
-        raise UserError(f"{place} must be a positive multiple of {SIDE_MULTIPLE}, not {side}.")
 
 
 def default_prompt(options: SamplingOptions, variant: str, *groups: Any) -> ImagePrompt:

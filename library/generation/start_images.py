@@ -13,6 +13,7 @@ from library.errors import UserError, in_one_line
 from library.generation.features import Batch, Feature
 from library.generation.image_prompts import ImagePrompt
 from library.generation.prompt_sources import PromptLine
+from library.generation.recorded_prompts import recorded_lines
 from library.generation.sampling_options import SamplingOptions
 from library.options import Aliases
 
@@ -147,16 +148,7 @@ class StartImages(Feature):
 
         Raises UserError for a file without one.
         """
-        lines = []
-        for file in self.files:
-            with open_image(file, self.option) as image:
-                text: Mapping[Any, Any] = {**image.info, **getattr(image, "text", {})}
-            prompt = text.get("prompt")
-            if not isinstance(prompt, str):
-                raise UserError(f"--image_path: the text of {file} holds no prompt; give one with --prompt.")
-            negative = text.get("negative-prompt")
-            options = f" --n {negative}" if isinstance(negative, str) and negative else ""
-            lines.append(PromptLine(prompt + options, str(file)))
+        lines = recorded_lines(self.files)
         self.repeats = self.images_per_prompt
         return lines
 

@@ -112,8 +112,8 @@ def test_a_value_that_is_no_number_is_named_with_its_place(letter, value):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ("--w 500", "the width must be divisible by 8, not 500; 496 would be right."),
-        ("--h 0", "--height must be at least 1, not 0."),
+        ("--w 500", "--w must be a positive multiple of 8, not 500."),
+        ("--h 0", "--h must be a positive multiple of 8, not 0."),
         ("--t 1.5", r"the strength \(--t\) must be between 0 and 1, but is 1.5."),
         ("--ow -5", r"the original width \(--ow\) must not be negative, but is -5."),
         ("--cl -1", r"the crop \(--cl\) must not be negative, but is -1."),

@@ -361,7 +361,7 @@ def test_files_that_hold_no_prompts(tmp_path, file):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ("c --w 100", "the width must be divisible by 8"),
+        ("c --w 100", "--w must be a positive multiple of 8"),
         ("c --d 1,x", "--d must be whole numbers"),
         ("c {1-2-3$$a|b}", "must be a number or a range"),
         ("c --s {e$$1|x}", "--s must be a whole number"),

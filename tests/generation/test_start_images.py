@@ -97,13 +97,13 @@ def test_width_and_height_together_stretch_the_image(tmp_path):
 
 
 def test_prompts_come_from_the_images_text(tmp_path):
-    save(tmp_path / "a.png", prompt="a cat --s 3", negative_prompt="blurry")
+    save(tmp_path / "a.png", prompt="a {cat}", negative_prompt="blurry")
     save(tmp_path / "b.png", prompt="a dog")
     start = start_images(tmp_path, images=2)
-    assert [line.text for line in start.recorded_lines()] == ["a cat --s 3 --n blurry", "a dog"]
+    assert [line.text for line in start.recorded_lines()] == [r"a \{cat\} --n blurry", "a dog"]
     assert [start.file(number).name for number in range(5)] == ["a.png", "a.png", "b.png", "b.png", "a.png"]
     save(tmp_path / "c.jpg")
-    with pytest.raises(UserError, match=r"c\.jpg holds no prompt; give one with --prompt"):
+    with pytest.raises(UserError, match=r"c\.jpg holds no prompt; give --prompt or --from_file"):
         start_images(tmp_path).recorded_lines()
 
 

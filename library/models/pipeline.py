@@ -118,6 +118,8 @@ class ImageRequest:
     scale: float = 1.0
     """Classifier-free guidance; 1 turns it off."""
     conditioning: Conditioning | None = None
+    sub_conditionings: Sequence[Conditioning] = ()
+    """Of the parts of a prompt that are for regions of the image."""
     negative_conditioning: Conditioning | None = None
     unconditional_conditioning: Conditioning | None = None
     """Of the empty prompt, for guidance that has it beside the negative one."""
@@ -128,7 +130,7 @@ class ImageRequest:
 
     def common(self) -> tuple[Any, ...]:
         """What it shares with requests that may be drawn together with it: all but texts, seed and start latents."""
-        own = ("prompt", "negative_prompt", "seed", "start_latents", *CONDITIONINGS.values())
+        own = ("prompt", "negative_prompt", "seed", "start_latents", "sub_conditionings", *CONDITIONINGS.values())
         values = [value for name, value in vars(self).items() if name not in own]
         return tuple(value if isinstance(value, Hashable) else id(value) for value in values)
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from library.errors import UserError, did_you_mean
 from library.families import SDXL, STABLE_DIFFUSION
 from library.generation.network_options import NetworkFile, NetworkOptions, parse_network_files, strengths
 from library.memory.stored_linear import stored_weight, write_weight
+from library.models.stable_diffusion.regions import Change
 from networks.adapters.adapter_module import AdapterModule
 from networks.adapters.lycoris_modules import LycorisFile
 from networks.adapters.network_stack import NetworkStack
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 MODULES = tuple(dict.fromkeys((*STABLE_DIFFUSION.networks, *SDXL.networks, "lycoris.kohya")))
 """What ``--network_module`` may name here."""
-
-Change = Callable[[Tensor, Tensor], Tensor]
-"""``change(x, y)``: what a network adds to the output ``y`` of a layer for the input ``x``."""
 
 
 def open_networks(options: NetworkOptions, pipeline: StableDiffusionPipeline) -> ImageNetworks:
@@ -74,6 +72,11 @@ class ImageNetworks:
     def multipliers(self) -> list[float]:
         """The strength of each file."""
         return [opened.multipliers[0] for opened in self.opened]
+
+    @property
+    def networks(self) -> list[Any]:
+        """The acting networks, as prompt modules are given them."""
+        return [opened if isinstance(opened, LycorisFile) else opened.networks[0] for opened in self.acting]
 
     def strengths(self, own: Sequence[float] | None) -> tuple[float, ...]:
         """The strengths of the acting networks for a prompt with ``own`` ones (``--am``), or none."""

@@ -46,19 +46,25 @@ class LycorisAdapter(AdapterModule):
         merged, bias = self.lora.get_merged_weight(float(self.multiplier), weight.shape, weight.device)
         return merged.float(), None if bias is None else bias.float()
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         y = self.org_forward(x)
         if self.is_idle:
             return y
         if self.change is None or self.change[0] != self.multiplier:
-            weight, bias = self.merged()
-            change = {"weight": (weight - self.org_module.weight.float()).to(x)}
-            if bias is not None:
-                own = self.org_module.bias
-                change["bias"] = (bias if own is None else bias - own.float()).to(x)
-            self.change = (self.multiplier, change)
-        return y + self.lora.op(x, **self.change[1], **self.lora.kw_dict)
+            self.change = (self.multiplier, self._change())
+        return y + self.lora.op(
+            x, **{name: tensor.to(x) for name, tensor in self.change[1].items()}, **self.lora.kw_dict
+        )
+
+    @torch.no_grad()
+    def _change(self) -> dict[str, Tensor]:
+        """What is added to the weight and, where the module has one, to the bias; in the weight's dtype."""
+        layer = self.org_module
+        weight, bias = self.merged()
+        change = {"weight": (weight - layer.weight.float()).to(layer.weight.dtype)}
+        if bias is not None:
+            change["bias"] = (bias if layer.bias is None else bias - layer.bias.float()).to(layer.weight.dtype)
+        return change
 
     @torch.no_grad()
     def merge(self, device: torch.device | str | None = None) -> None:

@@ -23,6 +23,7 @@ from library.models.sampling import ClassifierFree, DiffusersSolver, Guidance, N
 from library.models.stable_diffusion.added_words import AddedWords
 from library.models.stable_diffusion.checkpoint import UnetFile, VaeFile, Variant, open_stable_diffusion
 from library.models.stable_diffusion.image_text import ImageTexts, image_chunks, image_tokens, whole_chunks
+from library.models.stable_diffusion.prompt_weights import sub_prompts
 from library.models.stable_diffusion.sampling import make_scheduler, noises_of_steps
 from library.models.stable_diffusion.start_noise import Perturbation, draw_start
 from library.models.stable_diffusion.text import (
@@ -44,6 +45,7 @@ from library.text_files import shown
 if TYPE_CHECKING:
     from library.models.stable_diffusion.control_net import ControlNetFile
     from library.models.stable_diffusion.control_net_lllite import LLLiteFile
+    from library.models.stable_diffusion.regions import Regions
 
 Part = Literal["unet", "autoencoder", "text_encoder", "text_encoder_2"]
 Encoder = Literal["text_encoder", "text_encoder_2"]
@@ -384,13 +386,19 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
 
     def unet_text(self, conditioning: Conditioning, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
         """What diffusers' U-Nets and ControlNets are given of ``conditioning``, by the names of their arguments."""
+        states = self.context(conditioning)
         if self.variant != "sdxl":
-            return {"encoder_hidden_states": conditioning["hidden_state"].to(device, dtype)}
-        states = torch.cat([conditioning[name].to(device) for name in ("hidden_state1", "hidden_state2")], dim=-1)
+            return {"encoder_hidden_states": states.to(device, dtype)}
         # In a half format, sizes above 2048 or 256 would be rounded before they become sinusoids.
         time_ids = conditioning["time_ids"].to(device, torch.float32)
         added = {"text_embeds": conditioning["pool2"].to(device, dtype), "time_ids": time_ids}
-        return {"encoder_hidden_states": states.to(dtype), "added_cond_kwargs": added}
+        return {"encoder_hidden_states": states.to(device, dtype), "added_cond_kwargs": added}
+
+    def context(self, conditioning: Conditioning) -> Tensor:
+        """What cross-attention attends to [B, positions, width]; of XL, the states of both text encoders."""
+        if self.variant != "sdxl":
+            return conditioning["hidden_state"]
+        return torch.cat([conditioning["hidden_state1"], conditioning["hidden_state2"]], dim=-1)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, **arguments: Any) -> Tensor:
         """What the U-Net predicts (noise, or v) [B, 4, h, w], float32, for noisy scaled ``latents``.
@@ -430,6 +438,19 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         from library.models.stable_diffusion.control_net_lllite import before_layers
 
         return before_layers(unet, paths, change)
+
+    # Regions
+
+    def sub_prompts(self, text: str) -> list[str]:
+        """The parts of a prompt between " AND "."""
+        return sub_prompts(text)
+
+    def regions(self, contexts: Sequence[Tensor], masks_at: Callable[[int, int], Tensor]) -> Regions:
+        """Regions of the image, each with a text [B, positions, width] (see ``context``)."""
+        from library.models.stable_diffusion.regions import Regions
+
+        dtype = self._compute_dtype("unet")
+        return Regions([context.to(self.device, dtype) for context in contexts], masks_at, self.attention_backend)
 
     # Drawing
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from library.models.sampling import Solver, Step, StepHook
 
@@ -28,4 +29,6 @@ class Inpainting(StepHook):
         """With the image in its place."""
         kept = self.drawing.noisy_image(step.index + 1)
         mask = self.mask.to(latents)
+        if mask.shape[-2:] != latents.shape[-2:]:  # an image that grows while it is drawn
+            mask = interpolate(mask, size=latents.shape[-2:], mode="bilinear", align_corners=False)
         return kept * (1 - mask) + latents * mask

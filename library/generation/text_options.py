@@ -24,7 +24,7 @@ class TextOptions:
     textual_inversion_embeddings: list[str] = field(default_factory=list)
     """Textual Inversion files; each is used where its name, without the ending, stands in a text."""
     XTI_embeddings: list[str] = field(default_factory=list)
-    """Extended Textual Inversion files, for Stable Diffusion 1.x; they are used in the same way."""
+    """Extended Textual Inversion files, not for XL; they are used in the same way."""
 
     def image_texts(self) -> ImageTexts:
         """The rules for the pipeline. Raises UserError for a number that cannot be."""

@@ -97,8 +97,12 @@ def _vectors(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
     if tensors.keys() & set(XL_KEYS.values()):
         raise UserError(f"{place} is an embedding for Stable Diffusion XL.")
     if len(tensors) > 1:
-        names = ", ".join([*tensors][:4])
-        raise UserError(f"{place} is not a Textual Inversion: it holds {len(tensors)} tensors ({names}, ...), not one.")
+        names, hint = ", ".join([*tensors][:4]), ""
+        if "MID" in tensors:
+            hint = "; it may be meant for --XTI_embeddings"
+        raise UserError(
+            f"{place} is not a Textual Inversion: it holds {len(tensors)} tensors ({names}, ...), not one{hint}."
+        )
     return {"text_encoder": next(iter(tensors.values()))}
 
 

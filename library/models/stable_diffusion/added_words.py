@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,9 +58,10 @@ class AddedWords:
         names = "|".join(re.escape(word) for word in sorted(self.ids, key=len, reverse=True))
         return re.split(rf"(?<!\w)({names})(?!\w)", text)
 
-    def found_in(self, text: str, words: Collection[str]) -> bool:
-        """Whether one of these words stands in ``text``."""
-        return any(word in words for word in self._split(text)[1::2])
+    def holds(self, ids: Tensor, words: Iterable[str]) -> bool:
+        """Whether one of these words is in a text of token ``ids``."""
+        wanted = {number for word in words for number in self.ids[word]}
+        return not wanted.isdisjoint(ids.flatten().tolist())
 
     def attach(self, encoder: ClipTextEncoder) -> None:
         """Let the embedding of a loaded ``encoder`` know the words, also those that are added later."""

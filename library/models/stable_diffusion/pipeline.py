@@ -170,6 +170,8 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         self.image_texts = image_texts or ImageTexts()
         self.words: dict[Encoder, AddedWords] = {}
         """Words that texts of images may have beside the vocabulary, by encoder."""
+        self.layer_words: dict[str, dict[str, Tensor]] = {}
+        """Vectors that some of these words have in a layer of the U-Net, [vectors, hidden], by layer and word."""
         self.channels_last = False
         """Keep the weights of convolutions in that memory format."""
         self.vae_slices: int | None = None
@@ -366,7 +368,8 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         """The conditioning [1, ...] of each text of an image, ``chunks`` chunks long; see ``image_text.py``.
 
         Every text is encoded by itself, so that its conditioning depends on nothing else. As ``encode_prompts`` gives
-        it, but with ``77 chunks`` positions and, for XL, of the layer that ``clip_skip`` names.
+        it, but with ``77 chunks`` positions and, for XL, of the layer that ``clip_skip`` names. Where words have other
+        vectors in layers of the U-Net, ``hidden_state.LAYER`` is the text of each.
         """
         encoders = self.encoders if encoders is None else encoders
 
@@ -381,7 +384,15 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
                 tokens[encoder] = image_tokens(
                     tokenizer, image_chunks(tokenizer, text, self.words.get(encoder)), chunks
                 )
-            conditionings.append(self.encode_tokens(tokens, xl_layer=self.clip_skip or 2, join=join))
+            conditioning = self.encode_tokens(tokens, xl_layer=self.clip_skip or 2, join=join)
+            for layer, vectors in self.layer_words.items():
+                words = self.words["text_encoder"]
+                state = conditioning["hidden_state"]
+                if words.holds(tokens["text_encoder"].ids, vectors):
+                    with words.replaced(vectors):
+                        state = self.encode_tokens(tokens, join=join)["hidden_state"]
+                conditioning[f"hidden_state.{layer}"] = state
+            conditionings.append(conditioning)
         return conditionings
 
     def unet_text(self, conditioning: Conditioning, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class FluxInferenceOptions:
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
 
 
-class FluxInference(InferenceRun):
+class FluxInference(InferenceRun[PromptOptions]):
     """FLUX.1 and Chroma: two text encoders or one, embedded guidance, flow matching in Euler steps."""
 
     script = "flux_minimal_inference.py"

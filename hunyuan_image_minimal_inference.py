@@ -167,7 +167,7 @@ class HunyuanImageInferenceOptions:
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
 
 
-class HunyuanImageInference(InferenceRun):
+class HunyuanImageInference(InferenceRun[PromptOptions]):
     """HunyuanImage-2.1: two text encoders, guidance that is projected later, flow matching in Euler steps."""
 
     script = "hunyuan_image_minimal_inference.py"

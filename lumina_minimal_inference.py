@@ -138,7 +138,7 @@ class LuminaInferenceOptions:
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
 
 
-class LuminaInference(InferenceRun):
+class LuminaInference(InferenceRun[PromptOptions]):
     """Lumina Image 2.0: one text encoder, truncated and renormalised guidance, flow matching in Euler steps."""
 
     script = "lumina_minimal_inference.py"

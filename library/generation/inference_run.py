@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from library.console import say
 from library.errors import UserError
@@ -21,12 +21,12 @@ from library.generation.image_files import ImageRecord, UsedLora, lora_hash, sav
 from library.generation.lora_files import LoraFile, check_not_merged, parse_lora_files, parse_multipliers
 from library.generation.part_dtypes import PartDtype, resolve_part_dtypes
 from library.generation.parts import Parts, computing_in
-from library.generation.prompts import check_sources, read_prompts, with_seed
+from library.generation.prompts import Prompt, check_sources, read_prompts, with_seed
 from library.generation.session import Session, SessionGrammar
 from library.memory.budget import check_budget
 from library.memory.streaming_options import check_streaming_options
 from library.models.streamed_parts import stream_blocks
-from library.prompt_options import PromptOptions, check_prompt_values
+from library.prompt_options import check_prompt_values
 from library.safetensors_io import legacy_hash
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ TextKey = tuple["Text", tuple[float, ...]]
 TEXTS_KEPT = 64  # in a session; the outputs of one text take some megabytes
 
 
-class InferenceRun(ABC):
+class InferenceRun(ABC, Generic[Prompt]):
     """Opens everything by headers at once; parts are loaded when their work comes.
 
     Raises UserError, before anything heavy is loaded, for options and files that cannot be used.
@@ -48,7 +48,7 @@ class InferenceRun(ABC):
 
     script: ClassVar[str]
     """The entry script's file name."""
-    family: ClassVar[Family]
+    family: Family
     """Whose images it draws."""
     sampler: ClassVar[str]
     """The sampler's name in the images' text."""
@@ -84,8 +84,8 @@ class InferenceRun(ABC):
         check_budget(options.device.vram_budget)
         self.defaults = self.default_prompt()
         check_prompt_values(self.defaults)
-        self.file_prompts = self.read_prompts()
         self.stack = self.open_loras()
+        self.file_prompts = self.read_prompts()
         for line in self.fit_memory():
             say(line)
         self.parts = Parts(self.pipeline, options.device.offload, self.stack.enter, self.stack.move)
@@ -103,10 +103,11 @@ class InferenceRun(ABC):
     def check_options(self) -> None:
         """What can be known from the options alone. Raises UserError."""
 
-    def read_prompts(self) -> Sequence[PromptOptions]:
+    def read_prompts(self) -> Sequence[Prompt]:
         """The prompts that are known ahead, checked. Raises UserError."""
         sources = self.options.sources
-        prompts = [self.as_meant(prompt) for prompt in read_prompts(sources, self.defaults)]
+        given: Any = read_prompts(sources, self.defaults)
+        prompts = [self.as_meant(prompt) for prompt in given]
         for number, prompt in enumerate(prompts, 1):
             self.check_prompt(prompt, "" if sources.from_file is None else f"{sources.from_file}, prompt {number}: ")
         return prompts
@@ -124,7 +125,7 @@ class InferenceRun(ABC):
         """The dtypes of each part, and the one that noise is drawn in. Raises UserError for an unknown name."""
         return resolve_part_dtypes(self.options.dtypes, self.dtype_options, self.denoiser, self.never_8_bits)
 
-    def as_meant(self, prompt: PromptOptions) -> PromptOptions:
+    def as_meant(self, prompt: Prompt) -> Prompt:
         """A prompt of ``--from_file`` as this family means its fields."""
         return prompt
 
@@ -137,33 +138,33 @@ class InferenceRun(ABC):
         """The ``networks.adapters.network_stack.NetworkStack`` of ``lora_files``."""
 
     @abstractmethod
-    def default_prompt(self) -> PromptOptions:
+    def default_prompt(self) -> Prompt:
         """The command line as a prompt, with every value decided but the seed and the negative prompt."""
 
-    def denoising_parts(self, prompt: PromptOptions) -> tuple[str, ...]:
+    def denoising_parts(self, prompt: Prompt) -> tuple[str, ...]:
         """The parts that work on noise."""
         return (self.pipeline.denoiser,)
 
-    def request(self, prompt: PromptOptions) -> ImageRequest:
+    def request(self, prompt: Prompt) -> ImageRequest:
         """The pipeline's request for a prompt."""
         return self.pipeline.request(prompt)
 
-    def recorded(self, prompt: PromptOptions) -> PromptOptions:
+    def recorded(self, prompt: Prompt) -> Prompt:
         """``prompt`` as the image's text names it: without what did not act."""
         return replace(prompt, negative_prompt=self.negative(prompt))
 
-    def settings(self, prompt: PromptOptions) -> Mapping[str, str]:
+    def settings(self, prompt: Prompt) -> Mapping[str, str]:
         """What else an image depends on, for its text: the dtypes, and what a family adds."""
         dtypes = self.options.dtypes
         names = {option: getattr(dtypes, option) for option in ("dtype", *self.dtype_options.values())}
         scaled = {"fp8-scaled": "true"} if dtypes.fp8_scaled else {}
         return {option.replace("_", "-"): name for option, name in names.items() if name} | scaled
 
-    def file_name(self, prompt: PromptOptions) -> str:
+    def file_name(self, prompt: Prompt) -> str:
         """The name of an image's file, without its ending; one that is there already gets a number."""
         return time.strftime("%Y%m%d_%H%M%S")
 
-    def check_prompt(self, prompt: PromptOptions, place: str = "") -> None:
+    def check_prompt(self, prompt: Prompt, place: str = "") -> None:
         """Say to which size the image is rounded.
 
         Raises UserError, beginning with ``place``, for a prompt that cannot be drawn.
@@ -208,18 +209,18 @@ class InferenceRun(ABC):
         device: torch.device = self.options.device.torch_device()
         return device
 
-    def negative(self, prompt: PromptOptions) -> str | None:
+    def negative(self, prompt: Prompt) -> str | None:
         """The negative prompt that acts: with classifier-free guidance there is one, if only the empty one."""
         guidance = self.pipeline.guidance(self.pipeline.request(prompt))
         return prompt.negative_prompt or "" if "negative" in guidance.roles else None
 
-    def texts_of(self, prompt: PromptOptions) -> list[Text]:
+    def texts_of(self, prompt: Prompt) -> list[Text]:
         """The texts of a prompt that act, each with its role."""
         positive: Text = (prompt.prompt, "positive")
         negative = self.negative(prompt)
         return [positive] if negative is None else [positive, (negative, "negative")]
 
-    def prompts(self) -> list[PromptOptions]:
+    def prompts(self) -> list[Prompt]:
         """What to draw, each prompt with a seed."""
         return [with_seed(prompt) for prompt in self.file_prompts]
 
@@ -233,7 +234,7 @@ class InferenceRun(ABC):
         for prompt in prompts:
             self.draw(prompt)
 
-    def draw_line(self, prompt: PromptOptions, multipliers: str | None) -> None:
+    def draw_line(self, prompt: Any, multipliers: str | None) -> None:
         """Draw one prompt of a session. Raises UserError for values that cannot be."""
         self.check_prompt(prompt)
         if multipliers is not None:
@@ -244,7 +245,7 @@ class InferenceRun(ABC):
         self.draw(prompt)
 
     @contextlib.contextmanager
-    def explaining_memory(self, prompts: Sequence[PromptOptions]) -> Iterator[None]:
+    def explaining_memory(self, prompts: Sequence[Prompt]) -> Iterator[None]:
         """A full device becomes a UserError that says what helps."""
         import torch
 
@@ -257,13 +258,13 @@ class InferenceRun(ABC):
                 "a smaller dtype or a smaller image."
             ) from None
 
-    def draw(self, prompt: PromptOptions) -> None:
+    def draw(self, prompt: Prompt) -> None:
         """Draw an encoded prompt and write its file."""
         with self.explaining_memory([prompt]):
             image = self.image(prompt)
         self.save(image, self.file_name(prompt), self.text_of(prompt), prompt.seed)
 
-    def text_of(self, prompt: PromptOptions) -> Mapping[str, str]:
+    def text_of(self, prompt: Prompt) -> Mapping[str, str]:
         """The text that says in a file how it was made; nothing with ``--no_metadata``."""
         return {} if self.options.output.no_metadata else self.record(prompt).entries()
 
@@ -272,7 +273,7 @@ class InferenceRun(ABC):
         path = save_image(image, self.output_folder, name, text)
         say(f"saved {path} ({image.width}x{image.height}, seed {seed})")
 
-    def encode(self, prompts: Sequence[PromptOptions], keep_encoders: bool = False) -> None:
+    def encode(self, prompts: Sequence[Prompt], keep_encoders: bool = False) -> None:
         """Make the text outputs of ``prompts`` that are not there yet; then let the text encoders go."""
         keys = {self.text_key(text): text for prompt in prompts for text in self.texts_of(prompt)}
         made: dict[TextKey, dict[str, Tensor]] = {key: {} for key in keys if key not in self.texts}
@@ -299,7 +300,7 @@ class InferenceRun(ABC):
         outputs, host = self.texts[self.text_key(text)], self.pipeline.read_on_host
         return {name: value if name in host else value.to(self.pipeline.device) for name, value in outputs.items()}
 
-    def encoded_request(self, prompt: PromptOptions) -> ImageRequest:
+    def encoded_request(self, prompt: Prompt) -> ImageRequest:
         """The request for an encoded prompt."""
         request = self.request(prompt)
         request.conditioning = self.text_outputs((prompt.prompt, "positive"))
@@ -314,7 +315,7 @@ class InferenceRun(ABC):
         with self.parts.at_work(*parts), computing_in(device, self.dtypes[parts[0]].compute):
             yield
 
-    def latents(self, prompt: PromptOptions) -> Tensor:
+    def latents(self, prompt: Prompt) -> Tensor:
         """The latents [1, C, h, w], float32, of an encoded prompt."""
         with self.at_work(*self.denoising_parts(prompt)):
             return self.pipeline.generate_latents(self.encoded_request(prompt), progress=True)
@@ -324,7 +325,7 @@ class InferenceRun(ABC):
         with self.at_work("autoencoder"):
             return self.pipeline.decode_latents(latents)
 
-    def image(self, prompt: PromptOptions) -> Image:
+    def image(self, prompt: Prompt) -> Image:
         """The image of an encoded prompt."""
         return self.image_of(self.latents(prompt))
 
@@ -334,7 +335,7 @@ class InferenceRun(ABC):
 
         return to_image(self.decode(latents)[0])
 
-    def record(self, prompt: PromptOptions) -> ImageRecord:
+    def record(self, prompt: Prompt) -> ImageRecord:
         """How the image of ``prompt`` is made."""
         for file in self.lora_files:
             if file.path not in self.hashes:

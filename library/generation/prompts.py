@@ -6,9 +6,12 @@ import dataclasses
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from library.errors import UserError
 from library.prompt_options import PromptOptions, read_prompt_file
+
+Prompt = TypeVar("Prompt", bound=PromptOptions)
 
 
 @dataclass
@@ -60,6 +63,6 @@ def with_defaults(own: PromptOptions, defaults: PromptOptions) -> PromptOptions:
     return dataclasses.replace(defaults, **given)
 
 
-def with_seed(prompt: PromptOptions) -> PromptOptions:
+def with_seed(prompt: Prompt) -> Prompt:
     """``prompt`` with a seed: its own, or one of 32 bits that nobody knew before."""
     return prompt if prompt.seed is not None else dataclasses.replace(prompt, seed=secrets.randbits(32))

@@ -42,7 +42,7 @@ class Options:
     streaming: StreamingOptions = field(default_factory=StreamingOptions)
 
 
-class StableDiffusionInference(InferenceRun):
+class StableDiffusionInference(InferenceRun[PromptOptions]):
     """As little as a family has to say."""
 
     script = "this test"

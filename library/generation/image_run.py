@@ -1,0 +1,342 @@
+"""The course of ``gen_img.py``: prompts to batches, batches through one or two stages to files.
+
+An image depends on its own prompt, seed and inputs alone: a batch holds images whose settings are equal, and nothing of
+one of them reaches another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tqdm import tqdm
+
+from library.console import say
+from library.families import SDXL, STABLE_DIFFUSION
+from library.generation.control_options import open_control
+from library.generation.features import Batch, Feature, check_features
+from library.generation.guidance_options import open_clip_vision, open_guidance
+from library.generation.image_files import ImageRecord, UsedLora, lora_hash
+from library.generation.image_outputs import ImageOutputs, image_record
+from library.generation.image_prompts import ImagePrompt, check_image_prompt
+from library.generation.inference_run import InferenceRun
+from library.generation.model_options import check_model_options, open_model
+from library.generation.part_dtypes import PartDtype
+from library.generation.preview import Preview
+from library.generation.prompt_sources import SOURCES, ImagePrompts, PromptLine
+from library.generation.sampling_options import check_sampling, default_prompt, request_fields
+from library.generation.start_images import open_start_images
+from library.generation.textual_inversion import add_textual_inversions
+from library.models.pipeline import CONDITIONINGS
+from library.models.stable_diffusion.sampling import require_sampler
+from library.safetensors_io import legacy_hash
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from library.generation.lora_files import LoraFile
+    from library.models.pipeline import Conditioning
+    from library.models.sampling import Role
+    from library.models.stable_diffusion.pipeline import StableDiffusionPipeline, StableDiffusionRequest
+
+EncodedText = tuple[str, int, tuple[float, ...]]
+"""A text, its chunks, and the strengths of the networks where they change text encoders."""
+TEXTS_KEPT = 512  # of XL, each takes half a megabyte
+
+
+class ImageRun(InferenceRun[ImagePrompt]):
+    """Stable Diffusion 1.x, 2.x and XL, with everything that ``gen_img.py`` adds to the drawing."""
+
+    script = "gen_img.py"
+    family = STABLE_DIFFUSION
+    denoiser = "unet"
+    dtype_options: ClassVar[Mapping[str, str]] = {}
+    output_option = "--outdir"
+    lora_option = "--network_weights"
+    pipeline: StableDiffusionPipeline
+    defaults: ImagePrompt
+
+    def __init__(self, options: Any):
+        self.encoded: dict[EncodedText, Conditioning] = {}
+        """Text outputs, on the CPU; the most recently used ones last."""
+        self.read_texts: dict[Hashable, dict[Role, list[EncodedText]]] = {}
+        self.shows_steps = True
+        """Whether each batch has a progress bar of its own: not beside one of all images."""
+        self.bar: tqdm[Any] | None = None
+        super().__init__(options)
+
+    # ---- options and files ------------------------------------------------------------------------------------------
+
+    def check_sources(self) -> None:
+        """Checked with the prompts."""
+
+    def check_options(self) -> None:
+        """Sizes, numbers and names that can be known without a file. Raises UserError."""
+        require_sampler(self.options.sampling.sampler, "--sampler")
+        check_sampling(self.options.sampling)
+        check_model_options(self.options.model)
+
+    @property
+    def output_folder(self) -> Path:
+        """``--outdir``."""
+        return Path(self.options.output.outdir)
+
+    def read_lora_files(self) -> list[LoraFile]:
+        """They are read with the networks."""
+        return []
+
+    def part_dtypes(self) -> tuple[dict[str, PartDtype], torch.dtype]:
+        """One dtype for all parts, but for the autoencoder with ``--no_half_vae``."""
+        import torch
+
+        dtype, model = self.options.model.dtype, self.options.model
+        dtypes = dict.fromkeys(("unet", "autoencoder", "text_encoder", "text_encoder_2"), PartDtype(dtype, dtype))
+        if model.no_half_vae:
+            dtypes["autoencoder"] = PartDtype(torch.float32, torch.float32)
+        return dtypes, torch.float32
+
+    def open_pipeline(self) -> StableDiffusionPipeline:
+        """The model, with the words of embedding files."""
+        pipeline = open_model(self.options.model, self.options.text, self.device)
+        self.family = SDXL if pipeline.variant == "sdxl" else STABLE_DIFFUSION
+        add_textual_inversions(self.options.text.textual_inversion_embeddings, pipeline)
+        return pipeline
+
+    def open_features(self) -> list[Feature]:
+        """What the options add to the loop; the first one is the innermost around the model."""
+        options, pipeline = self.options, self.pipeline
+        networks, guides = bool(self.lora_files), options.control.guide_image_path
+        self.start = open_start_images(options.start, options.sampling, options.prompts.images_per_prompt, networks)
+        start_image = self.start.image if self.start is not None and self.start.files else None
+        features: list[Feature | None] = [
+            open_control(options.control, pipeline, options.highres.highres_fix_disable_control_net),
+            self.start,
+            open_clip_vision(options.guidance, pipeline, start_image),
+            *open_guidance(options.guidance, guides, pipeline),
+        ]
+        return [feature for feature in features if feature is not None]
+
+    def default_prompt(self) -> ImagePrompt:
+        """The command line as a prompt."""
+        options = self.options
+        return default_prompt(
+            options.sampling, self.pipeline.variant, options.start, options.deep_shrink, options.gradual_latent
+        )
+
+    def read_prompts(self) -> Sequence[ImagePrompt]:
+        """The images that are known ahead, checked; where there are none, the command line alone."""
+        self.features = self.open_features()
+        self.source = ImagePrompts(self.options.prompts, self.defaults, self.recorded_lines())
+        known: dict[ImagePrompt, None] = {}
+
+        def check(prompt: ImagePrompt, place: str) -> None:
+            self.check_prompt(prompt, place)
+            known[replace(prompt, prompt="", raw_prompt=None, seed=None, number=0)] = None
+
+        self.source.check(check)
+        return list(known) or [self.defaults]
+
+    def recorded_lines(self) -> list[PromptLine]:
+        """The prompts that the start images hold, for a run that has no others."""
+        sources = self.options.prompts
+        if self.start is None or any(getattr(sources, name) not in (None, False) for name in SOURCES):
+            return []
+        return self.start.recorded_lines()
+
+    def check_prompt(self, prompt: ImagePrompt, place: str = "") -> None:
+        """Raises UserError, beginning with ``place``, for a prompt that cannot be drawn."""
+        check_image_prompt(prompt, place)
+        check_features(self.features, prompt, place)
+
+    def say_what_has_no_effect(self) -> None:
+        """Each group of options says it when it is opened."""
+
+    # ---- texts --------------------------------------------------------------------------------------------------
+
+    def texts_by_role(self, prompt: ImagePrompt) -> dict[Role, list[EncodedText]]:
+        """The texts of an image by their roles: of the positive one, each sub-prompt; all have the same length."""
+        settings = (prompt.prompt, prompt.negative_prompt, prompt.scale, prompt.negative_scale, prompt.network_mul)
+        if settings not in self.read_texts:
+            self.read_texts.clear()  # only the last one: images of the same prompt follow each other
+            self.read_texts[settings] = self._texts_by_role(prompt)
+        return self.read_texts[settings]
+
+    def _texts_by_role(self, prompt: ImagePrompt) -> dict[Role, list[EncodedText]]:
+        from library.models.stable_diffusion.prompt_weights import sub_prompts
+
+        roles = self.pipeline.guidance(self.request(prompt)).roles
+        given: dict[Role, list[str]] = {
+            "positive": sub_prompts(prompt.prompt),
+            "negative": [prompt.negative_prompt or ""],
+        }
+        texts = {role: given.get(role, [""]) for role in roles}
+        chunks = self.pipeline.chunks_needed([text for group in texts.values() for text in group])
+        strengths = self.text_strengths(prompt)
+        return {role: [(text, chunks, strengths) for text in group] for role, group in texts.items()}
+
+    def text_strengths(self, prompt: ImagePrompt) -> tuple[float, ...]:
+        """The networks' strengths where a text's outputs depend on them."""
+        return self.stack.strengths(prompt.network_mul) if self.stack.acts_on(*self.pipeline.encoders) else ()
+
+    def encode_texts(self, prompts: Sequence[ImagePrompt]) -> None:
+        """Make the outputs of the texts of ``prompts`` that are not there yet, each by itself."""
+        groups = (group for prompt in prompts for group in self.texts_by_role(prompt).values())
+        wanted = list(dict.fromkeys(itertools.chain.from_iterable(groups)))
+        missing: dict[EncodedText, dict[str, Tensor]] = {text: {} for text in wanted if text not in self.encoded}
+        for encoder in self.pipeline.encoders if missing else ():
+            with self.explaining_memory(prompts), self.at_work(encoder):
+                for (text, chunks, strengths), outputs in missing.items():
+                    if strengths:
+                        self.stack.set_multipliers(strengths)
+                    (made,) = self.pipeline.encode_image_texts([text], [encoder], chunks=chunks)
+                    outputs.update({name: tensor.cpu() for name, tensor in made.items()})
+        self.encoded.update(missing)
+        self.encoded.update({text: self.encoded.pop(text) for text in wanted})  # the newest last
+        while len(self.encoded) > max(TEXTS_KEPT, len(wanted)):
+            del self.encoded[next(iter(self.encoded))]
+
+    def conditioning(self, text: EncodedText) -> Conditioning:
+        """The outputs of an encoded text, on the pipeline's device."""
+        return {name: tensor.to(self.pipeline.device) for name, tensor in self.encoded[text].items()}
+
+    # ---- batches ------------------------------------------------------------------------------------------------
+
+    def request(self, prompt: ImagePrompt) -> StableDiffusionRequest:
+        """The pipeline's request for an image, without its texts."""
+        sizes = {}
+        for field, height, width in (
+            ("original_size", prompt.original_height, prompt.original_width),
+            ("negative_original_size", prompt.original_height_negative, prompt.original_width_negative),
+        ):
+            if height is not None or width is not None:
+                sizes[field] = (height or prompt.height, width or prompt.width)
+        crop = (prompt.crop_top or 0, prompt.crop_left or 0)
+        return self.pipeline.request(prompt, **sizes, crop=crop, **request_fields(self.options.sampling))
+
+    def key(self, prompt: ImagePrompt) -> Hashable:
+        """What images must have in common to be drawn together."""
+        texts = self.texts_by_role(prompt)
+        return (
+            self.request(prompt).common(),
+            [(role, len(group), group[0][1]) for role, group in texts.items()],
+            self.stack.strengths(prompt.network_mul),
+            [(feature.option, feature.acts_on(prompt), feature.key(prompt)) for feature in self.features],
+        )
+
+    def batches(self, lines: Iterable[Sequence[ImagePrompt]]) -> Iterator[list[ImagePrompt]]:
+        """Images that follow each other and may be drawn together, at most ``--batch_size``."""
+        images = (self.start.sized(image) if self.start else image for line in lines for image in line)
+        for _, group in itertools.groupby(images, self.key):
+            while batch := list(itertools.islice(group, self.options.prompts.batch_size)):
+                yield batch
+
+    # ---- the course ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Draw everything that is requested."""
+        source, options = self.source, self.options
+        source.open_module(options, self.pipeline, self.stack.opened)
+        start_files = [] if self.start is None else self.start.files
+        with ImageOutputs(options.output, start_files, stage=0) as self.outputs:
+            if source.interactive:
+                self.preview = Preview(enabled=not options.prompts.no_preview)
+                return source.session(self.draw_typed)
+            total = None if source.count is None else source.count - self.outputs.existing(source)
+            self.shows_steps = total is not None and total <= options.prompts.batch_size
+            with tqdm(total=total, unit="image", desc="images", disable=self.shows_steps) as self.bar:
+                for batch in self.batches(map(self.outputs.wanted, source)):
+                    self.draw_batch(batch)
+
+    def draw_typed(self, images: list[ImagePrompt]) -> None:
+        """Draw the images of a line of a session. Raises UserError for what cannot be drawn."""
+        for prompt in images:
+            self.check_prompt(prompt)
+        for batch in self.batches([self.outputs.wanted(images)]):
+            for prompt, image in zip(batch, self.draw_batch(batch)):
+                self.preview.show(image, prompt.prompt)
+
+    def draw_batch(self, prompts: Sequence[ImagePrompt]) -> list[Image]:
+        """Draw images together, in one stage or two, and write their files."""
+        with self.explaining_memory(prompts):
+            self.encode_texts(prompts)
+            self.stack.set_multipliers(self.stack.strengths(prompts[0].network_mul))
+            images = self.images_of(prompts)
+        for position, (prompt, image) in enumerate(zip(prompts, images)):
+            self.save_image(image, prompt, position)
+        return images
+
+    # ---- stages -------------------------------------------------------------------------------------------------
+
+    def encoded_request(self, prompt: ImagePrompt) -> StableDiffusionRequest:
+        """The request for an image with its texts; of several sub-prompts, the last one stands for all."""
+        request = self.request(prompt)
+        for role, texts in self.texts_by_role(prompt).items():
+            setattr(request, CONDITIONINGS[role], self.conditioning(texts[-1]))
+            if role == "positive" and len(texts) > 1:
+                request.sub_conditionings = [self.conditioning(text) for text in texts]
+        return request
+
+    def latents_of(
+        self, prompts: Sequence[ImagePrompt], stage: int = 0, start: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The latents [B, 4, h, w], float32, of images that are drawn together, over those of ``start`` if given."""
+        requests = [self.encoded_request(prompt) for prompt in prompts]
+        for request, latents in zip(requests, start or ()):
+            request.start_latents = latents
+        height, width = self.pipeline.image_size(requests[0])
+        batch = Batch(prompts, requests, [prompt.number for prompt in prompts], height, width, stage)
+        if self.start is not None and start is None:
+            with self.at_work("autoencoder"):
+                self.start.encode(batch, self.pipeline)
+        acting = [feature for feature in self.features if feature.acts_on(prompts[0])]
+        hooks = [hook for feature in acting if (hook := feature.hook(batch)) is not None]
+        with self.at_work("unet", *dict.fromkeys(part for feature in acting for part in feature.parts)):
+            return self.pipeline.generate_latents(*requests, hooks=hooks, progress=self.shows_steps)
+
+    def decoded(self, latents: Tensor) -> list[Image]:
+        """The images of latents [B, 4, h, w]."""
+        from library.models.pipeline import to_image
+
+        with self.at_work("autoencoder"):
+            return [to_image(pixels) for pixels in self.pipeline.decode_latents(latents)]
+
+    def images_of(self, prompts: Sequence[ImagePrompt]) -> list[Image]:
+        """The images of prompts that are drawn together in one stage."""
+        return self.decoded(self.latents_of(prompts))
+
+    # ---- files --------------------------------------------------------------------------------------------------
+
+    def save_image(self, image: Image, prompt: ImagePrompt, position: int) -> None:
+        """Write the file of a finished image; ``position`` is its place in the batch."""
+        path = self.outputs.save(image, prompt, self.record(prompt), position)
+        if self.bar is not None:
+            self.bar.update()
+        with tqdm.external_write_mode():
+            say(f"saved {path} ({image.width}x{image.height}, seed {prompt.seed})")
+
+    def record(self, prompt: ImagePrompt) -> ImageRecord:
+        """How the image of ``prompt`` is made."""
+        for file in self.lora_files:
+            if file.path not in self.hashes:
+                self.hashes[file.path] = lora_hash(file.path)
+        model, options = self.pipeline.opened("unet").source.checkpoint, self.options
+        settings = {"clip-skip": options.text.clip_skip, "emb-normalize-mode": options.text.emb_normalize_mode}
+        acting = [feature.settings(prompt) for feature in self.features if feature.acts_on(prompt)]
+        return image_record(
+            self.script,
+            prompt,
+            model.path.name,
+            legacy_hash(model.files[0]),
+            sizes=self.pipeline.variant == "sdxl",
+            loras=[
+                UsedLora(file.path.name, multiplier, self.hashes[file.path])
+                for file, multiplier in zip(self.lora_files, self.stack.multipliers)
+            ],
+            settings={key: str(value) for key, value in settings.items() if value is not None}
+            | {key: value for texts in acting for key, value in texts.items()},
+        )

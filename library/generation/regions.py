@@ -18,8 +18,8 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.generation.features import Batch, Feature
-from library.generation.guide_images import image_files, read_rgb
 from library.generation.network_options import NetworkOptions
+from library.generation.start_images import StartImages, read_image
 from library.models.sampling import ModelCall, Role, RunModel, StepHook
 
 if TYPE_CHECKING:
@@ -31,35 +31,28 @@ CHANNELS = 3
 COLOURS = 7
 
 
-def open_regions(
-    mask_path: str | None, has_start_image: bool, options: NetworkOptions, networks: Any, pipeline: Any
-) -> PromptRegions:
-    """What draws prompts with several parts. ``networks``: an ``ImageNetworks``.
+def open_regions(options: NetworkOptions, start: StartImages | None, networks: Any, pipeline: Any) -> PromptRegions:
+    """What draws prompts with several parts. ``networks``: an ``ImageNetworks``; ``start`` has the mask.
 
-    Raises UserError for a mask that cannot be read and for a number of colours that there is not.
+    Raises UserError for a number of colours that there is not.
     """
     codes = options.network_regional_mask_max_color_codes
     if codes is not None and not 1 <= codes <= COLOURS:
         raise UserError(f"{CODES_OPTION} must be between 1 and {COLOURS}, not {codes}.")
-    if codes is not None and mask_path is None:
+    if codes is not None and not (start and start.masks):
         raise UserError(f"{CODES_OPTION} needs {MASK_OPTION}, an image with the regions in these colours.")
-    mask = None if mask_path is None else image_files(Path(mask_path), MASK_OPTION)[0]
-    return PromptRegions(mask, codes, has_start_image, networks, pipeline)
+    return PromptRegions(start, codes, networks, pipeline)
 
 
 class PromptRegions(Feature):
-    """Acts on prompts with " AND ", and where a mask limits networks to regions.
-
-    A mask gives regions if the prompt has several parts or there is no start image; else it says what is drawn over.
-    """
+    """Acts on prompts with " AND ", and where a mask limits networks to regions."""
 
     option = '" AND "'
     refuses = {"--XTI_embeddings": "both decide which text a layer of the U-Net attends to"}
 
-    def __init__(self, mask: Path | None, codes: int | None, has_start_image: bool, networks: Any, pipeline: Any):
-        self.mask = mask
+    def __init__(self, start: StartImages | None, codes: int | None, networks: Any, pipeline: Any):
+        self.start = start
         self.codes = codes
-        self.has_start_image = has_start_image
         self.networks = networks
         self.pipeline = pipeline
         self.regions: Tensor | None = None
@@ -71,7 +64,7 @@ class PromptRegions(Feature):
 
     def uses_mask(self, prompt: ImagePrompt) -> bool:
         """Whether the mask gives regions."""
-        return self.mask is not None and (self.count(prompt) > 1 or not self.has_start_image)
+        return self.start is not None and self.start.masks_regions(prompt)
 
     def limits_networks(self, prompt: ImagePrompt) -> bool:
         """Whether each network acts in a region only."""
@@ -117,8 +110,8 @@ class PromptRegions(Feature):
 
     def _read(self) -> Tensor:
         if self.regions is None:
-            assert self.mask is not None
-            self.regions = read_regions(self.mask, self.codes)
+            assert self.start is not None
+            self.regions = read_regions(self.start.masks[0], self.codes)
         return self.regions
 
 
@@ -128,7 +121,7 @@ def read_regions(path: Path, codes: int | None) -> Tensor:
     Without ``codes`` they are its channels red, green and blue, else the first so many of the colours red, green,
     yellow, blue, magenta, cyan and white. Raises UserError for a file that cannot be read.
     """
-    pixels = torch.from_numpy(numpy.array(read_rgb(path, MASK_OPTION))).permute(2, 0, 1)
+    pixels = torch.from_numpy(numpy.array(read_image(path, MASK_OPTION, "RGB"))).permute(2, 0, 1)
     if codes is None:
         regions = pixels / 255
     else:

@@ -39,7 +39,8 @@ class StartImageOptions:
     image_path: str | None = None
     """An image that is drawn over (img2img), or a folder of them, which are taken in order."""
     mask_path: Annotated[str | None, Aliases("mask_image")] = None
-    """What is drawn over: white parts of this image, or of a folder's. With networks or " AND ", their regions."""
+    """What is drawn over: white parts of this image, or of a folder's. For a prompt with " AND ", and for networks
+    without --image_path, it shows the regions of the prompt's parts and of the networks instead."""
     strength: float | None = None
     """How much of an image is drawn anew, 0 (nothing) to 1; unset means 0.8."""
 
@@ -47,7 +48,7 @@ class StartImageOptions:
 def open_start_images(
     options: StartImageOptions, sampling: SamplingOptions, images_per_prompt: int = 1, regional: bool = False
 ) -> StartImages | None:
-    """The images of the options; None without any. ``regional``: networks take the mask for their regions.
+    """The images of the options; None without any. ``regional``: there are networks that can act in regions.
 
     Raises UserError for files that are missing or no images, and for a strength outside 0..1.
     """
@@ -171,14 +172,14 @@ class StartImages(Feature):
 
     def masks_regions(self, prompt: ImagePrompt) -> bool:
         """Whether the mask is one of regions and not what is drawn anew."""
-        return self.regional or " AND " in prompt.prompt
+        return bool(self.masks) and (" AND " in prompt.prompt or (self.regional and not self.files))
 
     def check(self, prompt: ImagePrompt, place: str) -> None:
         """Raises UserError, beginning with ``place``, for a mask that has nothing to act on."""
         if not self.files and not self.masks_regions(prompt):
             raise UserError(
-                f"{place}--mask_path needs --image_path, whose white parts are drawn anew; or networks, or a prompt "
-                'with " AND ", whose regions it shows.'
+                f"{place}--mask_path needs --image_path, of which its white parts are drawn anew; or networks, or a "
+                'prompt with " AND ", whose regions it shows.'
             )
 
     def encode(self, batch: Batch, pipeline: Any) -> None:

@@ -19,6 +19,8 @@ from library.generation.features import Batch
 from library.generation.image_prompts import ImagePrompt
 from library.generation.network_options import NetworkOptions
 from library.generation.regions import PromptRegions, open_regions, read_regions
+from library.generation.sampling_options import SamplingOptions
+from library.generation.start_images import StartImageOptions, StartImages, open_start_images
 from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
 from networks import lora
 from networks.adapters.image_networks import ImageNetworks, open_networks
@@ -84,13 +86,18 @@ def mask(tmp_path):
     return draw
 
 
+def start_images(mask: Path | None, networks: Any, image: Path | None = None) -> StartImages | None:
+    paths = {name: None if path is None else str(path) for name, path in (("image_path", image), ("mask_path", mask))}
+    return open_start_images(StartImageOptions(**paths), SamplingOptions(), regional=bool(networks.acting))
+
+
 class Drawing:
     """Draws prompts of one pipeline with regions and sees what a layer gives in the first step."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, mask: Path | None = None, networks: Any = None):
         self.pipeline = pipeline
         networks = networks or open_networks(NetworkOptions(), pipeline)
-        self.feature = open_regions(None if mask is None else str(mask), False, NetworkOptions(), networks, pipeline)
+        self.feature = open_regions(NetworkOptions(), start_images(mask, networks), networks, pipeline)
 
     def latents(self, *prompts: ImagePrompt, scale: float = 3.0, width: int = 64, watched: Any = None) -> Any:
         """The latents of images of ``prompts``, or the first output of the layer ``watched``."""
@@ -282,8 +289,9 @@ def test_colour_codes(mask):
 def test_a_mask_gives_regions_or_what_is_drawn_over(pipelines, mask, networks):
     """--mask_path: with a start image and a single part, it is for inpainting."""
     stack = networks(1)
-    for has_start_image, expected in ((True, [False, True]), (False, [True, True])):
-        feature = open_regions(str(mask(RED)), has_start_image, NetworkOptions(), stack, pipelines("sd1"))
+    for image, expected in ((mask(RED, name="start.png"), [False, True]), (None, [True, True])):
+        start = start_images(mask(RED), stack, image)
+        feature = open_regions(NetworkOptions(), start, stack, pipelines("sd1"))
         assert [feature.limits_networks(each) for each in (prompt(FIRST), prompt(FIRST, SECOND))] == expected
 
 
@@ -293,19 +301,19 @@ def test_images_that_are_drawn_together_have_as_many_parts(pipelines):
 
 
 @pytest.mark.parametrize(
-    ("mask_path", "codes", "sentence"),
+    ("has_mask", "codes", "sentence"),
     [
-        ("missing.png", None, "--mask_path: missing.png does not exist"),
-        (None, 2, "--network_regional_mask_max_color_codes needs --mask_path"),
-        ("here", 8, "--network_regional_mask_max_color_codes must be between 1 and 7, not 8"),
-        ("here", 0, "--network_regional_mask_max_color_codes must be between 1 and 7, not 0"),
+        (False, 2, "needs --mask_path"),
+        (True, 8, "must be between 1 and 7, not 8"),
+        (True, 0, "must be between 1 and 7, not 0"),
     ],
 )
-def test_mistakes(pipelines, mask, mask_path, codes, sentence):
-    path = str(mask(RED)) if mask_path == "here" else mask_path
+def test_mistakes(pipelines, mask, has_mask, codes, sentence):
+    """--network_regional_mask_max_color_codes"""
     options = NetworkOptions(network_regional_mask_max_color_codes=codes)
-    with pytest.raises(UserError, match=sentence):
-        open_regions(path, False, options, None, pipelines("sd1"))
+    none = open_networks(NetworkOptions(), pipelines("sd1"))
+    with pytest.raises(UserError, match=f"--network_regional_mask_max_color_codes {sentence}"):
+        open_regions(options, start_images(mask(RED) if has_mask else None, none), none, pipelines("sd1"))
 
 
 def test_more_networks_than_parts_are_refused(pipelines, mask, networks):

@@ -181,7 +181,9 @@ def test_black_is_kept_and_white_is_drawn_anew(pipeline, tmp_path):
     mixed = draw(pipeline, start_images(path, tmp_path / "half.bmp"), 0)
     assert torch.equal(mixed[..., 5:], image[..., 5:]), "but for the blurred border"
     assert (mixed[..., :4] - image[..., :4]).abs().mean() > 0.1
-    assert start_images(path, masks["black"], regional=True).hook(Batch([ImagePrompt()], [], [0], 64, 64)) is None
+    regional = start_images(path, masks["black"], regional=True)
+    assert regional.hook(Batch([ImagePrompt("a cat")], [], [0], 64, 64)) is not None, "also with networks"
+    assert regional.hook(Batch([ImagePrompt("a cat AND a dog")], [], [0], 64, 64)) is None
 
 
 def test_each_image_of_a_batch_has_its_own_start(pipeline, tmp_path):

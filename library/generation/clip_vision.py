@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from library.models.sampling import ModelCall, RunModel, StepHook
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from library.generation.image_prompts import ImagePrompt
 
 OPTION = "--clip_vision_model"
 POOLED = "pool2"
@@ -38,6 +40,10 @@ class ClipVision(Feature):
         if size is not None and size != needed:
             raise UserError(f"{OPTION}: {model} gives {size} values of an image, where the pooled text has {needed}.")
         self.first_stage: dict[int, Image] = {}
+
+    def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
+        """The strength."""
+        return {"clip-vision-strength": f"{self.strength:g}"}
 
     def drawn(self, batch: Batch, images: Sequence[Image]) -> None:
         """Keeps the images of a first stage for the second."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.console import warn
@@ -42,7 +44,6 @@ class Hints:
     def __init__(self, guides: GuideImages, used: Sequence[Control], option: str):
         if not len(guides):
             raise UserError(f"{option} needs hint images: name them with {GUIDE_OPTION}.")
-        guides.check()
         if 1 < len(guides) < len(used):
             raise UserError(
                 f"{GUIDE_OPTION}: {len(guides)} images are given for {len(used)} ControlNet models; each image that is "
@@ -55,6 +56,10 @@ class Hints:
             )
         self.guides = guides
         self.used = used
+
+    def text(self) -> str:
+        """The files' names with their multipliers, as JSON, for an image's text."""
+        return json.dumps([f"{Path(used.path).name};{used.multiplier:g}" for used in self.used])
 
     def image(self, number: int, model: int, width: int, height: int) -> Image:
         """The hint that a model, by its index, takes for the drawn image of that number."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 from library.generation.control_hints import CONTROL_NETS, Control, Hints
 from library.generation.features import Batch, Feature
 from library.models.sampling import ModelCall, RunModel, StepHook
+
+if TYPE_CHECKING:
+    from library.generation.image_prompts import ImagePrompt
 
 SHRUNK = "the features that a ControlNet adds to would have another size"
 
@@ -30,6 +33,10 @@ class ControlNets(Feature):
         self.first_stage_only = first_stage_only
         self.files = [pipeline.open_control_net(used.path, CONTROL_NETS) for used in hints.used]
         self.models: list[Any] = []
+
+    def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
+        """The files, each with its multiplier."""
+        return {"control-net-models": self.hints.text()}
 
     def hook(self, batch: Batch) -> StepHook | None:
         """What adds to the U-Net's features, at the batch's size."""

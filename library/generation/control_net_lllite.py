@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from library.generation.control_hints import LLLITES, Control, Hints
 from library.generation.control_net import SHRUNK, hint_pixels
 from library.generation.features import Batch, Feature
 from library.models.sampling import ModelCall, RunModel, StepHook
+
+if TYPE_CHECKING:
+    from library.generation.image_prompts import ImagePrompt
 
 
 class LLLites(Feature):
@@ -26,6 +29,10 @@ class LLLites(Feature):
         self.first_stage_only = first_stage_only
         self.files = [pipeline.open_lllite(used.path, LLLITES) for used in hints.used]
         self.models: list[Any] = []
+
+    def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
+        """The files, each with its multiplier."""
+        return {"control-net-lllite-models": self.hints.text()}
 
     def hook(self, batch: Batch) -> StepHook | None:
         """What adds to the inputs of the U-Net's layers, for hints of the batch's size."""

@@ -58,7 +58,6 @@ def open_guidance(options: GuidanceOptions, guide_paths: list[str], pipeline: An
     features: list[Feature] = []
     by_image = options.clip_image_guidance_scale or options.vgg16_guidance_scale
     guides = GuideImages(guide_paths if by_image else [])
-    guides.check()
     if options.clip_guidance_scale or options.clip_image_guidance_scale:
         from library.generation.clip_guidance import Clip, ClipImageGuide, ClipTextGuide
 

@@ -7,7 +7,7 @@ training step.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -43,6 +43,10 @@ class ImageGuide(Feature):
             raise UserError(
                 f"{place}{self.option} works with the samplers ddim, pndm and lms only, not with {sampler}."
             )
+
+    def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
+        """The scale."""
+        return {self.option.removeprefix("--").replace("_", "-"): f"{self.scale:g}"}
 
     def hook(self, batch: Batch) -> StepHook | None:
         """What leads the images of a batch; None where there is no aim."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.generation.control_options import ControlOptions, open_control
 from library.generation.features import Batch, Feature
+from library.generation.image_prompts import ImagePrompt
 from library.models.sampling import StepHook
 from library.models.stable_diffusion.pipeline import (
     StableDiffusionFiles,
@@ -236,9 +237,9 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_loaded(sd1, 
         ({**one, "control_net_multipliers": [1.0, 2.0]}, "2 values are given for 1 ControlNet models"),
         ({**one, "control_net_ratios": [1.5]}, "between 0 and 1, not 1.5"),
         ({**one, "control_net_preps": ["cany"]}, '"cany" is not known'),
-        ({**one, "guide_image_path": [str(tmp_path / "no.png")]}, "no.png does not exist"),
-        ({**one, "guide_image_path": [str(tmp_path / "empty")]}, "contains no images"),
-        ({**one, "guide_image_path": [str(tmp_path / "guide.png")]}, "not an image in a known format"),
+        ({**one, "guide_image_path": [str(tmp_path / "no.png")]}, "no.png is neither a file nor a folder"),
+        ({**one, "guide_image_path": [str(tmp_path / "empty")]}, "holds no image"),
+        ({**one, "guide_image_path": [str(tmp_path / "guide.png")]}, "cannot be read as an image"),
         (
             {"control_net_models": nets(folder, 0, 1, 0), "guide_image_path": [f"{guides[0]}/0.png"] * 2},
             "2 images are given for 3 ControlNet models",
@@ -255,3 +256,24 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_loaded(sd1, 
 def test_guide_images_that_no_image_gets_are_named(sd1, folder, caplog):
     control(sd1, folder, control_net_models=nets(folder, 0, 1, 0))
     assert "the last 1 of 4 images are not used" in caplog.text
+
+
+# ---- with other features of the run ----------------------------------------------------------------------------------
+
+
+def test_weights_in_channels_last_and_half_precision_draw_nearly_the_same(few_blocks_sd1, sd1, folder):
+    """--opt_channels_last, --bf16"""
+    expected = draw(sd1, control(sd1, folder, control_net_models=nets(folder, 0)))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.5)):
+        pipeline = StableDiffusionPipeline(StableDiffusionFiles(few_blocks_sd1), dtype, "cpu")
+        pipeline.channels_last = True
+        latents = draw(pipeline, control(pipeline, folder, control_net_models=nets(folder, 0)))
+        assert difference(latents, expected) < tolerance
+
+
+def test_the_text_of_an_image_names_the_files_with_their_multipliers(sd1, sdxl, folder):
+    feature = control(sd1, folder, control_net_models=nets(folder, 0, 1), control_net_multipliers=[0.5])
+    files = '["sd1_control.safetensors;0.5", "sd1_control.safetensors;1"]'
+    assert feature.settings(ImagePrompt()) == {"control-net-models": files}
+    feature = control(sdxl, folder, control_net_lllite_models=lllites(folder, 0))
+    assert feature.settings(ImagePrompt()) == {"control-net-lllite-models": '["lllite.safetensors;1"]'}

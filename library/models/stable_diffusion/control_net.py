@@ -132,8 +132,8 @@ def infer_config(source: TensorSource, unet: UnetFile) -> dict[str, Any]:
 
 def load_control_net(
     opened: ControlNetFile, dtype: torch.dtype, device: torch.device | str, backend: AttentionBackend
-) -> ControlNetModel:
-    """The ControlNet with our attention. Its ``forward`` is the one inside diffusers' decorator."""
+) -> Any:
+    """diffusers' ControlNetModel with our attention. Its ``forward`` is the one inside diffusers' decorator."""
     module: Any = opened.load(LoadSpec.of(dtype, device))
     set_attention_backend(module, backend)
     inner = getattr(type(module).forward, "__wrapped__", None)

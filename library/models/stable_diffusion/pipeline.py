@@ -434,7 +434,8 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         """An opened ControlNet on the device, in the pipeline's dtype and with its attention."""
         from library.models.stable_diffusion.control_net import load_control_net
 
-        return load_control_net(opened, self.dtype, self.device, self.attention_backend)
+        module = load_control_net(opened, self.dtype, self.device, self.attention_backend)
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
     def open_lllite(self, path: Path | str, option: str) -> LLLiteFile:
         """A ControlNet-LLLite for this model, opened by its headers. Raises UserError, as ``open_control_net``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,10 @@ WEB_UI_SAMPLERS = {
     "dpmsolver++": "DPM++ 2M",
 }
 """Names of samplers in AUTOMATIC1111's web UI, where it has them."""
+
+
+StartImage = Callable[[int], Path]
+"""The file that the image with this running number is drawn over."""
 
 
 @dataclass
@@ -120,9 +124,9 @@ class FileName:
 class FileNames:
     """Gives the images of a run their names, in the order of their numbers; no two have the same."""
 
-    def __init__(self, options: ImageOutputOptions, start_images: Sequence[Path] = (), stage: int = 0):
+    def __init__(self, options: ImageOutputOptions, start_image: StartImage | None = None, stage: int = 0):
         self.folder = Path(options.outdir)
-        self.start_images = start_images if options.use_original_file_name else ()
+        self.start_image = start_image if options.use_original_file_name else None
         self.numbered = options.sequential_file_name or options.skip_existing
         self.stage = stage
         self._counts: dict[str, int] = {}
@@ -132,9 +136,8 @@ class FileNames:
         """The name of the next image; None when it is the moment at which it is drawn."""
         if image.file_name is not None:
             return self._once(self.folder, image.file_name)
-        if self.start_images:
-            start = self.start_images[image.number % len(self.start_images)]
-            return self._once(self.folder, f"{start.stem}.png")
+        if self.start_image is not None:
+            return self._once(self.folder, f"{self.start_image(image.number).stem}.png")
         if self.numbered:
             return FileName(self.folder, f"im_{DIGITS[self.stage]}{image.number + 1:06d}", ".png")
         return None
@@ -157,14 +160,15 @@ class FileNames:
 class ImageOutputs:
     """Writes the images of a run. Use it as a context: at its end, also after an error, its pages are complete.
 
-    ``start_images`` are those of img2img, in the order in which images take them; ``stage`` that of finished images.
+    ``start_image`` gives the file that an image is drawn over by its running number; ``stage`` is that of finished
+    images.
     Raises UserError for a folder that cannot be written.
     """
 
-    def __init__(self, options: ImageOutputOptions, start_images: Sequence[Path] = (), stage: int = 0):
+    def __init__(self, options: ImageOutputOptions, start_image: StartImage | None = None, stage: int = 0):
         self.options = options
         self.folder = Path(options.outdir)
-        self.start_images = start_images
+        self.start_image = start_image
         self.stage = stage
         require_writable_folder(self.folder, "--outdir")
         self.pages = ImagePages(self.folder, options.grid, options.report, goes_on=options.skip_existing)
@@ -219,7 +223,7 @@ class ImageOutputs:
         name = self._names.get(prompt.number)
         if name is None:
             name = self._of_the_moment(prompt, position, FIRST_STAGE)
-        elif prompt.file_name is None and self._file_names.numbered and not self._file_names.start_images:
+        elif prompt.file_name is None and self._file_names.numbered and self._file_names.start_image is None:
             name = FileName(self.folder, f"im_{DIGITS[FIRST_STAGE]}{prompt.number + 1:06d}", ".png")
         else:
             name = FileName(name.folder, f"{name.stem}_1st", name.suffix, name.count)
@@ -228,7 +232,7 @@ class ImageOutputs:
     # ---- names ------------------------------------------------------------------------------------------------------
 
     def _new_names(self) -> FileNames:
-        return FileNames(self.options, self.start_images, self.stage)
+        return FileNames(self.options, self.start_image, self.stage)
 
     def _of_the_moment(self, prompt: ImagePrompt, position: int, stage: int) -> FileName:
         moment = time.strftime("%Y%m%d%H%M%S")
@@ -248,11 +252,11 @@ class ImageOutputs:
 
     def _say_how_files_are_named(self) -> None:
         options = self.options
-        if options.use_original_file_name and not self.start_images:
+        if options.use_original_file_name and self.start_image is None:
             say("--use_original_file_name has no effect without --image_path")
         elif options.use_original_file_name and options.sequential_file_name:
             say("--sequential_file_name has no effect with --use_original_file_name")
-        if options.skip_existing and not options.sequential_file_name and not self._file_names.start_images:
+        if options.skip_existing and not options.sequential_file_name and self._file_names.start_image is None:
             say("--skip_existing: images are numbered, as with --sequential_file_name; --f names one itself")
         if options.no_metadata and options.skip_existing:
             say("--no_metadata: --skip_existing knows images by their names alone")

@@ -241,8 +241,8 @@ class ImageRun(InferenceRun[ImagePrompt]):
         """Draw everything that is requested."""
         source, options = self.source, self.options
         source.open_module(options, self.pipeline, self.stack.opened)
-        start_files = [] if self.start is None else self.start.files
-        with ImageOutputs(options.output, start_files, stage=0) as self.outputs:
+        start_image = self.start.file if self.start is not None and self.start.files else None
+        with ImageOutputs(options.output, start_image, stage=0) as self.outputs:
             if source.interactive:
                 self.preview = Preview(enabled=not options.prompts.no_preview)
                 return source.session(self.draw_typed)

@@ -51,8 +51,9 @@ def draw(outputs: ImageOutputs, prompts: ImagePrompts, most: int = 1000) -> list
 def outputs(tmp_path):
     """The outputs of a run with these options."""
 
-    def make(start_images: tuple[Path, ...] = (), stage: int = 0, **options: object) -> ImageOutputs:
-        return ImageOutputs(ImageOutputOptions(outdir=str(tmp_path / "out"), **options), start_images, stage)
+    def make(start: tuple[Path, ...] = (), stage: int = 0, **options: object) -> ImageOutputs:
+        image = (lambda number: start[number % len(start)]) if start else None
+        return ImageOutputs(ImageOutputOptions(outdir=str(tmp_path / "out"), **options), image, stage)
 
     return make
 

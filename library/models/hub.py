@@ -33,12 +33,12 @@ def find_model(name: str, option: str) -> Path:
     that says so. Raises UserError, beginning with ``option``, when there are several or none.
     """
     if Path(name).exists():
-        return Path(name).resolve()
+        return Path(name)
     matches = sorted(glob.glob(name))
     if len(matches) > 1:
         raise UserError(f"{option}: {name} matches {len(matches)} files ({', '.join(matches[:5])}); name one of them.")
     if matches:
-        return Path(matches[0]).resolve()
+        return Path(matches[0])
     if is_hub_id(name):
         return _fetched(Path(name).as_posix(), option)
     return Path(name)

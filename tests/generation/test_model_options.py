@@ -45,10 +45,20 @@ def test_the_option_of_its_own_kind_is_silent(few_blocks_sd1, caplog):
 
 def test_a_pattern_that_one_file_matches_names_it(few_blocks_sd1, tmp_path):
     (tmp_path / "my-model.safetensors").symlink_to(few_blocks_sd1)
-    assert opened(ckpt=str(tmp_path / "my-*.safetensors")).model.unet.source.checkpoint.path == few_blocks_sd1.resolve()
+    shutil.copytree(few_blocks_sd1.parent / "tokenizer", tmp_path / "tokenizer")
+    model = opened(ckpt=str(tmp_path / "my-*.safetensors")).model.unet.source.checkpoint.path
+    assert model == tmp_path / "my-model.safetensors"
     shutil.copy(few_blocks_sd1, tmp_path / "my-other.safetensors")
     with pytest.raises(UserError, match=r"^--ckpt: .*my-\*.safetensors matches 2 files .*; name one of them"):
         opened(ckpt=str(tmp_path / "my-*.safetensors"))
+
+
+def test_tokenizers_come_from_tokenizer_cache_dir_first(few_blocks_sd1, tmp_path):
+    """--tokenizer_cache_dir: a folder named after the tokenizer's id on the hub."""
+    shutil.copytree(few_blocks_sd1.parent / "tokenizer", tmp_path / "cache" / "openai_clip-vit-large-patch14")
+    model = shutil.copy(few_blocks_sd1, tmp_path / "model.safetensors")
+    ours = opened(ckpt=str(model), tokenizer_cache_dir=str(tmp_path / "cache")).tokenizer("text_encoder")
+    assert ours.get_vocab() == opened(ckpt=str(few_blocks_sd1)).tokenizer("text_encoder").get_vocab()
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,8 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         """Words that texts of images may have beside the vocabulary, by encoder."""
         self.layer_words: dict[str, dict[str, Tensor]] = {}
         """Vectors that some of these words have in a layer of the U-Net, [vectors, hidden], by layer and word."""
+        self.cut_texts: set[str] = set()
+        """Texts of images that were too long."""
         self.channels_last = False
         """Keep the weights of convolutions in that memory format."""
         self.vae_slices: int | None = None
@@ -348,12 +350,13 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
     def chunks_needed(self, texts: Sequence[str]) -> int:
         """How many chunks of 75 tokens the longest of ``texts`` fills, at most as many as images may have.
 
-        All texts of an image need the same number. A text that is cut is named in a warning.
+        All texts of an image need the same number. A text that is cut is named in a warning, once.
         """
         most, needed = self.image_texts.max_chunks, 1
         for text in texts:
             lengths = [len(image_chunks(self.tokenizer(name), text, self.words.get(name))) for name in self.encoders]
-            if max(lengths) > most:
+            if max(lengths) > most and text not in self.cut_texts:
+                self.cut_texts.add(text)
                 warn(
                     f"{shown(text)} needs {max(lengths)} x {CHUNK} tokens and is cut after {most} x {CHUNK}; use "
                     f"--max_embeddings_multiples {max(lengths)} or more."

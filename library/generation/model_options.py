@@ -95,7 +95,6 @@ def open_model(options: ModelOptions, text: TextOptions, device: torch.device) -
     """
     import torch
 
-    from library.generation.textual_inversion import add_textual_inversions
     from library.models.hub import find_model
     from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
     from library.models.stable_diffusion.text import require_clip_skip
@@ -123,7 +122,6 @@ def open_model(options: ModelOptions, text: TextOptions, device: torch.device) -
     pipeline.channels_last = options.opt_channels_last
     pipeline.vae_slices, pipeline.vae_batch_size = options.vae_slices, options.vae_batch_size
     pipeline.load_tokenizers()
-    add_textual_inversions(text.textual_inversion_embeddings, pipeline)
     return pipeline
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.generation.model_options import ModelOptions, open_model
 from library.generation.text_options import TextOptions
+from library.generation.textual_inversion import add_textual_inversions
 from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 from library.safetensors_io import save_file
 
@@ -20,8 +21,9 @@ CPU = torch.device("cpu")
 
 
 def opened(model: Path, *embeddings: Path) -> StableDiffusionPipeline:
-    text = TextOptions(textual_inversion_embeddings=[str(path) for path in embeddings])
-    return open_model(ModelOptions(ckpt=str(model)), text, CPU)
+    pipeline = open_model(ModelOptions(ckpt=str(model)), TextOptions(), CPU)
+    add_textual_inversions([str(path) for path in embeddings], pipeline)
+    return pipeline
 
 
 def encoded(pipeline: StableDiffusionPipeline, text: str) -> dict[str, Tensor]:
@@ -78,11 +80,8 @@ def test_a_name_stands_for_all_vectors_of_its_file(few_blocks_sd1, sizes, tmp_pa
 def test_brackets_weigh_every_vector_of_a_name(few_blocks_sd1, sizes, tmp_path):
     path = tmp_path / "goodembed.safetensors"
     save_file({"emb_params": vectors(3, sizes["sd1"])}, path)
-    pipeline = open_model(
-        ModelOptions(ckpt=str(few_blocks_sd1)),
-        TextOptions(emb_normalize_mode="none", textual_inversion_embeddings=[str(path)]),
-        CPU,
-    )
+    pipeline = open_model(ModelOptions(ckpt=str(few_blocks_sd1)), TextOptions(emb_normalize_mode="none"), CPU)
+    add_textual_inversions([str(path)], pipeline)
     plain, weighted = (encoded(pipeline, text)["hidden_state"] for text in ("x goodembed y", "x (goodembed:1.5) y"))
     factors = torch.ones(77, 1)
     factors[2:5] = 1.5

@@ -13,6 +13,7 @@ from library.errors import UserError
 from library.generation.features import Batch
 from library.generation.model_options import ModelOptions, open_model
 from library.generation.text_options import TextOptions
+from library.generation.textual_inversion import add_textual_inversions
 from library.generation.xti import LAYERS, open_xti
 from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 from library.safetensors_io import save_file
@@ -22,8 +23,9 @@ TEXTS = ("a (xtiword:1.2) cat", "ugly xtiword")
 
 
 def opened(model: Path, *embeddings: Path) -> StableDiffusionPipeline:
-    text = TextOptions(textual_inversion_embeddings=[str(path) for path in embeddings])
-    return open_model(ModelOptions(ckpt=str(model)), text, CPU)
+    pipeline = open_model(ModelOptions(ckpt=str(model)), TextOptions(), CPU)
+    add_textual_inversions([str(path) for path in embeddings], pipeline)
+    return pipeline
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,119 @@
+"""gen_img.py's options of models and texts, through its command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import gen_img
+from library.errors import UserError
+from library.options import parse_options
+from library.safetensors_io import save_file
+
+
+def draw(model: Path, folder: Path, *options: object) -> list[bytes]:
+    """The pixels of the images that a command line draws, in order."""
+    arguments = ["--ckpt", model, "--outdir", folder, "--W", 64, "--H", 64, "--steps", 2, "--seed", 5, *options]
+    if "--prompt" not in options:
+        arguments += ["--prompt", "a (red:1.4) cat --n ugly"]
+    parsed = parse_options(gen_img.GenImgOptions, "", [str(argument) for argument in arguments])
+    gen_img.GenImg(parsed).run()
+    images = []
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as image:
+            images.append(image.tobytes())
+    return images
+
+
+@pytest.fixture(scope="module")
+def plain(few_blocks_sd1, tmp_path_factory) -> bytes:
+    (image,) = draw(few_blocks_sd1, tmp_path_factory.mktemp("plain"))
+    return image
+
+
+def embedding(folder: Path, width: int, name: str = "goodembed") -> Path:
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(0)) * 3
+    save_file({"emb_params": vectors}, folder / f"{name}.safetensors")
+    return folder / f"{name}.safetensors"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--v1",),
+        ("--sdpa",),
+        ("--vae_batch_size", 1),
+        ("--max_embeddings_multiples", 3),
+        ("--clip_skip", 1),
+        ("--emb_normalize_mode", "original"),
+    ],
+)
+def test_options_that_name_what_is_the_default_change_nothing(few_blocks_sd1, plain, tmp_path, options):
+    assert draw(few_blocks_sd1, tmp_path, *options) == [plain]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--emb_normalize_mode", "none"),
+        ("--clip_skip", 2),
+        ("--v_parameterization",),
+        ("--zero_terminal_snr",),
+        ("--negative_scale", 3.0),
+        ("--bf16",),
+        ("--prompt", "a (red:0.2) cat --n ugly"),
+        ("--prompt", "a (red:1.4) cat --n nice"),
+        ("--prompt", "a (red:1.4) BREAK cat --n ugly", "--max_embeddings_multiples", 2),
+        ("--prompt", "a (red:1.4) cat --n ugly --nl 3"),
+    ],
+)
+def test_options_that_change_the_image(few_blocks_sd1, plain, tmp_path, options):
+    assert draw(few_blocks_sd1, tmp_path, *options) != [plain]
+
+
+def test_embeddings_act_where_their_name_stands(few_blocks_sd1, plain, tmp_path):
+    """--textual_inversion_embeddings, in the prompt and in the negative prompt."""
+    from library.models.stable_diffusion.checkpoint import open_stable_diffusion
+
+    (encoder,) = open_stable_diffusion(few_blocks_sd1).text_encoders
+    path = embedding(tmp_path, encoder.hidden_size)
+    given = ("--textual_inversion_embeddings", path)
+    assert draw(few_blocks_sd1, tmp_path / "unused", *given) == [plain]
+    for number, text in enumerate(("a (red:1.4) cat goodembed --n ugly", "a (red:1.4) cat --n ugly goodembed")):
+        images = [
+            draw(few_blocks_sd1, tmp_path / f"{number}{len(more)}", "--prompt", text, *more) for more in ((), given)
+        ]
+        assert images[0] != images[1]
+
+
+def test_an_image_of_a_long_and_a_short_prompt_together_is_the_one_drawn_alone(few_blocks_sd1, tmp_path):
+    """--max_embeddings_multiples: a text's chunks depend on its own image's texts only."""
+    long, short = "a cat " * 30 + "--d 1", "a dog --d 2"
+    (tmp_path / "prompts.txt").write_text(f"{short}\n{long}\n{short}", encoding="utf-8")
+    more = ("--max_embeddings_multiples", 3, "--sequential_file_name")
+    together = draw(few_blocks_sd1, tmp_path / "a", "--from_file", tmp_path / "prompts.txt", "--batch_size", 3, *more)
+    alone = [
+        draw(few_blocks_sd1, tmp_path / name, "--prompt", name_text, *more)[0]
+        for name, name_text in (("b", short), ("c", long))
+    ]
+    assert together == [alone[0], alone[1], alone[0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fp16", "--bf16"), "--fp16 and --bf16 cannot be used together"),
+        (("--v2", "--sdxl"), "--v2 and --sdxl cannot be used together"),
+        (("--emb_normalize_mode", "mean"), "--emb_normalize_mode must be one of original, none, abs"),
+        (("--clip_skip", 9), "--clip_skip must be between 1 and 2"),
+        (("--max_embeddings_multiples", 0), "--max_embeddings_multiples must be at least 1"),
+        (("--textual_inversion_embeddings", "none.pt"), "--textual_inversion_embeddings: none.pt does not exist"),
+        (("--vae", "none.safetensors"), "--vae: none.safetensors does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_a_model_is_loaded(few_blocks_sd1, tmp_path, options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        draw(few_blocks_sd1, tmp_path, *options)

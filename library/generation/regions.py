@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.console import warn
 from library.errors import UserError
 from library.generation.features import Batch, Feature
 from library.generation.network_options import NetworkOptions
@@ -55,6 +56,7 @@ class PromptRegions(Feature):
         self.codes = codes
         self.networks = networks
         self.pipeline = pipeline
+        self.said: set[tuple[float, ...]] = set()
         self.regions: Tensor | None = None
         """Those of the mask [regions, height, width], once they are read."""
 
@@ -75,7 +77,14 @@ class PromptRegions(Feature):
         return self.count(prompt) > 1 or self.limits_networks(prompt)
 
     def check(self, prompt: ImagePrompt, place: str) -> None:
-        """Raises UserError where there are more networks than parts."""
+        """Raises UserError where there are more networks than parts; says which values of --am have no effect."""
+        strengths = prompt.network_mul or ()
+        if len(strengths) > len(self.networks.acting) and strengths not in self.said:
+            self.said.add(strengths)
+            warn(
+                f"{place}--am: only the first {len(self.networks.acting)} values have an effect, one for each network "
+                "that is not merged"
+            )
         acting, parts = len(self.networks.acting), self.count(prompt)
         if self.limits_networks(prompt) and acting > parts:
             raise UserError(

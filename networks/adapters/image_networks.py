@@ -174,16 +174,13 @@ class ImageNetworks:
 
 
 class CalculatedWeights:
-    """The weights of the layers of ``modules``, with the modules' effect in them or as they were."""
+    """The weights of the layers of ``modules``, with the modules' effect in them or as they were (kept on the CPU)."""
 
     def __init__(self, modules: Sequence[AdapterModule], device: torch.device | str):
         self.modules = list(modules)
         self.device = device
         layers: dict[int, Any] = {id(module.org_module): module.org_module for module in modules}
-        self.kept = [
-            (layer, copy.deepcopy(stored_weight(layer)), None if layer.bias is None else layer.bias.detach().clone())
-            for layer in layers.values()
-        ]
+        self.kept = [(layer, _copy(stored_weight(layer)), _copy(layer.bias)) for layer in layers.values()]
 
     def calculate(self) -> None:
         """The modules' effect in the order of the modules, at their present strengths."""
@@ -201,6 +198,10 @@ class CalculatedWeights:
                 layer.bias = None
             else:
                 layer.bias.copy_(bias)
+
+
+def _copy(weight: Any) -> Any:
+    return weight.detach().to("cpu", copy=True) if isinstance(weight, Tensor) else copy.deepcopy(weight)
 
 
 def _change(module: AdapterModule, x: Tensor, y: Tensor) -> Tensor:

@@ -321,3 +321,12 @@ def test_more_networks_than_parts_are_refused(pipelines, mask, networks):
     feature.check(prompt(FIRST, SECOND), "")
     with pytest.raises(UserError, match="prompt 3: 2 networks need a part of the prompt each.*the prompt has 1"):
         feature.check(prompt(FIRST), "prompt 3: ")
+
+
+def test_strengths_without_a_network_are_named(pipelines, networks, caplog):
+    """--am"""
+    feature = Drawing(pipelines("sd1"), None, networks(1)).feature
+    feature.check(ImagePrompt("a cat", network_mul=(0.5,)), "line 1: ")
+    assert "--am" not in caplog.text
+    feature.check(ImagePrompt("a cat", network_mul=(0.5, 1.0)), "line 2: ")
+    assert "line 2: --am: only the first 1 values have an effect" in caplog.text

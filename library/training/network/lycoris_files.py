@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from library.checkpoints import load_tensors
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.lycoris import LycorisModule, quiet_imports
 
@@ -47,12 +47,9 @@ class LycorisStack:
         if part != self.denoiser:
             return
         for (path, multiplier), keep in zip(self.files, self.keep):
-            tensors: Any = None
-            if keep is not None:
-                tensors = {key: tensor for key, tensor in load_tensors(path)[0].items() if keep(key)}
-                if not tensors:
-                    raise UserError(f"{path}: the patterns leave none of its modules.")
-            network, _ = self.module.create_network_from_weights(multiplier, path, None, [], model, tensors)
+            if keep is not None and not any(map(keep, open_checkpoint(path).keys())):
+                raise UserError(f"{path}: the patterns leave none of its modules.")
+            network, _ = self.module.create_network_from_weights(multiplier, path, None, [], model, keep=keep)
             self.module.merge(network, multiplier)
 
     def part_bytes(self, part: str) -> int:

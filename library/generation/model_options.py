@@ -103,7 +103,7 @@ def open_model(options: ModelOptions, text: TextOptions, device: torch.device) -
     dtype, rules = options.dtype, text.image_texts()
     files = StableDiffusionFiles(
         model=find_model(options.ckpt or "", "--ckpt"),
-        vae=None if options.vae is None else find_model(options.vae, "--vae"),
+        vae=None if options.vae is None else find_model(options.vae, "--vae", "vae"),
         tokenizer_cache_dir=options.tokenizer_cache_dir,
         model_option="--ckpt",
     )

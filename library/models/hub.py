@@ -26,11 +26,12 @@ def is_hub_id(name: Path | str) -> bool:
     return not path.exists() and not is_file_name and HUB_ID.fullmatch(path.as_posix()) is not None
 
 
-def find_model(name: str, option: str) -> Path:
+def find_model(name: str, option: str, part: str | None = None) -> Path:
     """The file or folder that ``name`` stands for.
 
     That is a path, a pattern that one path matches, or an id on the hub, whose Diffusers folder is fetched with a line
-    that says so. Raises UserError, beginning with ``option``, when there are several or none.
+    that says so; where only a ``part`` is needed, such as ``vae``, no other. Raises UserError, beginning with
+    ``option``, when there are several or none.
     """
     if Path(name).exists():
         return Path(name)
@@ -40,11 +41,11 @@ def find_model(name: str, option: str) -> Path:
     if matches:
         return Path(matches[0])
     if is_hub_id(name):
-        return _fetched(Path(name).as_posix(), option)
+        return _fetched(Path(name).as_posix(), option, part)
     return Path(name)
 
 
-def _fetched(name: str, option: str) -> Path:
+def _fetched(name: str, option: str, part: str | None) -> Path:
     """The folder of a model on the hub, after its files have been fetched, or the one that was fetched before."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -57,7 +58,7 @@ def _fetched(name: str, option: str) -> Path:
             raise
         except Exception:  # the network's own errors have no common kind
             return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        files = wanted_files(sibling.rfilename for sibling in repository.siblings or ())
+        files = wanted_files((sibling.rfilename for sibling in repository.siblings or ()), part)
         if not files:
             raise UserError(f"{option}: {name} on the Hugging Face hub is not in the layout of Diffusers.")
         paths = [Path(huggingface_hub.hf_hub_download(name, file)) for file in files]
@@ -70,16 +71,22 @@ def _fetched(name: str, option: str) -> Path:
     return paths[0].parents[files[0].count("/")]
 
 
-def wanted_files(files: Iterable[str]) -> list[str]:
-    """Those files of a Diffusers folder that make the model: weights in one format, configurations, vocabularies."""
+def wanted_files(files: Iterable[str], part: str | None = None) -> list[str]:
+    """Those files of a Diffusers folder that make the model: weights in one format, configurations, vocabularies.
+
+    With a ``part``, only those in the folder of that name, if there is one, or beside such folders.
+    """
     by_folder: dict[str, list[str]] = {}
     for file in files:
-        folder, _, _ = file.rpartition("/")
-        by_folder.setdefault(folder, []).append(file)
+        by_folder.setdefault(file.rpartition("/")[0], []).append(file)
+    if part is not None:
+        by_folder = {
+            folder: names for folder, names in by_folder.items() if folder == (part if part in by_folder else "")
+        }
     wanted = []
     for folder, names in by_folder.items():
         weights = [name for name in names if WEIGHTS.fullmatch(name.rpartition("/")[2])]
         safetensors = [name for name in weights if ".safetensors" in name]
         texts = [name for name in names if name.rpartition(".")[2] in TEXT_FILES and ".index." not in name]
-        wanted += (safetensors or weights) + (texts if folder else [])
+        wanted += (safetensors or weights) + (texts if folder else [name for name in texts if name == "config.json"])
     return wanted if any(name.endswith((".safetensors", ".bin")) for name in wanted) else []

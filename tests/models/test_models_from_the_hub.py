@@ -32,6 +32,13 @@ def test_weights_are_taken_in_one_format():
     assert wanted_files(["README.md", "tokenizer/vocab.json"]) == []
 
 
+def test_of_a_part_no_other_is_taken():
+    vae = [name for name in NEEDED if name.startswith("vae/")]
+    assert sorted(wanted_files([*NEEDED, *OTHERS], "vae")) == vae
+    alone = ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(wanted_files([*alone, "diffusion_pytorch_model.bin", "README.md", "images/a.json"], "vae")) == alone
+
+
 PROGRAM = """
 import sys
 from library.console import ConsoleOptions, set_up_console

@@ -31,6 +31,7 @@ class ImageGuide(Feature):
     """A feature that leads images towards an aim."""
 
     option: ClassVar[str]
+    parts = ("autoencoder",)
 
     def __init__(self, pipeline: Any, scale: float):
         self.pipeline = pipeline

@@ -1,0 +1,115 @@
+"""gen_img.py with ControlNets and guidance: what their options do to an image, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from PIL import Image
+
+from gen_img import GenImg, GenImgOptions
+from library.errors import UserError
+from library.options import parse_options
+from tests.families.stable_diffusion import few_blocks
+from tests.generation.drawing import pixels, text_of
+from tools.make_tiny_control import (
+    make_tiny_clip,
+    make_tiny_clip_vision,
+    make_tiny_control_net,
+    make_tiny_lllite,
+    make_tiny_vgg16,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A guide image, and one of each model."""
+    folder = tmp_path_factory.mktemp("models")
+    values = numpy.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=numpy.uint8)
+    Image.fromarray(values).save(folder / "guide.png")
+    make_tiny_control_net(folder, "sd1", shape=few_blocks("sd1"))
+    make_tiny_lllite(folder, shape=few_blocks("sdxl"))
+    make_tiny_clip(folder / "clip")
+    make_tiny_clip_vision(folder / "vision")
+    make_tiny_vgg16(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[Any, dict[str, Any]]:
+    """The loaded parts of each model, which serve every run."""
+    return {}
+
+
+@pytest.fixture
+def draw(few_blocks_sd1, few_blocks_sdxl, folder, parts, tmp_path):
+    """Draw with these options, of which the first is the model's family; the one image's file."""
+
+    def run(variant: str, *arguments: object) -> Path:
+        before = set(tmp_path.glob("*.png"))
+        model = {"sd1": few_blocks_sd1, "sdxl": few_blocks_sdxl}[variant]
+        command = [
+            *("--ckpt", model, "--W", 64, "--H", 64, "--steps", 2, "--scale", 3, "--seed", 1, "--outdir", tmp_path),
+            *("--device", "cpu", *(() if "--prompt" in arguments else ("--prompt", "a red cat --n dog")), *arguments),
+        ]
+        script = GenImg(parse_options(GenImgOptions, "", [str(word) for word in command]))
+        script.pipeline.modules = parts.setdefault(variant, {})
+        script.run()
+        (path,) = set(tmp_path.glob("*.png")) - before
+        return path
+
+    return run
+
+
+def test_control_nets(draw, folder):
+    """--control_net_models, --control_net_weights, --control_net_preps, --guide_image_path; with " AND " too"""
+    model = ("--control_net_models", folder / "sd1_control.safetensors", "--guide_image_path", folder / "guide.png")
+    plain, controlled = draw("sd1"), draw("sd1", *model)
+    half, edges = draw("sd1", *model, "--control_net_weights", 0.5), draw("sd1", *model, "--control_net_preps", "canny")
+    assert len(set(map(pixels, (plain, controlled, half, edges)))) == 4
+    assert text_of(half)["control-net-models"] == '["sd1_control.safetensors;0.5"]'
+    assert pixels(draw("sd1", *model, "--control_net_multipliers", 0)) == pixels(plain)
+    parts = ("--prompt", "a red cat AND a dog --n dog")
+    assert pixels(draw("sd1", *parts, *model)) != pixels(draw("sd1", *parts))
+
+
+def test_lllite_and_clip_vision(draw, folder):
+    """--control_net_lllite_models, --clip_vision_strength, --clip_vision_model"""
+    model = ("--control_net_lllite_models", folder / "lllite.safetensors", "--guide_image_path", folder / "guide.png")
+    start = ("--image_path", folder / "guide.png")
+    vision = (*start, "--clip_vision_strength", 1.0, "--clip_vision_model", folder / "vision")
+    images = [draw("sdxl", *options) for options in ((), model, start, vision)]
+    assert len(set(map(pixels, images))) == 4
+    assert text_of(images[-1])["clip-vision-strength"] == "1"
+
+
+def test_guidance(draw, folder):
+    """--clip_guidance_scale with --c, --clip_image_guidance_scale, --vgg16_guidance_scale, --vgg16_guidance_layerP"""
+    clip = ("--clip_model", folder / "clip", "--guide_image_path", folder / "guide.png")
+    vgg = ("--guide_image_path", folder / "guide.png", "--vgg16_weights", folder / "vgg16.pth")
+    images = [
+        draw("sd1"),
+        draw("sd1", *clip, "--clip_guidance_scale", 100),
+        draw("sd1", *clip, "--clip_guidance_scale", 100, "--prompt", "a red cat --n dog --c a big circle"),
+        draw("sd1", *clip, "--clip_image_guidance_scale", 100),
+        draw("sd1", *vgg, "--vgg16_guidance_scale", 1e6),
+        draw("sd1", *vgg, "--vgg16_guidance_scale", 1e6, "--vgg16_guidance_layerP", 3),
+    ]
+    assert len(set(map(pixels, images))) == len(images)
+    assert text_of(images[2])["clip-guidance-scale"] == "100" and text_of(images[2])["clip-prompt"] == "a big circle"
+
+
+def test_what_cannot_act_is_refused_before_anything_is_loaded(draw, folder):
+    guide = ("--guide_image_path", folder / "guide.png")
+    control = ("--control_net_models", folder / "sd1_control.safetensors")
+    clip = ("--clip_guidance_scale", 100, "--clip_model", folder / "clip")
+    for arguments, message in {
+        (*control, *guide, "--control_net_lllite_models", "x"): "cannot be used at the same time",
+        control: "needs hint images",
+        (*clip, "--sampler", "euler"): "works with the samplers ddim, pndm and lms only, not with euler",
+        ("--clip_vision_strength", 1): "for Stable Diffusion XL only",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            draw("sd1", *arguments)

@@ -131,7 +131,6 @@ class HighresFix:
         images: Sequence[Image] | None,
         width: int,
         height: int,
-        vae_batch_size: int = 1,
     ) -> list[Tensor]:
         """What the large images begin with, latents [4, height / 8, width / 8] each.
 
@@ -139,22 +138,21 @@ class HighresFix:
         work. Raises UserError for an upscaler that gives something else.
         """
         if self.upscaler is not None:
-            return self._by_upscaler(latents, images, width, height, vae_batch_size)
+            return self._by_upscaler(latents, images, width, height)
         if self.takes_latents:
             assert latents is not None
             return list(resized_latents(latents, height, width))
         return [encoded_image(self.pipeline, image, width, height) for image in images or ()]
 
-    def _by_upscaler(
-        self, latents: Any, images: Sequence[Image] | None, width: int, height: int, vae_batch_size: int
-    ) -> list[Tensor]:
+    def _by_upscaler(self, latents: Any, images: Sequence[Image] | None, width: int, height: int) -> list[Tensor]:
         import torch
 
         vae = self.pipeline.load_autoencoder()
         dtype = next(vae.parameters()).dtype
         upscaler = self.upscaler.to(dtype).to(self.pipeline.device)
         count = len(latents) if images is None else len(images)
-        made = upscaler.upscale(vae, images, latents, dtype, width, height, count, vae_batch_size)
+        at_once = self.pipeline.images_at_once(count)
+        made = upscaler.upscale(vae, images, latents, dtype, width, height, count, at_once)
         if not isinstance(made, torch.Tensor):
             return [encoded_image(self.pipeline, image, width, height) for image in made]
         shape = (count, self.pipeline.latent_channels, height // 8, width // 8)

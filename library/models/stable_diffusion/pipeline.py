@@ -241,7 +241,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         Item i is drawn from its posterior by the CPU generator ``generators[i]``; None takes the posterior's mean.
         Raises UserError when the autoencoder's values overflow.
         """
-        means, logvars = zip(*(self._encode(batch) for batch in pixels.split(self._together(len(pixels)))))
+        means, logvars = zip(*(self._encode(batch) for batch in pixels.split(self.images_at_once(len(pixels)))))
         latents = torch.cat(means)
         if generators is not None:
             if len(generators) != len(latents):
@@ -253,7 +253,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             raise UserError(f"The autoencoder gives NaN latents; {advice}.")
         return latents
 
-    def _together(self, images: int) -> int:
+    def images_at_once(self, images: int) -> int:
         """How many of so many images go through the autoencoder at once."""
         share = self.vae_batch_size
         if share is None:
@@ -280,7 +280,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """As ``decode_latents``, but gradients flow and NaN values stay."""
-        decoded = [self._decode(batch) for batch in latents.split(self._together(len(latents)))]
+        decoded = [self._decode(batch) for batch in latents.split(self.images_at_once(len(latents)))]
         advice = overflow_advice(self._compute_dtype("autoencoder"), HALF_VAE_REMEDY)
         return visible(torch.cat(decoded), latents, "the U-Net", advice)
 

@@ -17,8 +17,11 @@ from tqdm import tqdm
 from library.console import say
 from library.families import SDXL, STABLE_DIFFUSION
 from library.generation.control_options import open_control
+from library.generation.deep_shrink import open_deep_shrink
 from library.generation.features import Batch, Feature, check_features
+from library.generation.gradual_latent import open_gradual_latent
 from library.generation.guidance_options import open_clip_vision, open_guidance
+from library.generation.highres_fix import open_highres
 from library.generation.image_files import ImageRecord, UsedLora, lora_hash
 from library.generation.image_outputs import ImageOutputs, image_record
 from library.generation.image_prompts import ImagePrompt, check_image_prompt
@@ -112,9 +115,12 @@ class ImageRun(InferenceRun[ImagePrompt]):
         options, pipeline = self.options, self.pipeline
         networks, guides = bool(self.lora_files), options.control.guide_image_path
         self.start = open_start_images(options.start, options.sampling, options.prompts.images_per_prompt, networks)
+        self.highres = open_highres(options.highres, pipeline)
         start_image = self.start.image if self.start is not None and self.start.files else None
         features: list[Feature | None] = [
             open_control(options.control, pipeline, options.highres.highres_fix_disable_control_net),
+            open_deep_shrink(pipeline),
+            open_gradual_latent(),
             self.start,
             open_clip_vision(options.guidance, pipeline, start_image),
             *open_guidance(options.guidance, guides, pipeline),
@@ -230,7 +236,8 @@ class ImageRun(InferenceRun[ImagePrompt]):
 
     def batches(self, lines: Iterable[Sequence[ImagePrompt]]) -> Iterator[list[ImagePrompt]]:
         """Images that follow each other and may be drawn together, at most ``--batch_size``."""
-        images = (self.start.sized(image) if self.start else image for line in lines for image in line)
+        sized = self.start.sized if self.start and not self.highres else lambda image: image
+        images = (sized(image) for line in lines for image in line)
         for _, group in itertools.groupby(images, self.key):
             while batch := list(itertools.islice(group, self.options.prompts.batch_size)):
                 yield batch
@@ -242,7 +249,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         source, options = self.source, self.options
         source.open_module(options, self.pipeline, self.stack.opened)
         start_image = self.start.file if self.start is not None and self.start.files else None
-        with ImageOutputs(options.output, start_image, stage=0) as self.outputs:
+        with ImageOutputs(options.output, start_image, stage=2 if self.highres else 0) as self.outputs:
             if source.interactive:
                 self.preview = Preview(enabled=not options.prompts.no_preview)
                 return source.session(self.draw_typed)
@@ -265,7 +272,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         with self.explaining_memory(prompts):
             self.encode_texts(prompts)
             self.stack.set_multipliers(self.stack.strengths(prompts[0].network_mul))
-            images = self.images_of(prompts)
+            images = self.images_of(prompts) if self.highres is None else self.images_of_two_stages(prompts)
         for position, (prompt, image) in enumerate(zip(prompts, images)):
             self.save_image(image, prompt, position)
         return images
@@ -309,6 +316,21 @@ class ImageRun(InferenceRun[ImagePrompt]):
         """The images of prompts that are drawn together in one stage."""
         return self.decoded(self.latents_of(prompts))
 
+    def images_of_two_stages(self, prompts: Sequence[ImagePrompt]) -> list[Image]:
+        """The images of Highres. fix: small ones, which may be kept, and large ones that are drawn over them."""
+        highres: Any = self.highres
+        first, second = [highres.first(prompt) for prompt in prompts], [highres.second(prompt) for prompt in prompts]
+        keeps, latents = self.options.highres.highres_fix_save_1st, self.latents_of(first, stage=1)
+        images = self.decoded(latents) if keeps or not highres.takes_latents else None
+        if keeps and images is not None:
+            for position, (prompt, image) in enumerate(zip(first, images)):
+                self.outputs.save_first_stage(image, prompt, self.record(prompt), position)
+        given = (latents, None) if highres.takes_latents else (None, images)
+        height, width = self.pipeline.image_size(self.request(second[0]))
+        with self.at_work("autoencoder"):
+            start = highres.enlarged(*given, width, height)
+        return self.decoded(self.latents_of(second, stage=2, start=start))
+
     # ---- files --------------------------------------------------------------------------------------------------
 
     def save_image(self, image: Image, prompt: ImagePrompt, position: int) -> None:
@@ -327,6 +349,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         model, options = self.pipeline.opened("unet").source.checkpoint, self.options
         settings = {"clip-skip": options.text.clip_skip, "emb-normalize-mode": options.text.emb_normalize_mode}
         acting = [feature.settings(prompt) for feature in self.features if feature.acts_on(prompt)]
+        acting += [] if self.highres is None else [self.highres.settings()]
         return image_record(
             self.script,
             prompt,

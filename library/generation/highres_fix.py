@@ -90,14 +90,15 @@ class HighresFix:
     def first(self, prompt: ImagePrompt) -> ImagePrompt:
         """The small image: its sizes are multiples of 32, its steps and strength the first stage's."""
         options = self.options
-        scaled = {name: getattr(prompt, name) for name in SCALED}
+        told = {name: getattr(prompt, name) for name in SCALED}
+        scaled: dict[str, Any] = {name: self._scaled(side) for name, side in told.items() if side is not None}
         return dataclasses.replace(
             prompt,
             width=floored(self._scaled(prompt.width)),
             height=floored(self._scaled(prompt.height)),
             sample_steps=options.highres_fix_steps,
             strength=prompt.strength if options.highres_fix_strength is None else options.highres_fix_strength,
-            **{name: None if value is None else self._scaled(value) for name, value in scaled.items()},
+            **scaled,
         )
 
     def second(self, prompt: ImagePrompt) -> ImagePrompt:

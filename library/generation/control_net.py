@@ -14,9 +14,11 @@ from torch import Tensor
 from library.generation.control_hints import CONTROL_NETS, Control, Hints
 from library.generation.features import Batch, Feature
 from library.models.sampling import ModelCall, RunModel, StepHook
+from library.models.stable_diffusion.control_net import load_control_net, open_control_net
 
 if TYPE_CHECKING:
     from library.generation.image_prompts import ImagePrompt
+    from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 
 SHRUNK = "the features that a ControlNet adds to would have another size"
 
@@ -27,11 +29,11 @@ class ControlNets(Feature):
     option = CONTROL_NETS
     refuses = {"--ds_depth_1": SHRUNK}
 
-    def __init__(self, pipeline: Any, hints: Hints, first_stage_only: bool = False):
+    def __init__(self, pipeline: StableDiffusionPipeline, hints: Hints, first_stage_only: bool = False):
         self.pipeline = pipeline
         self.hints = hints
         self.first_stage_only = first_stage_only
-        self.files = [pipeline.open_control_net(used.path, CONTROL_NETS) for used in hints.used]
+        self.files = [open_control_net(used.path, pipeline.files.unet, CONTROL_NETS) for used in hints.used]
         self.models: list[Any] = []
 
     def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
@@ -43,7 +45,7 @@ class ControlNets(Feature):
         if batch.stage == 2 and self.first_stage_only:
             return None
         if not self.models:
-            self.models = [self.pipeline.load_control_net(file) for file in self.files]
+            self.models = [load_control_net(file, self.pipeline) for file in self.files]
         hints = [hint_pixels(self.hints, batch, model) for model in range(len(self.files))]
         return ControlNetHook(self.pipeline, self.models, self.hints.used, hints)
 
@@ -57,7 +59,9 @@ def hint_pixels(hints: Hints, batch: Batch, model: int) -> Tensor:
 class ControlNetHook(StepHook):
     """ControlNets that act in turn, or together for XL; ``hints`` [B, 3, H, W] are in 0..1, for each of them."""
 
-    def __init__(self, pipeline: Any, models: Sequence[Any], used: Sequence[Control], hints: Sequence[Tensor]):
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, models: Sequence[Any], used: Sequence[Control], hints: Sequence[Tensor]
+    ):
         self.pipeline = pipeline
         self.models = models
         self.used = used

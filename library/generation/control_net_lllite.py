@@ -12,9 +12,11 @@ from library.generation.control_hints import LLLITES, Control, Hints
 from library.generation.control_net import SHRUNK, hint_pixels
 from library.generation.features import Batch, Feature
 from library.models.sampling import ModelCall, RunModel, StepHook
+from library.models.stable_diffusion.control_net_lllite import LLLiteModule, before_layers, open_lllite
 
 if TYPE_CHECKING:
     from library.generation.image_prompts import ImagePrompt
+    from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 
 
 class LLLites(Feature):
@@ -23,12 +25,12 @@ class LLLites(Feature):
     option = LLLITES
     refuses = {"--ds_depth_1": SHRUNK}
 
-    def __init__(self, pipeline: Any, hints: Hints, first_stage_only: bool = False):
+    def __init__(self, pipeline: StableDiffusionPipeline, hints: Hints, first_stage_only: bool = False):
         self.pipeline = pipeline
         self.hints = hints
         self.first_stage_only = first_stage_only
-        self.files = [pipeline.open_lllite(used.path, LLLITES) for used in hints.used]
-        self.models: list[Any] = []
+        self.files = [open_lllite(used.path, pipeline.files.unet, pipeline.variant, LLLITES) for used in hints.used]
+        self.models: list[dict[str, LLLiteModule]] = []
 
     def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
         """The files, each with its multiplier."""
@@ -52,7 +54,11 @@ class LLLiteHook(StepHook):
     """
 
     def __init__(
-        self, pipeline: Any, models: Sequence[dict[str, Any]], used: Sequence[Control], hints: Sequence[Tensor]
+        self,
+        pipeline: StableDiffusionPipeline,
+        models: Sequence[Mapping[str, LLLiteModule]],
+        used: Sequence[Control],
+        hints: Sequence[Tensor],
     ):
         self.pipeline = pipeline
         self.models = models
@@ -65,7 +71,7 @@ class LLLiteHook(StepHook):
     def attached(self, denoiser: Any) -> AbstractContextManager[Any]:
         """While the context is active, the layers' inputs are added to."""
         paths = {path for model in self.models for path in model}
-        return self.pipeline.before_lllite_layers(denoiser, paths, self._added)
+        return before_layers(denoiser, paths, self._added)
 
     def around(self, run: RunModel, call: ModelCall) -> Tensor:
         """The call, with the models that act at its step."""
@@ -87,7 +93,7 @@ class LLLiteHook(StepHook):
                 x = x + (self.used[index].multiplier * change).to(x.dtype)
         return x
 
-    def _map(self, index: int, path: str, module: Any) -> Tensor:
+    def _map(self, index: int, path: str, module: LLLiteModule) -> Tensor:
         key = (index, path, self.latent_size)
         if key not in self.maps:
             self.maps[key] = module.hint_map(self.hints[index], self.latent_size)

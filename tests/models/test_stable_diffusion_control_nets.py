@@ -12,7 +12,8 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.lean_imports import diffusers_class
-from library.models.stable_diffusion.control_net_lllite import LLLiteModule
+from library.models.stable_diffusion.control_net import load_control_net, open_control_net
+from library.models.stable_diffusion.control_net_lllite import LLLiteFile, LLLiteModule, open_lllite
 from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
 from tests.families.stable_diffusion import few_blocks
 from tools.make_tiny_control import make_tiny_control_net, make_tiny_lllite
@@ -32,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def loaded(pipeline: StableDiffusionPipeline, path: Path) -> dict[str, Tensor]:
-    return pipeline.load_control_net(pipeline.open_control_net(path, OPTION)).state_dict()
+    return load_control_net(open_control_net(path, pipeline.files.unet), pipeline).state_dict()
 
 
 @pytest.mark.parametrize("variant", ["sd1", "sdxl"])
@@ -53,7 +54,7 @@ def test_original_names_become_those_that_diffusers_converts_them_to(pipelines, 
 
     path = make_tiny_control_net(tmp_path, "sd1", shape=few_blocks("sd1"))
     pipeline = pipelines["sd1"]
-    opened = pipeline.open_control_net(path, OPTION)
+    opened = open_control_net(path, pipeline.files.unet)
     config = dict(diffusers_class("ControlNetModel")(**opened.config).config)
     theirs = convert_controlnet_checkpoint(load_file(path), config)
     ours = loaded(pipeline, path)
@@ -84,20 +85,20 @@ def test_files_that_are_no_control_net_of_the_model_are_refused_in_one_sentence(
     }
     for path, message in cases.items():
         with pytest.raises(UserError, match=message) as caught:
-            pipelines["sd1"].open_control_net(path, OPTION)
+            open_control_net(path, pipelines["sd1"].files.unet, OPTION)
         assert str(caught.value).startswith(OPTION) and "\n" not in str(caught.value)
 
 
 # ---- LLLite ----------------------------------------------------------------------------------------------------------
 
 
-def open_lllite(pipeline: StableDiffusionPipeline, path: Path):
-    return pipeline.open_lllite(path, "--control_net_lllite_models")
+def opened_lllite(pipeline: StableDiffusionPipeline, path: Path) -> LLLiteFile:
+    return open_lllite(path, pipeline.files.unet, pipeline.variant)
 
 
 def test_an_lllite_file_has_a_module_for_each_layer_that_it_names(pipelines, folder):
     path = make_tiny_lllite(folder, shape=few_blocks("sdxl"))
-    modules = open_lllite(pipelines["sdxl"], path).load(torch.float32, "cpu")
+    modules = opened_lllite(pipelines["sdxl"], path).load(torch.float32, "cpu")
     assert "input_blocks.4.1.transformer_blocks.0.attn1.to_q" in modules
     assert "middle_block.1.transformer_blocks.0.attn2.to_q" in modules
     stored = load_file(path)
@@ -152,6 +153,6 @@ def test_lllite_files_that_cannot_be_used_are_refused_in_one_sentence(pipelines,
             tensors = {"a": torch.zeros(1)}
         save_file(tensors, tmp_path / f"{change}.safetensors")
         with pytest.raises(UserError, match=message):
-            open_lllite(pipelines["sdxl"], tmp_path / f"{change}.safetensors")
+            opened_lllite(pipelines["sdxl"], tmp_path / f"{change}.safetensors")
     with pytest.raises(UserError, match="is for Stable Diffusion XL; this is Stable Diffusion 1.x"):
-        open_lllite(pipelines["sd1"], path)
+        opened_lllite(pipelines["sd1"], path)

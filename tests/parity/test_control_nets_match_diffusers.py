@@ -24,7 +24,11 @@ from tools.make_tiny_control import make_tiny_control_net
 PROMPT, NEGATIVE = "a big red cat", "small dog"
 WIDTH, HEIGHT, SCALE, SEED = 72, 64, 4.0, 11
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-PIPELINES = {"sd1": "StableDiffusionControlNetPipeline", "sdxl": "StableDiffusionXLControlNetPipeline"}
+PIPELINES = {
+    "sd1": "StableDiffusionControlNetPipeline",
+    "sd2": "StableDiffusionControlNetPipeline",
+    "sdxl": "StableDiffusionXLControlNetPipeline",
+}
 
 
 class Pair:
@@ -33,8 +37,12 @@ class Pair:
     def __init__(self, variant: str, folder: Path):
         self.variant = variant
         shape = few_blocks(variant)
+        self.predicts_v = variant == "sd2"
         self.ours = StableDiffusionPipeline(
-            StableDiffusionFiles(make_few_blocks(folder / "original", variant)), torch.float32, "cpu"
+            StableDiffusionFiles(make_few_blocks(folder / "original", variant)),
+            torch.float32,
+            "cpu",
+            v_parameterization=self.predicts_v,
         )
         self.files = [make_tiny_control_net(folder / f"{i}", variant, seed=i, shape=shape) for i in range(2)]
         folders = [make_tiny_control_net(folder / f"{i}d", variant, "diffusers", i, shape=shape) for i in range(2)]
@@ -59,7 +67,9 @@ class Pair:
         pipeline_class = getattr(diffusers, PIPELINES[self.variant])
         pipeline = pipeline_class.from_pretrained(self.model, controlnet=chosen if len(chosen) > 1 else chosen[0])
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False)
+        pipeline.scheduler = diffusers.DDIMScheduler(
+            **SCHEDULE, clip_sample=False, prediction_type="v_prediction" if self.predicts_v else "epsilon"
+        )
         hints = [self.hints[i] for i in networks]
         return pipeline(
             PROMPT,

@@ -15,7 +15,6 @@ import torch
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.models.attention import AttentionBackend
 from library.models.lean_imports import diffusers_class
 from library.models.loading import LoadSpec, Origin, TensorSource, on_meta, require_fit
 from library.models.pipeline import OpenedPart
@@ -26,6 +25,8 @@ from library.models.stable_diffusion.unet import set_attention_backend
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
+
+    from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 
 WANTED = "a ControlNet for Stable Diffusion"
 PREFIXES = ("control_model.",)
@@ -130,13 +131,14 @@ def infer_config(source: TensorSource, unet: UnetFile) -> dict[str, Any]:
     }
 
 
-def load_control_net(
-    opened: ControlNetFile, dtype: torch.dtype, device: torch.device | str, backend: AttentionBackend
-) -> Any:
-    """diffusers' ControlNetModel with our attention. Its ``forward`` is the one inside diffusers' decorator."""
-    module: Any = opened.load(LoadSpec.of(dtype, device))
-    set_attention_backend(module, backend)
+def load_control_net(opened: ControlNetFile, pipeline: StableDiffusionPipeline) -> Any:
+    """diffusers' ControlNetModel on the pipeline's device, in its dtype and with its attention.
+
+    Its ``forward`` is the one inside diffusers' decorator.
+    """
+    module: Any = opened.load(LoadSpec.of(pipeline.dtype, pipeline.device))
+    set_attention_backend(module, pipeline.attention_backend)
     inner = getattr(type(module).forward, "__wrapped__", None)
     if inner is not None:
         module.forward = MethodType(inner, module)
-    return module
+    return module.to(memory_format=torch.channels_last) if pipeline.channels_last else module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,8 +42,6 @@ from library.prompt_options import PromptOptions
 from library.text_files import shown
 
 if TYPE_CHECKING:
-    from library.models.stable_diffusion.control_net import ControlNetFile
-    from library.models.stable_diffusion.control_net_lllite import LLLiteFile
     from library.models.stable_diffusion.regions import Regions
 
 Part = Literal["unet", "autoencoder", "text_encoder", "text_encoder_2"]
@@ -424,35 +421,6 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         text = self.unet_text(conditioning, latents.device, self._compute_dtype("unet"))
         out = unet(latents.to(self._compute_dtype("unet")), timesteps.to(latents.device), **text, **arguments)
         return out.sample.float()
-
-    # Control
-
-    def open_control_net(self, path: Path | str, option: str) -> ControlNetFile:
-        """A ControlNet for this model, opened by its headers. Raises UserError, naming ``option``, for other files."""
-        from library.models.stable_diffusion.control_net import open_control_net
-
-        return open_control_net(path, self.files.unet, option)
-
-    def load_control_net(self, opened: ControlNetFile) -> Any:
-        """An opened ControlNet on the device, in the pipeline's dtype and with its attention."""
-        from library.models.stable_diffusion.control_net import load_control_net
-
-        module = load_control_net(opened, self.dtype, self.device, self.attention_backend)
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module
-
-    def open_lllite(self, path: Path | str, option: str) -> LLLiteFile:
-        """A ControlNet-LLLite for this model, opened by its headers. Raises UserError, as ``open_control_net``."""
-        from library.models.stable_diffusion.control_net_lllite import open_lllite
-
-        return open_lllite(path, self.files.unet, self.variant, option)
-
-    def before_lllite_layers(
-        self, unet: Any, paths: Collection[str], change: Callable[[str, Tensor], Tensor]
-    ) -> AbstractContextManager[Any]:
-        """While it is active, the U-Net's layers of those original paths get what ``change`` makes of their inputs."""
-        from library.models.stable_diffusion.control_net_lllite import before_layers
-
-        return before_layers(unet, paths, change)
 
     # Regions
 

@@ -75,6 +75,18 @@ def test_control_nets(draw, folder):
     assert pixels(draw("sd1", *parts, *model)) != pixels(draw("sd1", *parts))
 
 
+def test_the_second_stage_of_highres_fix_with_and_without_control_nets(draw, folder):
+    """--highres_fix_disable_control_net"""
+    model = ("--control_net_models", folder / "sd1_control.safetensors", "--guide_image_path", folder / "guide.png")
+    stages = ("--H", 128, "--W", 128, "--highres_fix_scale", 0.5, "--highres_fix_steps", 2)
+    images = [
+        draw("sd1", *stages),
+        draw("sd1", *stages, *model),
+        draw("sd1", *stages, *model, "--highres_fix_disable_control_net"),
+    ]
+    assert len(set(map(pixels, images))) == 3
+
+
 def test_lllite_and_clip_vision(draw, folder):
     """--control_net_lllite_models, --clip_vision_strength, --clip_vision_model"""
     model = ("--control_net_lllite_models", folder / "lllite.safetensors", "--guide_image_path", folder / "guide.png")
@@ -83,6 +95,8 @@ def test_lllite_and_clip_vision(draw, folder):
     images = [draw("sdxl", *options) for options in ((), model, start, vision)]
     assert len(set(map(pixels, images))) == 4
     assert text_of(images[-1])["clip-vision-strength"] == "1"
+    stages = ("--H", 128, "--W", 128, "--highres_fix_scale", 0.5, "--highres_fix_steps", 2)
+    assert pixels(draw("sdxl", *stages, *vision)) != pixels(draw("sdxl", *stages, *start))
 
 
 def test_guidance(draw, folder):
@@ -108,6 +122,7 @@ def test_what_cannot_act_is_refused_before_anything_is_loaded(draw, folder):
     for arguments, message in {
         (*control, *guide, "--control_net_lllite_models", "x"): "cannot be used at the same time",
         control: "needs hint images",
+        (*control, *guide, "--ds_depth_1", 1): "--control_net_models cannot be used together with --ds_depth_1",
         (*clip, "--sampler", "euler"): "works with the samplers ddim, pndm and lms only, not with euler",
         ("--clip_vision_strength", 1): "for Stable Diffusion XL only",
     }.items():

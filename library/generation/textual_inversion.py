@@ -70,7 +70,7 @@ def read_embedding(path: Path, option: str) -> dict[str, Tensor]:
     place = f"{option}: {path}"
     if path.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"{place}: embeddings in images are not supported; use a .safetensors or .pt file.")
-    content: Mapping[Any, Any]
+    content: Any
     if path.suffix.lower() in PICKLE_SUFFIXES:
         try:
             checkpoint_files(path)
@@ -83,9 +83,12 @@ def read_embedding(path: Path, option: str) -> dict[str, Tensor]:
     else:
         checkpoint = open_checkpoint(path, None, option=option)
         content = {key: checkpoint.load(key) for key in checkpoint}
+    if not isinstance(content, Mapping):
+        raise UserError(f'{place} is not an embedding: its "string_to_param" holds no tensors by name.')
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     for key, value in tensors.items():
-        if value.ndim not in (1, 2) or not value.is_floating_point() or value.layout != torch.strided:
+        is_dense = value.layout == torch.strided and not value.is_meta
+        if value.ndim not in (1, 2) or not value.is_floating_point() or not is_dense:
             raise UserError(f'{place} is not an embedding: "{key}" is not a list of vectors.')
     if not tensors:
         raise UserError(f"{place} is not an embedding: it holds no tensor.")

@@ -16,6 +16,7 @@ from library.generation.text_options import TextOptions
 from library.generation.textual_inversion import add_textual_inversions
 from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 from library.safetensors_io import save_file
+from tests.hostile_files import hostile_headers
 
 CPU = torch.device("cpu")
 
@@ -187,3 +188,37 @@ def test_a_name_that_is_taken_is_refused(few_blocks_sd1, sizes, tmp_path):
         opened(few_blocks_sd1, tmp_path / "a.pt")
     with pytest.raises(UserError, match='there is another embedding of the name "goodembed"; rename one'):
         opened(few_blocks_sd1, tmp_path / "goodembed.pt", tmp_path / "other" / "goodembed.pt")
+
+
+def test_hostile_embedding_files_are_one_sentence(few_blocks_sd1, sizes, tmp_path):
+    """Damaged safetensors files of every kind, and pickles that are cut short or hold other things than vectors."""
+    pipeline = opened(few_blocks_sd1)
+    save_file({"emb_params": vectors(2, sizes["sd1"])}, tmp_path / "sound.safetensors")
+    files = {
+        f"{name}.safetensors": data
+        for name, data in hostile_headers((tmp_path / "sound.safetensors").read_bytes()).items()
+    }
+    torch.save({"emb_params": vectors(2, sizes["sd1"])}, tmp_path / "sound.pt")
+    sound = (tmp_path / "sound.pt").read_bytes()
+    files |= {f"cut{size}.pt": sound[:size] for size in (0, 1, 100, len(sound) // 2, len(sound) - 1)}
+    for name, content in (
+        ("sparse", {"a": torch.eye(3).to_sparse()}),
+        ("meta", {"a": torch.empty(2, sizes["sd1"], device="meta")}),
+        ("numbers", {"a": torch.ones(2, 3, dtype=torch.int64)}),
+        ("nested", {"string_to_param": {"*": {"a": torch.ones(1, 3)}}}),
+        ("text", {"string_to_param": "abc"}),
+    ):
+        torch.save(content, tmp_path / "written.pt")
+        files[f"{name}.pt"] = (tmp_path / "written.pt").read_bytes()
+    accepted = []
+    for number, (name, data) in enumerate(files.items()):
+        path = tmp_path / f"hostile{number}{Path(name).suffix}"
+        path.write_bytes(data)
+        try:
+            add_textual_inversions([str(path)], pipeline)
+        except UserError as error:
+            assert str(error).startswith(f"--textual_inversion_embeddings: {path}"), (name, error)
+            assert "\n" not in str(error), name
+        else:
+            accepted.append(name)
+    assert accepted == ["overlap.safetensors"], "which a file of one tensor cannot have"

@@ -30,9 +30,11 @@ from library.generation.model_options import check_model_options, open_model
 from library.generation.part_dtypes import PartDtype
 from library.generation.preview import Preview
 from library.generation.prompt_sources import SOURCES, ImagePrompts, PromptLine
+from library.generation.regions import open_regions
 from library.generation.sampling_options import check_sampling, default_prompt, request_fields
 from library.generation.start_images import open_start_images
 from library.generation.textual_inversion import add_textual_inversions
+from library.generation.xti import open_xti
 from library.models.pipeline import CONDITIONINGS
 from library.models.stable_diffusion.sampling import require_sampler
 from library.safetensors_io import legacy_hash
@@ -113,16 +115,19 @@ class ImageRun(InferenceRun[ImagePrompt]):
     def open_features(self) -> list[Feature]:
         """What the options add to the loop; the first one is the innermost around the model."""
         options, pipeline = self.options, self.pipeline
-        networks, guides = bool(self.lora_files), options.control.guide_image_path
-        self.start = open_start_images(options.start, options.sampling, options.prompts.images_per_prompt, networks)
+        guides, count = options.control.guide_image_path, options.prompts.images_per_prompt
+        self.start = open_start_images(options.start, options.sampling, count, regional=bool(self.lora_files))
+        self.regions = open_regions(options.networks, self.start, self.stack, pipeline)
         self.highres = open_highres(options.highres, pipeline)
         start_image = self.start.image if self.start is not None and self.start.files else None
         features: list[Feature | None] = [
+            self.regions,
+            open_xti(options.text.XTI_embeddings, pipeline),
             open_control(options.control, pipeline, options.highres.highres_fix_disable_control_net),
             open_deep_shrink(pipeline),
             open_gradual_latent(),
             self.start,
-            open_clip_vision(options.guidance, pipeline, start_image),
+            open_clip_vision(options.guidance, pipeline, self.start.image if self.start and has_start else None),
             *open_guidance(options.guidance, guides, pipeline),
         ]
         return [feature for feature in features if feature is not None]
@@ -173,21 +178,22 @@ class ImageRun(InferenceRun[ImagePrompt]):
         return self.read_texts[settings]
 
     def _texts_by_role(self, prompt: ImagePrompt) -> dict[Role, list[EncodedText]]:
-        from library.models.stable_diffusion.prompt_weights import sub_prompts
-
         roles = self.pipeline.guidance(self.request(prompt)).roles
         given: dict[Role, list[str]] = {
-            "positive": sub_prompts(prompt.prompt),
+            "positive": self.pipeline.sub_prompts(prompt.prompt),
             "negative": [prompt.negative_prompt or ""],
         }
         texts = {role: given.get(role, [""]) for role in roles}
         chunks = self.pipeline.chunks_needed([text for group in texts.values() for text in group])
-        strengths = self.text_strengths(prompt)
-        return {role: [(text, chunks, strengths) for text in group] for role, group in texts.items()}
+        return {
+            role: [(text, chunks, self.text_strengths(prompt, role, part)) for part, text in enumerate(group)]
+            for role, group in texts.items()
+        }
 
-    def text_strengths(self, prompt: ImagePrompt) -> tuple[float, ...]:
-        """The networks' strengths where a text's outputs depend on them."""
-        return self.stack.strengths(prompt.network_mul) if self.stack.acts_on(*self.pipeline.encoders) else ()
+    def text_strengths(self, prompt: ImagePrompt, role: Role, part: int) -> tuple[float, ...]:
+        """The networks' strengths for a text of a prompt, where its outputs depend on them."""
+        acts = self.stack.acts_on(*self.pipeline.encoders)
+        return self.regions.text_strengths(prompt, role, part) if acts else ()
 
     def encode_texts(self, prompts: Sequence[ImagePrompt]) -> None:
         """Make the outputs of the texts of ``prompts`` that are not there yet, each by itself."""

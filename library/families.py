@@ -50,6 +50,8 @@ class Family:
     """Short names of the models in it, where there are several."""
     inference: str | None = None
     """Options class of the script that makes images, as ``module:Name``."""
+    inference_tables: str | None = None
+    """The page with tables of its options, where its guide has no room for them."""
     tools: tuple[str, ...] = ()
     """Options classes of the tools for its LoRA files and models, each as ``module:Name``."""
     is_default: bool = False
@@ -110,6 +112,8 @@ STABLE_DIFFUSION = Family(
     options="StableDiffusionTrainingOptions",
     is_default=True,
     models=("sd1", "sd2"),
+    inference="gen_img:GenImgOptions",
+    inference_tables="docs/options_gen_img.md",
     networks=("networks.lora", "networks.lora_fa", "networks.dylora", "networks.oft"),
     tools=(
         "networks.merge_lora:MergeLoraOptions",
@@ -133,6 +137,8 @@ SDXL = Family(
     script="sdxl_train_network",
     trainer="SdxlNetworkTrainer",
     options="SdxlTrainingOptions",
+    inference="gen_img:GenImgOptions",
+    inference_tables="docs/options_gen_img.md",
     networks=("networks.lora", "networks.lora_fa", "networks.dylora", "networks.oft"),
     tools=("networks.sdxl_merge_lora:SdxlMergeOptions",),
     versions={

@@ -62,7 +62,9 @@ class Page:
 def family_pages(family: Family) -> Iterator[Page]:
     """The pages on which a family's scripts and tools have their tables."""
     yield Page(family.options_page, f"{family.script}:{family.options}", family)
-    if family.inference:
+    if family.inference and family.inference_tables:
+        yield Page(family.inference_tables, family.inference)
+    elif family.inference:
         yield Page(f"docs/{family.inference_script}.md", family.inference, part="the script")
     for tool in family.tools:
         yield tool_page(tool)
@@ -75,7 +77,7 @@ def tool_page(options: str) -> Page:
 
 
 PAGES = (
-    *(page for family in FAMILIES for page in family_pages(family)),
+    *dict.fromkeys(page for family in FAMILIES for page in family_pages(family)),
     tool_page("networks.resize_lora:ResizeLoraOptions"),
 )
 HEAD = "| option | value | default | meaning |\n|---|---|---|---|"

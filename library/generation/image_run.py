@@ -127,7 +127,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
             open_deep_shrink(pipeline),
             open_gradual_latent(),
             self.start,
-            open_clip_vision(options.guidance, pipeline, self.start.image if self.start and has_start else None),
+            open_clip_vision(options.guidance, pipeline, start_image),
             *open_guidance(options.guidance, guides, pipeline),
         ]
         return [feature for feature in features if feature is not None]

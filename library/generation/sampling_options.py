@@ -114,7 +114,6 @@ def default_prompt(options: SamplingOptions, variant: str, *groups: Any) -> Imag
 def request_fields(options: SamplingOptions) -> dict[str, Any]:
     """What the options say of every image's request, by the request's fields."""
     return {
-        "steps_offset": 1,
         "offset_start": not options.force_scheduler_zero_steps_offset,
         "pyramid_noise": _perturbation(options.pyramid_noise_prob, options.pyramid_noise_discount_range),
         "noise_offset": _perturbation(options.noise_offset_prob, options.noise_offset_range),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tests.families.families import FAMILIES
 from tests.running import run_in_process
 
 DRAWING = [family for family in FAMILIES if family.inference]
+SIMILAR = {("sd2", "bf16"), ("sdxl", "fp32")}
+"""Cases that differ too little from others."""
 
 PROMPTS = """a red cat --w 96 --h 64 --s 3 {guidance} 2.5 --d 5
 # the next ones are guided away from another text, and from the empty one
@@ -35,7 +38,8 @@ def pixels(folder: Path, beginning: str = "") -> list[tuple[tuple[int, int], byt
     ("family", "dtype"),
     [
         pytest.param(family, dtype, id=f"{family.name}-{dtype}", marks=[pytest.mark.slow] if number else [])
-        for number, (family, dtype) in enumerate([(family, dtype) for family in DRAWING for dtype in FORMATS])
+        for number, (family, dtype) in enumerate(itertools.product(DRAWING, FORMATS))
+        if (family.name, dtype) not in SIMILAR
     ],
 )
 def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_toml, tmp_path):
@@ -45,7 +49,7 @@ def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_tom
         family.script,
         *family.command(files),
         *FORMATS[dtype],
-        *("--dataset_config", dataset_toml(), "--output_dir", tmp_path, "--output_name", "trained"),
+        *("--dataset_config", dataset_toml(bucket_reso_steps=64), "--output_dir", tmp_path, "--output_name", "trained"),
         *("--max_train_steps", "2", "--sample_at_first", "--sample_every_n_steps", "2", "--sample_prompts", prompts),
         *("--max_data_loader_n_workers", "0", "--learning_rate", "0.05", "--no_report"),
     )
@@ -53,8 +57,8 @@ def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_tom
     drawn = run_in_process(
         family.inference,
         *(*family.drawing(files), "--from_file", prompts),
-        *(word for option in family.dtypes for word in (option, dtype)),
-        *(family.lora_option, tmp_path / "trained.safetensors", family.output_option, tmp_path / "drawn"),
+        *family.dtypes[dtype],
+        *(*family.lora_option, tmp_path / "trained.safetensors", family.output_option, tmp_path / "drawn"),
     )
     assert drawn.returncode == 0, drawn.stderr[-3000:]
     before, samples = (pixels(tmp_path / "sample", step) for step in ("trained_000000_", "trained_000002_"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ class Family:
     """Options of the run whose plan is compared with what is built: those that are special to build or to simulate."""
     drawing: Callable[[Any], list[object]] = lambda files: []
     """Options of the inference script that name the files."""
-    dtypes: tuple[str, ...] = ("--dtype",)
-    """Options of the inference script that name the dtypes of all parts."""
-    lora_option: str = "--lora_weights"
-    """Option of the inference script that names LoRA files."""
+    dtypes: Mapping[str, Sequence[str]] = field(default_factory=lambda: dtype_options("--dtype"))
+    """Options of the inference script that give all parts a dtype, by its name."""
+    lora_option: Sequence[str] = ("--lora_weights",)
+    """What stands before a LoRA file among the options of the inference script."""
     output_option: str = "--output_dir"
     """Option of the inference script that names the folder for images."""
     guidance: str = "--g"
@@ -51,6 +51,11 @@ class Family:
         """The script that draws images with this family."""
         module = by_model(self.name).inference_script
         return f"{module}.py" if module else None
+
+
+def dtype_options(*options: str) -> dict[str, Sequence[str]]:
+    """For ``Family.dtypes`` where these options name dtypes."""
+    return {dtype: [word for option in options for word in (option, dtype)] for dtype in ("fp32", "bf16")}
 
 
 def small_lora(network_module: str) -> list[object]:

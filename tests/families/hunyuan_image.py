@@ -41,7 +41,7 @@ HUNYUAN_IMAGE = Family(
     caches=("_hi.npz", "_hi_te.npz"),
     planned="--optimizer_type AdamW8bit --network_args module_dropout=0.2",
     drawing=hunyuan_image_drawing,
-    lora_option="--lora_weight",
+    lora_option=("--lora_weight",),
     output_option="--save_path",
     guidance="--l",
 )

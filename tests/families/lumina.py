@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.families.family import Family, small_lora
+from tests.families.family import Family, dtype_options, small_lora
 
 
 def make_lumina(folder: Path) -> Any:
@@ -42,5 +42,5 @@ LUMINA = Family(
     caches=("_lumina.npz", "_lumina_te.npz"),
     planned="--optimizer_type AdamW8bit --network_args module_dropout=0.2",
     drawing=lumina_drawing,
-    dtypes=("--dtype", "--gemma2_dtype", "--ae_dtype"),
+    dtypes=dtype_options("--dtype", "--gemma2_dtype", "--ae_dtype"),
 )

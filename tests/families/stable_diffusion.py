@@ -57,6 +57,7 @@ def stable_diffusion(variant: Variant, caches: tuple[str, str], planned: str, *o
     def command(files: Any) -> list[object]:
         return ["--pretrained_model_name_or_path", files, *small_lora("networks.lora"), *options]
 
+    shared = [option for option in options if option == "--v_parameterization"]
     return Family(
         name=variant,
         make=partial(make_tiny, variant),
@@ -64,4 +65,9 @@ def stable_diffusion(variant: Variant, caches: tuple[str, str], planned: str, *o
         idle="--ddp_static_graph",
         caches=caches,
         planned=planned,
+        drawing=lambda files: ["--ckpt", files, "--sequential_file_name", *shared],
+        dtypes={"fp32": (), "bf16": ("--bf16",)},
+        lora_option=("--network_module", "networks.lora", "--network_weights"),
+        output_option="--outdir",
+        guidance="--l",
     )

@@ -61,7 +61,8 @@ def pair(request, tmp_path_factory) -> Pair:
 
 def request(sampler: str, **arguments: Any) -> StableDiffusionRequest:
     sizes = {"width": WIDTH, "height": HEIGHT, "seed": SEED, "sample_steps": STEPS, "scale": SCALE}
-    return StableDiffusionRequest(PROMPT, NEGATIVE, sampler=sampler, **sizes, **arguments)
+    settings = {**sizes, "steps_offset": 0, **arguments}  # 0 is the default of diffusers' schedulers
+    return StableDiffusionRequest(PROMPT, NEGATIVE, sampler=sampler, **settings)
 
 
 def assert_equal_to_scale(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -93,8 +93,8 @@ class StableDiffusionRequest(ImageRequest):
     """Whether the noise schedule ends in pure noise; None: as the pipeline was told."""
     clip_sample: bool = False
     """Keep predicted latents within -1..1, in the samplers that can (ddim, heun)."""
-    steps_offset: int = 0
-    """Moves the timesteps, in the samplers that can."""
+    steps_offset: int = 1
+    """Moves the timesteps, in the samplers that can; 1 as in the published models' own configuration."""
     strength: float | None = None
     """How much of ``start_latents`` is drawn anew, 0 (nothing) to 1, as a share of the steps; None: ``first_step``."""
     offset_start: bool = False

@@ -89,8 +89,9 @@ class ClipImageGuide(ImageGuide):
         self.last: Image | None = None
 
     def drawn(self, batch: Batch, images: Sequence[Image]) -> None:
-        """Keeps the last image."""
-        self.last = images[-1]
+        """Keeps the last image; that of a first stage is not finished."""
+        if batch.stage != 1:
+            self.last = images[-1]
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Loss | None:

@@ -67,7 +67,7 @@ class Feature(ABC):
         return None
 
     def drawn(self, batch: Batch, images: Sequence[Image]) -> None:
-        """Sees the finished images of a batch."""
+        """Sees the images of a batch, of which the requests are left out; those of a first stage too if decoded."""
 
     def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
         """What the text in an image's file says of it, by key."""

@@ -311,23 +311,29 @@ class ImageRun(InferenceRun[ImagePrompt]):
         with self.at_work("unet", *dict.fromkeys(part for feature in acting for part in feature.parts)):
             return self.pipeline.generate_latents(*requests, hooks=hooks, progress=self.shows_steps)
 
-    def decoded(self, latents: Tensor) -> list[Image]:
-        """The images of latents [B, 4, h, w]."""
+    def decoded(self, latents: Tensor, prompts: Sequence[ImagePrompt], stage: int = 0) -> list[Image]:
+        """The images of latents [B, 4, h, w], which the features see too."""
         from library.models.pipeline import to_image
 
         with self.at_work("autoencoder"):
-            return [to_image(pixels) for pixels in self.pipeline.decode_latents(latents)]
+            images = [to_image(pixels) for pixels in self.pipeline.decode_latents(latents)]
+        numbers = [prompt.number for prompt in prompts]
+        batch = Batch(prompts, (), numbers, images[0].height, images[0].width, stage)
+        for feature in self.features:
+            if feature.acts_on(prompts[0]):
+                feature.drawn(batch, images)
+        return images
 
     def images_of(self, prompts: Sequence[ImagePrompt]) -> list[Image]:
         """The images of prompts that are drawn together in one stage."""
-        return self.decoded(self.latents_of(prompts))
+        return self.decoded(self.latents_of(prompts), prompts)
 
     def images_of_two_stages(self, prompts: Sequence[ImagePrompt]) -> list[Image]:
         """The images of Highres. fix: small ones, which may be kept, and large ones that are drawn over them."""
         highres: Any = self.highres
         first, second = [highres.first(prompt) for prompt in prompts], [highres.second(prompt) for prompt in prompts]
         keeps, latents = self.options.highres.highres_fix_save_1st, self.latents_of(first, stage=1)
-        images = self.decoded(latents) if keeps or not highres.takes_latents else None
+        images = self.decoded(latents, first, stage=1) if keeps or not highres.takes_latents else None
         if keeps and images is not None:
             for position, (prompt, image) in enumerate(zip(first, images)):
                 self.outputs.save_first_stage(image, prompt, self.record(prompt), position)
@@ -335,7 +341,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         height, width = self.pipeline.image_size(self.request(second[0]))
         with self.at_work("autoencoder"):
             start = highres.enlarged(*given, width, height)
-        return self.decoded(self.latents_of(second, stage=2, start=start))
+        return self.decoded(self.latents_of(second, stage=2, start=start), second, stage=2)
 
     # ---- files --------------------------------------------------------------------------------------------------
 

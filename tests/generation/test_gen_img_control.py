@@ -11,6 +11,7 @@ from PIL import Image
 
 from gen_img import GenImg, GenImgOptions
 from library.errors import UserError
+from library.generation.clip_models import cropped
 from library.options import parse_options
 from tests.families.stable_diffusion import few_blocks
 from tests.generation.drawing import pixels, text_of
@@ -45,7 +46,7 @@ def parts() -> dict[Any, dict[str, Any]]:
 
 @pytest.fixture
 def draw(few_blocks_sd1, few_blocks_sdxl, folder, parts, tmp_path):
-    """Draw with these options, of which the first is the model's family; the one image's file."""
+    """Draw with these options, of which the first is the model's family; the last image's file."""
 
     def run(variant: str, *arguments: object) -> Path:
         before = set(tmp_path.glob("*.png"))
@@ -57,8 +58,7 @@ def draw(few_blocks_sd1, few_blocks_sdxl, folder, parts, tmp_path):
         script = GenImg(parse_options(GenImgOptions, "", [str(word) for word in command]))
         script.pipeline.modules = parts.setdefault(variant, {})
         script.run()
-        (path,) = set(tmp_path.glob("*.png")) - before
-        return path
+        return max(set(tmp_path.glob("*.png")) - before, key=lambda path: path.stat().st_mtime_ns)
 
     return run
 
@@ -87,7 +87,7 @@ def test_the_second_stage_of_highres_fix_with_and_without_control_nets(draw, fol
     assert len(set(map(pixels, images))) == 3
 
 
-def test_lllite_and_clip_vision(draw, folder):
+def test_lllite_and_clip_vision(draw, folder, monkeypatch):
     """--control_net_lllite_models, --clip_vision_strength, --clip_vision_model"""
     model = ("--control_net_lllite_models", folder / "lllite.safetensors", "--guide_image_path", folder / "guide.png")
     start = ("--image_path", folder / "guide.png")
@@ -96,7 +96,17 @@ def test_lllite_and_clip_vision(draw, folder):
     assert len(set(map(pixels, images))) == 4
     assert text_of(images[-1])["clip-vision-strength"] == "1"
     stages = ("--H", 128, "--W", 128, "--highres_fix_scale", 0.5, "--highres_fix_steps", 2)
-    assert pixels(draw("sdxl", *stages, *vision)) != pixels(draw("sdxl", *stages, *start))
+    looked_at = []
+
+    def keep(image: Image.Image, side: int) -> Image.Image:
+        looked_at.append(image.tobytes())
+        return cropped(image, side)
+
+    monkeypatch.setattr("library.generation.clip_vision.cropped", keep)
+    draw("sdxl", *stages, *vision, "--highres_fix_save_1st")
+    with Image.open(folder / "guide.png") as guide:
+        assert looked_at[0] == guide.tobytes()
+    assert len(looked_at) == 2 and len(looked_at[1]) == len(looked_at[0]) and looked_at[1] != looked_at[0]
 
 
 def test_guidance(draw, folder):
@@ -113,6 +123,14 @@ def test_guidance(draw, folder):
     ]
     assert len(set(map(pixels, images))) == len(images)
     assert text_of(images[2])["clip-guidance-scale"] == "100" and text_of(images[2])["clip-prompt"] == "a big circle"
+
+
+def test_clip_image_guidance_without_a_guide_leads_to_the_image_before(draw, folder):
+    """--clip_image_guidance_scale without --guide_image_path"""
+    clip = ("--clip_model", folder / "clip", "--clip_image_guidance_scale", 100)
+    two = ("--n_iter", 2, "--prompt", "a red cat --d 4")
+    assert pixels(draw("sd1", *two[2:], *clip)) == pixels(draw("sd1", *two)), "the first image has none before it"
+    assert pixels(draw("sd1", *two, *clip)) != pixels(draw("sd1", *two))
 
 
 def test_what_cannot_act_is_refused_before_anything_is_loaded(draw, folder):

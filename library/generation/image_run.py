@@ -116,7 +116,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         """What the options add to the loop; the first one is the innermost around the model."""
         options, pipeline = self.options, self.pipeline
         guides, count = options.control.guide_image_path, options.prompts.images_per_prompt
-        self.start = open_start_images(options.start, options.sampling, count, regional=bool(self.lora_files))
+        self.start = open_start_images(options.start, options.sampling, count, regional=bool(self.stack.acting))
         self.regions = open_regions(options.networks, self.start, self.stack, pipeline)
         self.highres = open_highres(options.highres, pipeline)
         start_image = self.start.image if self.start is not None and self.start.files else None
@@ -253,7 +253,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
     def run(self) -> None:
         """Draw everything that is requested."""
         source, options = self.source, self.options
-        source.open_module(options, self.pipeline, self.stack.opened)
+        source.open_module(options, self.pipeline, self.stack.networks)
         start_image = self.start.file if self.start is not None and self.start.files else None
         with ImageOutputs(options.output, start_image, stage=2 if self.highres else 0) as self.outputs:
             if source.interactive:

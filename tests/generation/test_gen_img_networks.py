@@ -121,6 +121,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(run, files, tmp_path):
     Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "mask.png")
     for arguments, sentence in (
         (("--network_merge", "--network_pre_calc"), "--network_merge and --network_pre_calc are mutually exclusive"),
+        (("--network_merge", "--mask_path", tmp_path / "mask.png"), "--mask_path needs --image_path"),
         (("--mask_path", tmp_path / "mask.png"), "2 networks need a part of the prompt each"),
         (("--network_mul", 1, 1, 1), "--network_mul has 3 values for 2 modules"),
     ):

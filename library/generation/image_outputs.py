@@ -132,6 +132,11 @@ class FileNames:
         self._counts: dict[str, int] = {}
         self._taken: set[str] = set()
 
+    @property
+    def has_fixed_names(self) -> bool:
+        """Whether images have the same names whenever they are drawn."""
+        return self.numbered or self.start_image is not None
+
     def name(self, image: ImagePrompt) -> FileName | None:
         """The name of the next image; None when it is the moment at which it is drawn."""
         if image.file_name is not None:
@@ -174,13 +179,17 @@ class ImageOutputs:
         self.pages = ImagePages(self.folder, options.grid, options.report, goes_on=options.skip_existing)
         self._file_names = self._new_names()
         self._names: dict[int, FileName | None] = {}
+        self._saved = False
         self._say_how_files_are_named()
 
     def __enter__(self) -> ImageOutputs:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.pages.finish()
+        if kind is not None and self._saved and (self.options.skip_existing or self._file_names.has_fixed_names):
+            added = "" if self.options.skip_existing else " with --skip_existing"
+            say(f"the same command{added} draws the images that are missing")
 
     def existing(self, lines: Iterable[Sequence[ImagePrompt]]) -> int:
         """How many images of the lines are there already and will be skipped (none without ``--skip_existing``).
@@ -190,8 +199,11 @@ class ImageOutputs:
         if not self.options.skip_existing:
             return 0
         names = self._new_names()
-        named = ((names.name(image), image) for images in lines for image in images)
-        return sum(name is not None and self._is_there(name, image) for name, image in named)
+        named = [(names.name(image), image) for images in lines for image in images]
+        count = sum(name is not None and self._is_there(name, image) for name, image in named)
+        if count:
+            say(f"--skip_existing: {count} of {len(named)} images are there already")
+        return count
 
     def wanted(self, images: Sequence[ImagePrompt]) -> list[ImagePrompt]:
         """Those of the next images that are to be drawn: the others' files are there already (``--skip_existing``)."""
@@ -216,6 +228,7 @@ class ImageOutputs:
         if name is not None and path != next(name.paths()):
             warn(f"{next(name.paths())} is there already; the image is {path.name}.")
         self.pages.add(path, image, prompt, record.entries())
+        self._saved = True
         return path
 
     def save_first_stage(self, image: Image.Image, prompt: ImagePrompt, record: ImageRecord, position: int = 0) -> Path:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.console import say, warn
 from library.errors import in_one_line
-from library.files import write_text
-from library.generation.image_files import file_names, save_image
+from library.files import write_text, writing
+from library.generation.image_files import file_names, image_bytes, save_image
 from library.html_pages import embedded_image, link_from, render_page
 
 if TYPE_CHECKING:
@@ -53,12 +53,13 @@ class DrawnImage:
 class ImagePages:
     """Collects the images of a run. The page is written again from time to time, so that it shows a run under way.
 
-    ``goes_on``: the run continues another one, whose page it replaces.
+    ``goes_on``: the run continues another one, whose page and grid it replaces.
     """
 
     def __init__(self, folder: Path, grid: bool, report: bool, goes_on: bool = False):
         self.folder = folder
         self.grid = grid
+        self.goes_on = goes_on
         self.page = self._page_path(goes_on) if report else None
         self.images: list[DrawnImage] = []
         self._embedded = 0
@@ -88,10 +89,18 @@ class ImagePages:
             say(f"wrote {self.page}")
         if self.grid:
             try:
-                path = save_image(contact_sheet(self.rows()), self.folder, GRID_NAME, {})
-                say(f"wrote {path}: {len(self.images)} images")
+                say(f"wrote {self._write_grid()}: {len(self.images)} images")
             except (OSError, ValueError, MemoryError) as error:
                 warn(f"--grid: {self.folder / GRID_NAME}.png cannot be written ({in_one_line(error)}).")
+
+    def _write_grid(self) -> Path:
+        sheet = contact_sheet(self.rows())
+        if not self.goes_on:
+            return save_image(sheet, self.folder, GRID_NAME, {})
+        path = self.folder / f"{GRID_NAME}.png"
+        with writing(path) as file:
+            file.write(image_bytes(sheet, ".png", {}))
+        return path
 
     def rows(self) -> list[list[Path]]:
         """The images' files as the grid has them: a row for each prompt line, or a square."""

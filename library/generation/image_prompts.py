@@ -21,6 +21,8 @@ from library.text_files import shown
 
 SIDE_MULTIPLE = 8
 """Pixels of a latent position: what both sides of an image are multiples of."""
+LONGEST_NAME = 240
+"""Bytes of a file's name; file systems allow 255, and a number may follow."""
 DEEP_SHRINK_DEPTH = 3
 """The depth of Deep Shrink where only other options of it are given."""
 GRADUAL_LATENT_TIMESTEPS = 650
@@ -233,5 +235,6 @@ def check_image_prompt(prompt: ImagePrompt, place: str = "") -> None:
 def _check_file_name(name: str, place: str) -> None:
     """Raises UserError, beginning with ``place``, for what names no file within the output folder."""
     path = PureWindowsPath(name)  # knows the separators and drives of every system
-    if not path.name or path.anchor or ".." in path.parts or not name.isprintable():
+    too_long = any(len(part.encode("utf-8", "replace")) > LONGEST_NAME for part in path.parts)
+    if not path.name or path.anchor or ".." in path.parts or not name.isprintable() or too_long:
         raise UserError(f"{place}--f must name a file within --outdir, not {shown(name)}.")

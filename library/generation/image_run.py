@@ -18,6 +18,7 @@ from library.console import say
 from library.families import SDXL, STABLE_DIFFUSION
 from library.generation.control_options import open_control
 from library.generation.deep_shrink import open_deep_shrink
+from library.generation.failed_images import FailedImages
 from library.generation.features import Batch, Feature, check_features
 from library.generation.gradual_latent import open_gradual_latent
 from library.generation.guidance_options import open_clip_vision, open_guidance
@@ -262,8 +263,11 @@ class ImageRun(InferenceRun[ImagePrompt]):
             total = None if source.count is None else source.count - self.outputs.existing(source)
             self.shows_steps = total is not None and total <= options.prompts.batch_size
             with tqdm(total=total, unit="image", desc="images", disable=self.shows_steps) as self.bar:
+                failed = FailedImages()
                 for batch in self.batches(map(self.outputs.wanted, source)):
-                    self.draw_batch(batch)
+                    with failed.going_on(batch):
+                        self.draw_batch(batch)
+                failed.require_none()
 
     def draw_typed(self, images: list[ImagePrompt]) -> None:
         """Draw the images of a line of a session. Raises UserError for what cannot be drawn."""

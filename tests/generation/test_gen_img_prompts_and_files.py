@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 from gen_img import GenImg, GenImgOptions
 from library.errors import UserError
 from library.generation.image_files import text_in_image
 from library.generation.image_outputs import ImageOutputs
+from library.generation.image_prompts import ImagePrompt
+from library.generation.sampling_options import SamplingOptions, request_fields
 from library.html_pages import read_page_data
+from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
 from library.options import parse_options
 from tests.generation.test_prompt_sources import PROMPTER, drawn
 
@@ -161,3 +165,21 @@ def test_files_of_other_prompts_are_not_taken_for_those_of_this_run(run, draw, t
     monkeypatch.setattr("library.models.pipeline.Pipeline.load", lambda self, part: pytest.fail("loaded"))
     with pytest.raises(UserError, match="im_000001.png has another prompt than image 1 of this run"):
         run("--prompt", "a dog", "--skip_existing").run()
+
+
+def test_a_run_goes_on_after_a_start_image_that_is_cut_off(draw, tmp_path):
+    start = draw(
+        "--from_file", prompt_file(tmp_path, "a --f 1.png", "b --f 2.png", "c --f 3.png"), outdir=tmp_path / "in"
+    )
+    start[1].write_bytes(start[1].read_bytes()[:-4000])
+    with pytest.raises(UserError, match="^image 2 could not be drawn"):
+        draw("--image_path", tmp_path / "in", "--use_original_file_name")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "3.png"]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "heun", "euler_a", "dpmsolver++"])
+def test_a_thousand_steps_take_each_timestep_once(few_blocks_sd1, sampler):
+    pipeline = StableDiffusionPipeline(StableDiffusionFiles(few_blocks_sd1), torch.float32, "cpu")
+    request = pipeline.request(ImagePrompt(sample_steps=1000), sampler=sampler, **request_fields(SamplingOptions()))
+    timesteps = pipeline.solver(request).timesteps
+    assert timesteps.min() >= 0 and timesteps.max() <= 999

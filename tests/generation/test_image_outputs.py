@@ -107,7 +107,9 @@ def test_f_names_the_file_and_those_that_follow_get_a_number(outputs, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/a.png", "C:\\a.png", "x/../../a.png", "..", "", "a\x00b", "\\a"])
+@pytest.mark.parametrize(
+    "name", ["../a.png", "/a.png", "C:\\a.png", "x/../../a.png", "..", "", "a\x00b", "\\a", "x" * 300]
+)
 def test_f_stays_within_the_output_folder(tmp_path, name):
     with pytest.raises(UserError, match=r"line 1: --f must name a file within --outdir"):
         list(lines_of(tmp_path, f"a --f {name}"))
@@ -346,6 +348,39 @@ def test_report_and_grid_show_skipped_images_too_and_are_there_after_an_error(ou
     assert read_page_data(page)["lines"][0][0]["settings"]["seed"] == str(next(iter(prompts))[0].seed)
 
 
+def test_a_run_that_goes_on_replaces_its_grid(outputs, tmp_path):
+    prompts = lines_of(tmp_path, "a", "b")
+    for most in (1, 2):
+        draw(outputs(skip_existing=True, grid=True), prompts, most)
+    assert [path.name for path in (tmp_path / "out").glob("grid*")] == ["grid.png"]
+    with Image.open(tmp_path / "out" / "grid.png") as sheet:
+        assert sheet.size == (2 * 16 + 4, 8)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"skip_existing": True}, "the same command draws the images that are missing"),
+        ({"sequential_file_name": True}, "the same command with --skip_existing draws the images that are missing"),
+        ({}, None),
+    ],
+)
+def test_an_interrupted_run_says_how_to_go_on(outputs, tmp_path, caplog, options, said):
+    caplog.set_level("INFO")
+    with pytest.raises(KeyboardInterrupt), outputs(**options) as run:
+        for line in lines_of(tmp_path, "a", "b"):
+            run.wanted(line)
+            run.save(picture(0), line[0], record(line[0]))
+            raise KeyboardInterrupt
+    assert said in caplog.text if said else "the same command" not in caplog.text
+    caplog.clear()
+    draw(outputs(**options), lines_of(tmp_path, "a", "b"))
+    assert "the same command" not in caplog.text
+    assert ("1 of 2 images are there already" in caplog.text) is False
+    outputs(skip_existing=True).existing(lines_of(tmp_path, "a", "b", "c"))
+    assert ("2 of 3 images are there already" in caplog.text) is bool(options)
+
+
 def test_the_page_grows_while_images_are_drawn(outputs, tmp_path, monkeypatch):
     monkeypatch.setattr("library.generation.image_pages.EVERY", 0.0)
     run = outputs(report=True)
@@ -374,8 +409,9 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
 
 def test_an_image_that_cannot_be_written_is_named(outputs, tmp_path):
     run = outputs()
-    ((image,),) = lines_of(tmp_path, f"a --f {'x' * 300}.png")
+    (tmp_path / "out" / "file").write_text("", encoding="utf-8")
+    ((image,),) = lines_of(tmp_path, "a --f file/x.png")
     run.wanted([image])
-    with pytest.raises(UserError, match=r"xxx.png: cannot be written"):
+    with pytest.raises(UserError, match=r"x.png: cannot be written"):
         run.save(picture(0), image, record(image))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]

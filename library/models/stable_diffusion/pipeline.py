@@ -19,6 +19,7 @@ from library.models.autoencoder_slices import in_slices
 from library.models.clip import ClipFile
 from library.models.pipeline import Conditioning, ImageRequest, Pipeline
 from library.models.sampling import ClassifierFree, DiffusersSolver, Guidance, NegativeScale, Role, Unguided
+from library.models.schedules import TRAIN_STEPS
 from library.models.stable_diffusion.added_words import AddedWords
 from library.models.stable_diffusion.checkpoint import UnetFile, VaeFile, Variant, open_stable_diffusion
 from library.models.stable_diffusion.image_text import ImageTexts, image_chunks, image_tokens, whole_chunks
@@ -457,7 +458,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             v_prediction=self.v_parameterization,
             zero_terminal_snr=self.zero_terminal_snr if rescaled is None else rescaled,
             clip_sample=request.clip_sample,
-            steps_offset=request.steps_offset,
+            steps_offset=request.steps_offset if request.sample_steps < TRAIN_STEPS else 0,  # all timesteps are taken
         )
         if not request.drawn_over:
             return DiffusersSolver(scheduler, request.sample_steps)

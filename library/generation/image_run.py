@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tqdm import tqdm
 
-from library.console import say
+from library.console import say, warn
 from library.families import SDXL, STABLE_DIFFUSION
 from library.generation.control_options import open_control
 from library.generation.deep_shrink import open_deep_shrink
@@ -166,7 +166,12 @@ class ImageRun(InferenceRun[ImagePrompt]):
         check_features(self.features, prompt, place)
 
     def say_what_has_no_effect(self) -> None:
-        """Each group of options says it when it is opened."""
+        """What acts through guidance; each group of options says the rest when it is opened."""
+        unguided = [prompt for prompt in self.file_prompts if self.negative(prompt) is None]
+        if any(prompt.negative_prompt for prompt in unguided):
+            say("a negative prompt has no effect without guidance, which a --scale above 1 gives")
+        if any(prompt.negative_scale is not None for prompt in unguided):
+            warn("--negative_scale has no effect without guidance, which a --scale above 1 gives")
 
     # ---- texts --------------------------------------------------------------------------------------------------
 

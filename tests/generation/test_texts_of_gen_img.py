@@ -10,6 +10,8 @@ from PIL import Image
 
 import gen_img
 from library.errors import UserError
+from library.generation.xti import LAYERS
+from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.options import parse_options
 from library.safetensors_io import save_file
 
@@ -76,8 +78,6 @@ def test_options_that_change_the_image(few_blocks_sd1, plain, tmp_path, options)
 
 def test_embeddings_act_where_their_name_stands(few_blocks_sd1, plain, tmp_path):
     """--textual_inversion_embeddings, in the prompt and in the negative prompt."""
-    from library.models.stable_diffusion.checkpoint import open_stable_diffusion
-
     (encoder,) = open_stable_diffusion(few_blocks_sd1).text_encoders
     path = embedding(tmp_path, encoder.hidden_size)
     given = ("--textual_inversion_embeddings", path)
@@ -102,9 +102,39 @@ def test_an_image_of_a_long_and_a_short_prompt_together_is_the_one_drawn_alone(f
     assert together == [alone[0], alone[1], alone[0]]
 
 
+def test_what_needs_guidance_is_named_where_there_is_none(few_blocks_sd1, tmp_path, caplog):
+    """--negative_scale and negative prompts with a --scale of 1."""
+    plain = draw(few_blocks_sd1, tmp_path / "plain", "--scale", 1, "--prompt", "a cat")
+    assert "no effect" not in caplog.text
+    more = ("--scale", 1, "--prompt", "a cat --n ugly", "--negative_scale", 3)
+    assert draw(few_blocks_sd1, tmp_path / "more", *more) == plain
+    assert "a negative prompt has no effect without guidance" in caplog.text
+    assert "--negative_scale has no effect without guidance" in caplog.text
+
+
+def test_xti_acts_where_its_name_stands_and_not_beside_parts_of_a_prompt(tiny_sd1, tmp_path):
+    """--XTI_embeddings: the same vectors in all layers are a --textual_inversion_embeddings."""
+    (encoder,) = open_stable_diffusion(tiny_sd1).text_encoders
+    vectors = torch.randn(2, encoder.hidden_size, generator=torch.Generator().manual_seed(0)) * 3
+    (tmp_path / "xti").mkdir()
+    xti, plain = tmp_path / "xti" / "goodembed.safetensors", tmp_path / "goodembed.pt"
+    save_file({layer: vectors for layer in LAYERS}, xti)
+    torch.save({"emb_params": vectors}, plain)
+    prompt = ("--prompt", "a (goodembed:1.2) cat --n ugly goodembed")
+    drawn = draw(tiny_sd1, tmp_path / "a", "--XTI_embeddings", xti, *prompt)
+    assert drawn == draw(tiny_sd1, tmp_path / "b", "--textual_inversion_embeddings", plain, *prompt)
+    assert drawn != draw(tiny_sd1, tmp_path / "c", *prompt)
+    with pytest.raises(UserError, match="--XTI_embeddings"):
+        draw(tiny_sd1, tmp_path / "d", "--XTI_embeddings", xti, "--prompt", "goodembed AND a cat")
+    with pytest.raises(UserError, match='there is another embedding of the name "goodembed"'):
+        both = ("--XTI_embeddings", xti, "--textual_inversion_embeddings", plain)
+        draw(tiny_sd1, tmp_path / "e", *both, *prompt)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--XTI_embeddings", "none.pt"), "--XTI_embeddings: there are such embeddings for the U-Net of"),
         (("--fp16", "--bf16"), "--fp16 and --bf16 cannot be used together"),
         (("--v2", "--sdxl"), "--v2 and --sdxl cannot be used together"),
         (("--emb_normalize_mode", "mean"), "--emb_normalize_mode must be one of original, none, abs"),

@@ -122,6 +122,8 @@ def test_guidance(draw, folder):
         draw("sd1", *vgg, "--vgg16_guidance_scale", 1e6, "--vgg16_guidance_layerP", 3),
     ]
     assert len(set(map(pixels, images))) == len(images)
+    sliced = draw("sd1", *clip, "--clip_guidance_scale", 100, "--vae_slices", 4)
+    assert max(abs(a - b) for a, b in zip(pixels(sliced), pixels(images[1]))) <= 1
     assert text_of(images[2])["clip-guidance-scale"] == "100" and text_of(images[2])["clip-prompt"] == "a big circle"
 
 

@@ -278,9 +278,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """As ``decode_latents``, but gradients flow and NaN values stay."""
-        decoded = [self._decode(batch) for batch in latents.split(self.images_at_once(len(latents)))]
-        advice = overflow_advice(self._compute_dtype("autoencoder"), HALF_VAE_REMEDY)
-        return visible(torch.cat(decoded), latents, "the U-Net", advice)
+        return torch.cat([self._decode(batch) for batch in latents.split(self.images_at_once(len(latents)))])
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Pixels, float32, of scaled ``latents``."""
@@ -288,7 +286,8 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         dtype, device = self._compute_dtype("autoencoder"), next(autoencoder.parameters()).device
         unscaled = (latents.float() / self.latent_scale).to(device, dtype)
         height = latents.shape[2] * self.latent_stride
-        with _without_autocast(device), in_slices(autoencoder, self.vae_slices, height):
+        slices = None if torch.is_grad_enabled() else self.vae_slices  # in which nothing can be differentiated
+        with _without_autocast(device), in_slices(autoencoder, slices, height):
             return autoencoder.decode(unscaled).sample.float()
 
     def tokenize(self, prompts: Sequence[str], encoders: Collection[Encoder] | None = None) -> dict[Encoder, Tokens]:

@@ -18,7 +18,7 @@ from library.errors import UserError
 from library.generation.parts import computing_in
 from library.memory.budget import GIB, budget_bytes, least_budget, usable
 from library.memory.simulation import PeakMemory, Simulation
-from library.models.pipeline import joined_conditioning
+from library.models.pipeline import CONDITIONINGS, joined_conditioning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +106,7 @@ def phases_of(run: Any, prompt: PromptOptions) -> list[Phase]:
     """The phases of drawing ``prompt``, each with the memory of its work."""
     pipeline, device = run.pipeline, run.pipeline.device
     drawing, encoders = run.denoising_parts(prompt), pipeline.encoders
-    stay = tuple(encoders) if run.options.sources.interactive else ()  # they wait for the next prompt
+    stay = tuple(encoders) if run.keeps_encoders else ()
     dtypes, dense = pipeline.dtypes, {part: pipeline.dense_bytes(part) for part in (pipeline.denoiser, *encoders)}
 
     @contextlib.contextmanager
@@ -126,14 +126,19 @@ def phases_of(run: Any, prompt: PromptOptions) -> list[Phase]:
                         texts[text].update(outputs)
                 beside = (*stay, *drawing, "autoencoder") if stay else ()
                 phases.append(Phase((encoder,), memory.peak.device + dense[encoder], beside))
-            request, conditioning = run.request(prompt), joined_conditioning(list(texts.values()))
+            request = run.request(prompt)
+            for (_, role), outputs in texts.items():
+                setattr(request, CONDITIONINGS[role], outputs)
+            together = run.images_together
+            given = [pipeline.request_conditioning(request, role) for _, role in texts for _ in range(together)]
+            conditioning = joined_conditioning(given)
             height, width = (side // pipeline.latent_stride for side in pipeline.image_size(request))
-            latents = torch.empty(len(texts), pipeline.latent_channels, height, width, device=device)
+            latents = torch.empty(len(given), pipeline.latent_channels, height, width, device=device)
             with at_work(*drawing) as memory:
-                pipeline.predictor([request])(latents, torch.empty(len(texts), device=device), conditioning)
+                pipeline.predictor([request])(latents, torch.empty(len(given), device=device), conditioning)
             phases.append(Phase(drawing, memory.peak.device + dense[pipeline.denoiser], (*stay, "autoencoder")))
             with at_work("autoencoder") as memory:
-                pipeline.decode_latents(latents[:1])
+                pipeline.decode_latents(latents[:together])
             phases.append(Phase(("autoencoder",), memory.peak.device, (*stay, *drawing)))
     finally:
         for part in pipeline.parts:

@@ -78,6 +78,17 @@ class ImageRun(InferenceRun[ImagePrompt]):
 
     # ---- options and files ------------------------------------------------------------------------------------------
 
+    @property
+    def keeps_encoders(self) -> bool:
+        """They do: texts are encoded batch by batch."""
+        return True
+
+    @property
+    def images_together(self) -> int:
+        """``--batch_size``."""
+        count: int = self.options.prompts.batch_size
+        return count
+
     def check_sources(self) -> None:
         """Checked with the prompts."""
 

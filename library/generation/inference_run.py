@@ -209,6 +209,16 @@ class InferenceRun(ABC, Generic[Prompt]):
         device: torch.device = self.options.device.torch_device()
         return device
 
+    @property
+    def keeps_encoders(self) -> bool:
+        """Whether text encoders stay loaded while images are drawn, for the prompts that follow."""
+        return bool(self.options.sources.interactive)
+
+    @property
+    def images_together(self) -> int:
+        """The largest number of images that are drawn together."""
+        return 1
+
     def negative(self, prompt: Prompt) -> str | None:
         """The negative prompt that acts: with classifier-free guidance there is one, if only the empty one."""
         guidance = self.pipeline.guidance(self.pipeline.request(prompt))

@@ -31,12 +31,8 @@ from library.generation.model_options import check_model_options, open_model
 from library.generation.part_dtypes import PartDtype
 from library.generation.preview import Preview
 from library.generation.prompt_sources import SOURCES, ImagePrompts, PromptLine
-from library.generation.regions import open_regions
 from library.generation.sampling_options import check_sampling, default_prompt, request_fields
 from library.generation.start_images import open_start_images
-from library.generation.textual_inversion import add_textual_inversions
-from library.generation.xti import open_xti
-from library.models.pipeline import CONDITIONINGS
 from library.models.stable_diffusion.sampling import require_sampler
 from library.safetensors_io import legacy_hash
 
@@ -119,6 +115,8 @@ class ImageRun(InferenceRun[ImagePrompt]):
 
     def open_pipeline(self) -> StableDiffusionPipeline:
         """The model, with the words of embedding files."""
+        from library.generation.textual_inversion import add_textual_inversions
+
         pipeline = open_model(self.options.model, self.options.text, self.device)
         self.family = SDXL if pipeline.variant == "sdxl" else STABLE_DIFFUSION
         add_textual_inversions(self.options.text.textual_inversion_embeddings, pipeline)
@@ -126,6 +124,9 @@ class ImageRun(InferenceRun[ImagePrompt]):
 
     def open_features(self) -> list[Feature]:
         """What the options add to the loop; the first one is the innermost around the model."""
+        from library.generation.regions import open_regions
+        from library.generation.xti import open_xti
+
         options, pipeline = self.options, self.pipeline
         guides, count = options.control.guide_image_path, options.prompts.images_per_prompt
         self.start = open_start_images(options.start, options.sampling, count, regional=bool(self.stack.acting))
@@ -307,6 +308,8 @@ class ImageRun(InferenceRun[ImagePrompt]):
 
     def encoded_request(self, prompt: ImagePrompt) -> StableDiffusionRequest:
         """The request for an image with its texts; of several sub-prompts, the last one stands for all."""
+        from library.models.pipeline import CONDITIONINGS
+
         request = self.request(prompt)
         for role, texts in self.texts_by_role(prompt).items():
             setattr(request, CONDITIONINGS[role], self.conditioning(texts[-1]))

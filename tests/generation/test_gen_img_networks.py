@@ -78,11 +78,10 @@ def test_networks_beside_merged_and_pre_calculated_draw_the_same_image(draw, fil
         assert is_same(draw(["a cat --n blurry"], *given, *more), beside)
 
 
-@pytest.mark.parametrize("more", [(), ("--network_pre_calc",)], ids=["beside", "pre-calculated"])
-def test_a_prompt_has_strengths_of_its_own(draw, files, more):
+def test_a_prompt_has_strengths_of_its_own(draw, files):
     """--am: images with others are not drawn together, and each is as if it were drawn alone."""
     lines = ["a cat --am 0", "a cat --am 0.5,1", "a cat", "a cat --am -1,0"]
-    images = draw(lines, *networks(*files), "--batch_size", 4, *more)
+    images = draw(lines, *networks(*files), "--batch_size", 4, "--network_pre_calc")
     expected = [draw(["a cat"])]
     for first, second in ((0.5, 1), (1, 1), (-1, 0)):
         expected.append(draw(["a cat"], *networks(*files), "--network_mul", first, second))

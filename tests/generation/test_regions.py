@@ -143,16 +143,14 @@ def halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    "colours", [(), (RED, GREEN), ((200, 50, 0), (10, 240, 90))], ids=["no mask", "halves", "mixed"]
-)
+@pytest.mark.parametrize("colours", [(), ((200, 50, 0), (10, 240, 90))], ids=["no mask", "mask"])
 def test_equal_parts_are_the_plain_prompt(pipelines, mask, variant, colours):
     """Without any LoRA, whatever the masks are; also of another aspect."""
     drawing = Drawing(pipelines(variant), mask(*colours) if colours else None)
     for scale, width in ((3.0, 72), (1.0, 64)):
         plain = drawing.latents(prompt(FIRST), scale=scale, width=width)
         assert error(drawing.latents(prompt(FIRST, FIRST, FIRST), scale=scale, width=width), plain) < 1e-3
-        assert error(drawing.latents(prompt(FIRST, SECOND), scale=scale, width=width), plain) > 1e-3
+    assert error(drawing.latents(prompt(FIRST, SECOND), scale=scale), plain) > 1e-3
 
 
 def test_a_part_acts_in_its_region(pipelines, mask):

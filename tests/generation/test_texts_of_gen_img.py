@@ -11,6 +11,7 @@ from PIL import Image
 import gen_img
 from library.errors import UserError
 from library.generation.xti import LAYERS
+from library.models.stable_diffusion import pipeline
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.options import parse_options
 from library.safetensors_io import save_file
@@ -55,6 +56,18 @@ def embedding(folder: Path, width: int, name: str = "goodembed") -> Path:
 )
 def test_options_that_name_what_is_the_default_change_nothing(few_blocks_sd1, plain, tmp_path, options):
     assert draw(few_blocks_sd1, tmp_path, *options) == [plain]
+
+
+@pytest.mark.parametrize("options", [("--vae_slices", 4), ("--opt_channels_last",), ("--no_half_vae",)])
+def test_options_that_only_change_how_it_is_computed_change_the_image_by_rounding_at_most(
+    few_blocks_sd1, plain, tmp_path, options, monkeypatch
+):
+    sliced: list[object] = []
+    in_slices = pipeline.in_slices
+    monkeypatch.setattr(pipeline, "in_slices", lambda *a: (sliced.append(a[1]), in_slices(*a))[1])
+    (image,) = draw(few_blocks_sd1, tmp_path, *options)
+    assert max(abs(a - b) for a, b in zip(image, plain)) <= 1
+    assert sliced == [4 if options[0] == "--vae_slices" else None]
 
 
 @pytest.mark.parametrize(

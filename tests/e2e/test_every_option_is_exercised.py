@@ -32,10 +32,10 @@ WITHOUT_EFFECT = set(
     """.split()
 )
 """Options that are only ever refused, or said to change nothing."""
-ELSEWHERE = {"xformers", "noise_on_device", "use_flash_attn"}
+ELSEWHERE = {"xformers", "diffusers_xformers", "noise_on_device", "use_flash_attn"}
 """Options whose effect needs a package that the tests do not install, without which they are refused, or a GPU."""
-STATED = {"v2"}
-"""Options that say what a file says anyway; refused when they contradict it."""
+STATED = {"v1", "v2", "sdxl"}
+"""Options that say what a file says anyway; refused, or named, when they contradict it."""
 
 
 def shown(kind: str) -> dict[str, dict[str, str]]:

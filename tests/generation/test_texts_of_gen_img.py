@@ -89,6 +89,27 @@ def test_options_that_change_the_image(few_blocks_sd1, plain, tmp_path, options)
     assert draw(few_blocks_sd1, tmp_path, *options) != [plain]
 
 
+SIZES = [
+    *(("--original_height", "--ow 64 --oh 900"), ("--original_width", "--oh 64 --ow 900")),
+    *(("--original_height_negative", "--nw 64 --nh 900"), ("--original_width_negative", "--nh 64 --nw 900")),
+    *(("--crop_top", "--ct 900"), ("--crop_left", "--cl 900")),
+]
+
+
+def test_sizes_and_layers_of_xl_change_the_image_from_the_command_line_and_in_a_prompt(few_blocks_sdxl, tmp_path):
+    """Each of the sizes alone, and --clip_skip; what is not given is as the image."""
+    plain = draw(few_blocks_sdxl, tmp_path / "plain")
+    seen = [plain]
+    for option, in_prompt in SIZES:
+        drawn = draw(few_blocks_sdxl, tmp_path / option, option, 900)
+        prompt = f"a (red:1.4) cat --n ugly {in_prompt}"
+        assert drawn == draw(few_blocks_sdxl, tmp_path / f"prompt{option}", "--prompt", prompt), option
+        assert drawn not in seen, option
+        seen.append(drawn)
+    assert draw(few_blocks_sdxl, tmp_path / "layer", "--clip_skip", 1) not in seen
+    assert draw(few_blocks_sdxl, tmp_path / "same", "--clip_skip", 2, "--sdxl") == plain
+
+
 def test_embeddings_act_where_their_name_stands(few_blocks_sd1, plain, tmp_path):
     """--textual_inversion_embeddings, in the prompt and in the negative prompt."""
     (encoder,) = open_stable_diffusion(few_blocks_sd1).text_encoders

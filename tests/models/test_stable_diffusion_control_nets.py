@@ -62,12 +62,15 @@ def test_original_names_become_those_that_diffusers_converts_them_to(pipelines, 
     assert theirs.keys() == ours.keys()
 
 
-def test_a_file_without_the_prefix_is_the_same(pipelines, tmp_path):
+def test_a_file_without_the_prefix_and_one_in_a_whole_model_are_the_same(pipelines, few_blocks_sd1, tmp_path):
     path = make_tiny_control_net(tmp_path, "sd1", shape=few_blocks("sd1"))
+    expected = loaded(pipelines["sd1"], path)
     bare = {name.removeprefix("control_model."): value for name, value in load_file(path).items()}
     save_file(bare, tmp_path / "bare.safetensors")
-    ours, expected = (loaded(pipelines["sd1"], p) for p in (tmp_path / "bare.safetensors", path))
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    torch.save({"state_dict": {**load_file(few_blocks_sd1), **load_file(path)}}, tmp_path / "whole.pth")
+    for name in ("bare.safetensors", "whole.pth"):
+        ours = loaded(pipelines["sd1"], tmp_path / name)
+        assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
 def test_files_that_are_no_control_net_of_the_model_are_refused_in_one_sentence(pipelines, few_blocks_sd1, tmp_path):

@@ -75,7 +75,9 @@ def open_control_net(path: Path | str, unet: UnetFile, option: str = "--control_
     refuse_unless(checkpoint, {"sd-controlnet"}, WANTED, PREFIXES)
     source = TensorSource(checkpoint, PREFIXES, "controlnet")
     is_difference = DIFFERENCE in checkpoint
-    source.drop([DIFFERENCE, PREFIXES[0] + DIFFERENCE])
+    if any(key.startswith(PREFIXES) for key in checkpoint):  # beside it, the whole model that it was trained with
+        source.drop([name for name, origin in source.origins.items() if not origin.keys[0].startswith(PREFIXES)])
+    source.drop([DIFFERENCE])
     if any(name.startswith("input_hint_block.") for name in source.names()):
         _name_original(source)
     opened = ControlNetFile(source, infer_config(source, unet), unet.source if is_difference else None)

@@ -110,11 +110,11 @@ class HighresFix:
             prompt, seed=seed, strength=DEFAULT_STRENGTH if prompt.strength is None else prompt.strength
         )
 
-    def settings(self) -> dict[str, str]:
+    def settings(self, prompt: ImagePrompt) -> dict[str, str]:
         """What the text in an image's file says of it, by key."""
-        options = self.options
-        how = "latents" if self.takes_latents else "image"
-        return {"highres-fix": f"{self.scale:g},{options.highres_fix_steps},{options.highres_fix_upscaler or how}"}
+        options, how = self.options, "latents" if self.takes_latents else "image"
+        numbers = f"{self.scale:g},{options.highres_fix_steps},{self.second(prompt).strength:g}"
+        return {"highres-fix": f"{numbers},{options.highres_fix_upscaler or how}"}
 
     def _scaled(self, side: int | None) -> int:
         return int((side or 0) * self.scale + 0.5)

@@ -384,7 +384,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         model, options = self.pipeline.opened("unet").source.checkpoint, self.options
         settings = {"clip-skip": options.text.clip_skip, "emb-normalize-mode": options.text.emb_normalize_mode}
         acting = [feature.settings(prompt) for feature in self.features if feature.acts_on(prompt)]
-        acting += [] if self.highres is None else [self.highres.settings()]
+        acting += [] if self.highres is None else [self.highres.settings(prompt)]
         return image_record(
             self.script,
             prompt,

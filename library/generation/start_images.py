@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from library.console import warn
+from library.console import say, warn
 from library.errors import UserError, in_one_line
 from library.generation.features import Batch, Feature
 from library.generation.image_prompts import ImagePrompt
@@ -30,6 +31,7 @@ MULTIPLE = 32
 """Pixels that both sides of an image that is drawn over are rounded down to a multiple of."""
 SMALLEST_SIDE = 64
 LATENTS_KEPT = 64
+SIZE_OPTION = re.compile(r" --[wh] ", re.IGNORECASE)
 
 
 @dataclass
@@ -58,6 +60,8 @@ def open_start_images(
     if options.image_path is None and options.mask_path is None:
         return None
     size = None if sampling.W is None or sampling.H is None else (sampling.W, sampling.H)
+    if options.image_path is not None and (sampling.pyramid_noise_prob or sampling.noise_offset_prob):
+        say("--pyramid_noise_prob and --noise_offset_prob have no effect with --image_path")
     return StartImages(
         files=list_images(options.image_path, "--image_path"),
         masks=list_images(options.mask_path, "--mask_path"),
@@ -129,6 +133,7 @@ class StartImages(Feature):
         self.regional = regional
         self.latents: dict[tuple[Path, int, int], Tensor] = {}
         self.said: set[Path] = set()
+        self.warned = False
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -168,6 +173,9 @@ class StartImages(Feature):
         if (width, height) != given and file not in self.said:
             self.said.add(file)
             warn(f"{file}: {given[0]}x{given[1]} is rounded to {width}x{height}.")
+        if self.size is None and SIZE_OPTION.search(prompt.raw_prompt or "") and not self.warned:
+            self.warned = True
+            warn("--w and --h have no effect on an image that is drawn over; give --W and --H to stretch it.")
         return dataclasses.replace(prompt, width=width, height=height)
 
     def masks_regions(self, prompt: ImagePrompt) -> bool:

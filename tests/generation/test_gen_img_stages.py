@@ -134,7 +134,7 @@ def test_highres_fix_draws_twice(draw):
     large, small = sorted(draw(*common, "--highres_fix_save_1st"), key=lambda path: -Image.open(path).size[0])
     assert Image.open(large).size == (128, 128) and Image.open(small).size == (64, 64)
     assert text_of(large)["seed"] == text_of(small)["seed"] == "7"
-    assert text_of(large)["highres-fix"] == "0.5,2,image"
+    assert text_of(large)["highres-fix"] == "0.5,2,0.8,image"
     assert pixels(small) == pixels(draw()[0]), "the first image is the one of that size"
     seen = {pixels(large)}
     for more in (["--highres_fix_latents_upscaling"], ["--strength", "0.4"], ["--highres_fix_latents_upscaling"]):

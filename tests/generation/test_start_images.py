@@ -96,6 +96,22 @@ def test_width_and_height_together_stretch_the_image(tmp_path):
     assert (one.width, one.height) == (64, 64)
 
 
+def test_what_has_no_effect_on_a_start_image_is_said(tmp_path, caplog):
+    """``--w`` and ``--h`` in a prompt, ``--pyramid_noise_prob``, ``--noise_offset_prob``."""
+    caplog.set_level("INFO", logger="library")
+    path = save(tmp_path / "a.png")
+    start_images(path, W=64, H=64).sized(ImagePrompt(raw_prompt="a cat --w 128"))
+    assert not caplog.text
+    start = start_images(path)
+    start.sized(ImagePrompt(raw_prompt="a cat --n with"))
+    assert not caplog.text
+    for _ in range(2):
+        start.sized(ImagePrompt(raw_prompt="a cat --s 3 --h 128"))
+    assert caplog.text.count("--w and --h have no effect on an image that is drawn over") == 1
+    open_start_images(StartImageOptions(image_path=path), SamplingOptions(noise_offset_prob=0.5))
+    assert "--pyramid_noise_prob and --noise_offset_prob have no effect with --image_path" in caplog.text
+
+
 def test_prompts_come_from_the_images_text(tmp_path):
     save(tmp_path / "a.png", prompt="a {cat}", negative_prompt="blurry")
     save(tmp_path / "b.png", prompt="a dog")

@@ -99,6 +99,9 @@ def test_parts_of_a_prompt_without_mask_and_networks(draw):
     alone = draw(["a cat"])
     images = draw(["a cat AND a cat", "a cat", "a cat AND two dogs"], "--batch_size", 3)
     assert is_same(images[:1], alone) and is_same(images[1:2], alone) and not is_same(images[2:], alone)
+    features = ["--dsd1 1 --dst1 0", "--nl 1.5"]
+    couples = draw([f"a cat AND a cat {feature}" for feature in features])
+    assert is_same(couples, draw([f"a cat {feature}" for feature in features])), "also with other features"
 
 
 def test_regions_with_networks(draw, files, tmp_path):

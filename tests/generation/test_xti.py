@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.generation.features import Batch
+from library.generation.features import Batch, check_features
+from library.generation.image_prompts import ImagePrompt
 from library.generation.model_options import ModelOptions, open_model
+from library.generation.network_options import NetworkOptions
+from library.generation.regions import open_regions
 from library.generation.text_options import TextOptions
 from library.generation.textual_inversion import add_textual_inversions
 from library.generation.xti import LAYERS, open_xti
 from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 from library.safetensors_io import save_file
+from networks.adapters.image_networks import open_networks
 
 CPU = torch.device("cpu")
 TEXTS = ("a (xtiword:1.2) cat", "ugly xtiword")
@@ -108,3 +112,17 @@ def test_files_that_cannot_be_used_are_one_sentence(tiny_sd1, few_blocks_sd1, ti
     ):
         opened(tiny_sd1, tmp_path / "xl.pt")
     assert open_xti([], opened(tiny_sdxl)) is None
+
+
+def test_prompts_for_regions_are_refused(tiny_sd1, vectors, tmp_path):
+    """ " AND " decides itself which text a layer attends to."""
+    save_file(vectors, tmp_path / "xtiword.safetensors")
+    pipeline = opened(tiny_sd1)
+    networks = open_networks(NetworkOptions(), pipeline)
+    features = [
+        open_regions(NetworkOptions(), None, networks, pipeline),
+        open_xti([str(tmp_path / "xtiword.safetensors")], pipeline),
+    ]
+    check_features(features, ImagePrompt("a cat"))
+    with pytest.raises(UserError, match='line 2: " AND " cannot be used together with --XTI_embeddings'):
+        check_features(features, ImagePrompt("a cat AND a dog"), "line 2: ")

@@ -206,6 +206,27 @@ def test_lycoris_of_xl(pipelines, files, networks):
     assert error(prediction(pipeline), plain) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("module", "algorithm"),
+    [("networks.lora", ""), ("networks.oft", ""), ("lycoris.kohya", "loha"), ("lycoris.kohya", "lora+norm")],
+)
+def test_changes_of_single_layers_are_what_a_network_does(pipelines, files, networks, module, algorithm):
+    """What regions of an image get of each kind of network."""
+    pipeline = pipelines("sd1")
+    stack = networks("sd1", [(module, files("sd1", module, 1, algorithm))], network_mul=[0.6])
+    expected = prediction(pipeline)
+    with stack.changes("unet") as changes:
+        plain = prediction(pipeline)
+        hooks = [
+            layer.register_forward_hook(lambda _, inputs, y, change=change: y + change(inputs[0], y))
+            for layer, (change,) in changes.items()
+        ]
+        assert error(prediction(pipeline), expected) < 1e-4 < 1e-3 < error(plain, expected)
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(prediction(pipeline), expected)
+
+
 def assert_equal_states(state: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     assert state.keys() == before.keys()
     assert all(torch.equal(state[key], before[key]) for key in before)

@@ -12,12 +12,14 @@ import pytest
 from flux_minimal_inference import SESSION
 from library.errors import UserError
 from library.families import FAMILIES
+from library.generation.image_prompts import LETTERS
 from library.options import declared_options, parse_options
 from library.prompt_options import LINE_OPTIONS
 from library.training.network.contract import import_network_module
 from tests.docs.pages import PAGES, TRAINERS, blocks, commands, launched
 from tests.running import ROOT
 from tools import cache_run
+from tools.latent_upscaler import LatentUpscalerOptions
 from tools.make_option_tables import PAGES as OPTION_PAGES
 
 SHOWN = [pytest.param(block, words, id=str(block)) for block in blocks("bash") for words in commands(block)]
@@ -139,9 +141,10 @@ def test_every_tool_with_an_option_table_is_shown_in_use():
 def test_every_option_named_in_the_text_exists():
     """``--name`` in running text is an option of a script, of a prompt line, of accelerate or of a tool."""
     classes = [page.options_class() for page in OPTION_PAGES]
-    classes += [cache_run.caching_options(family) for family in FAMILIES]
-    known = {name for options_class in classes for name in declared_options(options_class)}
-    known |= {*LINE_OPTIONS, *SESSION.letters}
+    classes += [cache_run.caching_options(family) for family in FAMILIES] + [LatentUpscalerOptions]
+    options = [option for options_class in classes for option in declared_options(options_class).values()]
+    known = {name for option in options for name in option.names}
+    known |= {*LINE_OPTIONS, *SESSION.letters, *LETTERS}
     known |= {"help", "num_processes", "num_cpu_threads_per_process", "multi_gpu", "show_all_keys", "reverse"}
     known |= {"name"}  # stands for any option
     known |= {"family"}  # of tools/quickstart.py

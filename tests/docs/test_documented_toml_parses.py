@@ -13,6 +13,8 @@ from library.data.config import resolve_config
 from library.data.items import read_subset
 from library.data.options import DatasetOptions
 from library.data.settings import SubsetSettings
+from library.generation.image_prompts import ImagePrompt
+from library.generation.prompt_sources import ImagePromptOptions, ImagePrompts
 from library.options import declared_options, read_config_file
 from library.prompt_options import read_prompt_file
 from tests.docs.pages import TRAINERS, blocks
@@ -72,7 +74,21 @@ def test_json(block, tmp_path):
     assert len(read_subset(subset, "fine_tuning", [])) == len(content)
 
 
-@pytest.mark.parametrize("block", [b for b in blocks("text") if " --w " in b.text], ids=str)
+PROMPT_FILES = [block for block in blocks("text") if " --w " in block.text]
+OF_GEN_IMG = [block for block in PROMPT_FILES if block.page.stem.startswith("gen_img")]
+
+
+@pytest.mark.parametrize("block", OF_GEN_IMG, ids=str)
+def test_prompt_lines_of_gen_img(block, tmp_path, caplog):
+    path = tmp_path / "documented.txt"
+    path.write_text(block.text, encoding="utf-8")
+    images = ImagePrompts(ImagePromptOptions(from_file=str(path)), ImagePrompt())
+    images.check()
+    assert images.count == len([line for line in block.text.splitlines() if line[:1] not in ("", "#")]) > 1
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("block", [block for block in PROMPT_FILES if block not in OF_GEN_IMG], ids=str)
 def test_prompt_lines(block, tmp_path, caplog):
     path = tmp_path / "documented.txt"
     path.write_text(block.text, encoding="utf-8")

@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from gen_img import GenImgOptions
 from library.data.image_check import MEANINGS
+from library.generation.image_prompts import LETTERS
 from library.models.stable_diffusion.sampling import SAMPLERS
 from library.options import declared_options, parse_options
 from library.training.optim import lr_schedulers, optimizers
@@ -52,6 +54,22 @@ def test_every_chapter_of_the_flux_guide_has_its_japanese_section():
     assert len(chapters) > 25
     assert [part.splitlines()[0] for part in chapters if part.count("<summary>日本語</summary>") != 1] == []
     assert all("details>" not in part.partition("</details>")[2] for part in chapters)
+
+
+def test_the_english_and_the_japanese_guide_to_gen_img_say_the_same():
+    """The same commands, files and chapters, and in both every option, every option of a prompt and every sampler."""
+    shared = {"device", "streaming", "config", "console"}  # options of all inference scripts
+    declared = declared_options(GenImgOptions).values()
+    wanted = {name for option in declared if option.group not in shared for name in option.names}
+    texts = [text_of("gen_img_README.md"), text_of("gen_img_README-ja.md")]
+    for text in texts:
+        assert wanted - set(re.findall(r"\w+", text)) == set()
+        assert {*LETTERS, "d"} - set(re.findall(r"`--(\w+)`", text)) == set()
+        named = quoted(re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+        assert set(SAMPLERS) - set(named) <= {f"k_{name}" for name in SAMPLERS}
+    shown = [re.findall(r"^```\w+\n.*?^```$|^\|[-|]+$|^#+(?= )", t, flags=re.MULTILINE | re.DOTALL) for t in texts]
+    assert shown[0] == shown[1] and len(shown[0]) > 40
+    assert len(rows(texts[0])) == len(rows(texts[1]))
 
 
 def test_every_option_is_explained_in_a_guide():

@@ -1,4 +1,4 @@
-"""Build the tiny pretrained FLUX.1, Chroma and Lumina of ``assets`` from nothing: drawn data, fixed seeds, no download.
+"""Build the tiny pretrained models of ``assets`` from nothing: drawn data, fixed seeds, no download.
 
 The stages, in their order:
 
@@ -20,9 +20,15 @@ From the finished FLUX.1 in assets/tiny_flux:
     lumina_export Lumina's DiT and Gemma 2 into assets/tiny_lumina; the autoencoder is FLUX.1's
     lumina_sheet  a contact sheet
 
-``python tools/build_tiny_flux.py`` runs them all, about two hours on one core; ``--stages transformer export`` only
-some.
-A stage that was stopped resumes from its last checkpoint in the work folder. Training uses the project's own
+HunyuanImage-2.1 shares nothing with FLUX.1 but the drawings:
+
+    hunyuan_autoencoder  encoder and decoder together, on crops, then on whole images
+    hunyuan              DiT, Qwen2.5-VL and ByT5 together, on cached latents
+    hunyuan_export       everything into assets/tiny_hunyuan_image
+    hunyuan_sheet        a contact sheet, with quoted letters in its last row
+
+``python tools/build_tiny_flux.py`` runs them all, about two and a half hours on one core; ``--stages export sheet``
+only some. A stage that was stopped resumes from its last checkpoint in the work folder. Training uses the project's own
 autoencoder and transformer classes, with bfloat16 autocast.
 """
 
@@ -68,14 +74,23 @@ from tools.tiny_flux_autoencoder import (  # noqa: E402
     train_decoder,
 )
 from tools.tiny_flux_runs import Run, averaged, save  # noqa: E402
-from tools.tiny_flux_sheet import draw_sheet  # noqa: E402
+from tools.tiny_flux_sheet import SHEET_PROMPTS, draw_sheet  # noqa: E402
 from tools.tiny_flux_tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, build_tokenizers  # noqa: E402
+from tools.tiny_hunyuan_training import (  # noqa: E402
+    LETTERED_PROMPTS,
+    export_hunyuan,
+    open_hunyuan,
+    train_hunyuan,
+    train_hunyuan_autoencoder,
+)
 from tools.tiny_lumina_training import export_lumina, open_lumina, train_lumina  # noqa: E402
 
 STAGES = ("tokenizers", "autoencoder", "decoder", "transformer", "export", "sheet")
 CHROMA_STAGES = ("chroma_text", "approximator", "chroma", "chroma_export", "chroma_sheet")
 LUMINA_STAGES = ("lumina", "lumina_export", "lumina_sheet")
-ALL_STAGES = (*STAGES, *CHROMA_STAGES, *LUMINA_STAGES)
+HUNYUAN_STAGES = ("hunyuan_autoencoder", "hunyuan", "hunyuan_export", "hunyuan_sheet")
+HUNYUAN_OUT = ROOT / "assets" / "tiny_hunyuan_image"
+ALL_STAGES = (*STAGES, *CHROMA_STAGES, *LUMINA_STAGES, *HUNYUAN_STAGES)
 
 
 # ---------------------------------------------------------------------------------- transformer and both text encoders
@@ -261,6 +276,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "tiny_flux", help="folder of the finished files")
     parser.add_argument("--chroma_out", type=Path, default=ROOT / "assets" / "tiny_chroma", help="the same of Chroma's")
     parser.add_argument("--lumina_out", type=Path, default=ROOT / "assets" / "tiny_lumina", help="the same of Lumina's")
+    parser.add_argument("--hunyuan_out", type=Path, default=HUNYUAN_OUT, help="the same of HunyuanImage-2.1's")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's choice)")
     parser.add_argument("--autoencoder_steps", type=int, default=2400)
     parser.add_argument("--autoencoder_whole_steps", type=int, default=400)
@@ -271,6 +287,10 @@ def main() -> None:
     parser.add_argument("--approximator_steps", type=int, default=400)
     parser.add_argument("--chroma_steps", type=int, default=3500)
     parser.add_argument("--lumina_steps", type=int, default=2000)
+    parser.add_argument("--hunyuan_autoencoder_steps", type=int, default=2000)
+    parser.add_argument("--hunyuan_autoencoder_whole_steps", type=int, default=500)
+    parser.add_argument("--hunyuan_steps", type=int, default=2000)
+    parser.add_argument("--hunyuan_images", type=int, default=2048, help="the same of HunyuanImage-2.1")
     options = parser.parse_args()
     options.stages = options.stages or ALL_STAGES
     if options.threads:
@@ -281,6 +301,8 @@ def main() -> None:
         build_chroma(options)
     if set(options.stages) & set(LUMINA_STAGES):
         build_lumina(options)
+    if set(options.stages) & set(HUNYUAN_STAGES):
+        build_hunyuan(options)
 
 
 def build_flux(options: argparse.Namespace) -> None:
@@ -326,6 +348,20 @@ def build_lumina(options: argparse.Namespace) -> None:
         export_lumina(work, options.lumina_out)
     if "lumina_sheet" in options.stages:
         draw_sheet(open_lumina(options.lumina_out, options.out), work / "lumina_sheet.png", scale=3.5)
+
+
+def build_hunyuan(options: argparse.Namespace) -> None:
+    """Run the chosen stages of HunyuanImage-2.1."""
+    work = options.work
+    if "hunyuan_autoencoder" in options.stages:
+        train_hunyuan_autoencoder(work, options.hunyuan_autoencoder_steps, options.hunyuan_autoencoder_whole_steps)
+    if "hunyuan" in options.stages:
+        train_hunyuan(work, options.hunyuan_steps, options.hunyuan_images)
+    if "hunyuan_export" in options.stages:
+        export_hunyuan(work, options.hunyuan_out)
+    if "hunyuan_sheet" in options.stages:
+        pipeline = open_hunyuan(options.hunyuan_out)
+        draw_sheet(pipeline, work / "hunyuan_sheet.png", [*SHEET_PROMPTS, *LETTERED_PROMPTS], sample_steps=20)
 
 
 if __name__ == "__main__":

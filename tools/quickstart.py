@@ -5,7 +5,8 @@
 a sample prompt file into ``quickstart_output``, starts ``accelerate launch flux_train_network.py`` on the tiny FLUX.1
 in ``assets/tiny_flux``, and reports what came out: images before and after, the loss curve, a score, and where the
 LoRA lies. ``--family chroma`` does the same with the tiny Chroma in ``assets/tiny_chroma``, ``--family lumina``, with
-``lumina_train_network.py``, with the tiny Lumina Image 2.0 in ``assets/tiny_lumina``.
+``lumina_train_network.py``, with the tiny Lumina Image 2.0 in ``assets/tiny_lumina``, and ``--family hunyuan_image``,
+with ``hunyuan_image_train_network.py``, with the tiny HunyuanImage-2.1 in ``assets/tiny_hunyuan_image``.
 
 The concept is a "zog", a purple disc inside a yellow ring, which the tiny model has never seen. The program ends with 1
 when the score says that it wasn't learned, and with the trainer's own code when the training failed.
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 FLUX = ROOT / "assets" / "tiny_flux"
 CHROMA = ROOT / "assets" / "tiny_chroma"
 LUMINA = ROOT / "assets" / "tiny_lumina"
+HUNYUAN_IMAGE = ROOT / "assets" / "tiny_hunyuan_image"
 NAME = "zog"
 PIXELS = 128
 PROMPTS = (
@@ -124,6 +126,25 @@ FAMILIES = {
         samples="--l 3.5",
         steps=200,
     ),
+    "hunyuan_image": Family(
+        script="hunyuan_image_train_network.py",
+        network_module="networks.lora_hunyuan_image",
+        files={
+            "pretrained_model_name_or_path": HUNYUAN_IMAGE / "hunyuan-image-tiny.safetensors",
+            "text_encoder": HUNYUAN_IMAGE / "qwen_2.5_vl.safetensors",
+            "byt5": HUNYUAN_IMAGE / "byt5_glyph.safetensors",
+            "vae": HUNYUAN_IMAGE / "vae.safetensors",
+        },
+        real_files=(
+            "hunyuanimage2.1.safetensors",
+            "qwen_2.5_vl_7b.safetensors",
+            "byt5_small_glyphxl_fp16.safetensors",
+            "hunyuan_image_2.1_vae_fp16.safetensors",
+        ),
+        settings={"learning_rate": 4e-3, "discrete_flow_shift": 5.0},
+        samples="--l 1.0",
+        steps=300,
+    ),
 }
 
 
@@ -186,7 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     help_of_family = "which tiny model (default flux)"
     parser.add_argument("--family", "--model_type", choices=tuple(FAMILIES), default="flux", help=help_of_family)
     parser.add_argument("--output", type=Path, help="folder for all files (default quickstart_output)")
-    parser.add_argument("--steps", type=int, help="training steps (default 600, Lumina's 200)")
+    parser.add_argument("--steps", type=int, help="training steps (default 600, Lumina's 200, HunyuanImage's 300)")
     parser.add_argument("--seed", type=int, default=1, help="training seed (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--use_this_python", action="store_true", help="make no .venv: everything is installed already")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ SHEET_PROMPTS = (
 )
 
 
-def draw_sheet(pipeline: Pipeline, path: Path, columns: int = 8, **settings: Any) -> None:
-    """One image of each of ``SHEET_PROMPTS`` on one sheet; ``settings`` are further fields of the family's request."""
+def draw_sheet(
+    pipeline: Pipeline, path: Path, prompts: Sequence[str] = SHEET_PROMPTS, columns: int = 8, **settings: Any
+) -> None:
+    """One image of each prompt on one sheet; ``settings`` are further fields of the family's request."""
     cell = PIXELS + 4
-    sheet = Image.new("RGB", (columns * cell, -(-len(SHEET_PROMPTS) // columns) * cell), "gray")
-    for index, prompt in enumerate(SHEET_PROMPTS):
+    sheet = Image.new("RGB", (columns * cell, -(-len(prompts) // columns) * cell), "gray")
+    for index, prompt in enumerate(prompts):
         request = pipeline.request_class(prompt=prompt, width=PIXELS, height=PIXELS, seed=index, **settings)
         sheet.paste(pipeline.generate(request), (index % columns * cell, index // columns * cell))
     sheet.save(path)

@@ -87,11 +87,19 @@ def _vision_tower(hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_tiny_qwen2_5_vl(
-    path: Path | str, hidden: int = 64, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 4
+    path: Path | str,
+    hidden: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 4,
+    words: str = WORDS,
 ) -> Path:
-    """Write a Qwen2.5-VL as one file, as it is published for ComfyUI, with its tokenizer's two files beside it."""
+    """Write a Qwen2.5-VL as one file, as it is published for ComfyUI, with its tokenizer's two files beside it.
+
+    Each of ``words`` is one token.
+    """
     path = Path(path)
-    made = tiny_qwen2_5_vl(hidden, seed, dtype, write_qwen_tokenizer(path.parent), layers)
+    made = tiny_qwen2_5_vl(hidden, seed, dtype, write_qwen_tokenizer(path.parent, words), layers)
     save_file(made.state, path, {"config": json.dumps({"qwen2_5_vl": made.exceptions})})
     return path
 

@@ -50,7 +50,12 @@ def test_preparing_twice_leaves_only_the_second_runs_files(tmp_path: Path) -> No
 def test_each_family_guides_its_samples_in_its_own_way() -> None:
     from library.prompt_options import parse_prompt_line
 
-    for name, *guidance in (("flux", None, 1.0, 1.0), ("chroma", "small", 2.0, 0.0), ("lumina", None, 3.5, None)):
+    for name, *guidance in (
+        ("flux", None, 1.0, 1.0),
+        ("chroma", "small", 2.0, 0.0),
+        ("lumina", None, 3.5, None),
+        ("hunyuan_image", None, 1.0, None),
+    ):
         prompt = parse_prompt_line(f"a zog {sample_options(FAMILIES[name])} --d 1")
         assert [prompt.negative_prompt, prompt.scale, prompt.guidance_scale] == guidance
         assert (prompt.prompt, prompt.width, prompt.height, prompt.seed) == ("a zog", 128, 128, 1)

@@ -20,11 +20,12 @@ DOCUMENTED = {
     "--apply_t5_attn_mask",
     "lumina": "--timestep_sampling=nextdit_shift --model_prediction_type=raw --discrete_flow_shift=6.0 "
     "'--system_prompt=You are an assistant designed to generate high-quality images based on user prompts.'",
+    "hunyuan_image": "--model_prediction_type=raw --discrete_flow_shift=5.0 --network_train_unet_only",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("chroma", 50), ("lumina", 24)])
+@pytest.mark.parametrize(("name", "steps"), [("chroma", 50), ("lumina", 24), ("hunyuan_image", 24)])
 def test_a_fraction_of_the_steps_brings_the_first_rings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, steps: int
 ) -> None:

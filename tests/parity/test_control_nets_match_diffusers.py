@@ -68,7 +68,10 @@ class Pair:
         pipeline = pipeline_class.from_pretrained(self.model, controlnet=chosen if len(chosen) > 1 else chosen[0])
         pipeline.set_progress_bar_config(disable=True)
         pipeline.scheduler = diffusers.DDIMScheduler(
-            **SCHEDULE, clip_sample=False, prediction_type="v_prediction" if self.predicts_v else "epsilon"
+            **SCHEDULE,
+            clip_sample=False,
+            steps_offset=1,
+            prediction_type="v_prediction" if self.predicts_v else "epsilon",
         )
         hints = [self.hints[i] for i in networks]
         return pipeline(

@@ -1,4 +1,4 @@
-"""Print the metadata of a safetensors file, or the text in a PNG image, as JSON, sorted by key."""
+"""Print the metadata of a safetensors file, or the text in a PNG, WebP or JPEG image, as JSON, sorted by key."""
 
 from __future__ import annotations
 
@@ -10,34 +10,25 @@ if __name__ == "__main__":
 
 import argparse
 import json
+from pathlib import Path
 
 from library.console import run_script
 from library.errors import UserError
+from library.generation.image_files import SUFFIXES, text_in_image
 from library.safetensors_io import read_header
-
-
-def image_text(path: str) -> dict[str, str]:
-    """The text chunks of a PNG file. Raises UserError when it is none."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            return dict(getattr(image, "text", {}))
-    except OSError as error:
-        raise UserError(f"{path} is not a PNG image that can be read ({error}).") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the metadata; the tensors are not read."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", nargs="?", help="safetensors file or PNG image")
+    parser.add_argument("file", nargs="?", help="safetensors file or image")
     parser.add_argument("--model", help="the same, as kohya-ss/sd-scripts names it")
     options = parser.parse_args(arguments)
     if bool(options.file) == bool(options.model):
         raise UserError("name one safetensors file, as in: show_metadata.py my_lora.safetensors")
     path = options.file or options.model
-    metadata = image_text(path) if path.lower().endswith(".png") else read_header(path).metadata
+    image = Path(path).suffix.lower() in SUFFIXES
+    metadata = text_in_image(Path(path)) if image else read_header(path).metadata
     if not metadata:
         raise UserError(f"{path} has no metadata.")
     print(json.dumps(metadata, indent=4, sort_keys=True))

@@ -142,6 +142,13 @@ LETTERS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 """Field and reader of a value by the option's name; ``--d`` (seeds) is read by ``take_seeds``."""
 
+NETWORK_TAG = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")
+"""A network as web UIs have it in prompts."""
+PLAIN_TEXT = (
+    (NETWORK_TAG, "networks are named by --network_weights, and --am gives their strengths"),
+    (re.compile(r"(?<!\w)__\w[\w/*-]*?__(?!\w)"), "write the words themselves, as in {red|blue}"),
+)
+"""What means something in other programs, and what to do instead."""
 OPTION = re.compile(r"\s--")
 """What an option begins with; a prompt from a shell or a module may have line breaks."""
 SEEDS = re.compile(r"(?:^|\s)--d(?:\s+(.*?))?\s*(?=\s--|$)", re.IGNORECASE)
@@ -183,6 +190,9 @@ def parse_image_prompt(line: str, defaults: ImagePrompt, place: str = "prompt") 
     _enable(values, "gradual_latent_", "gradual_latent_timesteps", defaults, GRADUAL_LATENT_TIMESTEPS)
     image = dataclasses.replace(defaults, **values)
     check_image_prompt(image, f"{place}: ")
+    for found, instead in PLAIN_TEXT:
+        if match := found.search(f"{image.prompt} {image.negative_prompt or ''}"):
+            warn(f'{place}: "{match[0]}" is plain text here; {instead}.')
     return image
 
 

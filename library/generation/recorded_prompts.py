@@ -9,11 +9,11 @@ from pathlib import Path
 from library.errors import UserError
 from library.generation.dynamic_prompts import escaped
 from library.generation.image_files import text_in_image
+from library.generation.image_prompts import NETWORK_TAG
 from library.generation.prompt_sources import PromptLine
 
 SETTINGS_LINE = re.compile(r"Steps: \d+")
 NEGATIVE = "Negative prompt:"
-NETWORK_TAG = re.compile(r"\s*<(lora|lyco|hypernet):[^<>]*>")
 
 
 def recorded_lines(paths: Sequence[Path]) -> list[PromptLine]:
@@ -49,7 +49,11 @@ def holds_another_prompt(text: Mapping[str, str], prompt: str) -> bool:
 
 
 def _words(prompt: str) -> list[str]:
-    return NETWORK_TAG.sub("", prompt).split()
+    return _without_networks(prompt).split()
+
+
+def _without_networks(prompt: str) -> str:
+    return re.sub(rf"\s*{NETWORK_TAG.pattern}", "", prompt)
 
 
 def _of_web_ui(parameters: str) -> tuple[str, str]:
@@ -58,7 +62,7 @@ def _of_web_ui(parameters: str) -> tuple[str, str]:
         del lines[-1]
     start = next((number for number, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
     prompt, negative = "\n".join(lines[:start]), "\n".join(lines[start:]).removeprefix(NEGATIVE)
-    return NETWORK_TAG.sub("", prompt).strip(), negative.strip()
+    return _without_networks(prompt).strip(), negative.strip()
 
 
 def _as_words(text: str) -> str:

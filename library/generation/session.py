@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +61,8 @@ class Session:
 def take_lines(take: Callable[[str], None], ask: str, end: str | None) -> None:
     """Ask for lines and hand each to ``take``, until the line ``end`` (if any) or the end of the input.
 
-    Other empty lines are skipped. A mistake (UserError) is printed and Ctrl-C stops what is being drawn; neither ends
-    the session.
+    Other empty lines are skipped. A mistake (UserError) is printed, other errors with their traceback, and Ctrl-C stops
+    what is being drawn; none of them ends the session.
     """
     for line in _lines(ask, end):
         try:
@@ -70,6 +71,11 @@ def take_lines(take: Callable[[str], None], ask: str, end: str | None) -> None:
             print(f"error: {error}", flush=True)
         except KeyboardInterrupt:
             print("stopped", flush=True)
+        except BrokenPipeError:  # nobody reads on
+            raise
+        except Exception:
+            traceback.print_exc()
+            print("error: the line above could not be drawn; the session goes on", flush=True)
 
 
 def _lines(ask: str, end: str | None) -> Iterator[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from library.files import write_new
-from library.generation.image_files import ImageRecord, UsedLora, file_names, lora_hash, save_image
+from library.generation.image_files import ImageRecord, UsedLora, file_names, image_bytes, lora_hash, save_image
 from library.prompt_options import PromptOptions
 from tests.running import ROOT
 from tools import show_metadata
@@ -102,17 +102,25 @@ def test_the_hash_of_a_lora_is_that_of_its_tensors(tmp_path):
     assert lora_hash(paths[0]) == "abc"
 
 
-def test_the_metadata_viewer_shows_a_images_text(tmp_path, capsys):
+def test_the_metadata_viewer_shows_an_images_text(tmp_path, capsys):
     path = save_image(Image.new("RGB", (4, 4)), tmp_path, "image", RECORD.entries())
     show_metadata.main([str(path)])
     assert json.loads(capsys.readouterr().out) == RECORD.entries()
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.PNG"])
+@pytest.mark.parametrize("suffix", [".webp", ".jpg"])
+def test_the_metadata_viewer_shows_the_comment_of_other_images(tmp_path, capsys, suffix):
+    path = tmp_path / f"image{suffix}"
+    path.write_bytes(image_bytes(Image.new("RGB", (4, 4)), suffix, RECORD.entries()))
+    show_metadata.main([str(path)])
+    assert json.loads(capsys.readouterr().out) == {"parameters": RECORD.entries()["parameters"]}
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.PNG", "x.webp"])
 def test_the_metadata_viewer_names_what_is_no_image(tmp_path, name):
     from library.errors import UserError
 
     path: Path = tmp_path / name
     path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="not a PNG"):
+    with pytest.raises(UserError, match="is no image that can be read"):
         show_metadata.main([str(path)])

@@ -155,3 +155,17 @@ def test_line_breaks_and_tabs_of_a_shell_or_module_separate_options():
         640,
         64,
     )
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [("a cat <lora:my cat:0.8>", "<lora:my cat:0.8>"), ("a __colours/warm__ cat", "__colours/warm__")],
+)
+def test_what_means_something_in_other_programs_is_named(line, named, caplog):
+    assert parse_image_prompt(line, DEFAULTS, "p.txt, line 4").prompt == line
+    assert f'p.txt, line 4: "{named}" is plain text here' in caplog.text
+
+
+def test_words_that_only_look_like_it_are_not_named(caplog):
+    parse_image_prompt("a < b, snake__case__name, __init, lora:x", DEFAULTS)
+    assert caplog.text == ""

@@ -313,10 +313,13 @@ def test_interactive_survives_mistakes_and_ctrl_c(monkeypatch, capsys):
             raise KeyboardInterrupt
         if line[0].prompt == "bad":
             raise UserError("No such thing.")
+        if line[0].prompt == "worse":
+            raise ZeroDivisionError
 
-    found = typed(monkeypatch, "a --w wide\na --d x\n{1-2-3$$a|b}\nbad\nstop\nb\n", draw)
-    assert [line[0].prompt for line in found] == ["bad", "stop", "b"]
-    out = capsys.readouterr().out
+    found = typed(monkeypatch, "a --w wide\na --d x\n{1-2-3$$a|b}\nbad\nstop\nworse\nb\n", draw)
+    assert [line[0].prompt for line in found] == ["bad", "stop", "worse", "b"]
+    out, trace = capsys.readouterr()
+    assert "ZeroDivisionError" in trace and "the session goes on" in out
     assert 'error: the prompt line: --w must be a whole number, not "wide".' in out
     assert "error: No such thing." in out and "stopped" in out
 

@@ -329,9 +329,7 @@ class HunyuanImageTransformer(nn.Module):
         txt = join_texts(
             self.embed_glyphs(glyphs, glyph_lengths),
             glyph_lengths,
-            self.txt_in(
-                text[:, : max(text_lengths)].to(self.dtype), timesteps, attended_keys(text_lengths, img.device)
-            ),
+            self.embed_text(text, text_lengths, timesteps),
             text_lengths,
         )
         lengths = [ours + theirs for ours, theirs in zip(glyph_lengths, text_lengths)]

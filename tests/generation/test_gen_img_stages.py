@@ -11,27 +11,29 @@ from gen_img import GenImg, GenImgOptions
 from library.errors import UserError
 from library.options import parse_options
 from tests.generation.drawing import pixels, text_of
+from tests.generation.test_highres_fix import write_weights
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[str, object]:
-    """The parts of the model, once they are loaded."""
+def kept() -> dict[str, dict[str, object]]:
+    """The parts of each model, once they are loaded."""
     return {}
 
 
 @pytest.fixture
-def draw(few_blocks_sd1, tmp_path, kept):
-    """Draw with these options into a new folder; the image files by name."""
+def draw(request, tmp_path, kept):
+    """Draw with these options into a new folder, with a model of this kind; the image files by name."""
 
-    def run(*arguments: object) -> list[Path]:
+    def run(*arguments: object, model: str = "sd1") -> list[Path]:
         folder = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
-        command = ["--ckpt", few_blocks_sd1, "--outdir", folder, "--W", 64, "--H", 64, "--steps", 2, "--seed", 7]
+        ckpt = request.getfixturevalue(f"few_blocks_{model}")
+        command = ["--ckpt", ckpt, "--outdir", folder, "--W", 64, "--H", 64, "--steps", 2, "--seed", 7]
         command += [] if "--from_file" in arguments else ["--prompt", "a red cat"]
         options = parse_options(GenImgOptions, "", [str(argument) for argument in [*command, *arguments]])
         drawing = GenImg(options)
-        drawing.pipeline.modules.update(kept)
+        drawing.pipeline.modules.update(kept.setdefault(model, {}))
         drawing.run()
-        kept.update(drawing.pipeline.modules)
+        kept[model].update(drawing.pipeline.modules)
         return sorted(folder.glob("*.png"))
 
     return run
@@ -54,24 +56,68 @@ def prompt_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--sampler", "k_euler_a"],
-        ["--scale", "3"],
-        ["--steps", "3"],
-        ["--W", "72"],
-        ["--H", "72"],
-        ["--pyramid_noise_prob", "1", "--pyramid_noise_discount_range", "0.8", "0.9"],
-        ["--noise_offset_prob", "1", "--noise_offset_range", "1", "2"],
-        ["--ds_depth_1", "1", "--ds_timesteps_1", "400"],
-        ["--sampler", "euler_a", "--gradual_latent_timesteps", "1000", "--gradual_latent_ratio_step", "0.5"],
-        ["--highres_fix_scale", "1", "--highres_fix_steps", "2"],
-    ],
-    ids=lambda options: options[0] if options[0] != "--sampler" else " ".join(options[:3]),
+SHRUNK = "--ds_depth_1 1 --ds_timesteps_1 400"
+LARGE_EULER = "--sampler euler_a --steps 4 --W 128 --H 128"
+GROWING = (
+    f"{LARGE_EULER} --gradual_latent_timesteps 1000 --gradual_latent_ratio_step 0.25 --gradual_latent_every_n_steps 1"
 )
-def test_an_option_changes_the_image(draw, options):
-    assert pixels(draw()[0]) != pixels(draw(*options)[0])
+TWICE = "--W 128 --H 128 --highres_fix_scale 0.5 --highres_fix_steps 2"
+CHANGES = [
+    ("", "--sampler k_euler_a"),
+    ("", "--scale 3"),
+    ("", "--steps 3"),
+    ("", "--W 72"),
+    ("", "--H 72"),
+    ("", "--pyramid_noise_prob 1 --pyramid_noise_discount_range 0.8 0.9"),
+    ("", "--noise_offset_prob 1 --noise_offset_range 1 2"),
+    ("", SHRUNK),
+    (SHRUNK, "--ds_timesteps_1 0"),
+    (SHRUNK, "--ds_ratio 0.8"),
+    (f"{SHRUNK} --ds_timesteps_2 0", "--ds_depth_2 0"),
+    (f"{SHRUNK} --ds_depth_2 0", "--ds_timesteps_2 0"),
+    (LARGE_EULER, GROWING),
+    (GROWING, "--gradual_latent_timesteps 800"),
+    (GROWING, "--gradual_latent_ratio 0.75"),
+    (GROWING, "--gradual_latent_ratio_step 0.5"),
+    (GROWING, "--gradual_latent_every_n_steps 2"),
+    (GROWING, "--gradual_latent_s_noise 0.5"),
+    (GROWING, "--gradual_latent_unsharp_params 3,1,1"),
+    ("--W 128 --H 128", TWICE),
+    (TWICE, "--highres_fix_scale 0.75"),
+    (TWICE, "--highres_fix_steps 3"),
+    (TWICE, "--highres_fix_latents_upscaling"),
+]
+
+
+@pytest.mark.parametrize("base, options", CHANGES)
+def test_an_option_changes_the_image(draw, drawn_once, base, options):
+    assert drawn_once(base) != pixels(draw(*base.split(), *options.split())[0])
+
+
+@pytest.fixture(scope="module")
+def images_by_options() -> dict[str, bytes]:
+    return {}
+
+
+@pytest.fixture
+def drawn_once(draw, images_by_options):
+    """The pixels of an image with these options, which is drawn for the first test that asks for it."""
+
+    def image(options: str, **model: str) -> bytes:
+        if options not in images_by_options:
+            images_by_options[options] = pixels(draw(*options.split(), **model)[0])
+        return images_by_options[options]
+
+    return image
+
+
+SIZES = "original_height original_width original_height_negative original_width_negative crop_top crop_left"
+
+
+@pytest.mark.parametrize("option", SIZES.split())
+def test_xl_is_told_sizes(draw, drawn_once, option):
+    base = "--sampler ddim"
+    assert drawn_once(base, model="sdxl") != pixels(draw(*base.split(), f"--{option}", "512", model="sdxl")[0])
 
 
 @pytest.mark.parametrize(
@@ -87,6 +133,22 @@ def test_a_prompts_options_are_its_own(draw, prompt_file, picture, options):
     assert first == third != second
     alone = draw(*common, "--from_file", prompt_file(own))
     assert pixels(alone[0]) == second
+
+
+def test_strengths_of_both_stages_with_a_start_image(draw, picture):
+    """``--highres_fix_strength`` with ``--image_path``."""
+    over = [*TWICE.split(), "--image_path", picture, "--highres_fix_steps", "4"]
+    first, second = (draw(*over, "--highres_fix_strength", strength)[0] for strength in ("0.3", "1"))
+    assert pixels(first) != pixels(second) and Image.open(first).size == (128, 128)
+
+
+def test_a_module_enlarges_the_first_image(draw, tmp_path):
+    """``--highres_fix_upscaler``, ``--highres_fix_upscaler_args``."""
+    weights = write_weights(tmp_path / "upscaler.safetensors", 0.05)
+    module = ["--highres_fix_upscaler", "tools.latent_upscaler", "--highres_fix_upscaler_args", f"weights={weights}"]
+    (image,) = draw(*TWICE.split(), *module)
+    assert text_of(image)["highres-fix"] == "0.5,2,0.8,tools.latent_upscaler"
+    assert pixels(image) != pixels(draw(*TWICE.split())[0])
 
 
 def test_an_image_is_drawn_over(draw, picture):

@@ -222,7 +222,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
             with self.explaining_memory(prompts), self.at_work(encoder):
                 for (text, chunks, strengths), outputs in missing.items():
                     if strengths:
-                        self.stack.set_multipliers(strengths)
+                        self.stack.set_multipliers(strengths, encoder)
                     (made,) = self.pipeline.encode_image_texts([text], [encoder], chunks=chunks)
                     outputs.update({name: tensor.cpu() for name, tensor in made.items()})
         self.encoded.update(missing)
@@ -298,7 +298,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         """Draw images together, in one stage or two, and write their files."""
         with self.explaining_memory(prompts):
             self.encode_texts(prompts)
-            self.stack.set_multipliers(self.stack.strengths(prompts[0].network_mul))
+            self.stack.set_multipliers(self.stack.strengths(prompts[0].network_mul), "unet")
             images = self.images_of(prompts) if self.highres is None else self.images_of_two_stages(prompts)
         for position, (prompt, image) in enumerate(zip(prompts, images)):
             self.save_image(image, prompt, position)

@@ -82,17 +82,23 @@ class ImageNetworks:
         """The strengths of the acting networks for a prompt with ``own`` ones (``--am``), or none."""
         return strengths(self.files, own)
 
-    def set_multipliers(self, multipliers: Sequence[float]) -> None:
-        """New strengths of the acting networks. Raises ValueError for another number of them."""
+    def set_multipliers(self, multipliers: Sequence[float], *parts: str) -> None:
+        """New strengths of the acting networks. Raises ValueError for another number of them.
+
+        ``parts`` are those that work next, all if none is named: what ``pre_calc`` computes is computed for these.
+        """
         if len(multipliers) != len(self.acting):
             raise ValueError(f"{len(multipliers)} multipliers for {len(self.acting)} networks")
-        if list(multipliers) == [opened.multipliers[0] for opened in self.acting]:
-            return
         for opened, multiplier in zip(self.acting, multipliers):
-            opened.set_multipliers([multiplier])
-        for part, weights in self.calculated.items():
-            self._rest(part)
-            weights.calculate()
+            if opened.multipliers[0] != multiplier:
+                opened.set_multipliers([multiplier])
+        for part in parts or self.calculated:
+            if part in self.calculated and self.calculated[part].strengths != list(multipliers):
+                self._calculate(part)
+
+    def _calculate(self, part: str) -> None:
+        self._rest(part)
+        self.calculated[part].calculate([opened.multipliers[0] for opened in self.acting])
 
     def acts_on(self, *parts: str) -> bool:
         """Whether any file has modules of these parts."""
@@ -116,7 +122,7 @@ class ImageNetworks:
         self.move(part, device)
         if self.pre_calc:
             self.calculated[part] = CalculatedWeights([m for network in modules for m in network], device)
-            self.calculated[part].calculate()
+            self._calculate(part)
         else:
             self._apply(part)
 
@@ -157,8 +163,7 @@ class ImageNetworks:
             yield found
         finally:
             if part in self.calculated:
-                self._rest(part)
-                self.calculated[part].calculate()
+                self._calculate(part)
             else:
                 self._apply(part)
 
@@ -179,12 +184,15 @@ class CalculatedWeights:
     def __init__(self, modules: Sequence[AdapterModule], device: torch.device | str):
         self.modules = list(modules)
         self.device = device
+        self.strengths: list[float] = []
+        """Those of the networks with which the weights were calculated."""
         layers: dict[int, Any] = {id(module.org_module): module.org_module for module in modules}
         self.kept = [(layer, _copy(stored_weight(layer)), _copy(layer.bias)) for layer in layers.values()]
 
-    def calculate(self) -> None:
-        """The modules' effect in the order of the modules, at their present strengths."""
+    def calculate(self, strengths: Sequence[float]) -> None:
+        """The modules' effect in the order of the modules, whose networks now have these ``strengths``."""
         self.restore()
+        self.strengths = list(strengths)
         for module in self.modules:
             if not module.is_idle:
                 module.merge(self.device)

@@ -253,6 +253,23 @@ def test_strengths_of_a_prompt_change_what_is_not_merged(pipelines, files, netwo
     assert_equal_states(state_of(pipeline), before)
 
 
+def test_weights_are_computed_for_the_parts_that_work_next(pipelines, files, networks):
+    """--network_pre_calc: where only texts are encoded with other strengths, the U-Net keeps its weights."""
+    pipeline = pipelines("sd1")
+    stack = networks("sd1", [("networks.lora", files("sd1", "networks.lora"))], network_pre_calc=True)
+    before = state_of(pipeline)
+    stack.set_multipliers([0.2], "text_encoder")
+    changed = {
+        key.partition(".")[0] for key, value in state_of(pipeline).items() if not torch.equal(value, before[key])
+    }
+    assert changed == {"text_encoder"}
+    stack.set_multipliers([0.2], "unet")
+    result = prediction(pipeline)
+    networks.close()
+    networks("sd1", [("networks.lora", files("sd1", "networks.lora"))], network_mul=[0.2])
+    assert error(result, prediction(pipeline)) < 1e-3
+
+
 def test_strengths_of_a_prompt_count_from_the_first_that_is_not_merged(pipelines, files, networks):
     given = [("networks.lora", files("sd1", "networks.lora", seed)) for seed in (1, 2, 3)]
     stack = networks("sd1", given, network_mul=[0.5, 0.6], network_merge_n_models=1)

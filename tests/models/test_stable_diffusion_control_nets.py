@@ -77,6 +77,8 @@ def test_files_that_are_no_control_net_of_the_model_are_refused_in_one_sentence(
     xl = make_tiny_control_net(tmp_path / "xl", "sdxl", shape=few_blocks("sdxl"))
     wide = make_tiny_control_net(tmp_path / "wide", "sd1")
     whole = load_file(make_tiny_control_net(tmp_path / "sd1", "sd1", shape=few_blocks("sd1")))
+    hints = whole["control_model.input_hint_block.0.weight"]
+    save_file({**whole, "control_model.input_hint_block.0.weight": hints[:, :1].clone()}, tmp_path / "grey.safetensors")
     whole.pop("control_model.zero_convs.1.0.weight")
     save_file(whole, tmp_path / "damaged.safetensors")
     cases = {
@@ -84,6 +86,7 @@ def test_files_that_are_no_control_net_of_the_model_are_refused_in_one_sentence(
         wide: "belongs to another model",
         few_blocks_sd1: "a ControlNet for Stable Diffusion",
         tmp_path / "damaged.safetensors": "1 tensors are missing",
+        tmp_path / "grey.safetensors": "takes hints of 1 channels, where an image has 3",
         tmp_path / "nothing.safetensors": "does not exist",
     }
     for path, message in cases.items():
@@ -138,6 +141,7 @@ def test_lllite_files_that_cannot_be_used_are_refused_in_one_sentence(pipelines,
         "missing": "is missing",
         "narrow": "belongs to another model",
         "other": "holds no ControlNet-LLLite",
+        "grey": "from an image's 3 channels on",
     }.items():
         tensors = dict(stored)
         first = next(iter(tensors)).split(".")[0]
@@ -149,6 +153,8 @@ def test_lllite_files_that_cannot_be_used_are_refused_in_one_sentence(pipelines,
             }
         elif change == "missing":
             tensors.pop(f"{first}.mid.0.bias")
+        elif change == "grey":
+            tensors[f"{first}.conditioning1.0.weight"] = tensors[f"{first}.conditioning1.0.weight"][:, :1].clone()
         elif change == "narrow":
             for name, axis in (("down.0.weight", 1), ("up.0.weight", 0), ("up.0.bias", 0)):
                 tensors[f"{first}.{name}"] = tensors[f"{first}.{name}"].narrow(axis, 0, 3).clone()

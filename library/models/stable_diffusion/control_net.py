@@ -33,6 +33,7 @@ PREFIXES = ("control_model.",)
 DIFFERENCE = "difference"
 """The tensor that marks a file of differences; its value says nothing."""
 HINT = "controlnet_cond_embedding."
+IMAGE_CHANNELS = 3
 CROSS_ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 FROM_UNET = (
     *("in_channels", "attention_head_dim", "norm_num_groups", "use_linear_projection", "upcast_attention"),
@@ -116,6 +117,9 @@ def infer_config(source: TensorSource, unet: UnetFile) -> dict[str, Any]:
             f"{label} belongs to another model: it reads text {text} wide, the U-Net text "
             f"{unet.config['cross_attention_dim']} wide."
         )
+    channels = source.sizes(f"{HINT}conv_in.weight", 4)[1]
+    if channels != IMAGE_CHANNELS:
+        raise UserError(f"{label} takes hints of {channels} channels, where an image has {IMAGE_CHANNELS}.")
     depths = [source.count(rf"down_blocks\.{level}\.attentions\.\d+\.transformer_blocks\.(\d+)\.") for level in levels]
     middle = source.count(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
     hint_steps = source.count(rf"{HINT}blocks\.(\d+)\.")
@@ -128,7 +132,7 @@ def infer_config(source: TensorSource, unet: UnetFile) -> dict[str, Any]:
         "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
         "transformer_layers_per_block": [*(depth or 1 for depth in depths[:-1]), depths[-1] or middle or 1],
         "cross_attention_dim": text,
-        "conditioning_channels": source.sizes(f"{HINT}conv_in.weight", 4)[1],
+        "conditioning_channels": channels,
         "conditioning_embedding_out_channels": [source.sizes(f"{HINT}{layer}.weight", 4)[0] for layer in hint_layers],
     }
 

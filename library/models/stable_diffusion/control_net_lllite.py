@@ -27,6 +27,7 @@ PREFIX = "lllite_unet_"
 KEY = re.compile(rf"{PREFIX}(\w+)\.(conditioning1\.\d+|down\.0|mid\.0|up\.0)\.(weight|bias)")
 LAYER = re.compile(r"(input_blocks|middle_block)\.(\d+)\.(.+\.)?attn[12]\.to_[qkv]")
 LATENT_STRIDE = 8
+IMAGE_CHANNELS = 3
 
 
 class LLLiteModule(nn.Module):
@@ -91,6 +92,11 @@ class LLLiteFile:
         convolutions = sorted(int(key.split(".")[1]) for key in own if re.fullmatch(r"conditioning1\.\d+\.weight", key))
         shapes = [self._sizes(f"{prefix}conditioning1.{number}.weight", 4) for number in convolutions or (0,)]
         inner, width = self._sizes(f"{prefix}down.0.weight", 2)
+        if [shape[1] for shape in shapes] != [IMAGE_CHANNELS, *(shape[0] for shape in shapes[:-1])]:
+            raise UserError(
+                f"{self.checkpoint.label}: the convolutions of {prefix}conditioning1 don't follow each other from an "
+                f"image's {IMAGE_CHANNELS} channels on; the file is damaged."
+            )
         with torch.device("meta"):
             module = LLLiteModule(tuple((shape[1], shape[0], shape[2]) for shape in shapes), width, inner)
         for name, tensor in module.state_dict().items():

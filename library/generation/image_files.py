@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 HASH_DIGITS = 12  # of a LoRA file's hash, as the web UI writes it
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 """Of image files that can be written."""
+CONTACT_SHEET = "contact-sheet"
+"""The key in the text of an image that shows all images of a run: it is none of them."""
 EXIF_FOLDER, USER_COMMENT = 0x8769, 0x9286
 LONGEST_COMMENT = 60_000
 """Bytes; a JPEG file has room for 64 KiB of EXIF data."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from library.console import say, warn
 from library.errors import in_one_line
 from library.files import write_text, writing
-from library.generation.image_files import file_names, image_bytes, save_image
+from library.generation.image_files import CONTACT_SHEET, file_names, image_bytes, save_image
 from library.html_pages import embedded_image, link_from, render_page
 
 if TYPE_CHECKING:
@@ -94,12 +94,12 @@ class ImagePages:
                 warn(f"--grid: {self.folder / GRID_NAME}.png cannot be written ({in_one_line(error)}).")
 
     def _write_grid(self) -> Path:
-        sheet = contact_sheet(self.rows())
+        sheet, text = contact_sheet(self.rows()), {CONTACT_SHEET: f"{len(self.images)} images"}
         if not self.goes_on:
-            return save_image(sheet, self.folder, GRID_NAME, {})
+            return save_image(sheet, self.folder, GRID_NAME, text)
         path = self.folder / f"{GRID_NAME}.png"
         with writing(path) as file:
-            file.write(image_bytes(sheet, ".png", {}))
+            file.write(image_bytes(sheet, ".png", text))
         return path
 
     def rows(self) -> list[list[Path]]:

@@ -175,6 +175,8 @@ def parse_image_prompt(line: str, defaults: ImagePrompt, place: str = "prompt") 
     Gradual Latent is enough to enable it. Raises UserError, beginning with ``place``, for a value that is no number
     where one is needed, or that no image can have.
     """
+    if not _is_unicode(line):
+        raise UserError(f"{place}: the prompt holds bytes that are not UTF-8 text.")
     prompt, *pieces = OPTION.split(" " + line.strip())
     values: dict[str, Any] = {"prompt": prompt.strip(), "raw_prompt": line.strip()}
     for piece in pieces:
@@ -194,6 +196,13 @@ def parse_image_prompt(line: str, defaults: ImagePrompt, place: str = "prompt") 
         if match := found.search(f"{image.prompt} {image.negative_prompt or ''}"):
             warn(f'{place}: "{match[0]}" is plain text here; {instead}.')
     return image
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return text.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _enable(values: dict[str, Any], prefix: str, switch: str, defaults: ImagePrompt, value: int) -> None:

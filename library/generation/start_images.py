@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from library.console import say, warn
 from library.errors import UserError, in_one_line
 from library.generation.features import Batch, Feature
+from library.generation.image_files import CONTACT_SHEET
 from library.generation.image_prompts import ImagePrompt
 from library.generation.prompt_sources import PromptLine
 from library.generation.recorded_prompts import recorded_lines
@@ -74,13 +75,14 @@ def open_start_images(
 def list_images(path: str | None, option: str) -> list[Path]:
     """A file, or the images of a folder by name; none for None. Raises UserError where there are none or one is broken.
 
-    Names are ordered as text: "10.png" comes before "2.png".
+    Names are ordered as text: "10.png" comes before "2.png". Contact sheets (``--grid``) of a folder are left out.
     """
     if path is None:
         return []
     place = Path(path)
     if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        found = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = [file for file in found if not _is_contact_sheet(file, option)]
     else:
         files = [place] if place.is_file() else []
     if not files:
@@ -89,6 +91,11 @@ def list_images(path: str | None, option: str) -> list[Path]:
     for file in files:
         open_image(file, option).close()
     return files
+
+
+def _is_contact_sheet(file: Path, option: str) -> bool:
+    with open_image(file, option) as image:
+        return CONTACT_SHEET in image.info
 
 
 def open_image(file: Path, option: str) -> Image:

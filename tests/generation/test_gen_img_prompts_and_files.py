@@ -128,8 +128,8 @@ def test_skip_existing_continues_an_interrupted_run_to_the_same_images(draw, tmp
 def test_prompts_and_names_of_images_that_are_drawn_over(draw, tmp_path):
     file = prompt_file(tmp_path, r"a \{cat\} --n dark --f one.png", "a dog --f two.png")
     folder = tmp_path / "start"
-    start = draw("--from_file", file, outdir=folder)
-    assert [path.name for path in start] == ["one.png", "two.png"]
+    start = draw("--from_file", file, "--grid", outdir=folder)
+    assert [path.name for path in start] == ["grid.png", "one.png", "two.png"]
     again = draw("--image_path", folder, "--strength", 0.5, "--images_per_prompt", 2, "--use_original_file_name")
     assert [path.name for path in again] == ["one.png", "one_001.png", "two.png", "two_001.png"]
     assert texts(again, "prompt") == ["a {cat}"] * 2 + ["a dog"] * 2

@@ -169,3 +169,8 @@ def test_what_means_something_in_other_programs_is_named(line, named, caplog):
 def test_words_that_only_look_like_it_are_not_named(caplog):
     parse_image_prompt("a < b, snake__case__name, __init, lora:x", DEFAULTS)
     assert caplog.text == ""
+
+
+def test_bytes_that_are_no_text_are_named():
+    with pytest.raises(UserError, match="^--prompt: the prompt holds bytes that are not UTF-8 text"):
+        parse_image_prompt(b"a \xff cat".decode("utf-8", "surrogateescape"), DEFAULTS, "--prompt")

@@ -36,8 +36,14 @@ MODEL_CODE = (
 LOADER_CODE = ("transformers", "peft.tuners.tuners_utils", "diffusers.schedulers")
 """The same of the loaders of LoRA and single files, which are bases of the model classes."""
 LOADERS = ("diffusers.loaders.lora_base", "diffusers.loaders.single_file_utils")
-LOSS_CODE = ("scipy.optimize",)
-"""What every model of transformers imports for the losses of a few detectors of objects."""
+TRANSFORMERS_CODE = (
+    "scipy.optimize",
+    "torch._dynamo",
+    "torch._dynamo._trace_wrapped_higher_order_op",
+    "transformers.generation.continuous_batching",
+    "transformers.generation.continuous_batching.cache",
+)
+"""What models of transformers import for the losses of detectors, for masks in compiled models and to serve models."""
 RUN_FOR = ("__all__", "__version__")
 """The only names with double underscores that run a package; debuggers and tests look for the others everywhere."""
 _lock = threading.RLock()
@@ -66,7 +72,7 @@ def transformers_class(module: str, name: str) -> Any:
     with _lock:
         if path not in sys.modules:
             prepare_transformers()
-            with _stand_ins(LOSS_CODE):
+            with _stand_ins(TRANSFORMERS_CODE):
                 importlib.import_module(path)
     return getattr(sys.modules[path], name)
 

@@ -251,17 +251,24 @@ def test_every_option_of_the_flux_script_is_declared_once_and_documented():
     assert [name for name, option in options.items() if not option.help] == []
 
 
-def test_help_is_grouped_and_imports_no_torch():
+@pytest.mark.parametrize(
+    ("script", "headings"),
+    [
+        ("flux_train_network.py", ("Optimizer", "Dataset", "Sample images", "FLUX.1")),
+        ("gen_img.py", ("Prompts", "Networks", "Control")),
+    ],
+)
+def test_help_is_grouped_and_imports_no_torch(script, headings):
     program = (
-        "import sys, runpy; sys.argv = ['flux_train_network.py', '--help']\n"
-        "try: runpy.run_path('flux_train_network.py', run_name='__main__')\n"
+        f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
+        f"try: runpy.run_path({script!r}, run_name='__main__')\n"
         "except SystemExit as e: assert not e.code\n"
         "heavy = {'torch', 'transformers', 'diffusers', 'accelerate', 'cv2'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
-    for heading in ("Optimizer", "Dataset", "Sample images", "FLUX.1"):
+    for heading in headings:
         assert heading in result.stdout
 
 

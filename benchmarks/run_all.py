@@ -41,6 +41,7 @@ RUNS = {
     "train_step": [["train_step.py"]],
     "compile": [["compile.py"]],
     "formats": [["formats.py"]],
+    "gen_img": [["gen_img.py"]],
 }
 
 

@@ -19,6 +19,10 @@ From the finished FLUX.1 in assets/tiny_flux:
     lumina        Lumina's DiT and Gemma 2 together, with the FLUX.1 as their teacher
     lumina_export Lumina's DiT and Gemma 2 into assets/tiny_lumina; the autoencoder is FLUX.1's
     lumina_sheet  a contact sheet
+    sd15_autoencoder  Stable Diffusion 1.5's autoencoder, which begins as FLUX.1's
+    sd15          its U-Net and CLIP together
+    sd15_export   the whole model into assets/tiny_sd15
+    sd15_sheet    a contact sheet
 
 HunyuanImage-2.1 shares nothing with FLUX.1 but the drawings:
 
@@ -27,7 +31,7 @@ HunyuanImage-2.1 shares nothing with FLUX.1 but the drawings:
     hunyuan_export       everything into assets/tiny_hunyuan_image
     hunyuan_sheet        a contact sheet, with quoted letters in its last row
 
-``python tools/build_tiny_flux.py`` runs them all, about two and a half hours on one core; ``--stages export sheet``
+``python tools/build_tiny_flux.py`` runs them all, about three hours on one core; ``--stages export sheet``
 only some. A stage that was stopped resumes from its last checkpoint in the work folder. Training uses the project's own
 autoencoder and transformer classes, with bfloat16 autocast.
 """
@@ -84,13 +88,15 @@ from tools.tiny_hunyuan_training import (  # noqa: E402
     train_hunyuan_autoencoder,
 )
 from tools.tiny_lumina_training import export_lumina, open_lumina, train_lumina  # noqa: E402
+from tools.tiny_sd15_training import export_sd15, open_sd15, train_sd15, train_sd15_autoencoder  # noqa: E402
 
 STAGES = ("tokenizers", "autoencoder", "decoder", "transformer", "export", "sheet")
 CHROMA_STAGES = ("chroma_text", "approximator", "chroma", "chroma_export", "chroma_sheet")
 LUMINA_STAGES = ("lumina", "lumina_export", "lumina_sheet")
 HUNYUAN_STAGES = ("hunyuan_autoencoder", "hunyuan", "hunyuan_export", "hunyuan_sheet")
 HUNYUAN_OUT = ROOT / "assets" / "tiny_hunyuan_image"
-ALL_STAGES = (*STAGES, *CHROMA_STAGES, *LUMINA_STAGES, *HUNYUAN_STAGES)
+SD15_STAGES = ("sd15_autoencoder", "sd15", "sd15_export", "sd15_sheet")
+ALL_STAGES = (*STAGES, *CHROMA_STAGES, *LUMINA_STAGES, *HUNYUAN_STAGES, *SD15_STAGES)
 
 
 # ---------------------------------------------------------------------------------- transformer and both text encoders
@@ -277,6 +283,7 @@ def main() -> None:
     parser.add_argument("--chroma_out", type=Path, default=ROOT / "assets" / "tiny_chroma", help="the same of Chroma's")
     parser.add_argument("--lumina_out", type=Path, default=ROOT / "assets" / "tiny_lumina", help="the same of Lumina's")
     parser.add_argument("--hunyuan_out", type=Path, default=HUNYUAN_OUT, help="the same of HunyuanImage-2.1's")
+    parser.add_argument("--sd15_out", type=Path, default=ROOT / "assets" / "tiny_sd15", help="the same of SD 1.5's")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's choice)")
     parser.add_argument("--autoencoder_steps", type=int, default=2400)
     parser.add_argument("--autoencoder_whole_steps", type=int, default=400)
@@ -291,6 +298,8 @@ def main() -> None:
     parser.add_argument("--hunyuan_autoencoder_whole_steps", type=int, default=500)
     parser.add_argument("--hunyuan_steps", type=int, default=2000)
     parser.add_argument("--hunyuan_images", type=int, default=2048, help="the same of HunyuanImage-2.1")
+    parser.add_argument("--sd15_autoencoder_steps", type=int, default=950)
+    parser.add_argument("--sd15_steps", type=int, default=1600)
     options = parser.parse_args()
     options.stages = options.stages or ALL_STAGES
     if options.threads:
@@ -303,6 +312,8 @@ def main() -> None:
         build_lumina(options)
     if set(options.stages) & set(HUNYUAN_STAGES):
         build_hunyuan(options)
+    if set(options.stages) & set(SD15_STAGES):
+        build_sd15(options)
 
 
 def build_flux(options: argparse.Namespace) -> None:
@@ -362,6 +373,19 @@ def build_hunyuan(options: argparse.Namespace) -> None:
     if "hunyuan_sheet" in options.stages:
         pipeline = open_hunyuan(options.hunyuan_out)
         draw_sheet(pipeline, work / "hunyuan_sheet.png", [*SHEET_PROMPTS, *LETTERED_PROMPTS], sample_steps=20)
+
+
+def build_sd15(options: argparse.Namespace) -> None:
+    """Run the chosen stages of Stable Diffusion 1.5."""
+    work, flux = options.work, open_pipeline(options.out)
+    if "sd15_autoencoder" in options.stages:
+        train_sd15_autoencoder(work, flux, options.sd15_autoencoder_steps)
+    if "sd15" in options.stages:
+        train_sd15(work, flux, options.sd15_steps, options.images)
+    if "sd15_export" in options.stages:
+        export_sd15(work, flux, options.sd15_out)
+    if "sd15_sheet" in options.stages:
+        draw_sheet(open_sd15(options.sd15_out), work / "sd15_sheet.png", scale=5.0, sample_steps=20)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def _write_single_file(
     tensors = original_tensors(shape, states)
     tensors["betas"] = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     tensors["alphas_cumprod"] = torch.cumprod(1 - tensors["betas"], dim=0)
-    metadata = {"config": json.dumps(_exceptions(shape))}
+    metadata = {"config": json.dumps(exceptions(shape))}
     if v_prediction and variant == "sdxl":
         tensors |= {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
     elif v_prediction:
@@ -216,7 +216,7 @@ def original_tensors(shape: Shape, states: Mapping[str, Mapping[str, Tensor]]) -
     return tensors
 
 
-def _exceptions(shape: Shape) -> dict[str, Any]:
+def exceptions(shape: Shape) -> dict[str, Any]:
     """What a loader cannot tell from the shapes of so narrow a model."""
     exceptions: dict[str, Any] = {
         "unet": {"attention_head_dim": shape.heads, "norm_num_groups": shape.groups},

@@ -21,7 +21,7 @@ for family, arguments in {arguments!r}.items():
 print("IMPORTED", sorted(set({heavy!r}) & set(sys.modules)))
 from library.models.lean_imports import transformers_class
 transformers_class("clip.modeling_clip", "CLIPTextModel")
-print("ENCODERS", sorted({{"scipy", "peft", "bitsandbytes", "torch._dynamo"}} & set(sys.modules)))
+print("ENCODERS", sorted({{"scipy", "peft", "bitsandbytes"}} & set(sys.modules)))
 """
 USE = """
 import tempfile

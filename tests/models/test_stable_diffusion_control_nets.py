@@ -12,10 +12,13 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.lean_imports import diffusers_class
+from library.models.loading import on_meta
+from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.models.stable_diffusion.control_net import load_control_net, open_control_net
 from library.models.stable_diffusion.control_net_lllite import LLLiteFile, LLLiteModule, open_lllite
 from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
 from tests.families.stable_diffusion import few_blocks
+from tests.full_size import full_stable_diffusion, write_hollow
 from tools.make_tiny_control import make_tiny_control_net, make_tiny_lllite
 
 OPTION = "--control_net_models"
@@ -165,3 +168,40 @@ def test_lllite_files_that_cannot_be_used_are_refused_in_one_sentence(pipelines,
             opened_lllite(pipelines["sdxl"], tmp_path / f"{change}.safetensors")
     with pytest.raises(UserError, match="is for Stable Diffusion XL; this is Stable Diffusion 1.x"):
         opened_lllite(pipelines["sd1"], path)
+
+
+# ---- the published models' sizes -------------------------------------------------------------------------------------
+
+XL = {
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "attention_head_dim": (5, 10, 20),
+    "addition_embed_type": "text_time",
+}
+PUBLISHED = {
+    "sd1": {"cross_attention_dim": 768},
+    "sdxl": {
+        **XL,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+    },
+    "sdxl small": {**XL, "down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"},
+}
+"""Configurations of published files, where they differ from the defaults of diffusers' class and from the U-Net's."""
+OF_UNET = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_sizes_of_published_control_nets_are_inferred_from_the_shapes(tmp_path, kind):
+    variant = kind.split()[0]
+    unet = open_stable_diffusion(full_stable_diffusion(tmp_path, variant)).unet
+    config = {**PUBLISHED[kind], **{name: unet.config[name] for name in OF_UNET if name in unet.config}}
+    with on_meta():
+        published = diffusers_class("ControlNetModel")(**config)
+    path = write_hollow(tmp_path / "control.safetensors", published.state_dict(), torch.float16)
+    opened = open_control_net(path, unet).meta_module()
+    shapes = [{name: value.shape for name, value in module.state_dict().items()} for module in (opened, published)]
+    assert shapes[0] == shapes[1]
+    heads = [[m.heads for m in module.modules() if type(m).__name__ == "Attention"] for module in (opened, published)]
+    assert heads[0] == heads[1]

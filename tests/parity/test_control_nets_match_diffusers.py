@@ -54,25 +54,25 @@ class Pair:
             hint.save(path)
         self.model = make_few_blocks(folder / "diffusers", variant, "diffusers")
 
-    def draw(self, steps: int, **options: Any) -> torch.Tensor:
+    def draw(self, steps: int, sampler: str = "ddim", **options: Any) -> torch.Tensor:
         request = StableDiffusionRequest(
-            PROMPT, NEGATIVE, width=WIDTH, height=HEIGHT, seed=SEED, sample_steps=steps, scale=SCALE, sampler="ddim"
+            PROMPT, NEGATIVE, width=WIDTH, height=HEIGHT, seed=SEED, sample_steps=steps, scale=SCALE, sampler=sampler
         )
         feature = open_control(ControlOptions(**options), self.ours)
         hook = feature.hook(Batch([], [request], [0], HEIGHT, WIDTH))
         return self.ours.generate_latents(request, hooks=[hook])
 
-    def theirs(self, steps: int, networks: list[int], **arguments: Any) -> torch.Tensor:
+    def theirs(self, steps: int, networks: list[int], sampler: str = "ddim", **arguments: Any) -> torch.Tensor:
         chosen = [self.networks[i] for i in networks]
         pipeline_class = getattr(diffusers, PIPELINES[self.variant])
         pipeline = pipeline_class.from_pretrained(self.model, controlnet=chosen if len(chosen) > 1 else chosen[0])
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = diffusers.DDIMScheduler(
-            **SCHEDULE,
-            clip_sample=False,
-            steps_offset=1,
-            prediction_type="v_prediction" if self.predicts_v else "epsilon",
-        )
+        prediction = "v_prediction" if self.predicts_v else "epsilon"
+        settings = {**SCHEDULE, "steps_offset": 1, "prediction_type": prediction}
+        if sampler == "ddim":
+            pipeline.scheduler = diffusers.DDIMScheduler(**settings, clip_sample=False)
+        else:
+            pipeline.scheduler = diffusers.EulerDiscreteScheduler(**settings)
         hints = [self.hints[i] for i in networks]
         return pipeline(
             PROMPT,
@@ -119,3 +119,8 @@ def test_two_control_nets_act_in_turn_and_for_xl_by_their_mean(pair):
         first_then_second = {"control_guidance_start": [0.0, 0.5], "control_guidance_end": [0.5, 1.0]}
         theirs = pair.theirs(2, [0, 1], controlnet_conditioning_scale=[1.0, 0.6], **first_then_second)
     assert_equal(ours, theirs)
+
+
+def test_a_sampler_that_scales_what_the_models_are_given(pair):
+    """--control_net_models with --sampler euler"""
+    assert_equal(pair.draw(2, "euler", **options(pair, 0)), pair.theirs(2, [0], "euler"))

@@ -99,8 +99,20 @@ def test_interactive_draws_line_by_line_and_survives_mistakes(draw, monkeypatch,
 
 
 def test_skip_existing_continues_an_interrupted_run_to_the_same_images(draw, tmp_path, monkeypatch):
-    file = prompt_file(tmp_path, "a", "{red|green} b --s 1", "c --f sub/c.webp", "{e$$d|e}")
-    options = ("--from_file", file, "--seed", 4, "--images_per_prompt", 2, "--sampler", "euler_a", "--skip_existing")
+    file = prompt_file(tmp_path, "a", "{red|green} b --s 2", "c --f sub/c.webp", "{e$$d|e}")
+    options = (
+        "--from_file",
+        file,
+        "--seed",
+        4,
+        "--images_per_prompt",
+        2,
+        "--steps",
+        1,
+        "--sampler",
+        "euler_a",
+        "--skip_existing",
+    )
     whole = draw(*options, outdir=tmp_path / "whole")
 
     save = ImageOutputs.save

@@ -31,7 +31,7 @@ from library.generation.model_options import check_model_options, open_model
 from library.generation.part_dtypes import PartDtype
 from library.generation.preview import Preview
 from library.generation.prompt_sources import SOURCES, ImagePrompts, PromptLine
-from library.generation.sampling_options import check_sampling, default_prompt, request_fields
+from library.generation.sampling_options import check_sampling, default_prompt, request_fields, sampling_settings
 from library.generation.start_images import open_start_images
 from library.models.stable_diffusion.sampling import require_sampler
 from library.safetensors_io import legacy_hash
@@ -385,6 +385,8 @@ class ImageRun(InferenceRun[ImagePrompt]):
         settings = {"clip-skip": options.text.clip_skip, "emb-normalize-mode": options.text.emb_normalize_mode}
         acting = [feature.settings(prompt) for feature in self.features if feature.acts_on(prompt)]
         acting += [] if self.highres is None else [self.highres.settings(prompt)]
+        drawn_over = self.start is not None and bool(self.start.files)
+        acting.append(sampling_settings(options.sampling, drawn_over))
         return image_record(
             self.script,
             prompt,

@@ -120,6 +120,15 @@ def request_fields(options: SamplingOptions) -> dict[str, Any]:
     }
 
 
+def sampling_settings(options: SamplingOptions, drawn_over: bool) -> dict[str, str]:
+    """What the text in an image's file says of the start noise, by key; ``drawn_over``: it begins with an image."""
+    if drawn_over:
+        return {"force-scheduler-zero-steps-offset": "true"} if options.force_scheduler_zero_steps_offset else {}
+    fields = request_fields(options)
+    given = {"pyramid-noise": fields["pyramid_noise"], "noise-offset": fields["noise_offset"]}
+    return {key: ",".join(f"{number:g}" for number in numbers) for key, numbers in given.items() if numbers}
+
+
 def _perturbation(probability: float | None, bounds: Sequence[float] | None) -> tuple[float, float, float] | None:
     """Probability, smallest and largest value; None where it never happens."""
     return (probability, bounds[0], bounds[1]) if probability and bounds else None

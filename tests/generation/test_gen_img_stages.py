@@ -165,6 +165,16 @@ def test_an_image_is_drawn_over(draw, picture):
     assert pixels(drawn[0]) != pixels(draw(*over, "--force_scheduler_zero_steps_offset")[0])
 
 
+def test_the_text_of_an_image_names_its_start_noise(draw, picture):
+    noise = "--pyramid_noise_prob 0.5 --pyramid_noise_discount_range 0.8 0.9 --noise_offset_prob 1".split()
+    noise += "--noise_offset_range -1 2 --force_scheduler_zero_steps_offset".split()
+    text = text_of(draw(*noise)[0])
+    assert (text["pyramid-noise"], text["noise-offset"]) == ("0.5,0.8,0.9", "1,-1,2")
+    over = text_of(draw(*noise, "--image_path", picture)[0])
+    assert over["force-scheduler-zero-steps-offset"] == "true" and "noise-offset" not in over
+    assert not {"pyramid-noise", "noise-offset", "force-scheduler-zero-steps-offset"} & set(text_of(draw()[0]))
+
+
 def test_an_image_gives_size_and_prompt(draw, picture, prompt_file, few_blocks_sd1, tmp_path):
     """``--image_path`` without ``--prompt``, with the size of the image."""
     made = draw("--from_file", prompt_file("a red cat --n blurry"))[0]

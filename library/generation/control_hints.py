@@ -16,6 +16,8 @@ from library.generation.guide_images import GuideImages
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from library.models.sampling import Step
+
 CONTROL_NETS = "--control_net_models"
 LLLITES = "--control_net_lllite_models"
 
@@ -31,8 +33,21 @@ class Control:
     """The thresholds of the edges that the hint image is replaced by; None: it is used as it is."""
 
     def acts(self, step: int, steps: int) -> bool:
-        """Whether its ratio lets it act at that step, from 0."""
+        """Whether its ratio lets it act at that step of a batch, from 0."""
         return step / steps <= self.ratio
+
+
+class Progress:
+    """How far a batch is: images that are drawn over begin later than at the first step of all."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+
+    def at(self, step: Step) -> tuple[int, int]:
+        """The number of a step among those that are made, from 0, and their count; the first one asked about is 0."""
+        if self.first is None:
+            self.first = step.index
+        return step.index - self.first, step.count - self.first
 
 
 class Hints:

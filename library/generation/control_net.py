@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from library.generation.control_hints import CONTROL_NETS, Control, Hints
+from library.generation.control_hints import CONTROL_NETS, Control, Hints, Progress
 from library.generation.features import Batch, Feature
 from library.models.sampling import ModelCall, RunModel, StepHook
 from library.models.stable_diffusion.control_net import load_control_net, open_control_net
@@ -66,10 +66,11 @@ class ControlNetHook(StepHook):
         self.models = models
         self.used = used
         self.hints = [hint.to(pipeline.device) for hint in hints]
+        self.progress = Progress()
 
     def around(self, run: RunModel, call: ModelCall) -> Tensor:
         """The call with what the models that act at its step add."""
-        index, count = call.step.index, call.step.count
+        index, count = self.progress.at(call.step)
         candidates = range(len(self.models))
         if self.pipeline.variant != "sdxl":
             candidates = range(index % len(self.models), index % len(self.models) + 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from library.generation.control_hints import LLLITES, Control, Hints
+from library.generation.control_hints import LLLITES, Control, Hints, Progress
 from library.generation.control_net import SHRUNK, hint_pixels
 from library.generation.features import Batch, Feature
 from library.models.sampling import ModelCall, RunModel, StepHook
@@ -64,6 +64,7 @@ class LLLiteHook(StepHook):
         self.models = models
         self.used = used
         self.hints = [hint.to(pipeline.device, pipeline.dtype) for hint in hints]
+        self.progress = Progress()
         self.maps: dict[tuple[int, str, tuple[int, ...]], Tensor] = {}
         self.acting: list[int] = []
         self.latent_size: tuple[int, int] = (0, 0)
@@ -77,8 +78,8 @@ class LLLiteHook(StepHook):
         """The call, with the models that act at its step."""
         height, width = call.latents.shape[2:]
         self.latent_size = (height, width)
-        step = call.step
-        acting = [i for i, used in enumerate(self.used) if used.multiplier and used.acts(step.index, step.count)]
+        step, steps = self.progress.at(call.step)
+        acting = [i for i, used in enumerate(self.used) if used.multiplier and used.acts(step, steps)]
         self.acting = acting[::-1]  # a model that is added later stands in front of the others
         try:
             return run(call)

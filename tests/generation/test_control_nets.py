@@ -90,7 +90,7 @@ def draw(pipeline: StableDiffusionPipeline, feature: Feature | None, *numbers: i
     return pipeline.generate_latents(*requests, hooks=[] if hook is None else [hook])
 
 
-def acting_models(pipeline: StableDiffusionPipeline, feature: Any, steps: int) -> list[list[int]]:
+def acting_models(pipeline: StableDiffusionPipeline, feature: Any, steps: int, **changes: Any) -> list[list[int]]:
     """Which of the feature's models are called at each step."""
     feature.hook(Batch([], [QUICK], [0], 64, 64))
     calls: list[list[int]] = [[] for _ in range(steps)]
@@ -106,7 +106,7 @@ def acting_models(pipeline: StableDiffusionPipeline, feature: Any, steps: int) -
         for index, model in enumerate(feature.models)
     ]
     hook = feature.hook(Batch([], [QUICK], [0], 64, 64))
-    pipeline.generate_latents(dataclasses.replace(QUICK, sample_steps=steps), hooks=[Count(), hook])
+    pipeline.generate_latents(dataclasses.replace(QUICK, sample_steps=steps, **changes), hooks=[Count(), hook])
     for handle in handles:
         handle.remove()
     return calls
@@ -117,6 +117,9 @@ def test_several_control_nets_act_in_turn_each_up_to_its_ratio(sd1, folder):
     feature = control(sd1, folder, control_net_models=nets(folder, 0, 1), control_net_ratios=[0.5])
     # The first one's turns are the even steps, and its ratio ends with step 4 of 8.
     assert acting_models(sd1, feature, 8) == [[0], [1], [0], [1], [0], [1], [], [1]]
+    # Of an image that is drawn over, the steps that are made count.
+    half = {"start_latents": torch.zeros(4, 8, 8), "strength": 0.5}
+    assert acting_models(sd1, feature, 8, **half) == [[], [], [], [], [0], [1], [0], [1]]
 
 
 def test_a_multiplier_of_zero_and_no_control_net_draw_the_same(sd1, folder, plain):

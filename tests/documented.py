@@ -12,7 +12,7 @@ import tomli
 from tests.running import ROOT
 
 LISTS = ROOT / "tests" / "reference_data"
-Kind = Literal["command", "options", "toml", "dataset key", "prompt", "program"]
+Kind = Literal["command", "options", "toml", "dataset key", "prompt", "program", "elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Entry:
     id: str
     chapter: str
     kind: Kind
-    text: str
+    text: str = ""
     beside: str = ""
     against: str | None = None
     without: tuple[str, ...] = ()
@@ -30,6 +30,10 @@ class Entry:
     """Kind of model; the family's own name unless it says another."""
     no_effect: tuple[str, ...] = ()
     shows: Mapping[str, Any] = field(default_factory=dict)
+    names: str = ""
+    """Options whose effect the entry shows; those of prompts begin with ``--``. (gen_img_guide_walk.toml)"""
+    test: str = ""
+    """The test that shows it, where it is not the walk's own."""
 
 
 def _filled(value: Any, names: Mapping[str, str]) -> Any:

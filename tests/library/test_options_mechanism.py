@@ -13,6 +13,7 @@ import pytest
 
 from library.console import ConsoleOptions, set_up_console
 from library.errors import UserError
+from library.families import STABLE_DIFFUSION
 from library.options import (
     Aliases,
     ConfigOptions,
@@ -255,7 +256,7 @@ def test_every_option_of_the_flux_script_is_declared_once_and_documented():
     ("script", "headings"),
     [
         ("flux_train_network.py", ("Optimizer", "Dataset", "Sample images", "FLUX.1")),
-        ("gen_img.py", ("Prompts", "Networks", "Control")),
+        (f"{STABLE_DIFFUSION.inference_script}.py", ("Prompts", "Networks", "Control")),
     ],
 )
 def test_help_is_grouped_and_imports_no_torch(script, headings):

@@ -33,6 +33,7 @@ from library.generation.preview import Preview
 from library.generation.prompt_sources import SOURCES, ImagePrompts, PromptLine
 from library.generation.sampling_options import check_sampling, default_prompt, request_fields, sampling_settings
 from library.generation.start_images import open_start_images
+from library.generation.unused_options import unused_options
 from library.models.stable_diffusion.sampling import require_sampler
 from library.safetensors_io import legacy_hash
 
@@ -178,7 +179,10 @@ class ImageRun(InferenceRun[ImagePrompt]):
         check_features(self.features, prompt, place)
 
     def say_what_has_no_effect(self) -> None:
-        """What acts through guidance; each group of options says the rest when it is opened."""
+        """What acts through guidance or beside another option; groups of options say the rest when they are opened."""
+        prompts = self.file_prompts if self.source.known_ahead else None
+        for line in unused_options(self.options, self.pipeline.variant == "sdxl", prompts, self.defaults):
+            say(line)
         unguided = [prompt for prompt in self.file_prompts if self.negative(prompt) is None]
         if any(prompt.negative_prompt for prompt in unguided):
             say("a negative prompt has no effect without guidance, which a --scale above 1 gives")

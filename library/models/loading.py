@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from library.checkpoints import Checkpoint
 from library.errors import UserError
@@ -374,21 +373,30 @@ def origins_of_modules(
     return origins
 
 
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out the functions of ``torch.nn.init``, which on the meta device take time and change nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+_INITIALISED: tuple[Any, ...] = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
+_RESETS = {kind: kind.reset_parameters for kind in _INITIALISED}
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Modules that are built inside are on torch's meta device: their structure without their values."""
-    with torch.device("meta"), _NoInitialValues():
-        yield
+    """Modules that are built inside are on torch's meta device: their structure without their values.
+
+    torch's own layers leave out drawing initial values there, which takes half of the time and changes nothing.
+    """
+    try:
+        for kind in _INITIALISED:
+            kind.reset_parameters = _reset_unless_meta
+        with torch.device("meta"):
+            yield
+    finally:
+        for kind, reset in _RESETS.items():
+            kind.reset_parameters = reset
+
+
+def _reset_unless_meta(module: Any) -> None:
+    """What a layer does to its new parameters while another thread, too, may be building modules."""
+    if module.weight is None or not module.weight.is_meta:
+        next(reset for kind, reset in _RESETS.items() if isinstance(module, kind))(module)
 
 
 def require_fit(module: nn.Module, source: TensorSource) -> dict[str, Any]:

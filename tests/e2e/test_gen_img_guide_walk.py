@@ -6,6 +6,7 @@ import io
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from gen_img import GenImg, GenImgOptions
 from library.errors import UserError
-from library.generation.image_files import text_in_image
+from library.generation.image_files import save_image, text_in_image
 from library.generation.image_prompts import LETTERS
 from library.generation.xti import LAYERS
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
 from library.options import declared_options, parse_options
 from networks import lora
+from tests.docs.pages import Block, blocks, commands
 from tests.documented import WALKS, Entry
 from tests.e2e.test_every_option_is_exercised import source_of
 from tests.families.stable_diffusion import few_blocks, make_few_blocks
@@ -235,6 +237,54 @@ def test_the_commands_of_the_guides(entry, place, named, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr[-3000:]
     require(entry, Outcome(tmp_path, said=result.stderr, printed=result.stdout))
     assert ("xformers is not installed" in result.stderr) == ("--xformers" in words)
+
+
+# ---- our own guide ---------------------------------------------------------------------------------------------------
+
+
+OURS = [
+    (block, words) for block in blocks("bash") if block.page.name == "gen_img_README.md" for words in commands(block)
+]
+
+
+@pytest.fixture
+def our_place(place, named) -> Path:
+    """The folder with what the commands of our own guide name, too."""
+    for name in ("style", "character", "left", "right"):
+        shutil.copy(named["lora"], place / f"{name}.safetensors")
+    shutil.copy(named["control"], place / "control_sd15_canny.safetensors")
+    shutil.copy(named["upscaler"], place / "upscaler-v1-e100-220.safetensors")
+    shutil.copy(place / "sdxl.safetensors", place / "sd_xl_base_1.0.safetensors")
+    shutil.copy(named["mask"], place / "mask.png")
+    shutil.copy(named["picture"], place / "photo.png")
+    for folder, name in (("src_image", "1.png"), ("images", "1.png")):
+        (place / folder).mkdir(exist_ok=True)
+        with Image.open(named["picture"]) as picture:
+            save_image(picture.copy(), place / folder, f"{time.monotonic_ns()}_{name[0]}", {"prompt": "a red cat"})
+    for block in blocks("text"):
+        if block.page.name == "gen_img_README.md" and block.name:
+            text = re.sub(r"--([wh]) \d+", r"--\1 64", block.text)
+            (place / block.name).write_text(text, encoding="utf-8")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "words"), OURS, ids=lambda value: str(value) if isinstance(value, Block) else "")
+def test_the_commands_of_our_own_guide(block, words, our_place, named, tmp_path, monkeypatch):
+    """With smaller images, fewer steps and tiny models; nothing is warned about."""
+    monkeypatch.chdir(our_place)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a red cat\n"))
+    _, script, *given = words
+    instead = {"--clip_model": "<clip>", "--vgg16_weights": "<vgg16>", "--ds_depth_1": "1", "--steps": "2"}
+    end = [] if script != "gen_img.py" else [*shlex.split(SMALL), "--no_half_vae"]
+    end += [word for name in instead if name in given for word in (name, *with_files(instead[name], named))]
+    end += ["--W", "128", "--H", "128", "--highres_fix_steps", "2"] if "--highres_fix_scale" in given else []
+    end += ["--steps", "20"] if "--gradual_latent_timesteps" in given else []  # time to grow
+    end += ["--no_preview"] if "--interactive" in given else []
+    result = run_in_process(script, *given, *end, "--outdir" if end else "--output_dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert list(tmp_path.glob("*.png"))
+    assert [line for line in result.stderr.splitlines() if " WARNING " in line or "no effect" in line] == []
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

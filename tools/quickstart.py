@@ -5,8 +5,10 @@
 a sample prompt file into ``quickstart_output``, starts ``accelerate launch flux_train_network.py`` on the tiny FLUX.1
 in ``assets/tiny_flux``, and reports what came out: images before and after, the loss curve, a score, and where the
 LoRA lies. ``--family chroma`` does the same with the tiny Chroma in ``assets/tiny_chroma``, ``--family lumina``, with
-``lumina_train_network.py``, with the tiny Lumina Image 2.0 in ``assets/tiny_lumina``, and ``--family hunyuan_image``,
-with ``hunyuan_image_train_network.py``, with the tiny HunyuanImage-2.1 in ``assets/tiny_hunyuan_image``.
+``lumina_train_network.py``, with the tiny Lumina Image 2.0 in ``assets/tiny_lumina``, ``--family hunyuan_image``, with
+``hunyuan_image_train_network.py``, with the tiny HunyuanImage-2.1 in ``assets/tiny_hunyuan_image``, and ``--family
+sd15``, with ``train_network.py``, with the tiny Stable Diffusion 1.5 in ``assets/tiny_sd15``, whose images
+``gen_img.py`` draws.
 
 The concept is a "zog", a purple disc inside a yellow ring, which the tiny model has never seen. The program ends with 1
 when the score says that it wasn't learned, and with the trainer's own code when the training failed.
@@ -38,6 +40,7 @@ FLUX = ROOT / "assets" / "tiny_flux"
 CHROMA = ROOT / "assets" / "tiny_chroma"
 LUMINA = ROOT / "assets" / "tiny_lumina"
 HUNYUAN_IMAGE = ROOT / "assets" / "tiny_hunyuan_image"
+SD15 = ROOT / "assets" / "tiny_sd15"
 NAME = "zog"
 PIXELS = 128
 PROMPTS = (
@@ -69,9 +72,12 @@ class Family:
     samples: str
     """Options of a sample prompt: how it is guided."""
     steps: int = 600
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ("cache_text_encoder_outputs",)
     only_tiny: dict[str, object] = field(default_factory=dict)
     """Options that the real model does without."""
+    real_resolution: int = 1024
+    drawn_by: str | None = None
+    """The script that draws the images before and after the training; None: the training does."""
 
 
 FAMILIES = {
@@ -85,7 +91,12 @@ FAMILIES = {
             "ae": FLUX / "ae.safetensors",
         },
         real_files=("flux1-dev.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors"),
-        settings={"learning_rate": 2e-3, "guidance_scale": 1.0, "timestep_sampling": "sigmoid"},
+        settings={
+            "learning_rate": 2e-3,
+            "guidance_scale": 1.0,
+            "timestep_sampling": "sigmoid",
+            "model_prediction_type": "raw",
+        },
         samples="--l 1.0 --g 1.0",
         only_tiny={"tokenizer_cache_dir": FLUX / "tokenizers", "t5xxl_max_token_length": 16},
     ),
@@ -103,9 +114,10 @@ FAMILIES = {
             "learning_rate": 4e-3,
             "guidance_scale": 0.0,
             "timestep_sampling": "sigmoid",
+            "model_prediction_type": "raw",
         },
         samples="--n small --l 2.0 --g 0.0",
-        flags=("apply_t5_attn_mask",),
+        flags=("cache_text_encoder_outputs", "apply_t5_attn_mask"),
         only_tiny={"tokenizer_cache_dir": FLUX / "tokenizers", "t5xxl_max_token_length": 16},
     ),
     "lumina": Family(
@@ -120,6 +132,7 @@ FAMILIES = {
         settings={
             "learning_rate": 4e-3,
             "timestep_sampling": "nextdit_shift",
+            "model_prediction_type": "raw",
             "discrete_flow_shift": 6.0,
             "system_prompt": "You are an assistant designed to generate high-quality images based on user prompts.",
         },
@@ -141,9 +154,24 @@ FAMILIES = {
             "byt5_small_glyphxl_fp16.safetensors",
             "hunyuan_image_2.1_vae_fp16.safetensors",
         ),
-        settings={"learning_rate": 4e-3, "discrete_flow_shift": 5.0},
+        settings={"learning_rate": 4e-3, "model_prediction_type": "raw", "discrete_flow_shift": 5.0},
         samples="--l 1.0",
         steps=300,
+    ),
+    "sd15": Family(
+        script="train_network.py",
+        network_module="networks.lora",
+        files={"pretrained_model_name_or_path": SD15 / "sd15-tiny.safetensors"},
+        real_files=("v1-5-pruned-emaonly.safetensors",),
+        settings={
+            "learning_rate": 8e-3,
+            "network_args": ("conv_dim=16", "conv_alpha=16"),
+        },
+        samples="--l 3.0",
+        steps=400,
+        flags=("debiased_estimation_loss",),
+        real_resolution=512,
+        drawn_by="gen_img.py",
     ),
 }
 
@@ -170,6 +198,10 @@ class Folders:
     @property
     def samples(self) -> Path:
         return self.trained / "sample"
+
+    def drawn(self, moment: str) -> Path:
+        """Images of a script that draws, ``before`` or ``after`` the training."""
+        return self.root / moment
 
     @property
     def logs(self) -> Path:
@@ -207,7 +239,8 @@ def parse_arguments() -> argparse.Namespace:
     help_of_family = "which tiny model (default flux)"
     parser.add_argument("--family", "--model_type", choices=tuple(FAMILIES), default="flux", help=help_of_family)
     parser.add_argument("--output", type=Path, help="folder for all files (default quickstart_output)")
-    parser.add_argument("--steps", type=int, help="training steps (default 600, Lumina's 200, HunyuanImage's 300)")
+    defaults = ", ".join(f"{name} {family.steps}" for name, family in FAMILIES.items())
+    parser.add_argument("--steps", type=int, help=f"training steps (default: {defaults})")
     parser.add_argument("--seed", type=int, default=1, help="training seed (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--use_this_python", action="store_true", help="make no .venv: everything is installed already")
@@ -224,14 +257,17 @@ def quickstart(folders: Folders, steps: int, seed: int, threads: int) -> int:
         print(f"{folders.root} holds other files; name an empty or new folder with --output", file=sys.stderr)
         return 2
     prepare(folders)
-    command = training_command(folders, steps, seed, threads)
-    print("\n" + readable(command) + "\n", flush=True)
+    commands = [training_command(folders, steps, seed, threads)]
+    if folders.family.drawn_by:
+        commands = [drawing_command(folders, "before"), *commands, drawing_command(folders, "after")]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    code = subprocess.run(command, cwd=ROOT, env=variables).returncode
-    if code:
-        print(f"the training ended with exit code {code}; see the message above", file=sys.stderr)
-        return code
-    return report(folders, command, steps, time.time() - begin)
+    for command in commands:
+        print("\n" + readable(command) + "\n", flush=True)
+        code = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        if code:
+            print(f"the command ended with exit code {code}; see the message above", file=sys.stderr)
+            return code
+    return report(folders, commands, steps, time.time() - begin)
 
 
 def may_overwrite(folders: Folders) -> bool:
@@ -250,7 +286,7 @@ def prepare(folders: Folders) -> None:
     """
     from tools.tiny_flux_drawings import concept_images, ordinary_images
 
-    for folder in (folders.dataset, folders.trained, folders.logs):
+    for folder in (folders.dataset, folders.trained, folders.logs, folders.drawn("before"), folders.drawn("after")):
         if folder.exists():
             shutil.rmtree(folder)
     sets = {"concept": concept_images(15, PIXELS, seed=0), "ordinary": ordinary_images(48, PIXELS, seed=0)}
@@ -309,17 +345,16 @@ def training_command(folders: Folders, steps: int, seed: int, threads: int) -> l
         "lr_scheduler": "cosine",
         "max_train_steps": steps,
         "mixed_precision": "no",
-        "model_prediction_type": "raw",
         "seed": seed,
-        "sample_prompts": folders.prompts,
-        "sample_every_n_steps": sample_interval(steps),
         "validate_every_n_steps": max(1, steps // 12),
         "validate_every_n_epochs": steps,
         "log_with": "tensorboard",
         "logging_dir": folders.logs,
     }
-    flags = ["network_train_unet_only", "cache_latents", "cache_text_encoder_outputs", "sample_at_first", "sdpa"]
-    flags += family.flags
+    flags = ["network_train_unet_only", "cache_latents", "sdpa", *family.flags]
+    if family.drawn_by is None:
+        settings |= {"sample_prompts": folders.prompts, "sample_every_n_steps": sample_interval(steps)}
+        flags.append("sample_at_first")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", str(threads)]
     launch += [
         "--num_processes",
@@ -332,8 +367,26 @@ def training_command(folders: Folders, steps: int, seed: int, threads: int) -> l
         "no",
         "--cpu",
     ]
-    arguments = [f"--{name}={value}" for name, value in settings.items()] + [f"--{flag}" for flag in flags]
+    arguments: list[str] = []
+    for name, value in settings.items():
+        arguments += [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+    arguments += [f"--{flag}" for flag in flags]
     return [*launch, str(ROOT / family.script), *arguments]
+
+
+def drawing_command(folders: Folders, moment: str) -> list[str]:
+    """The command that draws the sample prompts ``before`` or ``after`` the training."""
+    family = folders.family
+    settings: dict[str, object] = {
+        "ckpt": family.files["pretrained_model_name_or_path"],
+        "from_file": folders.prompts,
+        "outdir": folders.drawn(moment),
+        "batch_size": len(SEEDS) * len(PROMPTS),
+    }
+    if moment == "after":
+        settings |= {"network_module": family.network_module, "network_weights": folders.lora}
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    return [sys.executable, str(ROOT / str(family.drawn_by)), *arguments, "--sequential_file_name"]
 
 
 def sample_interval(steps: int) -> int:
@@ -343,10 +396,10 @@ def sample_interval(steps: int) -> int:
 
 def readable(command: list[str]) -> str:
     """The command with one option on a line."""
-    script = next(index for index, part in enumerate(command) if part.endswith("_train_network.py"))
-    head = " ".join(command[: script + 1]).replace(
-        f"{sys.executable} -m accelerate.commands.launch", "accelerate launch"
-    )
+    script = next(index for index, part in enumerate(command) if part.endswith(".py"))
+    head = " ".join(command[: script + 1])
+    head = head.replace(f"{sys.executable} -m accelerate.commands.launch", "accelerate launch")
+    head = head.replace(sys.executable, "python")
     return " \\\n  ".join(
         [
             head.replace(str(ROOT) + os.sep, ""),
@@ -371,13 +424,20 @@ def sample_images(folder: Path, moment: str) -> list[Path]:
     return [found[index] for index in range(len(PROMPTS) * len(SEEDS))]
 
 
-def report(folders: Folders, command: list[str], steps: int, seconds: float) -> int:
+def images_before_and_after(folders: Folders, steps: int) -> dict[str, list[Path]]:
+    """The images of both moments in the order of the prompts."""
+    if folders.family.drawn_by:
+        return {moment: sorted(folders.drawn(moment).glob("*.png")) for moment in ("before", "after")}
+    last = steps // sample_interval(steps) * sample_interval(steps)
+    moments = {"before": "e000000", "after": f"{last:06d}"}
+    return {word: sample_images(folders.samples, moment) for word, moment in moments.items()}
+
+
+def report(folders: Folders, commands: list[list[str]], steps: int, seconds: float) -> int:
     """Write the images and ``report.md``, print the report, and return 0 if the concept was learned, else 1."""
     from tools.score_concept import failures, read_images, read_prompts, score
 
-    last = steps // sample_interval(steps) * sample_interval(steps)
-    moments = {"before": "e000000", "after": f"{last:06d}"}
-    files = {word: sample_images(folders.samples, moment) for word, moment in moments.items()}
+    files = images_before_and_after(folders, steps)
     before_after_image(files["before"], files["after"], folders.root / "before_after.png")
     curves = read_scalars(folders.logs)
     loss = averaged_curve(next((values for tag, values in curves.items() if tag == "loss/current"), []))
@@ -386,8 +446,9 @@ def report(folders: Folders, command: list[str], steps: int, seconds: float) -> 
     prompts = read_prompts(folders.prompts)
     before, after = (score(read_images(files[word]), prompts) for word in ("before", "after"))
     problems = failures(after, before)
+    listing = "\n\n".join(map(readable, commands))
     text = "\n".join(report_lines(folders, steps, seconds, loss, validation, before, after, problems))
-    (folders.root / "report.md").write_text(text + "\n\n```\n" + readable(command) + "\n```\n", encoding="utf-8")
+    (folders.root / "report.md").write_text(f"{text}\n\n```\n{listing}\n```\n", encoding="utf-8")
     print("\n" + text)
     return 1 if problems else 0
 
@@ -427,13 +488,15 @@ def report_lines(
     if loss:
         lines += ["", f"training loss {loss[0][1]:.3f} {sparkline([value for _, value in loss])} {loss[-1][1]:.3f}"]
     family = folders.family
-    *paths, last_path = (f"`{name}`" for name in family.real_files)
+    names = [f"`{name}`" for name in family.real_files]
+    paths = " and ".join((", ".join(names[:-1]), names[-1])) if names[1:] else names[0]
     omitted = [f"`--{name}`" for name in (*family.only_tiny, "cpu")]
     lines += [
         "",
-        f"To continue with real weights: put the paths of {', '.join(paths)} and {last_path} in the place of the",
-        f"tiny files, leave out {', '.join(omitted)}, point the dataset TOML at your own images with",
-        "`resolution = 1024`, and use `--mixed_precision bf16 --gradient_checkpointing`.",
+        f"To continue with real weights: put the path{'s' if names[1:] else ''} of {paths} in the place of the",
+        f"tiny file{'s' if names[1:] else ''}, leave out {', '.join(omitted)}, point the dataset TOML at your own",
+        f"images with `resolution = {family.real_resolution}`, and use `--mixed_precision bf16",
+        "--gradient_checkpointing`.",
     ]
     return lines
 

@@ -50,12 +50,14 @@ def test_preparing_twice_leaves_only_the_second_runs_files(tmp_path: Path) -> No
 def test_each_family_guides_its_samples_in_its_own_way() -> None:
     from library.prompt_options import parse_prompt_line
 
-    for name, *guidance in (
-        ("flux", None, 1.0, 1.0),
-        ("chroma", "small", 2.0, 0.0),
-        ("lumina", None, 3.5, None),
-        ("hunyuan_image", None, 1.0, None),
-    ):
+    guidances = {
+        "flux": [None, 1.0, 1.0],
+        "chroma": ["small", 2.0, 0.0],
+        "lumina": [None, 3.5, None],
+        "hunyuan_image": [None, 1.0, None],
+        "sd15": [None, 3.0, None],
+    }
+    for name, guidance in guidances.items():
         prompt = parse_prompt_line(f"a zog {sample_options(FAMILIES[name])} --d 1")
         assert [prompt.negative_prompt, prompt.scale, prompt.guidance_scale] == guidance
         assert (prompt.prompt, prompt.width, prompt.height, prompt.seed) == ("a zog", 128, 128, 1)
@@ -84,7 +86,7 @@ def test_every_option_of_the_command_is_known_to_the_trainer(tmp_path: Path, nam
     from library.options import parse_options
 
     command = training_command(Folders(tmp_path, name), steps=300, seed=1, threads=2)
-    script = next(index for index, part in enumerate(command) if part.endswith("_train_network.py"))
+    script = next(index for index, part in enumerate(command) if part.endswith("train_network.py"))
     row = next(row for row in FAMILY_ROWS if row.script == Path(command[script]).stem)
     options = parse_options(row.options_class(), "", command[script + 1 :])
     assert options.network.network_dim == 16

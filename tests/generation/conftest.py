@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from flux_minimal_inference import FluxInference, FluxInferenceOptions
+from library.generation.model_options import ModelOptions
+from library.memory.streaming_options import StreamingOptions
 from library.models.flux.pipeline import FluxFiles, FluxPipeline
 from library.options import parse_options
 from tests.generation.drawing import write_random_network
@@ -60,6 +65,34 @@ def inference(inference_command, tmp_path_factory):
         return FluxInference(parse_options(FluxInferenceOptions, "", [str(argument) for argument in given]))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def share_parts() -> Callable[[Any], Any]:
+    """Give a run of gen_img.py the parts that runs before it have loaded of its model, and keep what it loads.
+
+    Each run has a pipeline and settings of its own; only weights are shared. A run whose options change the parts
+    themselves loads its own ones; where these are networks, its autoencoder is still a shared one.
+    """
+    loaded: dict[str, dict[str, Any]] = {}
+
+    def share(run: Any) -> Any:
+        options, pipeline = run.options, run.pipeline
+        ckpt = options.model.ckpt
+        model = replace(options.model, v_parameterization=False, zero_terminal_snr=False, vae_slices=None)
+        has_words = options.text.textual_inversion_embeddings or options.text.XTI_embeddings
+        is_placed = options.device.offload or options.streaming != StreamingOptions()
+        if model != ModelOptions(ckpt=ckpt) or has_words or is_placed:
+            return run
+        shared = loaded.setdefault(ckpt, {})
+        if not options.networks.network_module:
+            pipeline.modules = shared
+        else:
+            pipeline.modules.update({part: module for part, module in shared.items() if part == "autoencoder"})
+            shared["autoencoder"] = pipeline.load_autoencoder()
+        return run
+
+    return share
 
 
 @pytest.fixture

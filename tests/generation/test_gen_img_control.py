@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
@@ -38,14 +37,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def parts() -> dict[Any, dict[str, Any]]:
-    """The loaded parts of each model, which serve every run."""
-    return {}
-
-
 @pytest.fixture
-def draw(few_blocks_sd1, few_blocks_sdxl, folder, parts, tmp_path):
+def draw(few_blocks_sd1, few_blocks_sdxl, share_parts, tmp_path):
     """Draw with these options, of which the first is the model's family; the last image's file."""
 
     def run(variant: str, *arguments: object) -> Path:
@@ -55,9 +48,7 @@ def draw(few_blocks_sd1, few_blocks_sdxl, folder, parts, tmp_path):
             *("--ckpt", model, "--W", 64, "--H", 64, "--steps", 2, "--scale", 3, "--seed", 1, "--outdir", tmp_path),
             *("--device", "cpu", *(() if "--prompt" in arguments else ("--prompt", "a red cat --n dog")), *arguments),
         ]
-        script = GenImg(parse_options(GenImgOptions, "", [str(word) for word in command]))
-        script.pipeline.modules = parts.setdefault(variant, {})
-        script.run()
+        share_parts(GenImg(parse_options(GenImgOptions, "", [str(word) for word in command]))).run()
         return max(set(tmp_path.glob("*.png")) - before, key=lambda path: path.stat().st_mtime_ns)
 
     return run

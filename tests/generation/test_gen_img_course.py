@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ def run(model: Path, folder: Path, *arguments: object) -> gen_img.GenImg:
     return gen_img.GenImg(parse_options(gen_img.GenImgOptions, "", [str(word) for word in words]))
 
 
+@pytest.fixture
+def shared(share_parts) -> Callable[..., gen_img.GenImg]:
+    """The script's run with the parts that others have loaded."""
+    return lambda *arguments: share_parts(run(*arguments))
+
+
 def drawn(folder: Path) -> list[bytes]:
     return [pixels(path) for path in sorted(folder.glob("*.png"))]
 
@@ -37,13 +44,13 @@ def prompts(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a"])
-def test_images_are_the_same_in_batches_of_any_size(few_blocks_sd1, prompts, tmp_path, sampler):
+def test_images_are_the_same_in_batches_of_any_size(few_blocks_sd1, shared, prompts, tmp_path, sampler):
     """--batch_size: texts of different lengths and different guidance are never drawn together."""
-    given = ("--from_file", prompts, "--images_per_prompt", "2", "--sampler", sampler)
+    given = ("--from_file", prompts, "--images_per_prompt", "2", "--sampler", sampler, "--steps", "2")
     images = []
     for size in ("1", "4"):
         folder = tmp_path / size
-        run(few_blocks_sd1, folder, *given, "--max_embeddings_multiples", "2", "--batch_size", size).run()
+        shared(few_blocks_sd1, folder, *given, "--max_embeddings_multiples", "2", "--batch_size", size).run()
         images.append(drawn(folder))
     alone, together = images
     assert len(alone) == len(set(alone)) == 8
@@ -53,7 +60,9 @@ def test_images_are_the_same_in_batches_of_any_size(few_blocks_sd1, prompts, tmp
 
 
 def test_each_distinct_text_is_encoded_once(few_blocks_sd1, prompts, tmp_path):
-    script = run(few_blocks_sd1, tmp_path / "out", "--from_file", prompts, "--n_iter", "2", "--batch_size", "3")
+    script = run(
+        few_blocks_sd1, tmp_path / "out", "--from_file", prompts, "--n_iter", "2", "--batch_size", "3", "--steps", "1"
+    )
     encoder, calls = script.pipeline.load("text_encoder"), []
     encoder.text_model.register_forward_pre_hook(lambda *_: calls.append(1))
     script.run()
@@ -62,7 +71,7 @@ def test_each_distinct_text_is_encoded_once(few_blocks_sd1, prompts, tmp_path):
     assert len(calls) == len(texts)
 
 
-def test_a_session_goes_on_after_mistakes(few_blocks_sd1, tmp_path, monkeypatch, capsys):
+def test_a_session_goes_on_after_mistakes(few_blocks_sd1, shared, tmp_path, monkeypatch, capsys):
     """--interactive, with --no_preview."""
     lines = iter(["a cat --w 65", "", "--n only this", "a cat --t 3 --d 1", "a cat --d 1 --s 2", "a dog --d 2 --s 2"])
 
@@ -74,7 +83,7 @@ def test_a_session_goes_on_after_mistakes(few_blocks_sd1, tmp_path, monkeypatch,
 
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # noqa: SIM115
-    run(few_blocks_sd1, tmp_path / "out", "--interactive", "--no_preview").run()
+    shared(few_blocks_sd1, tmp_path / "out", "--interactive", "--no_preview").run()
     assert len(drawn(tmp_path / "out")) == 2
     said = capsys.readouterr().out
     assert said.count("error: ") == 2 and "--w must be" in said and "between 0 and 1, but is 3" in said

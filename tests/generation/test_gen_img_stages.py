@@ -14,14 +14,8 @@ from tests.generation.drawing import pixels, text_of
 from tests.generation.test_highres_fix import write_weights
 
 
-@pytest.fixture(scope="module")
-def kept() -> dict[str, dict[str, object]]:
-    """The parts of each model, once they are loaded."""
-    return {}
-
-
 @pytest.fixture
-def draw(request, tmp_path, kept):
+def draw(request, tmp_path, share_parts):
     """Draw with these options into a new folder, with a model of this kind; the image files by name."""
 
     def run(*arguments: object, model: str = "sd1") -> list[Path]:
@@ -30,10 +24,7 @@ def draw(request, tmp_path, kept):
         command = ["--ckpt", ckpt, "--outdir", folder, "--W", 64, "--H", 64, "--steps", 2, "--seed", 7]
         command += [] if "--from_file" in arguments else ["--prompt", "a red cat"]
         options = parse_options(GenImgOptions, "", [str(argument) for argument in [*command, *arguments]])
-        drawing = GenImg(options)
-        drawing.pipeline.modules.update(kept.setdefault(model, {}))
-        drawing.run()
-        kept[model].update(drawing.pipeline.modules)
+        share_parts(GenImg(options)).run()
         return sorted(folder.glob("*.png"))
 
     return run
@@ -234,7 +225,7 @@ def test_highres_fix_draws_twice(draw):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_said_before_the_model_loads(draw, kept, options, message):
+def test_a_mistake_is_said_before_the_model_loads(draw, options, message):
     with pytest.raises(UserError, match=message):
         draw(*options)
 

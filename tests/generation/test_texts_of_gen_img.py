@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,22 +18,27 @@ from library.options import parse_options
 from library.safetensors_io import save_file
 
 
-def draw(model: Path, folder: Path, *options: object) -> list[bytes]:
-    """The pixels of the images that a command line draws, in order."""
-    arguments = ["--ckpt", model, "--outdir", folder, "--W", 64, "--H", 64, "--steps", 2, "--seed", 5, *options]
-    if "--prompt" not in options:
-        arguments += ["--prompt", "a (red:1.4) cat --n ugly"]
-    parsed = parse_options(gen_img.GenImgOptions, "", [str(argument) for argument in arguments])
-    gen_img.GenImg(parsed).run()
-    images = []
-    for path in sorted(folder.iterdir()):
-        with Image.open(path) as image:
-            images.append(image.tobytes())
-    return images
+@pytest.fixture(scope="module")
+def draw(share_parts) -> Callable[..., list[bytes]]:
+    """The pixels of the images that a command line draws with a model into a folder, in order."""
+
+    def run(model: Path, folder: Path, *options: object) -> list[bytes]:
+        arguments = ["--ckpt", model, "--outdir", folder, "--W", 64, "--H", 64, "--steps", 2, "--seed", 5, *options]
+        if not {"--prompt", "--from_file"} & set(options):
+            arguments += ["--prompt", "a (red:1.4) cat --n ugly"]
+        parsed = parse_options(gen_img.GenImgOptions, "", [str(argument) for argument in arguments])
+        share_parts(gen_img.GenImg(parsed)).run()
+        images = []
+        for path in sorted(folder.iterdir()):
+            with Image.open(path) as image:
+                images.append(image.tobytes())
+        return images
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def plain(few_blocks_sd1, tmp_path_factory) -> bytes:
+def plain(few_blocks_sd1, draw, tmp_path_factory) -> bytes:
     (image,) = draw(few_blocks_sd1, tmp_path_factory.mktemp("plain"))
     return image
 
@@ -54,13 +60,13 @@ def embedding(folder: Path, width: int, name: str = "goodembed") -> Path:
         ("--emb_normalize_mode", "original"),
     ],
 )
-def test_options_that_name_what_is_the_default_change_nothing(few_blocks_sd1, plain, tmp_path, options):
+def test_options_that_name_what_is_the_default_change_nothing(draw, few_blocks_sd1, plain, tmp_path, options):
     assert draw(few_blocks_sd1, tmp_path, *options) == [plain]
 
 
 @pytest.mark.parametrize("options", [("--vae_slices", 4), ("--opt_channels_last",), ("--no_half_vae",)])
 def test_options_that_only_change_how_it_is_computed_change_the_image_by_rounding_at_most(
-    few_blocks_sd1, plain, tmp_path, options, monkeypatch
+    draw, few_blocks_sd1, plain, tmp_path, options, monkeypatch
 ):
     sliced: list[object] = []
     in_slices = pipeline.in_slices
@@ -85,7 +91,7 @@ def test_options_that_only_change_how_it_is_computed_change_the_image_by_roundin
         ("--prompt", "a (red:1.4) cat --n ugly --nl 3"),
     ],
 )
-def test_options_that_change_the_image(few_blocks_sd1, plain, tmp_path, options):
+def test_options_that_change_the_image(draw, few_blocks_sd1, plain, tmp_path, options):
     assert draw(few_blocks_sd1, tmp_path, *options) != [plain]
 
 
@@ -96,21 +102,25 @@ SIZES = [
 ]
 
 
-def test_sizes_and_layers_of_xl_change_the_image_from_the_command_line_and_in_a_prompt(few_blocks_sdxl, tmp_path):
+def test_sizes_and_layers_of_xl_change_the_image_from_the_command_line_and_in_a_prompt(draw, few_blocks_sdxl, tmp_path):
     """Each of the sizes alone, and --clip_skip; what is not given is as the image."""
-    plain = draw(few_blocks_sdxl, tmp_path / "plain")
+    once = ("--steps", 1)
+    plain = draw(few_blocks_sdxl, tmp_path / "plain", *once)
     seen = [plain]
-    for option, in_prompt in SIZES:
-        drawn = draw(few_blocks_sdxl, tmp_path / option, option, 900)
-        prompt = f"a (red:1.4) cat --n ugly {in_prompt}"
-        assert drawn == draw(few_blocks_sdxl, tmp_path / f"prompt{option}", "--prompt", prompt), option
+    lines = [f"a (red:1.4) cat --n ugly --d 5 {sizes}" for _, sizes in SIZES]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    from_file = ("--from_file", tmp_path / "prompts.txt", "--sequential_file_name")
+    in_prompts = draw(few_blocks_sdxl, tmp_path / "prompts", *from_file, *once)
+    for (option, _), in_prompt in zip(SIZES, in_prompts):
+        drawn = draw(few_blocks_sdxl, tmp_path / option, option, 900, *once)
+        assert drawn == [in_prompt], option
         assert drawn not in seen, option
         seen.append(drawn)
-    assert draw(few_blocks_sdxl, tmp_path / "layer", "--clip_skip", 1) not in seen
-    assert draw(few_blocks_sdxl, tmp_path / "same", "--clip_skip", 2, "--sdxl") == plain
+    assert draw(few_blocks_sdxl, tmp_path / "layer", "--clip_skip", 1, *once) not in seen
+    assert draw(few_blocks_sdxl, tmp_path / "same", "--clip_skip", 2, "--sdxl", *once) == plain
 
 
-def test_embeddings_act_where_their_name_stands(few_blocks_sd1, plain, tmp_path):
+def test_embeddings_act_where_their_name_stands(draw, few_blocks_sd1, plain, tmp_path):
     """--textual_inversion_embeddings, in the prompt and in the negative prompt."""
     (encoder,) = open_stable_diffusion(few_blocks_sd1).text_encoders
     path = embedding(tmp_path, encoder.hidden_size)
@@ -123,7 +133,7 @@ def test_embeddings_act_where_their_name_stands(few_blocks_sd1, plain, tmp_path)
         assert images[0] != images[1]
 
 
-def test_an_image_of_a_long_and_a_short_prompt_together_is_the_one_drawn_alone(few_blocks_sd1, tmp_path):
+def test_an_image_of_a_long_and_a_short_prompt_together_is_the_one_drawn_alone(draw, few_blocks_sd1, tmp_path):
     """--max_embeddings_multiples: a text's chunks depend on its own image's texts only."""
     long, short = "a cat " * 30 + "--d 1", "a dog --d 2"
     (tmp_path / "prompts.txt").write_text(f"{short}\n{long}\n{short}", encoding="utf-8")
@@ -136,7 +146,7 @@ def test_an_image_of_a_long_and_a_short_prompt_together_is_the_one_drawn_alone(f
     assert together == [alone[0], alone[1], alone[0]]
 
 
-def test_what_needs_guidance_is_named_where_there_is_none(few_blocks_sd1, tmp_path, caplog):
+def test_what_needs_guidance_is_named_where_there_is_none(draw, few_blocks_sd1, tmp_path, caplog):
     """--negative_scale and negative prompts with a --scale of 1."""
     plain = draw(few_blocks_sd1, tmp_path / "plain", "--scale", 1, "--prompt", "a cat")
     assert "no effect" not in caplog.text
@@ -146,7 +156,7 @@ def test_what_needs_guidance_is_named_where_there_is_none(few_blocks_sd1, tmp_pa
     assert "--negative_scale has no effect without guidance" in caplog.text
 
 
-def test_xti_acts_where_its_name_stands_and_not_beside_parts_of_a_prompt(tiny_sd1, tmp_path):
+def test_xti_acts_where_its_name_stands_and_not_beside_parts_of_a_prompt(draw, tiny_sd1, tmp_path):
     """--XTI_embeddings: the same vectors in all layers are a --textual_inversion_embeddings."""
     (encoder,) = open_stable_diffusion(tiny_sd1).text_encoders
     vectors = torch.randn(2, encoder.hidden_size, generator=torch.Generator().manual_seed(0)) * 3
@@ -178,6 +188,6 @@ def test_xti_acts_where_its_name_stands_and_not_beside_parts_of_a_prompt(tiny_sd
         (("--vae", "none.safetensors"), "--vae: none.safetensors does not exist"),
     ],
 )
-def test_bad_input_is_one_sentence_before_a_model_is_loaded(few_blocks_sd1, tmp_path, options, message):
+def test_bad_input_is_one_sentence_before_a_model_is_loaded(draw, few_blocks_sd1, tmp_path, options, message):
     with pytest.raises(UserError, match=f"^{message}"):
         draw(few_blocks_sd1, tmp_path, *options)

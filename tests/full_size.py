@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.models.loading import on_meta
 from tools.make_tiny_models import TinyFlux, TinyHunyuanImage, TinyLumina, gemma_tokenizer, write_t5_tokenizer
 
 T5_VOCABULARY = 32128
@@ -51,7 +52,7 @@ def full_flux(folder: Path, variant: str = "flux") -> TinyFlux:
     t5.d_model, t5.d_kv, t5.d_ff, t5.num_layers, t5.num_heads = 4096, 64, 10240, 24, 64
     is_chroma = variant == "chroma"
     modules: dict[str, Any] = {}
-    with torch.device("meta"):
+    with on_meta():
         transformer = ChromaTransformer(ChromaConfig()) if is_chroma else FluxTransformer(FluxConfig())
         modules["clip_l"] = ClipTextEncoder(encoder_config(_clip_l(), CLIP_VOCABULARY))
         modules |= {"ae": AutoencoderKL(AutoencoderConfig()), "t5xxl": T5TextEncoder(t5)}
@@ -79,7 +80,7 @@ def full_lumina(folder: Path) -> TinyLumina:
     (folder / "tokenizer" / "tokenizer.model").write_bytes(gemma_tokenizer())
     sizes = {"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
-    with torch.device("meta"):
+    with on_meta():
         modules = {"lumina": LuminaTransformer(LuminaConfig()), "ae": AutoencoderKL(AutoencoderConfig())}
         modules["gemma2"] = Gemma2TextEncoder(gemma2_config(sizes))
     states = {name: module.state_dict() for name, module in modules.items()}
@@ -103,7 +104,7 @@ def full_hunyuan_image(folder: Path) -> TinyHunyuanImage:
     qwen |= {"num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128}
     byt5 = t5_config(1510)
     byt5.d_model, byt5.d_kv, byt5.d_ff, byt5.num_layers, byt5.num_heads = 1472, 64, 3584, 12, 6
-    with torch.device("meta"):
+    with on_meta():
         modules = {
             "hunyuan_image": HunyuanImageTransformer(HunyuanImageConfig()),
             "qwen": Qwen25VLTextEncoder(qwen2_5_vl_config(qwen)),
@@ -140,7 +141,7 @@ def full_stable_diffusion(folder: Path, variant: str = "sdxl") -> Path:
         ),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
+    with on_meta():
         modules = build_modules(shapes[variant], CLIP_VOCABULARY)
         states = {part: module.state_dict() for part, module in modules.items()}
         tensors = original_tensors(shapes[variant], states)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from library.models.clip import ClipTextEncoder
+from library.models.loading import on_meta
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel, Variant, open_stable_diffusion
 from tools.make_tiny_stable_diffusion import END_OF_TEXT, Encoder, Shape, encoder_config, original_tensors
 
@@ -61,7 +62,7 @@ def full_size_tensors(variant: Variant) -> dict[str, Tensor]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     shape = SHAPES[variant]
-    with torch.device("meta"):
+    with on_meta():
         types = {
             f"{half.lower()}_block_types": [level.format(half) for level in LEVELS[variant][::direction]]
             for half, direction in (("Down", 1), ("Up", -1))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.models.loading import on_meta
 from tests.families.stable_diffusion import few_blocks
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def real_unet(variant: str, **changes: Any) -> nn.Module:
     """diffusers' U-Net of a published model on torch's meta device."""
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
+    with on_meta():
         return UNet2DConditionModel(**{**UNETS[variant], **changes})
 
 
@@ -58,7 +59,7 @@ def real_encoders(variant: str) -> list[nn.Module]:
         config = CLIPTextConfig(
             num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64
         )
-        with torch.device("meta"):
+        with on_meta():
             encoders.append(ClipTextEncoder(config, width if width == 1280 else None))
     return encoders
 
@@ -87,7 +88,7 @@ def tiny_meta_module(variant: Variant, whole: bool = False) -> nn.Module:
     """The U-Net of ``tiny_model`` on torch's meta device."""
     from tools.make_tiny_stable_diffusion import SHAPES, build_modules
 
-    with torch.device("meta"):
+    with on_meta():
         return build_modules(SHAPES[variant] if whole else few_blocks(variant), vocabulary=64)["unet"]
 
 

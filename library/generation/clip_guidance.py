@@ -67,7 +67,7 @@ class ClipTextGuide(ImageGuide):
     option = "--clip_guidance_scale"
 
     def __init__(self, pipeline: Any, scale: float, clip: Clip):
-        super().__init__(pipeline, scale)
+        super().__init__(pipeline, scale, clip.model)
         self.clip = clip
 
     def loss(self, batch: Batch) -> Loss | None:
@@ -83,7 +83,7 @@ class ClipImageGuide(ImageGuide):
     option = "--clip_image_guidance_scale"
 
     def __init__(self, pipeline: Any, scale: float, clip: Clip, guides: GuideImages):
-        super().__init__(pipeline, scale)
+        super().__init__(pipeline, scale, clip.model)
         self.clip = clip
         self.guides = guides
         self.last: Image | None = None

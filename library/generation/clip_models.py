@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.console import say
 from library.errors import UserError, in_one_line
+from library.generation.features import weight_bytes
 from library.models.lean_imports import transformers_class
+from library.models.loading import on_meta
 from library.safetensors_io import json_object
 from library.text_files import read_text
 
@@ -36,6 +38,20 @@ class ClipModel:
         self.module: Any = None
         self.config = _config(name, class_name, option)
         """What the folder's config.json says; {} for a model on the hub."""
+
+    @property
+    def loaded(self) -> list[nn.Module]:
+        """The module, once it is loaded."""
+        return [] if self.module is None else [self.module]
+
+    def model_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """The memory of its weights, by its name; 0 for a model on the hub, of which nothing is known yet."""
+        if not self.config:
+            return {self.name: 0}
+        model_class = transformers_class("clip.modeling_clip", self.class_name)
+        with on_meta():
+            module = model_class(model_class.config_class.from_pretrained(self.name))
+        return {self.name: weight_bytes(module, dtype)}
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> Any:
         """The module, frozen. A model on the hub is announced. Raises UserError where it cannot be read."""

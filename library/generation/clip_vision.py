@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.errors import UserError
 from library.generation.clip_models import ClipModel, cropped, normalised, pixels
@@ -44,6 +44,16 @@ class ClipVision(Feature):
     def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
         """The strength."""
         return {"clip-vision-strength": f"{self.strength:g}"}
+
+    @property
+    def loaded(self) -> Sequence[nn.Module]:
+        """The model, once it is loaded."""
+        return self.model.loaded
+
+    @property
+    def model_bytes(self) -> Mapping[str, int]:
+        """The model' weights, in the pipeline's dtype."""
+        return self.model.model_bytes(self.pipeline.dtype)
 
     def drawn(self, batch: Batch, images: Sequence[Image]) -> None:
         """Keeps the images of a first stage for the second."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.generation.control_hints import CONTROL_NETS, Control, Hints, Progress
-from library.generation.features import Batch, Feature
+from library.generation.features import Batch, Feature, weight_bytes
 from library.models.sampling import ModelCall, RunModel, StepHook
 from library.models.stable_diffusion.control_net import load_control_net, open_control_net
 
@@ -39,6 +39,19 @@ class ControlNets(Feature):
     def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
         """The files, each with its multiplier."""
         return {"control-net-models": self.hints.text()}
+
+    @property
+    def loaded(self) -> Sequence[nn.Module]:
+        """The models, once they are loaded."""
+        return self.models
+
+    @property
+    def model_bytes(self) -> Mapping[str, int]:
+        """The models' weights, in the pipeline's dtype."""
+        return {
+            f"{CONTROL_NETS} {index}": weight_bytes(file.meta_module(), self.pipeline.dtype)
+            for index, file in enumerate(self.files)
+        }
 
     def hook(self, batch: Batch) -> StepHook | None:
         """What adds to the U-Net's features, at the batch's size."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.generation.control_hints import LLLITES, Control, Hints, Progress
 from library.generation.control_net import SHRUNK, hint_pixels
-from library.generation.features import Batch, Feature
+from library.generation.features import Batch, Feature, weight_bytes
 from library.models.sampling import ModelCall, RunModel, StepHook
 from library.models.stable_diffusion.control_net_lllite import LLLiteModule, before_layers, open_lllite
 
@@ -35,6 +35,21 @@ class LLLites(Feature):
     def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
         """The files, each with its multiplier."""
         return {"control-net-lllite-models": self.hints.text()}
+
+    @property
+    def loaded(self) -> Sequence[nn.Module]:
+        """The models, once they are loaded."""
+        return [module for model in self.models for module in model.values()]
+
+    @property
+    def model_bytes(self) -> Mapping[str, int]:
+        """The models' weights, in the pipeline's dtype."""
+        return {
+            f"{LLLITES} {index}": sum(
+                weight_bytes(file.meta_module(prefix), self.pipeline.dtype) for prefix in file.prefixes.values()
+            )
+            for index, file in enumerate(self.files)
+        }
 
     def hook(self, batch: Batch) -> StepHook | None:
         """What adds to the inputs of the U-Net's layers, for hints of the batch's size."""

@@ -5,15 +5,18 @@ A feature lives for a whole run. For each batch of images it gives the ``StepHoo
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+    from torch import nn
 
     from library.generation.image_prompts import ImagePrompt
     from library.models.sampling import StepHook
@@ -69,9 +72,46 @@ class Feature(ABC):
     def drawn(self, batch: Batch, images: Sequence[Image]) -> None:
         """Sees the images of a batch, of which the requests are left out; those of a first stage too if decoded."""
 
+    @property
+    def loaded(self) -> Sequence[nn.Module]:
+        """Its own models that are loaded; with ``--offload`` they are in system RAM while it does not act."""
+        return ()
+
+    @property
+    def model_bytes(self) -> Mapping[str, int]:
+        """The memory of its own models' weights once they are loaded, by a name that features which share one share."""
+        return {}
+
     def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
         """What the text in an image's file says of it, by key."""
         return {}
+
+
+@contextlib.contextmanager
+def models_at_work(features: Sequence[Feature], device: torch.device | str, offload: bool) -> Iterator[None]:
+    """While it is active, the models of ``features`` are on ``device``; with ``offload``, on the CPU after that."""
+    for module in _loaded(features):
+        module.to(device)
+    try:
+        yield
+    finally:
+        if offload:
+            for module in _loaded(features):
+                module.to("cpu")
+
+
+def _loaded(features: Sequence[Feature]) -> list[nn.Module]:
+    return [module for feature in features for module in feature.loaded]
+
+
+def weight_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """The memory of a module's weights in ``dtype``."""
+    return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+
+
+def value_or(value: Any, default: Any) -> Any:
+    """What a prompt says, or the option's default where it says nothing (None)."""
+    return default if value is None else value
 
 
 def check_features(features: Sequence[Feature], prompt: ImagePrompt, place: str = "") -> None:

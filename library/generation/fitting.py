@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from library.prompt_options import PromptOptions
 
 
+FEATURES = "features"
+"""Stands among the parts for the models of features, such as ControlNets. Only their weights are counted."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """What works at a time, and which parts are on the device meanwhile."""
@@ -60,7 +64,9 @@ def fit(run: Any) -> str:
     prompt = max(run.file_prompts, key=lambda prompt: (prompt.width or 0) * (prompt.height or 0))
     phases = phases_of(run, prompt)
     parts = {part for phase in phases for part in (*phase.works, *phase.beside)}
-    weights = {part: pipeline.part_bytes(part) + run.stack.part_bytes(part) for part in parts - {*pipeline.on_host}}
+    own = parts - {*pipeline.on_host, FEATURES}
+    weights = {part: pipeline.part_bytes(part) + run.stack.part_bytes(part) for part in own}
+    weights[FEATURES] = run.feature_bytes
     slots, given = options.streaming.block_swap_ring_size, options.streaming.blocks_to_swap
     encoders = {encoder: pipeline.every_block(encoder, slots) for encoder in pipeline.encoders}
     blocks = pipeline.block_sizes()
@@ -106,6 +112,7 @@ def phases_of(run: Any, prompt: PromptOptions) -> list[Phase]:
     """The phases of drawing ``prompt``, each with the memory of its work."""
     pipeline, device = run.pipeline, run.pipeline.device
     drawing, encoders = run.denoising_parts(prompt), pipeline.encoders
+    features = (FEATURES,) if run.feature_bytes else ()
     stay = tuple(encoders) if run.keeps_encoders else ()
     dtypes, dense = pipeline.dtypes, {part: pipeline.dense_bytes(part) for part in (pipeline.denoiser, *encoders)}
 
@@ -124,7 +131,7 @@ def phases_of(run: Any, prompt: PromptOptions) -> list[Phase]:
                 with at_work(encoder) as memory:
                     for text, outputs in pipeline.encode_texts(texts, [encoder]).items():
                         texts[text].update(outputs)
-                beside = (*stay, *drawing, "autoencoder") if stay else ()
+                beside = (*stay, *drawing, *features, "autoencoder") if stay else ()
                 phases.append(Phase((encoder,), memory.peak.device + dense[encoder], beside))
             request = run.request(prompt)
             for (_, role), outputs in texts.items():
@@ -136,10 +143,11 @@ def phases_of(run: Any, prompt: PromptOptions) -> list[Phase]:
             latents = torch.empty(len(given), pipeline.latent_channels, height, width, device=device)
             with at_work(*drawing) as memory:
                 pipeline.predictor([request])(latents, torch.empty(len(given), device=device), conditioning)
-            phases.append(Phase(drawing, memory.peak.device + dense[pipeline.denoiser], (*stay, "autoencoder")))
+            work = memory.peak.device + dense[pipeline.denoiser]
+            phases.append(Phase((*drawing, *features), work, (*stay, "autoencoder")))
             with at_work("autoencoder") as memory:
                 pipeline.decode_latents(latents[:together])
-            phases.append(Phase(("autoencoder",), memory.peak.device, (*stay, *drawing)))
+            phases.append(Phase(("autoencoder",), memory.peak.device, (*stay, *drawing, *features)))
     finally:
         for part in pipeline.parts:
             pipeline.release(part)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.errors import UserError
 from library.generation.features import Batch, Feature
@@ -27,15 +27,37 @@ Loss = Callable[[Tensor], Tensor]
 """Of images [B, 3, H, W] in 0..1 the loss of each, [B]."""
 
 
+class GuideModel(Protocol):
+    """A model that sees images, which is loaded when it is needed."""
+
+    @property
+    def loaded(self) -> list[nn.Module]:
+        """The module, once it is loaded."""
+
+    def model_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """The memory of its weights in that dtype, by its name."""
+
+
 class ImageGuide(Feature):
     """A feature that leads images towards an aim."""
 
     option: ClassVar[str]
     parts = ("autoencoder",)
 
-    def __init__(self, pipeline: Any, scale: float):
+    def __init__(self, pipeline: Any, scale: float, model: GuideModel):
         self.pipeline = pipeline
         self.scale = scale
+        self.model = model
+
+    @property
+    def loaded(self) -> Sequence[nn.Module]:
+        """The model that sees images, once it is loaded."""
+        return self.model.loaded
+
+    @property
+    def model_bytes(self) -> Mapping[str, int]:
+        """Its weights, in the pipeline's dtype."""
+        return self.model.model_bytes(self.pipeline.dtype)
 
     def check(self, prompt: ImagePrompt, place: str) -> None:
         """Raises UserError for a sampler that it doesn't work with."""

@@ -19,7 +19,7 @@ from library.families import SDXL, STABLE_DIFFUSION
 from library.generation.control_options import open_control
 from library.generation.deep_shrink import open_deep_shrink
 from library.generation.failed_images import FailedImages
-from library.generation.features import Batch, Feature, check_features
+from library.generation.features import Batch, Feature, check_features, models_at_work
 from library.generation.gradual_latent import open_gradual_latent
 from library.generation.guidance_options import open_clip_vision, open_guidance
 from library.generation.highres_fix import open_highres
@@ -178,6 +178,11 @@ class ImageRun(InferenceRun[ImagePrompt]):
         check_image_prompt(prompt, place)
         check_features(self.features, prompt, place)
 
+    @property
+    def feature_bytes(self) -> int:
+        """The weights of the models of features."""
+        return sum({name: size for feature in self.features for name, size in feature.model_bytes.items()}.values())
+
     def say_what_has_no_effect(self) -> None:
         """What acts through guidance or beside another option; groups of options say the rest when they are opened."""
         prompts = self.file_prompts if self.source.known_ahead else None
@@ -334,9 +339,11 @@ class ImageRun(InferenceRun[ImagePrompt]):
             with self.at_work("autoencoder"):
                 self.start.encode(batch, self.pipeline)
         acting = [feature for feature in self.features if feature.acts_on(prompts[0])]
-        hooks = [hook for feature in acting if (hook := feature.hook(batch)) is not None]
-        with self.at_work("unet", *dict.fromkeys(part for feature in acting for part in feature.parts)):
-            return self.pipeline.generate_latents(*requests, hooks=hooks, progress=self.shows_steps)
+        parts = dict.fromkeys(part for feature in acting for part in feature.parts)
+        with models_at_work(acting, self.pipeline.device, self.options.device.offload):
+            hooks = [hook for feature in acting if (hook := feature.hook(batch)) is not None]
+            with self.at_work("unet", *parts):
+                return self.pipeline.generate_latents(*requests, hooks=hooks, progress=self.shows_steps)
 
     def decoded(self, latents: Tensor, prompts: Sequence[ImagePrompt], stage: int = 0) -> list[Image]:
         """The images of latents [B, 4, h, w], which the features see too."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from library.models.pipeline import ImageRequest, Pipeline, Text
 
 TextKey = tuple["Text", tuple[float, ...]]
+CPU_IS_FULL = "DefaultCPUAllocator: "
 TEXTS_KEPT = 64  # in a session; the outputs of one text take some megabytes
 
 
@@ -219,6 +220,11 @@ class InferenceRun(ABC, Generic[Prompt]):
         """The largest number of images that are drawn together."""
         return 1
 
+    @property
+    def feature_bytes(self) -> int:
+        """The weights of models beside the pipeline's parts that take part in the denoising."""
+        return 0
+
     def negative(self, prompt: Prompt) -> str | None:
         """The negative prompt that acts: with classifier-free guidance there is one, if only the empty one."""
         guidance = self.pipeline.guidance(self.pipeline.request(prompt))
@@ -261,7 +267,9 @@ class InferenceRun(ABC, Generic[Prompt]):
 
         try:
             yield
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # of which torch.OutOfMemoryError is one kind, and the CPU's allocator has none
+            if not isinstance(error, torch.OutOfMemoryError) and CPU_IS_FULL not in str(error):
+                raise
             sizes = ", ".join(dict.fromkeys(f"{prompt.width}x{prompt.height}" for prompt in prompts))
             raise UserError(
                 f"{self.pipeline.device} ran out of memory while generating an image of {sizes}; use --vram_budget, "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.generation.clip_models import pixels
-from library.generation.features import Batch
+from library.generation.features import Batch, weight_bytes
 from library.generation.guide_images import GuideImages
 from library.generation.image_guidance import ImageGuide, Loss
 
@@ -49,6 +49,15 @@ class Vgg16:
             raise UserError(f'{self.checkpoint.label} does not hold VGG16: "{key}" is missing or of another shape.')
         return shape[0]
 
+    @property
+    def loaded(self) -> list[nn.Module]:
+        """The layers as one module, once they are loaded."""
+        return [] if self.module is None else [self.module]
+
+    def model_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """The memory of their weights, by the file's name."""
+        return {str(self.checkpoint.path): sum(weight_bytes(layer, dtype) for layer in self.layers)}
+
     def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """The layers, frozen: images [B, 3, H, W] in 0..1, normalised, to their outputs."""
         if self.module is None:
@@ -72,7 +81,7 @@ class Vgg16Guide(ImageGuide):
     option = "--vgg16_guidance_scale"
 
     def __init__(self, pipeline: Any, scale: float, vgg: Vgg16, guides: GuideImages):
-        super().__init__(pipeline, scale)
+        super().__init__(pipeline, scale, vgg)
         self.vgg = vgg
         self.guides = guides
 

@@ -310,12 +310,23 @@ def test_an_interrupted_start_leaves_no_part_without_its_lora(inference, lora, p
 
 def test_a_full_device_is_explained(inference, monkeypatch):
     run = inference("--interactive")
+    sentence = "cpu ran out of memory while generating an image of 48x32; use --vram_budget"
 
     def full(*arguments, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run.pipeline, "generate_latents", full)
-    with pytest.raises(UserError, match="cpu ran out of memory while generating an image of 48x32; use --vram_budget"):
+    def more_than_there_is(*arguments, **keywords):
+        torch.empty(2**55)
+
+    def wrong(*arguments, **keywords):
+        torch.empty(2) + torch.empty(3)
+
+    for generate in (full, more_than_there_is):
+        monkeypatch.setattr(run.pipeline, "generate_latents", generate)
+        with pytest.raises(UserError, match=sentence):
+            run.draw_line(run.defaults, None)
+    monkeypatch.setattr(run.pipeline, "generate_latents", wrong)
+    with pytest.raises(RuntimeError, match="size of tensor"):
         run.draw_line(run.defaults, None)
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 
 from gen_img import GenImg, GenImgOptions
 from library.errors import UserError
 from library.generation.clip_models import cropped
+from library.generation.fitting import phases_of
 from library.options import parse_options
 from tests.families.stable_diffusion import few_blocks
 from tests.generation.drawing import pixels, text_of
@@ -123,6 +125,41 @@ def test_clip_image_guidance_without_a_guide_leads_to_the_image_before(draw, fol
     assert pixels(draw("sd1", *second, *clip)) != pixels(draw("sd1", *second))
 
 
+@pytest.mark.parametrize("variant, names", [("sd1", ("control", "clip", "vgg")), ("sdxl", ("lllite", "vision"))])
+def test_models_of_features_are_counted_and_rest_in_system_ram(draw, folder, monkeypatch, variant, names):
+    """--offload and --vram_budget with models beside the pipeline's parts"""
+    guide = folder / "guide.png"
+    options = {
+        "control": ("--control_net_models", folder / "sd1_control.safetensors", "--guide_image_path", guide),
+        "clip": ("--clip_model", folder / "clip", "--clip_guidance_scale", 100, "--clip_image_guidance_scale", 100),
+        "vgg": ("--vgg16_weights", folder / "vgg16.pth", "--vgg16_guidance_scale", 10),
+        "lllite": ("--control_net_lllite_models", folder / "lllite.safetensors", "--guide_image_path", guide),
+        "vision": ("--clip_vision_model", folder / "vision", "--clip_vision_strength", 1, "--image_path", guide),
+    }
+    runs: list[GenImg] = []
+    moved: dict[int, Any] = {}
+    start, to = GenImg.run, torch.nn.Module.to
+
+    def noted_run(run: GenImg) -> None:
+        runs.append(run)
+        start(run)
+
+    def noted_move(module: torch.nn.Module, *where: Any, **more: Any) -> torch.nn.Module:
+        moved[id(module)] = where[0] if where else None
+        return to(module, *where, **more)
+
+    monkeypatch.setattr(GenImg, "run", noted_run)
+    monkeypatch.setattr(torch.nn.Module, "to", noted_move)
+    draw(variant, *(word for name in names for word in options[name]), "--offload")
+    (run,) = runs
+    models = {id(model): model for feature in run.features for model in feature.loaded}
+    sizes = [weight.numel() * weight.element_size() for model in models.values() for weight in model.parameters()]
+    assert run.feature_bytes == sum(sizes) > 0
+    assert {moved[model] for model in models} == {"cpu"}, "where they rest; they work on torch.device('cpu')"
+    phases = phases_of(run, run.file_prompts[0])
+    assert all("features" in phase.works or "features" in phase.beside for phase in phases)
+
+
 def test_what_cannot_act_is_refused_before_anything_is_loaded(draw, folder):
     guide = ("--guide_image_path", folder / "guide.png")
     control = ("--control_net_models", folder / "sd1_control.safetensors")
@@ -131,8 +168,12 @@ def test_what_cannot_act_is_refused_before_anything_is_loaded(draw, folder):
         (*control, *guide, "--control_net_lllite_models", "x"): "cannot be used at the same time",
         control: "needs hint images",
         (*control, *guide, "--ds_depth_1", 1): "--control_net_models cannot be used together with --ds_depth_1",
+        (*control, *guide, "--prompt", "a cat --dsd1 1"): "--control_net_models cannot be used together with --ds_de",
         (*clip, "--sampler", "euler"): "works with the samplers ddim, pndm and lms only, not with euler",
         ("--clip_vision_strength", 1): "for Stable Diffusion XL only",
     }.items():
         with pytest.raises(UserError, match=message):
             draw("sd1", *arguments)
+    lllite = ("--control_net_lllite_models", folder / "lllite.safetensors", *guide)
+    with pytest.raises(UserError, match="--control_net_lllite_models cannot be used together with --ds_depth_1"):
+        draw("sdxl", *lllite, "--ds_depth_1", 1)

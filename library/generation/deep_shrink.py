@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.generation.features import Batch, Feature
+from library.generation.features import Batch, Feature, value_or
 from library.generation.image_prompts import ImagePrompt
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ class DeepShrinkFeature(Feature):
         assert own.deep_shrink_depth_1 is not None
         return Shrinking(
             depth_1=own.deep_shrink_depth_1,
-            timesteps_1=_or(own.deep_shrink_timesteps_1, default.ds_timesteps_1),
+            timesteps_1=value_or(own.deep_shrink_timesteps_1, default.ds_timesteps_1),
             depth_2=own.deep_shrink_depth_2,
-            timesteps_2=_or(own.deep_shrink_timesteps_2, default.ds_timesteps_2),
-            ratio=_or(own.deep_shrink_ratio, default.ds_ratio),
+            timesteps_2=value_or(own.deep_shrink_timesteps_2, default.ds_timesteps_2),
+            ratio=value_or(own.deep_shrink_ratio, default.ds_ratio),
         )
 
     def key(self, prompt: ImagePrompt) -> Hashable:
@@ -108,7 +108,3 @@ class DeepShrinkFeature(Feature):
         shrinking = self.shrinking(prompt)
         second = f",{shrinking.depth_2},{shrinking.timesteps_2}" if shrinking.depth_2 is not None else ""
         return {"deep-shrink": f"{shrinking.depth_1},{shrinking.timesteps_1}{second},{shrinking.ratio:g}"}
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from library.console import warn
 from library.errors import UserError
-from library.generation.features import Batch, Feature
+from library.generation.features import Batch, Feature, value_or
 from library.generation.image_prompts import ImagePrompt
 from library.options import Aliases
 
@@ -81,10 +81,10 @@ class GradualLatentFeature(Feature):
         assert own.gradual_latent_timesteps is not None
         return Growth(
             timesteps=own.gradual_latent_timesteps,
-            ratio=_or(own.gradual_latent_ratio, default.gradual_latent_ratio),
-            ratio_step=_or(own.gradual_latent_ratio_step, default.gradual_latent_ratio_step),
-            every_n_steps=_or(own.gradual_latent_every_n_steps, default.gradual_latent_every_n_steps),
-            s_noise=_or(own.gradual_latent_s_noise, default.gradual_latent_s_noise),
+            ratio=value_or(own.gradual_latent_ratio, default.gradual_latent_ratio),
+            ratio_step=value_or(own.gradual_latent_ratio_step, default.gradual_latent_ratio_step),
+            every_n_steps=value_or(own.gradual_latent_every_n_steps, default.gradual_latent_every_n_steps),
+            s_noise=value_or(own.gradual_latent_s_noise, default.gradual_latent_s_noise),
             unsharp=parse_unsharp(own.gradual_latent_unsharp_params, place),
         )
 
@@ -130,7 +130,3 @@ def parse_unsharp(text: str | None, place: str = "") -> Unsharp | None:
             f'wanted, 0 or 1, with commas between them, such as 3,0.5,0.5,1, not "{text}".'
         ) from None
     return Unsharp(kernel, sigma, strength, target)
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -16,6 +16,7 @@ from typing import Any
 
 from library.console import warn
 from library.errors import UserError
+from library.models.stable_diffusion.prompt_weights import require_usable_weights
 from library.prompt_options import PromptOptions, check_prompt_values
 from library.text_files import shown
 
@@ -242,6 +243,8 @@ def check_image_prompt(prompt: ImagePrompt, place: str = "") -> None:
     for letter, side in (("w", prompt.width), ("h", prompt.height)):
         check_side(side, f"{place}--{letter}")
     check_prompt_values(prompt, place)
+    for text in (prompt.prompt, prompt.negative_prompt or ""):
+        require_usable_weights(text, place)
     if prompt.file_name is not None:
         _check_file_name(prompt.file_name, place)
     for field, (name, least, largest) in LIMITS.items():

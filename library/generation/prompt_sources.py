@@ -138,7 +138,7 @@ class ImagePrompts:
         """
         if self.module is None:
             return
-        args, pipe = SimpleNamespace(**all_values(options)), ModelParts(pipeline)
+        args, pipe = SimpleNamespace(**all_values(options)), ModelParts(pipeline, self.defaults)
         self._arguments = (args, pipe)
         with _ModuleErrors(self.module):
             self._prompter = getattr(self.module, MODULE_FUNCTION)(args, pipe, networks)
@@ -335,10 +335,14 @@ def _import_module(path: Path) -> ModuleType:
 
 
 class ModelParts:
-    """The ``pipe`` of a prompt module: parts of the model, loaded when they are asked for."""
+    """The ``pipe`` of a prompt module: parts of the model, which are loaded when they are needed.
 
-    def __init__(self, pipeline: Any):
+    A module cannot change how images are drawn other than by its prompt lines; NotImplementedError says so.
+    """
+
+    def __init__(self, pipeline: Any, defaults: ImagePrompt):
         self._pipeline = pipeline
+        self._defaults = defaults
 
     @property
     def unet(self) -> Any:
@@ -364,6 +368,19 @@ class ModelParts:
     def device(self) -> Any:
         """Where they work."""
         return self._pipeline.device
+
+    @property
+    def scheduler(self) -> Any:
+        """diffusers' scheduler of the command line's sampler and steps; every batch is drawn with a new one."""
+        return self._pipeline.solver(self._pipeline.request(self._defaults)).scheduler
+
+    def set_control_nets(self, *arguments: Any, **keywords: Any) -> None:
+        """Refused: ControlNets are opened before the first prompt."""
+        raise NotImplementedError("ControlNets are chosen by --control_net_models for the whole run")
+
+    def set_gradual_latent(self, *arguments: Any, **keywords: Any) -> None:
+        """Refused: each prompt line says it itself."""
+        raise NotImplementedError("Gradual Latent is set by --gradual_latent_timesteps, or by --glt in a prompt line")
 
 
 class _ModuleErrors:

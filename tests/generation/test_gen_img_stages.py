@@ -230,6 +230,14 @@ def test_a_mistake_is_said_before_the_model_loads(draw, options, message):
         draw(*options)
 
 
+def test_steps_that_a_sampler_cannot_make_are_refused(draw):
+    """--zero_terminal_snr of a model that predicts noise, with --sampler dpm_2_a: from 4096 to 0.03 in one step."""
+    sentence = "The sampler dpm_2_a cannot make 2 steps along the noise schedule of --zero_terminal_snr"
+    with pytest.raises(UserError, match=sentence):
+        draw("--zero_terminal_snr", "--sampler", "dpm_2_a", "--steps", "2")
+    assert draw("--zero_terminal_snr", "--sampler", "dpm_2_a", "--steps", "3")
+
+
 def test_a_mask_without_an_image_is_refused(draw, picture):
     with pytest.raises(UserError, match="--mask_path needs --image_path"):
         draw("--mask_path", picture)

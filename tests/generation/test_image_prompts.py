@@ -116,6 +116,8 @@ def test_a_value_that_is_no_number_is_named_with_its_place(letter, value):
         ("--h 0", "--h must be a positive multiple of 8, not 0."),
         ("--t 1.5", r"the strength \(--t\) must be between 0 and 1, but is 1.5."),
         ("--ow -5", r"the original width \(--ow\) must not be negative, but is -5."),
+        ("(b:1{})".format("0" * 400), 'the weight of "b" must be between -1000 and 1000, not inf.'),
+        ("--n [(b:-1500)]", 'the weight of "b" must be between -1000 and 1000, not -1363.64.'),
         ("--cl -1", r"the crop \(--cl\) must not be negative, but is -1."),
     ],
 )

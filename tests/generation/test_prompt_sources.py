@@ -246,6 +246,8 @@ def test_a_bad_line_of_a_module_is_left_out(module, caplog):
         ("def f(:\n", "line 1: SyntaxError"),
         ("\nimport no_such_package", "my prompts.py, line 2: ModuleNotFoundError"),
         ("def get_prompter(args, pipe, networks):\n    return 1 / 0", "my prompts.py, line 2: ZeroDivisionError"),
+        ("def get_prompter(a, pipe, n):\n    pipe.set_control_nets([])", "line 2: .*chosen by --control_net_models"),
+        ("def get_prompter(a, pipe, n):\n    pipe.set_gradual_latent(None)", "line 2: .*or by --glt in a prompt line"),
         ("def get_prompter():\n    return 1", "my prompts.py: TypeError"),
         ("def get_prompter(*arguments):\n    return None", "must return something that can be called"),
         ("def get_prompter(*arguments):\n    return lambda *given: 5", "a prompt must be text, not 5"),
@@ -271,6 +273,8 @@ def test_a_module_gets_networks_and_the_models_by_their_usual_names(module):
         load_autoencoder=lambda: "the autoencoder",
         load_text_encoders=lambda: ["first", "second"],
         tokenizer=lambda encoder: f"tokenizer {encoder}",
+        request=lambda prompt: prompt.sample_sampler,
+        solver=lambda sampler: SimpleNamespace(scheduler=f"the scheduler of {sampler}"),
     )
     _, prompter = of_module(module(PROMPTER), pipeline)
     pipe = prompter.pipe
@@ -280,6 +284,7 @@ def test_a_module_gets_networks_and_the_models_by_their_usual_names(module):
         "cpu",
         ["a network"],
     )
+    assert pipe.scheduler == f"the scheduler of {DEFAULTS.sample_sampler}"
     assert (pipe.text_encoders, pipe.tokenizers) == (["first", "second"], ["tokenizer one", "tokenizer two"])
 
 

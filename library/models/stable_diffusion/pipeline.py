@@ -450,7 +450,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         return height, width
 
     def solver(self, request: StableDiffusionRequest) -> DiffusersSolver:
-        """The request's sampler. Raises UserError for an unknown one."""
+        """The request's sampler. Raises UserError for an unknown one, and for steps that it cannot make."""
         rescaled = request.zero_terminal_snr
         scheduler = make_scheduler(
             request.sampler,
@@ -459,12 +459,18 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             clip_sample=request.clip_sample,
             steps_offset=request.steps_offset if request.sample_steps < TRAIN_STEPS else 0,  # all timesteps are taken
         )
-        if not request.drawn_over:
-            return DiffusersSolver(scheduler, request.sample_steps)
-        if "skip_prk_steps" in scheduler.config:  # its Runge-Kutta steps are for the beginning, where all is noise
-            scheduler.register_to_config(skip_prk_steps=True)
-        leads = request.offset_start and scheduler.order == 1 and "steps_offset" in scheduler.config
-        return DiffusersSolver(scheduler, request.sample_steps, lead=int(leads))
+        leads = False
+        if request.drawn_over:
+            if "skip_prk_steps" in scheduler.config:  # its Runge-Kutta steps are for the beginning, where all is noise
+                scheduler.register_to_config(skip_prk_steps=True)
+            leads = request.offset_start and scheduler.order == 1 and "steps_offset" in scheduler.config
+        solver = DiffusersSolver(scheduler, request.sample_steps, lead=int(leads))
+        if not solver.timesteps.isfinite().all():  # in float32, dpm_2_a cannot go from pure noise to almost none
+            raise UserError(
+                f"The sampler {request.sampler} cannot make {request.sample_steps} steps along the noise schedule of "
+                "--zero_terminal_snr; more steps or another sampler would do."
+            )
+        return solver
 
     def first_step(self, request: StableDiffusionRequest, solver: Any) -> int:
         """By the request's strength, if it has one."""

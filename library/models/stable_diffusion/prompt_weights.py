@@ -14,8 +14,12 @@ from __future__ import annotations
 import re
 from itertools import groupby
 
+from library.errors import UserError
+
 BREAK = re.compile(r"\bBREAK\b")
 AND = " AND "
+LARGEST_WEIGHT = 1000
+"""Beyond it, what a text encoder gives leaves the range of fp16."""
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 OPENING = {")": "(", "]": "["}
 PIECE = re.compile(
@@ -57,6 +61,17 @@ def parse_prompt_weights(prompt: str) -> list[tuple[str, float]]:
         for start in unclosed:
             multiply_from(start, FACTORS[opening])
     return _joined(texts, weights) or [("", 1.0)]
+
+
+def require_usable_weights(prompt: str, place: str = "") -> None:
+    """Raise UserError, beginning with ``place``, for a weight that is so large that numbers overflow."""
+    for text, weight in parse_prompt_weights(prompt):
+        if not abs(weight) <= LARGEST_WEIGHT:
+            words = text.strip()[:40]
+            raise UserError(
+                f'{place}the weight of "{words}" must be between -{LARGEST_WEIGHT} and {LARGEST_WEIGHT}, '
+                f"not {weight:g}."
+            )
 
 
 def sub_prompts(prompt: str) -> list[str]:

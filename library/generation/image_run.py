@@ -26,6 +26,7 @@ from library.generation.highres_fix import open_highres
 from library.generation.image_files import ImageRecord, UsedLora, lora_hash
 from library.generation.image_outputs import ImageOutputs, image_record
 from library.generation.image_prompts import ImagePrompt, check_image_prompt
+from library.generation.image_texts import EncodedText, ImageTexts
 from library.generation.inference_run import InferenceRun
 from library.generation.model_options import check_model_options, open_model
 from library.generation.part_dtypes import PartDtype
@@ -43,13 +44,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.generation.lora_files import LoraFile
-    from library.models.pipeline import Conditioning
     from library.models.sampling import Role
     from library.models.stable_diffusion.pipeline import StableDiffusionPipeline, StableDiffusionRequest
-
-EncodedText = tuple[str, int, tuple[float, ...]]
-"""A text, its chunks, and the strengths of the networks where they change text encoders."""
-TEXTS_KEPT = 512  # of XL, each takes half a megabyte
 
 
 class ImageRun(InferenceRun[ImagePrompt]):
@@ -65,13 +61,11 @@ class ImageRun(InferenceRun[ImagePrompt]):
     defaults: ImagePrompt
 
     def __init__(self, options: Any):
-        self.encoded: dict[EncodedText, Conditioning] = {}
-        """Text outputs, on the CPU; the most recently used ones last."""
-        self.read_texts: dict[Hashable, dict[Role, list[EncodedText]]] = {}
         self.shows_steps = True
         """Whether each batch has a progress bar of its own: not beside one of all images."""
         self.bar: tqdm[Any] | None = None
         super().__init__(options)
+        self.image_texts = ImageTexts(self.pipeline, self.text_strengths, self.stack.set_multipliers, self.at_work)
 
     # ---- options and files ------------------------------------------------------------------------------------------
 
@@ -196,52 +190,14 @@ class ImageRun(InferenceRun[ImagePrompt]):
 
     # ---- texts --------------------------------------------------------------------------------------------------
 
-    def texts_by_role(self, prompt: ImagePrompt) -> dict[Role, list[EncodedText]]:
-        """The texts of an image by their roles: of the positive one, each sub-prompt; all have the same length."""
-        settings = (prompt.prompt, prompt.negative_prompt, prompt.scale, prompt.negative_scale, prompt.network_mul)
-        if settings not in self.read_texts:
-            self.read_texts.clear()  # only the last one: images of the same prompt follow each other
-            self.read_texts[settings] = self._texts_by_role(prompt)
-        return self.read_texts[settings]
-
-    def _texts_by_role(self, prompt: ImagePrompt) -> dict[Role, list[EncodedText]]:
-        roles = self.pipeline.guidance(self.request(prompt)).roles
-        given: dict[Role, list[str]] = {
-            "positive": self.pipeline.sub_prompts(prompt.prompt),
-            "negative": [prompt.negative_prompt or ""],
-        }
-        texts = {role: given.get(role, [""]) for role in roles}
-        chunks = self.pipeline.chunks_needed([text for group in texts.values() for text in group])
-        return {
-            role: [(text, chunks, self.text_strengths(prompt, role, part)) for part, text in enumerate(group)]
-            for role, group in texts.items()
-        }
+    def texts_of_image(self, prompt: ImagePrompt) -> dict[Role, list[EncodedText]]:
+        """The texts of an image by their roles."""
+        return self.image_texts.of(prompt, self.request(prompt))
 
     def text_strengths(self, prompt: ImagePrompt, role: Role, part: int) -> tuple[float, ...]:
         """The networks' strengths for a text of a prompt, where its outputs depend on them."""
         acts = self.stack.acts_on(*self.pipeline.encoders)
         return self.regions.text_strengths(prompt, role, part) if acts else ()
-
-    def encode_texts(self, prompts: Sequence[ImagePrompt]) -> None:
-        """Make the outputs of the texts of ``prompts`` that are not there yet, each by itself."""
-        groups = (group for prompt in prompts for group in self.texts_by_role(prompt).values())
-        wanted = list(dict.fromkeys(itertools.chain.from_iterable(groups)))
-        missing: dict[EncodedText, dict[str, Tensor]] = {text: {} for text in wanted if text not in self.encoded}
-        for encoder in self.pipeline.encoders if missing else ():
-            with self.explaining_memory(prompts), self.at_work(encoder):
-                for (text, chunks, strengths), outputs in missing.items():
-                    if strengths:
-                        self.stack.set_multipliers(strengths, encoder)
-                    (made,) = self.pipeline.encode_image_texts([text], [encoder], chunks=chunks)
-                    outputs.update({name: tensor.cpu() for name, tensor in made.items()})
-        self.encoded.update(missing)
-        self.encoded.update({text: self.encoded.pop(text) for text in wanted})  # the newest last
-        while len(self.encoded) > max(TEXTS_KEPT, len(wanted)):
-            del self.encoded[next(iter(self.encoded))]
-
-    def conditioning(self, text: EncodedText) -> Conditioning:
-        """The outputs of an encoded text, on the pipeline's device."""
-        return {name: tensor.to(self.pipeline.device) for name, tensor in self.encoded[text].items()}
 
     # ---- batches ------------------------------------------------------------------------------------------------
 
@@ -259,7 +215,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
 
     def key(self, prompt: ImagePrompt) -> Hashable:
         """What images must have in common to be drawn together."""
-        texts = self.texts_by_role(prompt)
+        texts = self.texts_of_image(prompt)
         return (
             self.request(prompt).common(),
             [(role, len(group), group[0][1]) for role, group in texts.items()],
@@ -306,7 +262,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
     def draw_batch(self, prompts: Sequence[ImagePrompt]) -> list[Image]:
         """Draw images together, in one stage or two, and write their files."""
         with self.explaining_memory(prompts):
-            self.encode_texts(prompts)
+            self.image_texts.encode([texts for prompt in prompts for texts in self.texts_of_image(prompt).values()])
             self.stack.set_multipliers(self.stack.strengths(prompts[0].network_mul), "unet")
             images = self.images_of(prompts) if self.highres is None else self.images_of_two_stages(prompts)
         for position, (prompt, image) in enumerate(zip(prompts, images)):
@@ -319,11 +275,11 @@ class ImageRun(InferenceRun[ImagePrompt]):
         """The request for an image with its texts; of several sub-prompts, the last one stands for all."""
         from library.models.pipeline import CONDITIONINGS
 
-        request = self.request(prompt)
-        for role, texts in self.texts_by_role(prompt).items():
-            setattr(request, CONDITIONINGS[role], self.conditioning(texts[-1]))
+        request, outputs = self.request(prompt), self.image_texts.conditioning
+        for role, texts in self.texts_of_image(prompt).items():
+            setattr(request, CONDITIONINGS[role], outputs(texts[-1]))
             if role == "positive" and len(texts) > 1:
-                request.sub_conditionings = [self.conditioning(text) for text in texts]
+                request.sub_conditionings = [outputs(text) for text in texts]
         return request
 
     def latents_of(

@@ -110,7 +110,7 @@ def weight_bytes(module: nn.Module, dtype: torch.dtype) -> int:
 
 
 def value_or(value: Any, default: Any) -> Any:
-    """What a prompt says, or the option's default where it says nothing (None)."""
+    """What is given, by a prompt for example, or ``default`` where that is nothing (None)."""
     return default if value is None else value
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.console import say
 from library.errors import UserError, in_one_line
+from library.generation.features import value_or
 from library.generation.image_prompts import ImagePrompt
 from library.generation.start_images import DEFAULT_STRENGTH, encoded_image, floored
 
@@ -97,7 +98,7 @@ class HighresFix:
             width=floored(self._scaled(prompt.width)),
             height=floored(self._scaled(prompt.height)),
             sample_steps=options.highres_fix_steps,
-            strength=prompt.strength if options.highres_fix_strength is None else options.highres_fix_strength,
+            strength=value_or(options.highres_fix_strength, prompt.strength),
             **scaled,
         )
 
@@ -106,9 +107,7 @@ class HighresFix:
         seed = prompt.seed
         if seed is not None:
             seed = seed + 1 if seed < 2**64 - 1 else 0
-        return dataclasses.replace(
-            prompt, seed=seed, strength=DEFAULT_STRENGTH if prompt.strength is None else prompt.strength
-        )
+        return dataclasses.replace(prompt, seed=seed, strength=value_or(prompt.strength, DEFAULT_STRENGTH))
 
     def settings(self, prompt: ImagePrompt) -> dict[str, str]:
         """What the text in an image's file says of it, by key."""

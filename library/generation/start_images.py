@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from library.console import say, warn
 from library.errors import UserError, in_one_line
-from library.generation.features import Batch, Feature
+from library.generation.features import Batch, Feature, value_or
 from library.generation.image_files import CONTACT_SHEET
 from library.generation.image_prompts import ImagePrompt
 from library.generation.prompt_sources import PromptLine
@@ -208,7 +208,7 @@ class StartImages(Feature):
                 while len(self.latents) > LATENTS_KEPT:
                     del self.latents[next(iter(self.latents))]
             request.start_latents = self.latents[key]
-            request.strength = DEFAULT_STRENGTH if prompt.strength is None else prompt.strength
+            request.strength = value_or(prompt.strength, DEFAULT_STRENGTH)
 
     def hook(self, batch: Batch) -> StepHook | None:
         """With masks, what keeps the rest of the image."""
@@ -222,7 +222,7 @@ class StartImages(Feature):
         """The image's file name and the strength."""
         if not self.files:
             return {}
-        strength = DEFAULT_STRENGTH if prompt.strength is None else prompt.strength
+        strength = value_or(prompt.strength, DEFAULT_STRENGTH)
         masked = bool(self.masks) and not self.masks_regions(prompt)
         mask = {"mask-image": self.masks[prompt.number // self.repeats % len(self.masks)].name} if masked else {}
         return {"start-image": self.file(prompt.number).name, "strength": f"{strength:g}", **mask}

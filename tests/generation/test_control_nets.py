@@ -106,7 +106,9 @@ def acting_models(pipeline: StableDiffusionPipeline, feature: Any, steps: int, *
         for index, model in enumerate(feature.models)
     ]
     hook = feature.hook(Batch([], [QUICK], [0], 64, 64))
-    pipeline.generate_latents(dataclasses.replace(QUICK, sample_steps=steps, **changes), hooks=[Count(), hook])
+    pipeline.generate_latents(
+        dataclasses.replace(QUICK, sample_steps=steps, scale=1.0, **changes), hooks=[Count(), hook]
+    )
     for handle in handles:
         handle.remove()
     return calls

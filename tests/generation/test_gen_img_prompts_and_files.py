@@ -27,7 +27,7 @@ def run(few_blocks_sd1, share_parts, tmp_path):
     """The script's run with more options, ready to draw."""
 
     def make(*arguments: object, outdir: Path = tmp_path / "out") -> GenImg:
-        given = ["--ckpt", few_blocks_sd1, "--W", 64, "--H", 64, "--steps", 2, "--outdir", outdir, *arguments]
+        given = ["--ckpt", few_blocks_sd1, "--W", 64, "--H", 64, "--steps", 1, "--outdir", outdir, *arguments]
         return share_parts(GenImg(parse_options(GenImgOptions, "", [str(argument) for argument in given])))
 
     return make

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from library.generation.clip_models import ClipModel, normalised, pixels
+from library.generation.clip_models import ClipModel, normalised
 from library.generation.features import Batch
-from library.generation.guide_images import GuideImages
+from library.generation.guide_images import GuideImages, pixels
 from library.generation.image_guidance import ImageGuide, Loss
 
 if TYPE_CHECKING:

@@ -90,13 +90,6 @@ def normalised(images: Tensor) -> Tensor:
     return (images - mean) / deviation
 
 
-def pixels(image: Image) -> Tensor:
-    """An RGB image as [3, H, W] in 0..1, float32."""
-    import numpy
-
-    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255
-
-
 def cropped(image: Image, side: int) -> Image:
     """The middle square of an image whose shorter side is made ``side`` long (bicubic), as CLIP's own preparation."""
     from PIL import Image

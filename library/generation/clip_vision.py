@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.generation.clip_models import ClipModel, cropped, normalised, pixels
+from library.generation.clip_models import ClipModel, cropped, normalised
 from library.generation.features import Batch, Feature
+from library.generation.guide_images import pixels
 from library.models.sampling import ModelCall, RunModel, StepHook
 
 if TYPE_CHECKING:

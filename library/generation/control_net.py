@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.generation.control_hints import CONTROL_NETS, Control, Hints, Progress
 from library.generation.features import Batch, Feature, weight_bytes
+from library.generation.guide_images import pixels
 from library.models.sampling import ModelCall, RunModel, StepHook
 from library.models.stable_diffusion.control_net import load_control_net, open_control_net
 
@@ -66,7 +66,7 @@ class ControlNets(Feature):
 def hint_pixels(hints: Hints, batch: Batch, model: int) -> Tensor:
     """The hints [B, 3, H, W], in 0..1, of a model for the images of a batch."""
     images = [hints.image(number, model, batch.width, batch.height) for number in batch.numbers]
-    return torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255 for image in images])
+    return torch.stack([pixels(image) for image in images])
 
 
 class ControlNetHook(StepHook):

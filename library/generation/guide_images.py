@@ -9,6 +9,7 @@ from library.generation.start_images import list_images, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 OPTION = "--guide_image_path"
 
@@ -28,3 +29,11 @@ class GuideImages:
     def image(self, index: int) -> Image:
         """The RGB image of that index, which begins again behind the last one. Raises UserError for a damaged file."""
         return read_image(self.files[index % len(self.files)], OPTION, "RGB")
+
+
+def pixels(image: Image) -> Tensor:
+    """An RGB image as [3, H, W] in 0..1, float32."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255

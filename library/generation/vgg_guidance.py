@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.generation.clip_models import pixels
 from library.generation.features import Batch, weight_bytes
-from library.generation.guide_images import GuideImages
+from library.generation.guide_images import GuideImages, pixels
 from library.generation.image_guidance import ImageGuide, Loss
 
 OPTION = "--vgg16_weights"

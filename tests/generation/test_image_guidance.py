@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from library.errors import UserError
-from library.generation.clip_models import cropped, normalised, pixels
+from library.generation.clip_models import cropped, normalised
 from library.generation.features import Batch, Feature
 from library.generation.guidance_options import GuidanceOptions, open_clip_vision, open_guidance, vgg16_file
+from library.generation.guide_images import pixels
 from library.generation.image_guidance import GuideHook
 from library.generation.image_prompts import ImagePrompt
 from library.generation.vgg_guidance import Vgg16

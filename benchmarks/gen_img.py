@@ -26,7 +26,13 @@ from benchmarks.measuring import ROOT, Measure, machine, parser, report, run_mea
 TINY = ROOT / "assets" / "tiny_sd15" / "sd15-tiny.safetensors"
 PROMPT, NEGATIVE = "a big red circle on a blue background", "small"
 SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler"}
-SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 SLOWEST, LATEST, ENCODED_ONCE = 0.95, 4.0, 1.0
 
 

@@ -111,6 +111,7 @@ def jobs(device: str, size: str) -> list[Job]:
     if size == "full":
         found.append(program("train_step", "--resolution", "512", "--ways", "checkpointed", "plain", seconds=40))
     found.append(tests("stable_diffusion_training", seconds=60, needs=(*trains, "diffusers")))
+    found.append(tests("text_to_image_families", seconds=60, needs=(*trains, "diffusers")))
     return found
 
 

@@ -32,21 +32,21 @@ def test_euler_steps_reach_the_end_of_a_constant_velocity_exactly():
     start, velocity = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
     seen = []
 
-    def constant(latents: torch.Tensor, timesteps: torch.Tensor, roles: object) -> list[torch.Tensor]:
-        seen.append(timesteps)
+    def constant(latents: torch.Tensor, step: Step, roles: object) -> list[torch.Tensor]:
+        seen.append(step.timestep)
         return [velocity]
 
     sigmas = flow_sigmas(7, 2.5)
     torch.testing.assert_close(denoise(constant, FlowEuler(sigmas), start), start - velocity)
-    assert torch.stack(seen)[:, 0].tolist() == sigmas[:-1].tolist()
-    assert all(timesteps.shape == (2,) and timesteps.dtype == torch.float32 for timesteps in seen)
+    assert torch.stack(seen).tolist() == sigmas[:-1].tolist()
+    assert all(timestep.shape == () and timestep.dtype == torch.float32 for timestep in seen)
 
 
 def test_guidance_one_is_the_conditional_prediction():
     conditional, unconditional = torch.randn(3), torch.randn(3)
     step, latents = Step(0, 1, torch.tensor(1.0)), torch.zeros(3)
 
-    def predict(latents: torch.Tensor, timesteps: torch.Tensor, roles: object) -> list[torch.Tensor]:
+    def predict(latents: torch.Tensor, step: Step, roles: object) -> list[torch.Tensor]:
         return [{"positive": conditional, "negative": unconditional}[role] for role in roles]
 
     torch.testing.assert_close(ClassifierFree(1.0)(predict, latents, step), conditional)

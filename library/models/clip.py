@@ -81,16 +81,6 @@ class ClipFile(OpenedTextEncoder[ClipTextEncoder]):
     """Outputs of the layer that projects the pooled text, where there is one."""
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the token embedding."""
-        return self.sizes["vocab_size"]
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the pooled text."""
-        return self.sizes["hidden_size"]
-
-    @property
     def max_length(self) -> int:
         """Tokens in one prompt, start and end included."""
         return self.sizes["max_position_embeddings"]

@@ -95,16 +95,6 @@ class LanguageModelFile(OpenedTextEncoder[Module]):
     source: TensorSource
     sizes: dict[str, Any]
 
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the token embedding."""
-        return self.sizes["vocab_size"]
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the states."""
-        return self.sizes["hidden_size"]
-
 
 def configured_size(source: TensorSource, name: str, default: int) -> int:
     """A whole number above 0 from the file's exceptions. Raises UserError for anything else under that name."""

@@ -85,10 +85,18 @@ class OpenedPart(ABC, Generic[Module]):
 class OpenedTextEncoder(OpenedPart[Module]):
     """A text encoder's."""
 
+    sizes: dict[str, Any]
+    """Arguments of its configuration in transformers."""
+
     @property
-    @abstractmethod
     def vocabulary(self) -> int:
         """Rows of the token embedding."""
+        return self.sizes["vocab_size"]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the states."""
+        return self.sizes["hidden_size"]
 
 
 # ---- requests -------------------------------------------------------------------------------------------------------

@@ -69,11 +69,6 @@ class T5File(OpenedTextEncoder[T5TextEncoder]):
     sizes: dict[str, Any]
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the token embedding."""
-        return self.sizes["vocab_size"]
-
-    @property
     def hidden_size(self) -> int:
         """Width of the states."""
         return self.sizes["d_model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,43 +24,76 @@ if TYPE_CHECKING:
 SHRUNK = "the features that a ControlNet adds to would have another size"
 
 
-class ControlNets(Feature):
-    """The models of ``--control_net_models``. Raises UserError for files that don't fit the pipeline's model."""
+class ControlFeature(Feature):
+    """What features with hint images share. Raises UserError for files that don't fit the pipeline's model."""
 
-    option = CONTROL_NETS
     refuses = {"--ds_depth_1": SHRUNK}
 
     def __init__(self, pipeline: StableDiffusionPipeline, hints: Hints, first_stage_only: bool = False):
         self.pipeline = pipeline
         self.hints = hints
         self.first_stage_only = first_stage_only
-        self.files = [open_control_net(used.path, pipeline.files.unet, CONTROL_NETS) for used in hints.used]
+        self.files = [self.open(used.path) for used in hints.used]
         self.models: list[Any] = []
+
+    @abstractmethod
+    def open(self, path: str) -> Any:
+        """A model's file, opened by its header. Raises UserError."""
+
+    @abstractmethod
+    def load(self, file: Any) -> Any:
+        """The model of an opened file."""
+
+    @abstractmethod
+    def file_bytes(self, file: Any) -> int:
+        """The memory of a model's weights, in the pipeline's dtype."""
+
+    @abstractmethod
+    def acting(self, hints: list[Tensor]) -> StepHook:
+        """What acts in the loop, with hints [B, 3, H, W] in 0..1 for each model."""
 
     def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
         """The files, each with its multiplier."""
-        return {"control-net-models": self.hints.text()}
+        return {self.option.removeprefix("--").replace("_", "-"): self.hints.text()}
+
+    @property
+    def model_bytes(self) -> Mapping[str, int]:
+        """The models' weights, in the pipeline's dtype."""
+        return {f"{self.option} {index}": self.file_bytes(file) for index, file in enumerate(self.files)}
+
+    def hook(self, batch: Batch) -> StepHook | None:
+        """What acts on a batch, with hints of its size."""
+        if batch.stage == 2 and self.first_stage_only:
+            return None
+        if not self.models:
+            self.models = [self.load(file) for file in self.files]
+        return self.acting([hint_pixels(self.hints, batch, model) for model in range(len(self.files))])
+
+
+class ControlNets(ControlFeature):
+    """The models of ``--control_net_models``."""
+
+    option = CONTROL_NETS
+
+    def open(self, path: str) -> Any:
+        """A ControlNet's file."""
+        return open_control_net(path, self.pipeline.files.unet, CONTROL_NETS)
+
+    def load(self, file: Any) -> Any:
+        """A ControlNet."""
+        return load_control_net(file, self.pipeline)
+
+    def file_bytes(self, file: Any) -> int:
+        """The memory of its weights."""
+        return weight_bytes(file.meta_module(), self.pipeline.dtype)
 
     @property
     def loaded(self) -> Sequence[nn.Module]:
         """The models, once they are loaded."""
         return self.models
 
-    @property
-    def model_bytes(self) -> Mapping[str, int]:
-        """The models' weights, in the pipeline's dtype."""
-        return {
-            f"{CONTROL_NETS} {index}": weight_bytes(file.meta_module(), self.pipeline.dtype)
-            for index, file in enumerate(self.files)
-        }
-
-    def hook(self, batch: Batch) -> StepHook | None:
-        """What adds to the U-Net's features, at the batch's size."""
-        if batch.stage == 2 and self.first_stage_only:
-            return None
-        if not self.models:
-            self.models = [load_control_net(file, self.pipeline) for file in self.files]
-        hints = [hint_pixels(self.hints, batch, model) for model in range(len(self.files))]
+    def acting(self, hints: list[Tensor]) -> StepHook:
+        """What adds to the U-Net's features."""
         return ControlNetHook(self.pipeline, self.models, self.hints.used, hints)
 
 

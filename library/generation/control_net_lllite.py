@@ -8,57 +8,41 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from library.generation.control_hints import LLLITES, Control, Hints, Progress
-from library.generation.control_net import SHRUNK, hint_pixels
-from library.generation.features import Batch, Feature, weight_bytes
+from library.generation.control_hints import LLLITES, Control, Progress
+from library.generation.control_net import ControlFeature
+from library.generation.features import weight_bytes
 from library.models.sampling import ModelCall, RunModel, StepHook
 from library.models.stable_diffusion.control_net_lllite import LLLiteModule, before_layers, open_lllite
 
 if TYPE_CHECKING:
-    from library.generation.image_prompts import ImagePrompt
     from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 
 
-class LLLites(Feature):
-    """The models of ``--control_net_lllite_models``. Raises UserError for files that don't fit the pipeline's model."""
+class LLLites(ControlFeature):
+    """The models of ``--control_net_lllite_models``."""
 
     option = LLLITES
-    refuses = {"--ds_depth_1": SHRUNK}
 
-    def __init__(self, pipeline: StableDiffusionPipeline, hints: Hints, first_stage_only: bool = False):
-        self.pipeline = pipeline
-        self.hints = hints
-        self.first_stage_only = first_stage_only
-        self.files = [open_lllite(used.path, pipeline.files.unet, pipeline.variant, LLLITES) for used in hints.used]
-        self.models: list[dict[str, LLLiteModule]] = []
+    def open(self, path: str) -> Any:
+        """A ControlNet-LLLite's file."""
+        return open_lllite(path, self.pipeline.files.unet, self.pipeline.variant, LLLITES)
 
-    def settings(self, prompt: ImagePrompt) -> Mapping[str, str]:
-        """The files, each with its multiplier."""
-        return {"control-net-lllite-models": self.hints.text()}
+    def load(self, file: Any) -> dict[str, LLLiteModule]:
+        """Its modules by the layers' paths."""
+        return file.load(self.pipeline.dtype, self.pipeline.device)
+
+    def file_bytes(self, file: Any) -> int:
+        """The memory of its weights."""
+        return sum(weight_bytes(file.meta_module(prefix), self.pipeline.dtype) for prefix in file.prefixes.values())
 
     @property
     def loaded(self) -> Sequence[nn.Module]:
-        """The models, once they are loaded."""
+        """The modules, once they are loaded."""
         return [module for model in self.models for module in model.values()]
 
-    @property
-    def model_bytes(self) -> Mapping[str, int]:
-        """The models' weights, in the pipeline's dtype."""
-        return {
-            f"{LLLITES} {index}": sum(
-                weight_bytes(file.meta_module(prefix), self.pipeline.dtype) for prefix in file.prefixes.values()
-            )
-            for index, file in enumerate(self.files)
-        }
-
-    def hook(self, batch: Batch) -> StepHook | None:
-        """What adds to the inputs of the U-Net's layers, for hints of the batch's size."""
-        if batch.stage == 2 and self.first_stage_only:
-            return None
-        if not self.models:
-            self.models = [file.load(self.pipeline.dtype, self.pipeline.device) for file in self.files]
-        hints = [2 * hint_pixels(self.hints, batch, model) - 1 for model in range(len(self.files))]
-        return LLLiteHook(self.pipeline, self.models, self.hints.used, hints)
+    def acting(self, hints: list[Tensor]) -> StepHook:
+        """What adds to the inputs of the U-Net's layers."""
+        return LLLiteHook(self.pipeline, self.models, self.hints.used, [2 * hint - 1 for hint in hints])
 
 
 class LLLiteHook(StepHook):

@@ -45,7 +45,7 @@ def controls(models: Sequence[str], options: ControlOptions) -> list[Control]:
     for name in ("control_net_preps", "control_net_multipliers", "control_net_ratios"):
         count = len(getattr(options, name))
         if count > len(models):
-            raise UserError(f"--{name}: {count} values are given for {len(models)} ControlNet models.")
+            raise UserError(f"--{name} has more values ({count}) than there are ControlNet models ({len(models)}).")
     for ratio in options.control_net_ratios:
         if not 0 <= ratio <= 1:
             raise UserError(f"--control_net_ratios: a ratio must be between 0 and 1, not {ratio:g}.")

@@ -57,12 +57,14 @@ def parse_network_files(options: NetworkOptions) -> list[NetworkFile]:
         raise UserError("--network_weights needs --network_module, such as networks.lora, once for each file.")
     if len(weights) < len(modules):
         raise UserError(
-            f"--network_weights: {len(modules)} modules need a file each, but {len(weights)} are given; there is no "
+            f"--network_weights: {len(weights)} of {len(modules)} files are given, one for each module; there is no "
             f"weight for {modules[len(weights)]}."
         )
     for option, values in (("network_weights", weights), ("network_mul", options.network_mul)):
         if len(values) > len(modules):
-            raise UserError(f"--{option} has {len(values)} values for {len(modules)} modules of --network_module.")
+            raise UserError(
+                f"--{option} has more values ({len(values)}) than --network_module has modules ({len(modules)})."
+            )
     if len(options.network_args) > len(modules):
         raise UserError(
             f"--network_args takes one string for each network, but {len(options.network_args)} are given for "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from tests.families.family import Family, small_lora
 
 if TYPE_CHECKING:
     from library.models.stable_diffusion.checkpoint import Variant
+    from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
     from tools.make_tiny_stable_diffusion import Layout, Shape
 
 
@@ -49,6 +51,22 @@ def make_tiny(variant: Variant, folder: Path) -> Path:
     from tools.make_tiny_stable_diffusion import make_tiny_stable_diffusion
 
     return make_tiny_stable_diffusion(folder, variant)
+
+
+def loaded_pipelines(models: Mapping[str, Path]) -> Callable[[str], StableDiffusionPipeline]:
+    """Gives the pipeline of a variant with its U-Net and text encoders loaded, each made once."""
+    import torch
+
+    from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
+
+    @cache
+    def load(variant: str) -> StableDiffusionPipeline:
+        pipeline = StableDiffusionPipeline(StableDiffusionFiles(models[variant]), torch.float32, "cpu")
+        for part in ("unet", *pipeline.encoders):
+            pipeline.load(part)
+        return pipeline
+
+    return load
 
 
 def stable_diffusion(variant: Variant, caches: tuple[str, str], planned: str, *options: object) -> Family:

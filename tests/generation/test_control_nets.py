@@ -245,7 +245,7 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_loaded(sd1, 
     cases: list[tuple[dict[str, Any], str]] = [
         ({**one, "control_net_lllite_models": lllites(folder, 0)}, "cannot be used at the same time"),
         ({"control_net_models": nets(folder, 0)}, "--control_net_models needs hint images"),
-        ({**one, "control_net_multipliers": [1.0, 2.0]}, "2 values are given for 1 ControlNet models"),
+        ({**one, "control_net_multipliers": [1.0, 2.0]}, r"more values \(2\) than there are ControlNet models \(1\)"),
         ({**one, "control_net_ratios": [1.5]}, "between 0 and 1, not 1.5"),
         ({**one, "control_net_preps": ["cany"]}, '"cany" is not known'),
         ({**one, "guide_image_path": [str(tmp_path / "no.png")]}, "no.png is neither a file nor a folder"),
@@ -255,7 +255,7 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_loaded(sd1, 
             {"control_net_models": nets(folder, 0, 1, 0), "guide_image_path": [f"{guides[0]}/0.png"] * 2},
             "2 images are given for 3 ControlNet models",
         ),
-        ({"control_net_ratios": [1.0]}, "1 values are given for 0 ControlNet models"),
+        ({"control_net_ratios": [1.0]}, r"more values \(1\) than there are ControlNet models \(0\)"),
         ({"control_net_lllite_models": lllites(folder, 0), "guide_image_path": guides}, "is for Stable Diffusion XL"),
     ]
     for options, message in cases:

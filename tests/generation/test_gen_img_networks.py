@@ -125,7 +125,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(run, files, tmp_path):
         (("--network_merge", "--network_pre_calc"), "--network_merge and --network_pre_calc are mutually exclusive"),
         (("--network_merge", "--mask_path", tmp_path / "mask.png"), "--mask_path needs --image_path"),
         (("--mask_path", tmp_path / "mask.png"), "2 networks need a part of the prompt each"),
-        (("--network_mul", 1, 1, 1), "--network_mul has 3 values for 2 modules"),
+        (("--network_mul", 1, 1, 1), r"--network_mul has more values \(3\) than --network_module has modules \(2\)"),
     ):
         with pytest.raises(UserError, match=sentence):
             run("--prompt", "a cat", *networks(*files), *arguments)

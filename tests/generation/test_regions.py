@@ -21,9 +21,10 @@ from library.generation.network_options import NetworkOptions
 from library.generation.regions import PromptRegions, open_regions, read_regions
 from library.generation.sampling_options import SamplingOptions
 from library.generation.start_images import StartImageOptions, StartImages, open_start_images
-from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
+from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 from networks import lora
 from networks.adapters.image_networks import ImageNetworks, open_networks
+from tests.families.stable_diffusion import loaded_pipelines
 
 VARIANTS = ("sd1", "sd2", "sdxl")
 FIRST, SECOND = "a red cat", "two blue dogs on a table"
@@ -32,16 +33,7 @@ RED, GREEN, YELLOW, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (255, 255, 0)
 
 @pytest.fixture(scope="module")
 def pipelines(few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl):
-    models = dict(zip(VARIANTS, (few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl)))
-
-    @cache
-    def load(variant: str) -> StableDiffusionPipeline:
-        pipeline = StableDiffusionPipeline(StableDiffusionFiles(models[variant]), torch.float32, "cpu")
-        for part in ("unet", *pipeline.encoders):
-            pipeline.load(part)
-        return pipeline
-
-    return load
+    return loaded_pipelines(dict(zip(VARIANTS, (few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl))))
 
 
 @pytest.fixture(scope="module")

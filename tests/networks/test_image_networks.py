@@ -15,9 +15,10 @@ from torch import Tensor
 from library.errors import UserError
 from library.generation.network_options import NetworkOptions, parse_arguments
 from library.models.stable_diffusion.original_names import under_original_names
-from library.models.stable_diffusion.pipeline import StableDiffusionFiles, StableDiffusionPipeline
+from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 from networks import dylora, lora, lora_fa, oft
 from networks.adapters.image_networks import ImageNetworks, open_networks
+from tests.families.stable_diffusion import loaded_pipelines
 
 MODULES: dict[str, tuple[Any, dict[str, str]]] = {
     "networks.lora": (lora, {"conv_dim": "2"}),
@@ -31,13 +32,11 @@ VARIANTS = ("sd1", "sd2", "sdxl")
 @pytest.fixture(scope="module")
 def pipelines(few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl):
     """A loaded pipeline of each variant."""
-    models = dict(zip(VARIANTS, (few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl)))
+    loaded = loaded_pipelines(dict(zip(VARIANTS, (few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl))))
 
     @cache
     def load(variant: str) -> StableDiffusionPipeline:
-        pipeline = StableDiffusionPipeline(StableDiffusionFiles(models[variant]), torch.float32, "cpu")
-        for part in ("unet", *pipeline.encoders):
-            pipeline.load(part)
+        pipeline = loaded(variant)
         pipeline.meta_module = cache(pipeline.meta_module)  # type: ignore[method-assign]
         return pipeline
 
@@ -307,10 +306,10 @@ def test_metadata_are_printed_if_requested(pipelines, files, networks, capsys):
     ("options", "sentence"),
     [
         ({"network_module": []}, "--network_weights needs --network_module"),
-        ({"network_module": ["networks.lora"] * 2}, "2 modules need a file each, but 1 are given; there is no weight"),
+        ({"network_module": ["networks.lora"] * 2}, "1 of 2 files are given, one for each module; there is no weight"),
         ({"network_weights": ["missing.safetensors"]}, "there is no file missing.safetensors"),
         ({"network_module": ["networks.lorra"]}, r'"networks.lorra" is unknown here.*"networks.lora"'),
-        ({"network_mul": [1.0, 2.0]}, "--network_mul has 2 values for 1 modules"),
+        ({"network_mul": [1.0, 2.0]}, r"--network_mul has more values \(2\) than --network_module has modules \(1\)"),
         ({"network_mul": [float("nan")]}, "--network_mul must be finite numbers"),
         ({"network_args": ["algo"]}, '"algo" must have the form key=value'),
         ({"network_args": ["a=1", "b=2"]}, "one string for each network, but 2 are given for 1"),

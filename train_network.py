@@ -101,6 +101,8 @@ class NetworkTrainer(FamilyHooks):
         self.plan_steps()
         if self.options.dataset.debug_dataset:
             return self.show_dataset()
+        if self.outputs.are_complete(self.plan.max_steps):
+            return self.say_complete()
         self.fit_memory()
         self.open_pipeline()
         if self.options.preflight.dry_run:
@@ -228,7 +230,12 @@ class NetworkTrainer(FamilyHooks):
     def first_position(self, same_data: bool = True) -> Position:
         """Where training starts. Raises UserError when nothing is left to train."""
         saved = None if self.saved is None else self.saved.position
-        return start_position(self.plan, self.options.resume, saved, same_data)
+        return start_position(self.plan, self.options.resume, saved, same_data, may_be_done=self.outputs.chosen)
+
+    def say_complete(self) -> None:
+        """There is nothing to do: the state that was found is that of the finished run."""
+        say(f"{self.outputs.files.final_file()} is complete: its run has ended at step {self.plan.max_steps}")
+        self.accelerator.end_training()
 
     def fit_memory(self) -> None:
         """Set the options that ``--vram_budget`` and ``--blocks_to_swap auto`` leave open, as if they had been given.
@@ -404,6 +411,10 @@ class NetworkTrainer(FamilyHooks):
             ascii=True,
         )
         with self.bar, messages_above_progress(), self.clock.part("training"):
+            if self.progress.step == self.plan.max_steps and self.progress.position.batch:
+                self.after_epoch(
+                    self.progress.position.epoch
+                )  # what was due when the run was killed after its last step
             while self.progress.step < self.plan.max_steps and not self.progress.ended_by:
                 self.train_epoch(interruption)
 

@@ -7,23 +7,32 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from library.errors import UserError
+from library.processes import MARK, ProcessMark, this_process
 
-TEMPORARY_NAME = re.compile(r"^\.(?:.+\.)?(\d+)-[0-9a-f]{8}\.part(\.\w+)?$")
-"""With or without the name of the file that is being written, as earlier versions had it."""
+TEMPORARY_NAME = re.compile(rf"^\.({MARK})-[0-9a-f]{{8}}\.part(\.\w+)?$")
+SILENCE = 3600.0
+"""Seconds without a write after which another machine's temporary file is taken for that of a dead process."""
+_tidied: set[Path] = set()
+"""Folders from which this process has removed what killed ones had left."""
 
 
 def temporary_path(path: Path) -> Path:
     """A hidden sibling of ``path`` that ``remove_stale_temporaries`` recognises; its name holds the writing process.
 
-    The name is short whatever ``path`` is called, so that each name which a file may have can be written.
+    The name is short whatever ``path`` is called, so that each name which a file may have can be written. What killed
+    processes have left in the folder is removed when this process first writes there.
     """
-    return path.with_name(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    if path.parent not in _tidied:
+        _tidied.add(path.parent)
+        remove_stale_temporaries(path.parent)
+    return path.with_name(f".{this_process()}-{uuid.uuid4().hex[:8]}.part")
 
 
 def replace_when_complete(temporary: Path, path: Path) -> None:
@@ -80,6 +89,16 @@ def write_new(names: Iterable[Path], data: bytes) -> Path:
         temporary.unlink(missing_ok=True)
 
 
+def remove_whole(path: Path) -> None:
+    """Remove a file or a folder, if there is one; a folder is never seen half-removed under its name."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    aside = temporary_path(path)
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
 def _name_once(temporary: Path, path: Path) -> Path:
     """Give a file a name that no other has. Raises FileExistsError."""
     try:
@@ -93,38 +112,40 @@ def _name_once(temporary: Path, path: Path) -> Path:
     return path
 
 
-def remove_stale_temporaries(folder: Path) -> None:
-    """Remove temporary files in ``folder`` that a process which no longer runs has left behind, as far as possible."""
+def stale_temporaries(folder: Path) -> list[Path]:
+    """Temporary files and folders in ``folder`` that a process which no longer runs has left behind.
+
+    Those of another machine, whose processes cannot be seen, count when nobody has written to them for ``SILENCE``.
+    """
     try:
-        entries = list(folder.iterdir())
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.name.startswith(".") and ".part" in entry.name]
     except OSError:
-        return
-    for entry in entries:
-        match = TEMPORARY_NAME.match(entry.name)
-        if not match or _process_runs(int(match.group(1))):
-            continue
+        return []
+    matches = [match for name in names if (match := TEMPORARY_NAME.match(name))]
+    return [folder / match[0] for match in matches if _is_stale(folder / match[0], match[1])]
+
+
+def _is_stale(path: Path, text: str) -> bool:
+    mark = ProcessMark.parse(text)
+    assert mark is not None
+    if mark.is_here:
+        return not mark.runs
+    try:
+        parts = [path, *path.iterdir()] if path.is_dir() and not path.is_symlink() else [path]
+        return time.time() - max(part.lstat().st_mtime for part in parts) > SILENCE
+    except OSError:
+        return False
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Remove what ``stale_temporaries`` finds, as far as possible."""
+    for entry in stale_temporaries(folder):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 entry.unlink()
-
-
-def _process_runs(process_id: int) -> bool:
-    if os.name == "nt":
-        import ctypes
-
-        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, process_id)  # type: ignore[attr-defined]
-        if handle:
-            ctypes.windll.kernel32.CloseHandle(handle)  # type: ignore[attr-defined]
-        return bool(handle)
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # a number too large for a process is no process's, so nobody's to remove
-        return True
-    return True
 
 
 def require_writable_folder(folder: Path, option: str, read_only: bool = False) -> None:

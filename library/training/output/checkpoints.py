@@ -5,13 +5,14 @@ Names and retention follow kohya-ss/sd-scripts, so that front ends find the file
 
 from __future__ import annotations
 
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from library.errors import UserError
-from library.files import remove_stale_temporaries, require_writable_folder
+from library.files import remove_stale_temporaries, remove_whole, require_writable_folder
+from library.training.output.state import finish_replacements
 
 
 @dataclass
@@ -68,6 +69,8 @@ class OutputFolder:
         self.options = options
         _require_usable_name(options.output_name)
         self.every_n_epochs = options.save_every_n_epochs
+        if not read_only:
+            finish_replacements(self.folder)
         require_writable_folder(self.folder, "--output_dir", read_only)
         if self.final_file().is_dir():
             raise UserError(f"--output_name: {self.final_file()} is to be written, but is a folder.")
@@ -104,6 +107,12 @@ class OutputFolder:
     def final_state(self) -> Path:
         """The state folder of the finished run."""
         return self.folder / f"{self._name('last')}-state"
+
+    def states(self) -> list[Path]:
+        """What stands in the folder under a name that a state of this run could have, whole or not, in no order."""
+        step, epoch, last = (re.escape(self._name(default)) for default in ("at", "epoch", "last"))
+        name = re.compile(rf"{step}-step\d{{8,}}-state|{epoch}-\d{{6,}}-state|{last}-state")
+        return [path for path in self.folder.iterdir() if name.fullmatch(path.name)] if self.folder.is_dir() else []
 
     def _name(self, default: str) -> str:
         return self.options.output_name or default
@@ -145,12 +154,12 @@ class OutputFolder:
     def remove_old_epoch(self, epoch: int) -> None:
         """After ``epoch`` was saved: remove the file and the state that are due to go."""
         for path in self.old_after_epoch(epoch):
-            _remove(path)
+            remove_whole(path)
 
     def remove_old_step(self, step: int) -> None:
         """After ``step`` was saved: remove the file and the state that are due to go."""
         for path in self.old_after_step(step):
-            _remove(path)
+            remove_whole(path)
 
 
 LONGEST_ENDING = len("_e000001_00_20260101000000_18446744073709551615.png")
@@ -182,10 +191,3 @@ def _step_to_remove(step: int, keep: int, every: int) -> int:
     """The newest saved step that is more than ``keep`` steps old."""
     old = step - keep - 1
     return old - old % every
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

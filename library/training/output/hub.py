@@ -9,6 +9,7 @@ from typing import Any
 
 from library.console import say, warn
 from library.errors import UserError
+from library.training.output.newest_state import AUTOMATIC
 from library.training.run_options import HubOptions
 
 KINDS = ("model", "dataset", "space")
@@ -26,6 +27,11 @@ def check_hub_options(options: HubOptions, resume: str | None) -> None:
     if options.resume_from_huggingface:
         if not resume:
             raise UserError("--resume_from_huggingface needs --resume: the state's name on the hub.")
+        if resume in AUTOMATIC:
+            raise UserError(
+                f"--resume {resume} chooses a state in --output_dir; with --resume_from_huggingface, name one on the "
+                "hub: owner/name/path[:revision[:type]]."
+            )
         _parts_of_state(resume)
 
 

@@ -12,6 +12,7 @@ from library.training.finiteness import require_finite
 from library.training.network.saving import save_network
 from library.training.output.checkpoints import OutputFolder
 from library.training.output.hub import Uploads, fetch_state
+from library.training.output.newest_state import AUTOMATIC, choose_state
 from library.training.output.sample_images import Samples
 from library.training.output.state import SavedState
 from library.training.training_options import TrainingOptions
@@ -36,9 +37,22 @@ class RunOutputs:
         """Files and folders that this run has written, without sample images."""
         self.sample_files: list[Path] = []
         from_hub = options.hub.resume_from_huggingface
-        if options.resume.resume and not (from_hub and read_only):
-            folder = fetch_state(options.hub, options.resume.resume) if from_hub else Path(options.resume.resume)
+        resume = options.resume.resume
+        self.chosen = resume in AUTOMATIC
+        """Whether the state was chosen by this run, and not by its user."""
+        if self.chosen:
+            assert resume is not None
+            self.saved = choose_state(resume, self.files)
+        elif resume and not (from_hub and read_only):
+            folder = fetch_state(options.hub, resume) if from_hub else Path(resume)
             self.saved = SavedState(folder)
+
+    def are_complete(self, max_steps: int) -> bool:
+        """Whether the state that was chosen is the one with which a run of this length has ended."""
+        saved, files = self.saved, self.files
+        if not self.chosen or saved is None or saved.folder != files.final_state() or not files.final_file().is_file():
+            return False
+        return saved.position.step == max_steps
 
     def write_network(self, network: Any, path: Path, metadata: dict[str, str], wait: bool = False) -> None:
         """Write the network's file and upload it, if requested; ``wait`` for the upload. Raises UserError for NaN."""

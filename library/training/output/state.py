@@ -8,20 +8,26 @@ Version 1 of the format::
 
 No random state is stored: every draw is derived from the seed and the position (``library.randomness``). The folder
 appears under its name only when it is complete.
+
+Where a folder replaces one of the same name, the old one has to make room first. A process that is killed in that
+moment leaves no folder of the name, but a complete one beside it that knows its name (``finish_replacements``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.files import temporary_path, write_text
+from library.files import stale_temporaries, temporary_path, write_text
+from library.safetensors_io import read_header
 
 FORMAT = "lora-training-state"
 VERSION = 1
@@ -32,7 +38,8 @@ class ResumeOptions:
     """Resuming"""
 
     resume: str | None = None
-    """State folder to continue from, to the same result as an uninterrupted run."""
+    """State folder to continue from, to the same result as an uninterrupted run. `latest`: the newest whole state of
+    this --output_name in --output_dir; `auto`: the same, and a new run if there is none."""
     initial_epoch: int | None = None
     """Number (from 1) of the first epoch, when the earlier ones were trained elsewhere."""
     initial_step: int | None = None
@@ -119,6 +126,8 @@ def save_state(
         document = {
             "format": FORMAT,
             "version": VERSION,
+            "name": folder.name,
+            "saved_at": time.time(),
             "current_epoch": position.epoch + 1,
             "current_step": position.step,
             "position": asdict(position),
@@ -144,6 +153,25 @@ def _take_name(aside: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
+def finish_replacements(folder: Path) -> None:
+    """Give the states in ``folder`` their names that were about to replace others when their processes were killed.
+
+    To be called before stale temporaries are removed. Another process may do the same at the same time.
+    """
+    found: dict[str, SavedState] = {}
+    for path in stale_temporaries(folder):
+        try:
+            saved = SavedState(path)
+        except UserError:
+            continue
+        name = saved.document.get("name")
+        if isinstance(name, str) and Path(name).name == name and not (folder / name).exists():
+            found[name] = max(found.get(name, saved), saved, key=lambda one: one.age_key)
+    for name, saved in found.items():
+        with contextlib.suppress(OSError):  # whoever was quicker has renamed it
+            os.replace(saved.folder, folder / name)
+
+
 class SavedState:
     """A state folder that was opened; tensors are read on request."""
 
@@ -157,20 +185,34 @@ class SavedState:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"--resume: {folder} has no readable train_state.json; it is not a state folder.") from None
-        if document.get("format") != FORMAT:
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise UserError(
                 f"--resume: {folder} was written by another program; continue from its LoRA file with "
                 "--network_weights."
             )
-        if document["version"] > VERSION:
+        if document.get("version") != VERSION:
             raise UserError(f"--resume: {folder} was written by a newer version of these scripts.")
         for name in ("model.safetensors", "optimizer.safetensors"):
             if not (folder / name).is_file():
                 raise UserError(f"--resume: {folder} is incomplete: {name} is missing.")
+            try:
+                read_header(folder / name)
+            except UserError as error:
+                raise UserError(f"--resume: {folder} is incomplete: {error}") from None
         self.document = document
-        self.position = Position(**document["position"])
-        self.identity = RunIdentity(**document["identity"])
-        self.rest = unpack(document["rest"], {})
+        try:
+            self.position = Position(**document["position"])
+            self.identity = RunIdentity(**document["identity"])
+            self.rest = unpack(document["rest"], {})
+            self.saved_at = float(document.get("saved_at", path.stat().st_mtime))
+        except (KeyError, TypeError, ValueError, OSError):
+            raise UserError(f"--resume: {folder} is damaged: its train_state.json is not what was written.") from None
+        """When it was written, in seconds since 1970."""
+
+    @property
+    def age_key(self) -> tuple[float, int]:
+        """Greater for a newer state."""
+        return self.saved_at, self.position.step
 
     def check_belongs_to(self, identity: RunIdentity, unrecorded: Mapping[str, Any] | None = None) -> list[str]:
         """The properties of the run that changed since the state was saved and end exactness.

@@ -63,13 +63,15 @@ def plan_run(options: LengthOptions, batches_per_epoch: int) -> RunPlan:
     return plan
 
 
-def start_position(plan: RunPlan, options: ResumeOptions, saved: Position | None, same_data: bool) -> Position:
+def start_position(
+    plan: RunPlan, options: ResumeOptions, saved: Position | None, same_data: bool, may_be_done: bool = False
+) -> Position:
     """Where the run begins.
 
     ``--initial_step``, then ``--initial_epoch``, count steps as done; with ``--skip_until_initial_step`` their data is
     passed over, otherwise the epoch that holds the first new step begins with its first batch. Without them a state's
     own position (``saved``) counts; if the data has changed since (``same_data`` false) its epoch is restarted.
-    Raises UserError when nothing is left to train.
+    Raises UserError when nothing is left to train; with ``may_be_done``, the position may be that of the last step.
     """
     if options.skip_until_initial_step and not (options.initial_step or options.initial_epoch or saved):
         raise UserError("--skip_until_initial_step needs --initial_step or --initial_epoch.")
@@ -86,7 +88,7 @@ def start_position(plan: RunPlan, options: ResumeOptions, saved: Position | None
         position = Position(saved.epoch, saved.batch if same_data else 0, saved.step)
     else:
         position = Position()
-    if position.step >= plan.max_steps:
+    if position.step > plan.max_steps or (position.step == plan.max_steps and not may_be_done):
         raise UserError(
             f"The run starts at step {position.step} and ends at step {plan.max_steps}: nothing is left to train; "
             "raise --max_train_steps or --max_train_epochs."

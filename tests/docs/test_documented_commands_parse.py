@@ -147,7 +147,7 @@ def test_every_option_named_in_the_text_exists():
     known |= {*LINE_OPTIONS, *SESSION.letters, *LETTERS}
     known |= {"help", "num_processes", "num_cpu_threads_per_process", "multi_gpu", "show_all_keys", "reverse"}
     known |= {"name"}  # stands for any option
-    known |= {"family"}  # of tools/quickstart.py
+    known |= {"family", "thorough"}  # of tools/quickstart.py and tools/run_tests.py
     known |= {"reverse"}  # of networks/convert_hunyuan_image_lora_to_comfy.py
     wrong = set()
     for page in PAGES:

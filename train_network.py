@@ -30,7 +30,7 @@ from library.training.checks import check_training_options
 from library.training.data import read_training_data
 from library.training.distribution import choose_seed, in_turn, make_accelerator
 from library.training.family_hooks import FamilyHooks
-from library.training.finiteness import StepWatch
+from library.training.finiteness import StepNumbers, StepWatch
 from library.training.interruption import Interruption
 from library.training.latents import Latents
 from library.training.network.building import build_network, place_network
@@ -80,7 +80,7 @@ class NetworkTrainer(FamilyHooks):
         """Names of the given options that change nothing in this run."""
         self.progress = Progress()
         self.clock = RunClock()
-        self.step_watch = StepWatch()
+        self.step_watch = StepWatch(options.nonfinite)
         self.saved: SavedState | None = None
         """The state of ``--resume``."""
         self.spill_watch = SpillWatch(lambda: used_share(self.accelerator.device))
@@ -460,34 +460,50 @@ class NetworkTrainer(FamilyHooks):
         loss = batch_loss(losses, batch.loss_weights, batch.group_size, self.accelerator.num_processes)
         self.step_watch.add(loss, batch.image_keys)
         if self.optimization.fused is not None:  # its updates happen during the backward pass
-            self.read_step(None)
+            if self.read_step(None).problem:
+                return
             self.progress.resumable = None
         self.accelerator.backward(loss / self.plan.batches_in_step(index))
         self.progress.images += batch.group_size
 
-    def read_step(self, norm: Tensor | None) -> list[float]:
-        """The losses of the step in hand. Raises UserError when one, or its gradients' ``norm``, is not finite."""
-        return self.step_watch.read(norm, self.accelerator, self.progress.step + 1, self.progress.is_first_step)
+    def read_step(self, norm: Tensor | None) -> StepNumbers:
+        """The losses of the step in hand, and what is not finite in them or in its gradients' ``norm``."""
+        return self.step_watch.read(norm, self.accelerator)
 
     def end_step(self, index: int) -> None:
-        """The update that follows micro-batch ``index``, if every number of the step is finite, and its log."""
+        """The update that follows micro-batch ``index``, if every number of the step is finite, and its log.
+
+        Raises UserError when one is not and the run has to end for that.
+        """
         optimization = self.optimization
-        *earlier, last = self.read_step(None if optimization.fused is not None else optimization.clip_gradients())
+        numbers = self.read_step(None if optimization.fused is not None else optimization.clip_gradients())
+        problem = numbers.problem
+        if not problem and optimization.fused is not None and not optimization.fused.was_finite():
+            problem = "a gradient is not finite (weights with finite ones were updated)"
+        if problem:
+            self.step_watch.leave_out(problem, self.progress)
+        *earlier, last = numbers.losses
         for number, loss in enumerate(earlier, index - len(earlier)):
             self.log_batch(number, loss)
-        self.update()
+        if problem:
+            optimization.leave_out()
+            self.count_step()
+        else:
+            self.update()
         self.log_batch(index, last)
 
     def update(self) -> None:
         """One optimizer step with the gradients of all micro-batches and processes."""
-        optimization, progress = self.optimization, self.progress
-        if optimization.fused is not None:
-            what, first = "a gradient is not finite", progress.is_first_step
-            self.step_watch.require(optimization.fused.was_finite(), what, progress.step + 1, first)
-        else:
-            progress.resumable = None
-            optimization.step()
-        optimization.step_schedule(progress.record.average)
+        self.progress.has_updated = True
+        if self.optimization.fused is None:
+            self.progress.resumable = None
+            self.optimization.step()
+        self.count_step()
+
+    def count_step(self) -> None:
+        """Go on to the next step, whose learning rates are taken."""
+        progress = self.progress
+        self.optimization.step_schedule(progress.record.average)
         limit = self.options.network.scale_weight_norms
         self.norms = self.network.apply_max_norm_regularization(limit, self.accelerator.device) if limit else None
         progress.position.step += 1
@@ -663,7 +679,8 @@ class NetworkTrainer(FamilyHooks):
                     with self.optimization.evaluating():
                         self.save_model(path, progress.position.epoch)
                     if self.options.saving.save_state and progress.resumable is not None:
-                        self.save_state(self.outputs.files.step_state(step))
+                        self.save_state(state := self.outputs.files.step_state(step))
+                        say(f"continue from there with --resume {state}")
                 except Exception as second:
                     warn(f"{path} could not be saved: {in_one_line(second)}")
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from library.errors import UserError
 from library.memory.streaming_options import check_streaming_options
+from library.training.finiteness import check_nonfinite_options
 from library.training.network.contract import check_network_options
 from library.training.objective.losses import check_loss_options
 from library.training.objective.noise_options import check_noise_options
@@ -28,6 +29,7 @@ def check_training_options(options: TrainingOptions) -> None:
         options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision
     )
     check_lr_scheduler_options(options.lr_scheduler)
+    check_nonfinite_options(options.nonfinite)
     check_loss_options(options.loss)
     check_noise_options(options.noise)
     check_validation_options(options.validation)

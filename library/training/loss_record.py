@@ -13,8 +13,9 @@ class LossRecord:
         self.losses: dict[int, float] = {}
 
     def add(self, batch: int, loss: float) -> None:
-        """Note the loss of micro-batch ``batch`` of an epoch."""
-        self.losses[batch] = loss
+        """Note the loss of micro-batch ``batch`` of an epoch; one that is not finite leaves the older one."""
+        if math.isfinite(loss):
+            self.losses[batch] = loss
 
     @property
     def average(self) -> float:

@@ -19,6 +19,10 @@ class Progress:
     """The end of the last step, as long as network and optimizer stand there."""
     first_step: int = 0
     """Steps that were done before this process began to train."""
+    has_updated: bool = False
+    """Whether this process has updated the network."""
+    left_out: int = 0
+    """Steps without their update, because a loss or a gradient was not finite; those before a resume among them."""
     images: int = 0
     """Images that all processes of this run have trained on, repeats counted."""
     record: LossRecord = field(default_factory=LossRecord)
@@ -36,11 +40,6 @@ class Progress:
     def step(self) -> int:
         """Optimizer updates done."""
         return self.position.step
-
-    @property
-    def is_first_step(self) -> bool:
-        """Whether this process has not updated the network yet."""
-        return self.step == self.first_step
 
     def mark_resumable(self) -> None:
         """Network and optimizer stand at the present position."""

@@ -8,6 +8,7 @@ from library.console import ConsoleOptions
 from library.data.options import CacheOptions, DatasetOptions
 from library.memory.streaming_options import StreamingOptions
 from library.options import ConfigOptions
+from library.training.finiteness import NonfiniteOptions
 from library.training.network.contract import NetworkOptions
 from library.training.objective.losses import LossOptions
 from library.training.objective.noise_options import NoiseOptions, StableDiffusionNoiseOptions
@@ -56,6 +57,7 @@ class TrainingOptions:
     obsolete_distribution: ObsoleteDistributionOptions = field(default_factory=ObsoleteDistributionOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     lr_scheduler: LRSchedulerOptions = field(default_factory=LRSchedulerOptions)
+    nonfinite: NonfiniteOptions = field(default_factory=NonfiniteOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)

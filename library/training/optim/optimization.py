@@ -67,6 +67,12 @@ class Optimization:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def leave_out(self) -> None:
+        """Forget the gradients without an update."""
+        if self.accelerator.scaler is not None:  # it has looked at the gradients, and waits for the end of the step
+            self.accelerator.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step_schedule(self, average_loss: float) -> None:
         """Take the learning rates of the next step."""
         step_scheduler(self.scheduler, average_loss)

@@ -16,8 +16,8 @@ from library.training.run_facts import RunFacts
 from library.training.tracking import PATH_OPTIONS
 
 SAME_RESULT_GROUPS = frozenset(
-    "config console preflight model saving resume length distribution obsolete_distribution samples sampler validation "
-    "report logging metadata hub cache text_cache".split()
+    "config console preflight model saving resume length distribution obsolete_distribution nonfinite samples sampler "
+    "validation report logging metadata hub cache text_cache".split()
 )
 """Option groups that don't shape the result of training, or whose part in it is compared by what it leads to."""
 SAME_RESULT_OPTIONS = PATH_OPTIONS | set(
@@ -78,6 +78,7 @@ def write_run_state(run: RunFacts, folder: Path, scaler: Any) -> None:
         {
             "lr_scheduler": scheduler_state(optimization.scheduler),
             "losses": progress.record.state(),
+            "left_out": progress.left_out,
             "scaler": None if scaler is None else scaler.state_dict(),
             "session": {"id": progress.session_id, "started_at": progress.started_at},
         },
@@ -91,6 +92,7 @@ def restore_run_state(run: RunFacts, saved: SavedState, scaler: Any) -> None:
     optimization.optimizer.load_state_dict(saved.optimizer_state())
     load_scheduler_state(optimization.scheduler, rest["lr_scheduler"])
     progress.record.load_state(rest["losses"])
+    progress.left_out = rest.get("left_out", 0)
     progress.session_id, progress.started_at = rest["session"]["id"], rest["session"]["started_at"]
     if scaler is not None and rest["scaler"]:
         scaler.load_state_dict(rest["scaler"])

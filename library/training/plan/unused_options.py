@@ -28,6 +28,7 @@ def unused_options(options: Any) -> list[tuple[str, Sequence[str]]]:
         *_streaming(options.streaming, options.precision.vram_budget is not None),
         (options.model.xformers, "beside --xformers", ["sdpa"]),
         *_distribution(options.distribution),
+        (options.nonfinite.on_nonfinite != "skip", "without --on_nonfinite skip", ["max_nonfinite_steps"]),
         *_length_and_resume(options),
         *_saving(options),
         *_network(options),

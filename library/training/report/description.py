@@ -118,6 +118,7 @@ def end_facts(run: RunFacts, clock: RunClock, page: Path | None, forecast: Forec
         peak_process_bytes=peak_process_memory(),
         peak_device_bytes=peak_device_memory(),
         losses={**losses, **progress.validation_losses},
+        left_out=progress.left_out,
         forecast=forecast,
         files=[FileFacts(path, size_on_disk(path)) for path in written if path.exists()],
         samples=[FileFacts(path, size_on_disk(path)) for path in dict.fromkeys(outputs.sample_files) if path.exists()],

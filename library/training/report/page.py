@@ -25,7 +25,7 @@ from library.training.report.description import start_facts
 from library.training.report.report_options import report_is_wanted
 from library.training.report.samples import SampleGrid
 from library.training.report.timing import RunClock, peak_device_memory, peak_process_memory
-from library.training.report.wording import length_lines, network_lines, rate_text
+from library.training.report.wording import left_out_text, length_lines, network_lines, rate_text
 
 if TYPE_CHECKING:
     from library.training.progress import Progress
@@ -361,6 +361,8 @@ def measured(progress: Progress, clock: RunClock) -> list[tuple[str, str]]:
     if steps and seconds:
         speed = f"{rate_text(steps / seconds)} steps/s, {rate_text(progress.images / seconds)} images/s"
         found.append(("Speed", f"{speed} while training"))
+    if progress.left_out:
+        found.append(("Updates left out", left_out_text(progress.left_out)))
     device, main = peak_device_memory(), f"{size_text(peak_process_memory())} of system RAM"
     found.append(("Peak memory", main if device is None else f"{size_text(device)} on the device, {main}"))
     return found

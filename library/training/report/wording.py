@@ -107,6 +107,8 @@ class EndFacts:
     peak_device_bytes: int | None
     losses: Mapping[str, float]
     """Last value by name."""
+    left_out: int = 0
+    """Steps without their update."""
     forecast: Forecast | None = None
     """What was expected of both peaks, where it was."""
     files: Sequence[FileFacts] = field(default_factory=list)
@@ -180,7 +182,14 @@ def end_lines(facts: EndFacts) -> list[str]:
     ]
     if facts.losses:
         lines.append("loss: " + ", ".join(f"{name} {value:.5f}" for name, value in facts.losses.items()))
+    if facts.left_out:
+        lines.append(f"updates left out: {left_out_text(facts.left_out)}")
     return lines + _file_lines(facts)
+
+
+def left_out_text(count: int) -> str:
+    """What is said of steps without their update."""
+    return f"{counted(count, 'step')} whose loss or gradients were not finite"
 
 
 def _speed(facts: EndFacts) -> str:

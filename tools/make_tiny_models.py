@@ -25,7 +25,7 @@ from torch import Tensor
 from library.families import FAMILIES, FLUX
 from library.files import write_text
 from library.models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
-from library.models.clip import ClipTextEncoder
+from library.models.clip import ClipConfig, ClipTextEncoder
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.gemma2 import Gemma2TextEncoder, gemma2_config
@@ -51,7 +51,7 @@ from tools.tiny_hunyuan_text import (
     write_diffusers_byt5,
     write_diffusers_qwen2_5_vl,
 )
-from tools.tiny_parts import WORDS, fill_randomly, write_clip_tokenizer
+from tools.tiny_parts import WORDS, fill_randomly, transformers_clip_config, write_clip_tokenizer
 
 Layout = Literal["original", "comfyui", "diffusers"]
 Variant = Literal["dev", "schnell", "chroma"]
@@ -131,7 +131,9 @@ def make_tiny_flux(
         states[name] = {key: value.to(dtype).contiguous() for key, value in module.state_dict().items()}
     states["t5"]["shared.weight"] = states["t5"].pop("encoder.embed_tokens.weight")
     if layout == "diffusers":
-        texts = {part: module.config for part, module in modules.items() if part in ("clip", "t5")}
+        texts = {"t5": json.loads(t5.config.to_json_string())}
+        if not is_chroma:
+            texts["clip"] = transformers_clip_config(modules["clip"].config)
         _write_diffusers(folder, states, transformer.config, texts)
         return TinyFlux(folder, folder, None if is_chroma else folder, folder)
     return _write_single_files(folder, states, "model.diffusion_model." if layout == "comfyui" else "")
@@ -263,20 +265,14 @@ def make_tiny_hunyuan_image(
     return files
 
 
-def clip_config(vocabulary: int) -> Any:
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-
-    return CLIPTextConfig(
+def clip_config(vocabulary: int) -> ClipConfig:
+    """The sizes of FLUX.1's tiny CLIP-L."""
+    return ClipConfig(
         vocab_size=vocabulary,
         hidden_size=TEXT_WIDTH,
         intermediate_size=2 * TEXT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=TEXT_HEADS,
-        max_position_embeddings=77,
-        hidden_act="quick_gelu",
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
     )
 
 
@@ -414,7 +410,7 @@ def tokenizer_entries(model: bytes) -> int:
 
 
 def _write_diffusers(
-    folder: Path, states: dict[str, dict[str, Tensor]], config: FluxConfig, texts: dict[str, Any]
+    folder: Path, states: dict[str, dict[str, Tensor]], config: FluxConfig, texts: dict[str, dict[str, Any]]
 ) -> None:
     """``texts`` are the configurations of the text encoders by their names in ``states``."""
     is_chroma = isinstance(config, ChromaConfig)
@@ -435,7 +431,7 @@ def _write_diffusers(
     _write_transformer(folder, transformer, diffusers_transformer_config(config))
     _write_autoencoder(folder, states["autoencoder"])
     for part, name in text_parts.items():
-        write_text(folder / part / "config.json", texts[name].to_json_string())
+        write_text(folder / part / "config.json", json.dumps(texts[name]))
         save_file(states[name], folder / part / "model.safetensors", {"format": "pt"})
 
 

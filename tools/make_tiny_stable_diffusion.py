@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from library.files import write_text
-from library.models.clip import ClipTextEncoder
+from library.models.clip import ClipConfig, ClipTextEncoder
 from library.models.lean_imports import diffusers_class
 from library.models.stable_diffusion.checkpoint import SCALING_FACTORS, Variant
 from library.models.stable_diffusion.keys import autoencoder_table, inverted, open_clip_table, renamed, unet_table
 from library.randomness import generator
 from library.safetensors_io import save_file
-from tools.tiny_parts import fill_randomly, write_clip_tokenizer
+from tools.tiny_parts import fill_randomly, transformers_clip_config, write_clip_tokenizer
 
 Layout = Literal["original", "diffusers"]
 
@@ -113,7 +113,7 @@ def make_tiny_stable_diffusion(
         fill_randomly(module, seed, f"tiny {variant} {part}")
         states[part] = {name: value.to(dtype).contiguous() for name, value in module.state_dict().items()}
     if layout == "diffusers":
-        return _write_diffusers(folder, variant, modules, states, v_prediction)
+        return _write_diffusers(folder, variant, shape, modules, states, v_prediction)
     return _write_single_file(folder, variant, shape, states, v_prediction)
 
 
@@ -156,22 +156,15 @@ def build_modules(shape: Shape, vocabulary: int, scaling_factor: float = 0.18215
     return modules
 
 
-def encoder_config(encoder: Encoder, vocabulary: int) -> Any:
-    """transformers' configuration of a text encoder."""
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-
-    return CLIPTextConfig(
+def encoder_config(encoder: Encoder, vocabulary: int) -> ClipConfig:
+    """The sizes of a text encoder."""
+    return ClipConfig(
         vocab_size=vocabulary,
         hidden_size=encoder.width,
         intermediate_size=encoder.mlp_ratio * encoder.width,
         num_hidden_layers=encoder.layers,
         num_attention_heads=encoder.heads,
-        max_position_embeddings=77,
         hidden_act=encoder.activation,
-        projection_dim=encoder.projection or encoder.width,
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1 if encoder.padding == END_OF_TEXT else 0,
     )
 
 
@@ -262,6 +255,7 @@ def open_clip_state(state: Mapping[str, Tensor], encoder: Encoder) -> dict[str, 
 def _write_diffusers(
     folder: Path,
     variant: Variant,
+    shape: Shape,
     modules: Mapping[str, Any],
     states: Mapping[str, Mapping[str, Tensor]],
     v_prediction: bool,
@@ -282,9 +276,11 @@ def _write_diffusers(
     write_text(folder / "model_index.json", json.dumps({"_class_name": CLASSES[variant], **classes}))
     for part, module in modules.items():
         is_text = part.startswith("text_encoder")
-        config = json.loads(module.config.to_json_string() if is_text else module.to_json_string())
         if is_text:
-            config["architectures"] = [classes[part][1]]
+            encoder = shape.encoders[part == "text_encoder_2"]
+            config = transformers_clip_config(module.config, encoder.projection, encoder.padding == END_OF_TEXT)
+        else:
+            config = json.loads(module.to_json_string())
         (folder / part).mkdir(parents=True, exist_ok=True)
         write_text(folder / part / "config.json", json.dumps(config))
         name = "model.safetensors" if is_text else "diffusion_pytorch_model.safetensors"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from library.files import write_text
+from library.models.clip import ClipConfig
 from library.models.tokenizer_files import byte_characters
 from library.randomness import generator
 
@@ -24,6 +27,22 @@ def fill_randomly(module: nn.Module, seed: int, purpose: str) -> None:
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
         parameter.data = 1 + 0.1 * values if is_norm_weight else values / fan_in**0.5
         parameter.requires_grad_(False)
+
+
+def transformers_clip_config(
+    config: ClipConfig, projection: int | None = None, pads_with_end: bool = True
+) -> dict[str, Any]:
+    """What transformers' ``config.json`` says of a text encoder whose tokenizer is ``write_clip_tokenizer``'s."""
+    end = config.vocab_size - 1
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if projection else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        **asdict(config),
+        "projection_dim": projection or config.hidden_size,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end if pads_with_end else 0,
+    }
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> int:

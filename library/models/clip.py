@@ -1,20 +1,24 @@
-"""CLIP's text encoders (transformers' model) from a single file, a part of one, or a Diffusers folder."""
+"""CLIP's text encoders from a single file, a part of one, or a Diffusers folder.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020. Names and
+results, to the bit, are those of transformers' ``CLIPTextModel``, whose import takes seconds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
 from library.devices import to_device
 from library.errors import UserError
-from library.models.lean_imports import transformers_class
-from library.models.loading import Origin, Place, TensorSource, on_meta
+from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import CLIP_L_PREFIXES, refuse_unless
 
@@ -24,26 +28,143 @@ BELOW_PREFIX = ("embeddings.", "encoder.", "final_layer_norm.")  # how transform
 POSITION_IDS = "text_model.embeddings.position_ids"
 
 
+def quick_gelu(states: Tensor) -> Tensor:
+    """OpenAI's approximation of GELU."""
+    return states * torch.sigmoid(1.702 * states)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+"""What a ``config.json`` may call ``hidden_act``."""
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The sizes of a text encoder under transformers' names."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+
+
+class ClipStates(NamedTuple):
+    """What the text transformer makes of tokens, [batch, length, hidden] each."""
+
+    last_hidden_state: Tensor
+    """Of the last layer, after the final norm."""
+    hidden_states: tuple[Tensor, ...]
+    """The embeddings, then the states of each layer, without the final norm."""
+
+
+# LoRA networks, ours and LyCORIS, find layers by the names of classes; their order is that in which values are drawn.
+
+
+class CLIPAttention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[batch, length, hidden] to the same."""
+        projected = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
+        query, key, value = (tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tensor in projected)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=query.shape[-1] ** -0.5)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class CLIPMLP(nn.Module):
+    """The feed-forward network."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[batch, length, hidden] to the same."""
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Attention and feed-forward network, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size)
+        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[batch, length, hidden] to the same."""
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class ClipEmbeddings(nn.Module):
+    """Vectors of tokens and of their positions."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[batch, length, hidden] of ``input_ids`` [batch, length]."""
+        positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
+        return self.token_embedding(input_ids) + self.position_embedding(positions)
+
+
+class ClipLayers(nn.Module):
+    """The level of the names that holds the layers."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class ClipTextModel(nn.Module):
+    """The text transformer."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.embeddings = ClipEmbeddings(config)
+        self.encoder = ClipLayers(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> ClipStates:
+        """The states of ``input_ids`` [batch, length]."""
+        hidden_states = [self.embeddings(input_ids)]
+        for layer in self.encoder.layers:
+            hidden_states.append(layer(hidden_states[-1]))
+        return ClipStates(self.final_layer_norm(hidden_states[-1]), tuple(hidden_states))
+
+
 class ClipTextEncoder(nn.Module):
     """CLIP's text transformer under the checkpoints' names: everything lies below ``text_model``.
 
-    (From version 5 on, transformers leaves that level out, and LoRA names would lose it.) ``text_projection`` is the
-    layer of that many outputs that the pooled text passes in SDXL's second encoder.
+    ``text_projection`` is the layer of that many outputs that the pooled text passes in SDXL's second encoder.
     """
 
     text_projection: nn.Linear | None
 
-    def __init__(self, config: Any, projection_size: int | None = None):
+    def __init__(self, config: ClipConfig, projection_size: int | None = None):
         super().__init__()
-        self.text_model = transformers_class("clip.modeling_clip", "CLIPTextModel")(config)
+        self.config = config
+        self.text_model = ClipTextModel(config)
         self.text_projection = None
         if projection_size is not None:
             self.text_projection = nn.Linear(config.hidden_size, projection_size, bias=False)
-
-    @property
-    def config(self) -> Any:
-        """transformers' configuration."""
-        return self.text_model.config
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +186,7 @@ class ClipTextEncoder(nn.Module):
         Where there is a ``text_projection``, it is applied.
         """
         tokens = to_device(tokens, self.device)
-        hidden = self.text_model(input_ids=tokens).last_hidden_state
+        hidden = self.text_model(tokens).last_hidden_state
         ends = (tokens == end_of_text).int().argmax(dim=-1)
         pooled = hidden[torch.arange(len(tokens), device=hidden.device), ends]
         return pooled if self.text_projection is None else self.text_projection(pooled)
@@ -87,17 +208,8 @@ class ClipFile(OpenedTextEncoder[ClipTextEncoder]):
 
     def meta_module(self) -> ClipTextEncoder:
         """The module on torch's meta device: its structure without its values."""
-        from transformers.models.clip.configuration_clip import CLIPTextConfig
-
-        # The special ids of the configuration are unused: they come from the tokenizer.
-        config = CLIPTextConfig(**self.sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0, attention_dropout=0.0)
         with on_meta():
-            return ClipTextEncoder(config, self.projection_size)
-
-    def add_buffers(self, module: ClipTextEncoder, place: Place) -> None:
-        """The numbers of the positions."""
-        positions = torch.arange(self.max_length, device=place(POSITION_IDS)).expand(1, -1)
-        module.text_model.embeddings.register_buffer("position_ids", positions, persistent=False)
+            return ClipTextEncoder(ClipConfig(**self.sizes), self.projection_size)
 
 
 def open_clip(path: Path | str, disable_mmap: bool = False, option: str = "") -> ClipFile:
@@ -135,6 +247,12 @@ def clip_file(source: TensorSource, hidden_act: str = "quick_gelu", is_projected
             f"{f'{heads} attention heads' if heads else f'attention heads of {HEAD_DIM}'}; a model that was made with "
             'another number says so as "num_attention_heads" in the "config" entry of its metadata.'
         )
+    activation = exceptions.get("hidden_act", hidden_act)
+    if activation not in ACTIVATIONS:
+        known = " and ".join(f'"{name}"' for name in ACTIVATIONS)
+        raise UserError(
+            f'{source.checkpoint.label}: "hidden_act" in its configuration is "{activation}"; {known} are supported.'
+        )
     sizes = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -142,6 +260,6 @@ def clip_file(source: TensorSource, hidden_act: str = "quick_gelu", is_projected
         "num_hidden_layers": source.count(r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": heads,
         "max_position_embeddings": source.sizes("text_model.embeddings.position_embedding.weight", 2)[0],
-        "hidden_act": exceptions.get("hidden_act", hidden_act),
+        "hidden_act": activation,
     }
     return ClipFile(source, sizes, source.sizes("text_projection.weight", 2)[0] if is_projected else None)

@@ -71,13 +71,9 @@ class OpenedPart(ABC, Generic[Module]):
         """Endings of the names of tensors that stay float32 where the others are in ``compute``."""
         return ()
 
-    def add_buffers(self, module: Any, place: Place) -> None:
-        """Give ``module`` the buffers that no file holds."""
-
     def load(self, spec: LoadSpec) -> Module:
         """The module, frozen and in eval mode. Raises UserError where tensors don't fit."""
         module: Any = self.meta_module()
-        self.add_buffers(module, spec.place)
         load_module(module, self.source, spec, self.kept_in_float32(spec.compute))
         return module
 

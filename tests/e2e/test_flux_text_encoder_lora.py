@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,12 @@ def pipeline(tiny_flux) -> FluxPipeline:
 def peft_reference(kind: str, pipeline: FluxPipeline, network: Any) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """transformers' own encoder with a LoRA of peft that has the network's weights; its parameters by our names."""
     from peft import LoraConfig, get_peft_model
-    from transformers import CLIPTextModel, T5EncoderModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 
     encoder: Any = pipeline.load_text_encoders([kind])[0]
     state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     if kind == "clip_l":
-        model: Any = CLIPTextModel(encoder.config)
+        model: Any = CLIPTextModel(CLIPTextConfig(**asdict(encoder.config)))
         model.load_state_dict({name.removeprefix("text_model."): tensor for name, tensor in state.items()})
         layers, below = CLIP_LAYERS, "encoder.layers"
     else:

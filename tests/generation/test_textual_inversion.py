@@ -63,7 +63,7 @@ def reference_states(
     ]
     module.embeddings.token_embedding = nn.Embedding.from_pretrained(rows)
     ids += [tokenizer.pad_token_id] * (77 - len(ids))
-    out = module(torch.tensor([ids]), output_hidden_states=True)
+    out = module(torch.tensor([ids]))
     return torch.stack(out.hidden_states), out.last_hidden_state
 
 

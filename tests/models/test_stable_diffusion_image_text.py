@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from hypothesis import given
@@ -53,7 +55,7 @@ def diffusers_encode(pipeline: StableDiffusionPipeline, text: str) -> dict[str, 
     models = []
     for encoder, module in zip(pipeline.encoders, pipeline.load_text_encoders()):
         tokenizer = pipeline.tokenizers[encoder]
-        config = CLIPTextConfig(**{**module.config.to_dict(), "eos_token_id": tokenizer.eos_token_id})
+        config = CLIPTextConfig(**asdict(module.config), eos_token_id=tokenizer.eos_token_id)
         if module.text_projection is None:
             model = CLIPTextModel(config).eval()
             model.load_state_dict(module.text_model.state_dict())
@@ -110,7 +112,7 @@ def test_clip_skip_names_the_layer_of_both_encoders_of_xl(few_blocks_sdxl):
         name = f"hidden_state{number}"
         module = first.load_text_encoders()[number - 1]
         ids = first.tokenize(["a cat"])[first.encoders[number - 1]].ids[:, 0]
-        layers = module.text_model(ids, output_hidden_states=True).hidden_states
+        layers = module.text_model(ids).hidden_states
         assert torch.equal(texts[0][name], layers[-1]) and torch.equal(texts[1][name], layers[-2])
         assert torch.equal(texts[2][name], texts[1][name])
     assert torch.equal(texts[0]["pool2"], texts[1]["pool2"])

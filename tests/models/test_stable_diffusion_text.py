@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import CLIPTextConfig
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.models.clip import ClipTextEncoder
+from library.models.clip import ClipConfig, ClipTextEncoder
 from library.models.stable_diffusion.text import (
     Tokens,
     chunk_count,
@@ -138,16 +137,12 @@ def test_chunks_are_joined_to_one_start_all_inner_positions_and_one_end():
 
 def clip(layers: int, projection: int | None = None) -> ClipTextEncoder:
     torch.manual_seed(layers)
-    config = CLIPTextConfig(
+    config = ClipConfig(
         vocab_size=110,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        max_position_embeddings=77,
-        bos_token_id=98,
-        eos_token_id=99,
-        pad_token_id=99,
     )
     encoder = ClipTextEncoder(config, projection).eval()
     for parameter in encoder.parameters():
@@ -174,7 +169,7 @@ def test_sdxl_reads_layer_11_of_the_real_clip():
     """The last layer but one, which in a model of 12 layers is number 11 of 13 states."""
     encoder, tokens = clip(12), rows(20)
     states, pooled = encode_for_xl(encoder, tokens, 99)
-    all_states = encoder.text_model(tokens.ids[:, 0], output_hidden_states=True).hidden_states
+    all_states = encoder.text_model(tokens.ids[:, 0]).hidden_states
     assert len(all_states) == 13 and pooled is None
     assert torch.equal(states, all_states[11])
 

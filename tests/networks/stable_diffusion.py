@@ -50,13 +50,11 @@ def real_unet(variant: str, **changes: Any) -> nn.Module:
 
 def real_encoders(variant: str) -> list[nn.Module]:
     """The text encoders of a published model on torch's meta device."""
-    from transformers import CLIPTextConfig
-
-    from library.models.clip import ClipTextEncoder
+    from library.models.clip import ClipConfig, ClipTextEncoder
 
     encoders: list[nn.Module] = []
     for layers, width in ENCODERS[variant]:
-        config = CLIPTextConfig(
+        config = ClipConfig(
             num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64
         )
         with on_meta():
@@ -80,7 +78,7 @@ class Tiny:
 
     def encode(self) -> list[Tensor]:
         """The last hidden state of each text encoder."""
-        return [encoder.text_model(input_ids=self.tokens).last_hidden_state for encoder in self.encoders]
+        return [encoder.text_model(self.tokens).last_hidden_state for encoder in self.encoders]
 
 
 @cache

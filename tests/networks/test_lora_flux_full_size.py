@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.errors import UserError
-from library.models.clip import ClipTextEncoder
+from library.models.clip import ClipConfig, ClipTextEncoder
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer
 from library.models.t5 import T5TextEncoder
@@ -18,13 +18,13 @@ from networks import lora_flux
 
 @pytest.fixture(scope="module")
 def models():
-    from transformers import CLIPTextConfig, T5Config
+    from transformers import T5Config
 
     with torch.device("meta"):
         return {
             "flux": FluxTransformer(FluxConfig()),
             "chroma": ChromaTransformer(ChromaConfig()),
-            "clip_l": ClipTextEncoder(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)),
+            "clip_l": ClipTextEncoder(ClipConfig()),
             "t5xxl": T5TextEncoder(T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
                                             feed_forward_proj="gated-gelu")),
         }  # fmt: skip

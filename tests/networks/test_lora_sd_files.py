@@ -219,15 +219,14 @@ def test_files_of_other_methods_are_named(tmp_path):
 
 def test_the_keys_that_another_trainer_wrote_are_all_understood():
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig
 
-    from library.models.clip import ClipTextEncoder
+    from library.models.clip import ClipConfig, ClipTextEncoder
 
     keys = json.loads(REFERENCE.read_text(encoding="utf-8"))
     tensors = {key: torch.ones(shape) for key, (shape, _) in keys.items()}
     with torch.device("meta"):
         unet = UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), cross_attention_dim=32)
-        text = ClipTextEncoder(CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2))
+        text = ClipTextEncoder(ClipConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2))
     network, own = lora.create_network_from_weights(1.0, None, None, text, unet, tensors)
     assert network.state_dict().keys() == own.keys() == tensors.keys()
 

@@ -43,14 +43,13 @@ def test_counts_of_the_published_models(variant, attention, with_conv, text):
 
 def test_keys_and_shapes_of_a_file_that_another_trainer_wrote():
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig
 
-    from library.models.clip import ClipTextEncoder
+    from library.models.clip import ClipConfig, ClipTextEncoder
 
     keys = json.loads(REFERENCE.read_text(encoding="utf-8"))
     with torch.device("meta"):
         unet = UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), cross_attention_dim=32)
-        text = ClipTextEncoder(CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2))
+        text = ClipTextEncoder(ClipConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2))
     network = made(unet, text, dim=4)
     types = {torch.float32: "F32"}
     mine = {key: [list(value.shape), types[value.dtype]] for key, value in network.state_dict().items()}

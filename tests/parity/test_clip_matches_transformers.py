@@ -1,6 +1,8 @@
-"""CLIP-L's pooled vector is that of transformers' CLIPTextModel, from every layout, under the names of LoRA files."""
+"""CLIP's text encoder is transformers' CLIPTextModel to the bit, from every layout, under the names of LoRA files."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.models.clip import ClipFile, open_clip
+from library.models.clip import ACTIVATIONS, ClipConfig, ClipFile, ClipTextModel, open_clip
 from library.models.loading import LoadSpec, TensorSource
 from library.safetensors_io import save_file
 
@@ -76,6 +78,61 @@ def test_pooled_text_is_the_same_from_every_layout(reference, tmp_path):
         with torch.no_grad():
             actual = open_clip(path).load(LoadSpec.of(torch.float32))(tokens(), END)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+SIZES = {
+    "narrow": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 1},
+    "heads of 64": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2},
+    "heads of 20": {"hidden_size": 100, "intermediate_size": 100, "num_hidden_layers": 1, "num_attention_heads": 5},
+}
+STD = {"narrow": 0.3, "heads of 64": 0.2, "heads of 20": 0.2}
+
+
+def pair(size: str, activation: str, dtype: torch.dtype) -> tuple[ClipTextModel, CLIPTextModel]:
+    """Ours and theirs, of the same weights."""
+    torch.manual_seed(2)
+    sizes: dict[str, Any] = {**SIZES[size], "vocab_size": 100, "hidden_act": activation}
+    theirs = CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=98, eos_token_id=END, pad_token_id=END)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=STD[size])
+    ours = ClipTextModel(ClipConfig(**sizes)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours.to(dtype), theirs.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_states_and_gradients_are_the_same_to_the_bit(size, activation, dtype):
+    ours, theirs = pair(size, activation, dtype)
+    for ids in (tokens(), tokens()[:1, :7]):
+        mine, reference = ours(ids), theirs(ids, output_hidden_states=True)
+        assert len(mine.hidden_states) == len(reference.hidden_states) == len(ours.encoder.layers) + 1
+        for one, other in zip(mine.hidden_states, reference.hidden_states, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(mine.last_hidden_state, reference.last_hidden_state)
+        weights = torch.randn(mine.last_hidden_state.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        for model, states in ((ours, mine.last_hidden_state), (theirs, reference.last_hidden_state)):
+            model.zero_grad()
+            (states * weights).sum().backward()
+        for (name, parameter), (their_name, other) in zip(
+            ours.named_parameters(), theirs.named_parameters(), strict=True
+        ):
+            assert name == their_name and torch.equal(parameter.grad, other.grad)
+
+
+def test_under_autocast_states_are_the_same_to_the_bit():
+    ours, theirs = pair("heads of 64", "quick_gelu", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(ours(tokens()).last_hidden_state, theirs(tokens()).last_hidden_state)
+
+
+def test_an_unknown_activation_is_named(reference, tmp_path):
+    config = {"config": '{"hidden_act": "swish"}'}
+    state = {f"text_model.{key}": value for key, value in reference.state_dict().items()}
+    save_file(state, tmp_path / "clip.safetensors", config)
+    with pytest.raises(UserError, match=r'"hidden_act" in its configuration is "swish"; "quick_gelu" and "gelu" are'):
+        open_clip(tmp_path / "clip.safetensors")
 
 
 def test_the_activation_is_quick_gelu(reference, tmp_path):

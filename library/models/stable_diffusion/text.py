@@ -131,5 +131,5 @@ def require_clip_skip(clip_skip: int | None, layers: int) -> None:
 def _run(encoder: ClipTextEncoder, tokens: Tokens) -> tuple[tuple[Tensor, ...], Tensor]:
     """All layers' states and the last one after the final norm, [batch * chunks, 77, hidden] each."""
     ids = to_device(tokens.ids.flatten(0, 1), encoder.device)
-    outputs = encoder.text_model(input_ids=ids, output_hidden_states=True)
-    return outputs.hidden_states, outputs.last_hidden_state
+    states = encoder.text_model(ids)
+    return states.hidden_states, states.last_hidden_state

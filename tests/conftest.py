@@ -22,15 +22,26 @@ from library.memory.streaming import BlockStream
 from tests.documented import DATASETS
 from tests.families.families import TINY
 from tests.families.stable_diffusion import make_few_blocks
+from tests.processes import ForkServer
 from tests.running import forget_accelerator, toml_value
 
 # A busy machine must not fail a property test.
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
+hypothesis.settings.register_profile("ordinary", deadline=None)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile("ordinary")
 
 
 BlockStream.poisons = True  # a streamed weight that is used where it isn't there makes every result NaN
 OffloadedInputs.smallest = 1  # the inputs of tiny models are worth the way too
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="many more kills, inputs and steps")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("thorough"):
+        hypothesis.settings.load_profile("thorough")
 
 
 def pytest_collection() -> None:
@@ -70,6 +81,19 @@ def collecting_garbage_is_quick(kept_modules: list[int]) -> Iterator[None]:
 def kept_modules() -> list[int]:
     """How many modules had been imported when the collector last was told to leave alone what is there."""
     return [0]
+
+
+@pytest.fixture(scope="session")
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether ``--thorough`` asks for the large numbers of kills, inputs and steps."""
+    return request.config.getoption("thorough")
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts scripts as processes of their own in a fraction of a second."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True, scope="session")

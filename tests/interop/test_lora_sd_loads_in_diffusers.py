@@ -51,11 +51,10 @@ def peft_layers(model: nn.Module) -> int:
     return sum(hasattr(module, "lora_A") for module in model.modules())
 
 
-@pytest.mark.parametrize("arguments", [{}, {"conv_dim": "3", "conv_alpha": "1"}])
-def test_what_diffusers_draws_with_the_file_is_what_the_network_drew(pipe, arguments, tmp_path, caplog):
+def test_what_diffusers_draws_with_the_file_is_what_the_network_drew(pipe, tmp_path, caplog):
     encoders = encoders_of(pipe)
     without = latents(pipe)
-    network = lora.create_network(1.0, 4, 2.0, None, encoders, pipe.unet, **arguments)
+    network = lora.create_network(1.0, 4, 2.0, None, encoders, pipe.unet, conv_dim="3", conv_alpha="1")
     randomise(network)
     network.apply_to(encoders, pipe.unet)
     expected = latents(pipe)
@@ -72,22 +71,6 @@ def test_what_diffusers_draws_with_the_file_is_what_the_network_drew(pipe, argum
     pipe.unload_lora_weights()
     assert not [text for text in said if "key" in text or "LoRA" in text]
     assert layers[0] == len(network.unet_loras) and sum(layers[1:]) == len(network.text_encoder_loras)
-
-
-@pytest.mark.parametrize("part", ["unet", "text encoders"])
-def test_one_part_alone(pipe, part, tmp_path):
-    """Text encoders can be hidden behind a strong U-Net, so each is compared by itself."""
-    encoders = encoders_of(pipe)
-    network = lora.create_network(1.0, 4, 2.0, None, encoders, pipe.unet)
-    randomise(network, 0.1)
-    network.apply_to(encoders, pipe.unet, part != "unet", part == "unet")
-    expected = latents(pipe)
-    network.save_weights(tmp_path / "lora.safetensors", None, None)
-    network.remove()
-    assert (expected - latents(pipe)).abs().max() > 1e-2
-    pipe.load_lora_weights(tmp_path / "lora.safetensors")
-    torch.testing.assert_close(latents(pipe), expected, rtol=1e-4, atol=1e-4)
-    pipe.unload_lora_weights()
 
 
 def test_a_file_that_diffusers_wrote_is_read_here(pipe, tmp_path):

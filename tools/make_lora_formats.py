@@ -1,0 +1,161 @@
+"""Write the tables of docs/lora_formats.md from what stands here: which LoRA files go from program to program.
+
+``python tools/make_lora_formats.py`` rewrites what stands between the page's markers; ``--check`` writes nothing and
+ends with 1 when the page is not current. The tests in ``tests/interop/`` measure every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from library.errors import UserError  # noqa: E402
+from library.files import write_text  # noqa: E402
+
+PAGE = "docs/lora_formats.md"
+END = "<!-- end of the table -->"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What becomes of the files of some families: a row for each kind of file, a column for each program."""
+
+    name: str
+    """In the page's marker."""
+    families: Sequence[str]
+    """Short names of the models; the same cells hold for all of them."""
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+    head: str = "in the file"
+
+    @property
+    def begin(self) -> str:
+        """The marker that the table stands after."""
+        return f"<!-- table of {self.name}: made by tools/make_lora_formats.py, do not edit -->"
+
+    @property
+    def text(self) -> str:
+        """The table in Markdown."""
+        lines = [(self.head, *self.columns), ("---",) * (len(self.columns) + 1)]
+        lines += [(row, *cells) for row, cells in self.rows.items()]
+        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+UNETS = ("ComfyUI", "web UI", "Diffusers", "LyCORIS")
+TRANSFORMERS = ("ComfyUI", "ComfyUI, converted", "Diffusers", "Diffusers, converted", "LyCORIS")
+_EVERYWHERE = ("yes",) * 4
+_STABLE_DIFFUSION = {
+    "LoRA with text encoders": _EVERYWHERE,
+    "convolutions (`conv_dim`)": _EVERYWHERE,
+    "LoRA-FA, DyLoRA": _EVERYWHERE,
+    "OFT": ("dropped", "dropped", "refused", "refused"),
+    "LyCORIS LoHa, LoKr": ("yes", "yes", "refused", "yes"),
+    "LyCORIS DoRA": ("otherwise", "otherwise", "otherwise", "yes"),
+    "LyCORIS DoRA, `wd_on_output=False`": ("yes", "yes", "otherwise", "refused"),
+    "LyCORIS `train_norm`": ("yes", "yes", "refused", "yes"),
+}
+_OF_NO_LORA = {
+    "OFT": ("dropped", "not converted", "refused", "not converted", "refused"),
+    "LyCORIS LoHa, LoKr": ("yes", "not converted", "dropped", "not converted", "yes"),
+}
+_STREAMS = {
+    "double and single blocks": ("yes",) * 5,
+    "ranks by layer, some blocks only": ("yes",) * 5,
+    "`split_qkv=True`": ("yes",) * 5,
+    "alpha left at 1, given, equal to the rank (0)": ("yes",) * 5,
+}
+_DORA = {"LyCORIS DoRA": ("otherwise", "not converted", "otherwise", "not converted", "yes")}
+OURS = (
+    Table("Stable Diffusion", ("sd1", "sd2"), UNETS, _STABLE_DIFFUSION),
+    Table(
+        "Stable Diffusion XL", ("sdxl",), UNETS, {**_STABLE_DIFFUSION, "OFT": ("dropped", "yes", "refused", "refused")}
+    ),
+    Table(
+        "FLUX.1",
+        ("flux",),
+        TRANSFORMERS,
+        {
+            **_STREAMS,
+            "`in_dims`: conditioning layers": ("yes", "yes", "dropped", "yes", "yes"),
+            "CLIP-L": ("yes",) * 5,
+            "T5-XXL beside other layers": ("yes", "yes", "dropped", "dropped", "dropped"),
+            "T5-XXL alone": ("yes", "yes", "refused", "dropped", "refused"),
+            **_OF_NO_LORA,
+            **_DORA,
+        },
+    ),
+    Table(
+        "Chroma",
+        ("chroma",),
+        TRANSFORMERS,
+        {
+            **_STREAMS,
+            "T5-XXL beside other layers": ("dropped", "yes", "dropped", "dropped", "dropped"),
+            **_OF_NO_LORA,
+            **_DORA,
+        },
+    ),
+    Table(
+        "Lumina Image 2.0",
+        ("lumina",),
+        TRANSFORMERS,
+        {
+            "all blocks": ("yes", "yes", "dropped", "yes", "yes"),
+            "`split_qkv=True`": ("yes", "yes", "dropped", "yes", "yes"),
+            "`embedder_dims`": ("yes", "yes", "dropped", "yes", "yes"),
+            "Gemma 2": ("yes", "yes", "dropped", "dropped", "dropped"),
+            **_OF_NO_LORA,
+            "LyCORIS DoRA": ("otherwise", "not converted", "dropped", "not converted", "yes"),
+        },
+    ),
+    Table(
+        "HunyuanImage-2.1",
+        ("hunyuan_image",),
+        ("ComfyUI", "ComfyUI, converted", "Diffusers", "LyCORIS"),
+        {
+            "all blocks": ("in part", "yes", "dropped", "yes"),
+            "`split_qkv=True`": ("in part", "yes", "dropped", "yes"),
+            "OFT": ("dropped", "not converted", "dropped", "refused"),
+            "LyCORIS LoHa, LoKr": ("in part", "not converted", "dropped", "yes"),
+            "LyCORIS DoRA": ("otherwise", "not converted", "dropped", "yes"),
+        },
+    ),
+)
+"""Files that this suite writes, in other programs."""
+
+
+def updated(text: str) -> str:
+    """The page with every table between its markers. Raises UserError when markers are not there."""
+    for table in OURS:
+        before, found, rest = text.partition(table.begin)
+        _, end, after = rest.partition(END)
+        if not found or not end:
+            raise UserError(f'{PAGE}: the markers "{table.begin}" and "{END}" must stand in it, in this order.')
+        text = f"{before}{table.begin}\n\n{table.text}\n\n{END}{after}"
+    return text
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    """Rewrite or check the page below ``root``; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 when the page is not current")
+    options = parser.parse_args(arguments)
+    path = root / PAGE
+    text = path.read_text(encoding="utf-8")
+    if updated(text) == text:
+        return 0
+    if options.check:
+        print(f"{PAGE} is not current; run python tools/make_lora_formats.py", file=sys.stderr)
+        return 1
+    write_text(path, updated(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -278,9 +278,9 @@ class FluxInference(InferenceRun[PromptOptions]):
         """The control image of a prompt. Raises UserError, beginning with ``place``, when it cannot be read."""
         if prompt.controlnet_image is None:
             return None
-        from library.data.images import read_control_image
+        from library.image_reading import read_given_image
 
-        return read_control_image(prompt.controlnet_image, f"{place}control image")
+        return read_given_image(prompt.controlnet_image, f"{place}control image")
 
     def recorded(self, prompt: PromptOptions) -> PromptOptions:
         """Without guidance for models that have none."""

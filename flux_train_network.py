@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import run_script, say, set_up_console, warn
-from library.data.images import read_control_image
 from library.data.options import TextCacheOptions
 from library.errors import UserError
+from library.image_reading import read_given_image
 from library.options import parse_options
 from library.prompt_options import PromptOptions
 from library.training.caching import caches_text
@@ -280,7 +280,7 @@ class FluxNetworkTrainer(NetworkTrainer):
         """The control image of a sample prompt, if a ControlNet takes part; ``place`` begins a UserError's sentence."""
         if not (self.takes_control_images and prompt.controlnet_image):
             return None
-        return read_control_image(prompt.controlnet_image, f"{place}control image")
+        return read_given_image(prompt.controlnet_image, f"{place}control image")
 
     def family_metadata(self) -> dict[str, Any]:
         """How flow matching was set up."""

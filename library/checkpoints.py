@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from library.errors import UserError, did_you_mean
-from library.safetensors_io import DTYPES, TensorEntry, open_regular, read_header, strict_json
+from library.files import open_regular
+from library.safetensors_io import DTYPES, TensorEntry, read_header, strict_json
 
 if TYPE_CHECKING:
     import torch

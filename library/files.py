@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,23 @@ SILENCE = 3600.0
 """Seconds without a write after which another machine's temporary file is taken for that of a dead process."""
 _tidied: set[Path] = set()
 """Folders from which this process has removed what killed ones had left."""
+
+
+def require_regular(path: Path | str) -> None:
+    """Raises UserError for a pipe or a device, which could keep a reader waiting for ever, and OSError as stat does."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path} is not a regular file.")
+
+
+def open_regular(path: Path | str) -> IO[bytes]:
+    """The file, open for reading. Raises UserError for what is no regular file, OSError as ``open`` does."""
+    require_regular(path)
+    return open(path, "rb")
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """An opener for ``open`` that does not wait for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def temporary_path(path: Path) -> Path:

@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.files import writing
+from library.files import open_regular, writing
 
 if TYPE_CHECKING:
     import torch
@@ -100,16 +98,6 @@ def read_header(path: Path | str) -> Header:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     return _parse_header(path, text, 8 + length, size)
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """The file, open for reading.
-
-    Raises UserError for a pipe or a device, which could keep a reader waiting for ever, and OSError as opening does.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UserError(f"{path} is not a regular file.")
-    return open(path, "rb")
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:

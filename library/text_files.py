@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -10,26 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.files import open_without_waiting
 
 BYTE_LIMIT = 64 * 2**20
 """More than any file that a person writes."""
+
+UTF_16 = "UTF-16, as some editors write it; save it as UTF-8"
 
 BACKSLASH_HINT = r"In a string in double quotes a back-slash begins an escape: write paths with / or in single quotes."
 
 ESCAPED = re.compile(r'"[^"\n]*\\[^"\n]*"?')
 
 
-def read_text(path: Path, option: str = "", byte_limit: int = BYTE_LIMIT) -> str:
+def read_text(path: Path | str, option: str = "", byte_limit: int = BYTE_LIMIT) -> str:
     """The text of a UTF-8 file without a byte-order mark; CRLF becomes LF.
 
     ``option`` is put before the path in messages. Raises UserError for what is not a regular file (a pipe is never
-    waited for), cannot be read, is larger than ``byte_limit`` or is not UTF-8.
+    waited for), cannot be read, is larger than ``byte_limit``, is not UTF-8 or holds zero bytes.
     """
     place = f"{option}: {path}" if option else str(path)
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(handle, "rb") as file:
-            status = os.fstat(handle)
+        with open(path, "rb", buffering=0, opener=open_without_waiting) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{place}: is not a regular file.")
             if status.st_size > byte_limit:
@@ -46,8 +49,11 @@ def read_text(path: Path, option: str = "", byte_limit: int = BYTE_LIMIT) -> str
         raise UserError(f"{place}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
         if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{place}: is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+            hint = f"; it looks like {UTF_16}" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+            raise UserError(f"{place}: is not UTF-8 text ({error.reason} at byte {error.start}){hint}.") from None
         raise UserError(f"{place}: is no path to a file ({error}).") from None
+    if "\0" in text:
+        raise UserError(f"{place}: is not UTF-8 text (it holds zero bytes); it may be {UTF_16}.")
     return text.replace("\r\n", "\n")
 
 

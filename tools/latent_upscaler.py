@@ -171,7 +171,7 @@ def run(options: UpscalingOptions) -> None:
     from PIL import Image
 
     from library.files import require_writable_folder
-    from library.generation.start_images import read_image
+    from library.image_reading import read_given_image
     from library.models.loading import LoadSpec
     from library.models.pipeline import to_image
     from library.models.stable_diffusion.checkpoint import open_vae
@@ -192,7 +192,7 @@ def run(options: UpscalingOptions) -> None:
     upscaler = create_upscaler(options.weights).to(device, dtype)
     vae = open_vae(options.vae_path or "", "sd1", option="--vae_path").load(LoadSpec.of(dtype, lambda name: device))
     output.mkdir(parents=True, exist_ok=True)
-    images = [_cut(read_image(file, "--image_pattern", "RGB")) for file in files]
+    images = [_cut(read_given_image(file, "--image_pattern")) for file in files]
     for size in dict.fromkeys(image.size for image in images):
         alike = [index for index, image in enumerate(images) if image.size == size]
         for start in range(0, len(alike), options.batch_size):

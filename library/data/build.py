@@ -31,6 +31,9 @@ from library.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LARGEST_RESIZED = 1 << 27
+"""Pixels to which an image may be enlarged; a very narrow one would take all memory."""
+
 # The images of one subset.
 Records = list[ImageRecord]
 
@@ -268,8 +271,16 @@ def _placement(record: ImageRecord, settings: DatasetSettings, buckets: list[Siz
     if settings.enable_bucket and settings.bucket_no_upscale:
         return place_without_upscaling(size, settings.resolution, settings.bucket_reso_steps)
     if settings.enable_bucket:
-        return place(size, buckets)
-    return Placement(settings.resolution, fill(size, settings.resolution), 0.0)
+        placement = place(size, buckets)
+    else:
+        placement = Placement(settings.resolution, fill(size, settings.resolution), 0.0)
+    width, height = placement.resized
+    if width * height > LARGEST_RESIZED:
+        raise UserError(
+            f"{size[0]}x{size[1]} pixels would be enlarged to {width}x{height} to fill "
+            f"{placement.bucket[0]}x{placement.bucket[1]}; crop the image, or leave it out."
+        )
+    return placement
 
 
 def _problem_without_cache(record: ImageRecord, subset: SubsetSettings, settings: DatasetSettings) -> str | None:

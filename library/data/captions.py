@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
+from library.text_files import read_text
 
 WILDCARD = re.compile(r"\{([^}]+)\}")
 # Private-use characters stand for {{ and }} while wildcards are replaced.
 OPEN_BRACE, CLOSE_BRACE = "\ue000", "\ue001"
+CAPTION_BYTES = 1 << 20
+"""More than any caption has: what is longer is another file under a caption's name."""
 
 
 @dataclass(frozen=True)
@@ -189,18 +192,12 @@ class CaptionFile:
 def read_caption(path: str | Path, *, enable_wildcard: bool) -> CaptionFile:
     """The first line of a caption file, stripped; with wildcards all lines that are not blank.
 
-    Raises UserError for an empty file and for text that is not UTF-8.
+    Raises UserError for an empty file and one that ``read_text`` refuses, such as one of more than ``CAPTION_BYTES``.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the caption is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the caption file ({error.strerror}).") from None
+    text = read_text(path, byte_limit=CAPTION_BYTES)
     if not text:
         raise UserError(f"{path}: the caption file is empty; write a caption in it or delete it.")
-    first, *rest = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    first, *rest = text.replace("\r", "\n").split("\n")
     if enable_wildcard:
         return CaptionFile("\n".join(line.strip() for line in (first, *rest) if line.strip()))
     return CaptionFile(first.strip(), sum(1 for line in rest if line.strip()))

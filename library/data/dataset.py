@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Protocol
 from library.data.batch import Batch, stack_masks, stack_text
 from library.data.buckets import Placement, crop_rectangle
 from library.data.captions import make_caption
-from library.data.images import read_image
 from library.data.order import BatchPlan, BucketSamples, batches_per_epoch, plan_epoch
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.transforms import Geometry, crop_offset, face_geometry, face_in_name, to_mask, to_pixels, vary_color
 from library.errors import UserError
+from library.image_reading import read_image
 from library.randomness import python_random
 
 if TYPE_CHECKING:

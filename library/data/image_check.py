@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import io
 import os
+import stat
 import struct
 import threading
 import zlib
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from library.data.images import NAMES_SHOWN, first_names, open_image, reason
+from library.data.images import NAMES_SHOWN, first_names
 from library.data.threads import in_threads
 from library.errors import UserError
+from library.files import open_without_waiting
+from library.image_reading import open_image, reason
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +42,8 @@ EXIF_BYTES = 1 << 16
 ORIENTATION = 0x0112
 TURNED = range(2, 9)
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+"""Bits that the channels of each kind of colour may have."""
 JPEG_END = b"\xff\xd9"
 EXIF_MARK = b"Exif\0\0"
 
@@ -149,12 +154,16 @@ def look_at(path: Path, budget: ReadingBudget | None = None) -> Look | str:
     The checksums of large PNG files are verified within ``budget`` (None: always).
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=open_without_waiting) as file:
             data = file.read(SMALL_BYTES)
-            if not data:
-                return "the file is empty"
-            small = len(data) < SMALL_BYTES
-            length = len(data) if small else os.fstat(file.fileno()).st_size
+            small = data is not None and len(data) < SMALL_BYTES
+            if not data or not small:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    return "it is not a regular file"
+                if not data:
+                    return "the file is empty"
+            length = len(data) if small else status.st_size
             look = _structure(io.BytesIO(data) if small else file, data[:HEAD_BYTES], length, budget)
         if look is not None and (problem := _too_large(look.size)):
             return problem
@@ -232,7 +241,7 @@ def _png(file: IO[bytes], head: bytes, length: int, budget: ReadingBudget | None
     """Chunks up to IEND with their checksums; beyond the budget only those up to the first pixels, and the end."""
     size = struct.unpack(">II", head[16:24])
     depth, colour = head[24], head[25]
-    if head[12:16] != b"IHDR" or 0 in size:
+    if head[12:16] != b"IHDR" or 0 in size or depth not in PNG_DEPTHS.get(colour, ()):
         return None
     traits = Trait.SIXTEEN_BIT if depth == 16 else Trait.NONE
     traits |= Trait.PALETTE if colour == 3 else Trait.NONE

@@ -1,8 +1,4 @@
-"""Image files: which ones a folder has, and their pixels.
-
-Pixels are as stored: the EXIF orientation is not applied (as in kohya-ss/sd-scripts, so that buckets and cache names
-agree).
-"""
+"""Image files: which ones a folder has."""
 
 from __future__ import annotations
 
@@ -12,12 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from library.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @lru_cache(maxsize=1)
@@ -90,7 +82,7 @@ def list_folder(folder: str, place: str) -> Listing:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     files.add(entry.name)
                 elif not entry.name.startswith("."):
                     subfolders.append(entry.name)
@@ -103,66 +95,8 @@ def list_folder(folder: str, place: str) -> Listing:
     return Listing(files, subfolders)
 
 
-def _register_formats(path: Path) -> None:
-    if path.suffix.lower() == ".jxl":
-        importlib.import_module("pillow_jxl")
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open (not yet decode) an image. Raises UserError naming the file."""
-    from PIL import Image, UnidentifiedImageError
-
-    _register_formats(path)
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such image.") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image in a known format.") from None
-    except Exception as error:  # for damaged bytes each decoder raises what it likes
-        raise UserError(f"{path}: cannot read the image ({reason(error)}).") from None
-
-
-def read_image(path: Path, *, alpha: bool = False) -> tuple[Image.Image, Image.Image | None]:
-    """The image as RGB and, if ``alpha``, its opacity as an 8-bit image (255 everywhere when it has none).
-
-    Transparent pixels keep the colour they have in the file. Raises UserError naming the file.
-    """
-    with open_image(path) as opened:
-        image = opened
-        try:
-            if image.mode.startswith("I"):
-                image = _eight_bits(image)
-            if not alpha and not (image.mode == "P" and "transparency" in image.info):  # Pillow warns of such palettes
-                return image.convert("RGB"), None
-            rgba = image.convert("RGBA")
-        except Exception as error:  # as in open_image
-            raise UserError(f"{path}: cannot read the image ({reason(error)}).") from None
-    return rgba.convert("RGB"), rgba.getchannel("A") if alpha else None
-
-
-def read_control_image(path: Path | str, place: str) -> Image.Image:
-    """A ControlNet's image as RGB. Raises UserError, beginning with ``place`` ("prompt 2: control image")."""
-    try:
-        return read_image(Path(path))[0]
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit greyscale scaled to 8 bits (PIL would clip it)."""
-    import numpy
-    from PIL import Image as images
-
-    values = numpy.asarray(image).astype(numpy.float32) / 257
-    return images.fromarray(values.round().clip(0, 255).astype(numpy.uint8))
-
-
-def reason(error: Exception) -> str:
-    """An error while reading an image in a few words, without a full stop."""
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a known format"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.split("\n")[0].rstrip(".") or type(error).__name__
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: whoever reads it says so
+        return False

@@ -140,12 +140,23 @@ def _captions(
             f"{subset.image_dir}: {len(blank)} caption file{'s have' if len(blank) > 1 else ' has'} {what} "
             f"({first_names(blank)}): trained without a caption."
         )
+    separator = subset.captions.caption_separator
+    if empty := [name for name, caption in read_from if caption.caption and not _words(caption.caption, separator)]:
+        notes.append(
+            f"{subset.image_dir}: {len(empty)} caption file{'s hold' if len(empty) > 1 else ' holds'} nothing but "
+            f"separators ({first_names(empty)}): trained with those as the caption."
+        )
     if several := [name for name, caption in read_from if caption.unused_lines]:
         notes.append(
             f"{subset.image_dir}: {len(several)} caption file{'s have' if len(several) > 1 else ' has'} more than one "
             f"line ({first_names(several)}): only the first is used, unless enable_wildcard is on."
         )
     return [caption.caption for caption in found]
+
+
+def _words(caption: str, separator: str) -> str:
+    """What stands between the separators of a caption."""
+    return caption.replace(separator, "").strip(" ,")
 
 
 def _note_missing_captions(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from library.generation.start_images import list_images, read_image
+from library.generation.start_images import list_images
+from library.image_reading import read_given_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +29,7 @@ class GuideImages:
 
     def image(self, index: int) -> Image:
         """The RGB image of that index, which begins again behind the last one. Raises UserError for a damaged file."""
-        return read_image(self.files[index % len(self.files)], OPTION, "RGB")
+        return read_given_image(self.files[index % len(self.files)], OPTION)
 
 
 def pixels(image: Image) -> Tensor:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError, in_one_line
+from library.errors import UserError
 from library.files import write_new
+from library.image_reading import open_image, reason
 from library.modelspec import IMPLEMENTATION_VERSION
 from library.prompt_options import PromptOptions
 from library.safetensors_io import file_hash, model_hash, read_header
@@ -190,18 +191,16 @@ def text_in_image(path: Path) -> dict[str, str]:
 
     Raises UserError for a file that is no image or cannot be read.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
+    with open_image(path) as image:
+        try:
             texts = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
             if image.format == "PNG" and not texts:
                 texts = dict(getattr(image, "text", {}))  # may stand behind the pixels, which takes longer
             if image.format == "PNG":
                 return texts
             comment = image.getexif().get_ifd(EXIF_FOLDER).get(USER_COMMENT, b"")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no image that can be read ({in_one_line(error)}).") from None
+        except Exception as error:  # for damaged bytes each decoder raises what it likes
+            raise UserError(f"{path}: cannot read the text in the image ({reason(error)}).") from None
     if isinstance(comment, bytes) and comment.startswith(UNICODE):
         texts["parameters"] = comment[len(UNICODE) :].decode("utf-16-be", errors="replace")
     return texts

@@ -15,6 +15,7 @@ from library.generation.image_files import SUFFIXES, ImageRecord, UsedLora, imag
 from library.generation.image_pages import ImagePages
 from library.generation.image_prompts import ImagePrompt
 from library.generation.recorded_prompts import holds_another_prompt
+from library.image_reading import open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -287,7 +288,5 @@ class ImageOutputs:
         """Put a skipped image on the pages, too."""
         if not self.pages.wanted:
             return
-        from PIL import Image
-
-        with Image.open(path) as image:
+        with open_image(path) as image:
             self.pages.add(path, image, prompt, text_in_image(path))

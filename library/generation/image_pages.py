@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.console import say, warn
-from library.errors import in_one_line
+from library.errors import UserError, in_one_line
 from library.files import write_text, writing
 from library.generation.image_files import CONTACT_SHEET, file_names, image_bytes, save_image
 from library.html_pages import embedded_image, link_from, render_page
+from library.image_reading import open_image, read_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -168,9 +169,8 @@ def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
     for y, row in enumerate(rows):
         for x, path in enumerate(row):
             try:
-                with Image.open(path) as image:
-                    small = image.convert("RGB")
-            except OSError:
+                small, _ = read_image(path)
+            except UserError:
                 continue
             small.thumbnail((width, height))
             left, top = (width - small.width) // 2, (height - small.height) // 2
@@ -180,10 +180,8 @@ def contact_sheet(rows: Sequence[Sequence[Path]]) -> Image.Image:
 
 def _size(path: Path) -> tuple[int, int] | None:
     """Width and height of an image file; None when it cannot be read."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
-    except OSError:
+    except UserError:
         return None

@@ -20,7 +20,8 @@ from library.console import warn
 from library.errors import UserError
 from library.generation.features import Batch, Feature
 from library.generation.network_options import NetworkOptions
-from library.generation.start_images import StartImages, read_image
+from library.generation.start_images import StartImages
+from library.image_reading import read_given_image
 from library.models.sampling import ModelCall, Role, RunModel, StepHook
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def read_regions(path: Path, codes: int | None) -> Tensor:
     Without ``codes`` they are its channels red, green and blue, else the first so many of the colours red, green,
     yellow, blue, magenta, cyan and white. Raises UserError for a file that cannot be read.
     """
-    pixels = torch.from_numpy(numpy.array(read_image(path, MASK_OPTION, "RGB"))).permute(2, 0, 1)
+    pixels = torch.from_numpy(numpy.array(read_given_image(path, MASK_OPTION))).permute(2, 0, 1)
     if codes is None:
         regions = pixels / 255
     else:

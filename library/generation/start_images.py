@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from library.console import say, warn
-from library.errors import UserError, in_one_line
+from library.errors import UserError
 from library.generation.features import Batch, Feature, value_or
 from library.generation.image_files import CONTACT_SHEET
 from library.generation.image_prompts import ImagePrompt
 from library.generation.prompt_sources import PromptLine
 from library.generation.recorded_prompts import recorded_lines
 from library.generation.sampling_options import SamplingOptions
+from library.image_reading import open_image, read_given_image
 from library.options import Aliases
 
 if TYPE_CHECKING:
@@ -89,32 +90,26 @@ def list_images(path: str | None, option: str) -> list[Path]:
         what = f"holds no image ({', '.join(SUFFIXES)})" if place.is_dir() else "is neither a file nor a folder"
         raise UserError(f"{option}: {path} {what}.")
     for file in files:
-        open_image(file, option).close()
+        _opened(file, option).close()
     return files
 
 
 def _is_contact_sheet(file: Path, option: str) -> bool:
-    with open_image(file, option) as image:
+    with _opened(file, option) as image:
         return CONTACT_SHEET in image.info
 
 
-def open_image(file: Path, option: str) -> Image:
-    """An image whose header has been read. Raises UserError for what is none."""
-    from PIL import Image
+def read_grey_image(file: Path, option: str) -> Image:
+    """An image's brightness, in grey. Raises UserError, beginning with ``option``."""
+    return read_given_image(file, option).convert("L")
 
+
+def _opened(file: Path, option: str) -> Image:
+    """An image whose header has been read. Raises UserError, beginning with ``option``, for what is none."""
     try:
-        return Image.open(file)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{option}: {file} cannot be read as an image ({in_one_line(error)}).") from None
-
-
-def read_image(file: Path, option: str, mode: str) -> Image:
-    """An image's pixels. Raises UserError for a file that is cut off."""
-    try:
-        with open_image(file, option) as image:
-            return image.convert(mode)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{option}: {file} cannot be read as an image ({in_one_line(error)}).") from None
+        return open_image(file)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 class StartImages(Feature):
@@ -150,11 +145,11 @@ class StartImages(Feature):
 
     def image(self, number: int) -> Image:
         """The same as RGB."""
-        return read_image(self.file(number), self.option, "RGB")
+        return read_given_image(self.file(number), self.option)
 
     def mask(self, number: int) -> Image:
         """The mask, in grey."""
-        return read_image(self.masks[number // self.repeats % len(self.masks)], "--mask_path", "L")
+        return read_grey_image(self.masks[number // self.repeats % len(self.masks)], "--mask_path")
 
     def recorded_lines(self) -> list[PromptLine]:
         """The prompt in the text of each file, with its negative prompt; each is then drawn --images_per_prompt times.
@@ -174,7 +169,7 @@ class StartImages(Feature):
         file = self.file(prompt.number)
         given = self.size
         if given is None:
-            with open_image(file, self.option) as image:
+            with _opened(file, self.option) as image:
                 given = image.size
         width, height = (floored(side) for side in given)
         if (width, height) != given and file not in self.said:

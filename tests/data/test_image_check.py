@@ -19,8 +19,8 @@ from PIL import Image, features
 
 from library.data import image_check
 from library.data.image_check import Look, Trait, check_images, look_at
-from library.data.images import read_image
 from library.errors import UserError
+from library.image_reading import read_image
 
 NOISE = numpy.random.default_rng(0).integers(0, 256, (40, 56, 4), dtype=numpy.uint8)
 IMAGE = Image.fromarray(NOISE, "RGBA")

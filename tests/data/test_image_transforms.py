@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from library.data.config_file import INTERPOLATIONS
-from library.data.images import read_image
 from library.data.transforms import (
     Face,
     Geometry,
@@ -26,6 +25,7 @@ from library.data.transforms import (
     vary_color,
 )
 from library.errors import UserError
+from library.image_reading import read_image
 
 
 def stripes(width, height, period=2):

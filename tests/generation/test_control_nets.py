@@ -250,7 +250,7 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_loaded(sd1, 
         ({**one, "control_net_preps": ["cany"]}, '"cany" is not known'),
         ({**one, "guide_image_path": [str(tmp_path / "no.png")]}, "no.png is neither a file nor a folder"),
         ({**one, "guide_image_path": [str(tmp_path / "empty")]}, "holds no image"),
-        ({**one, "guide_image_path": [str(tmp_path / "guide.png")]}, "cannot be read as an image"),
+        ({**one, "guide_image_path": [str(tmp_path / "guide.png")]}, "not an image in a known format"),
         (
             {"control_net_models": nets(folder, 0, 1, 0), "guide_image_path": [f"{guides[0]}/0.png"] * 2},
             "2 images are given for 3 ControlNet models",

@@ -211,7 +211,7 @@ def test_highres_fix_draws_twice(draw):
         (["--W", "100"], "--W must be a positive multiple of 8, not 100"),
         (["--sampler", "eular"], '"eular" is not a sampler'),
         (["--image_path", "no.png"], "--image_path: no.png is neither a file nor a folder"),
-        (["--mask_path", "gen_img.py"], "--mask_path: gen_img.py cannot be read as an image"),
+        (["--mask_path", "gen_img.py"], "--mask_path: gen_img.py: not an image in a known format"),
         (["--strength", "2"], "--strength must be between 0 and 1, not 2"),
         (["--ds_depth_1", "7"], r"--ds_depth_1 \(--dsd1\) must be from 0 to 1 for this model, not 7"),
         (["--ds_depth_1", "1", "--ds_ratio", "0"], r"--ds_ratio \(--dsr\) must be above 0"),

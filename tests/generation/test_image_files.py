@@ -122,5 +122,5 @@ def test_the_metadata_viewer_names_what_is_no_image(tmp_path, name):
 
     path: Path = tmp_path / name
     path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="is no image that can be read"):
+    with pytest.raises(UserError, match="not an image in a known format"):
         show_metadata.main([str(path)])

@@ -127,7 +127,7 @@ def test_prompts_come_from_the_images_text(tmp_path):
     "name, content, message",
     [
         ("missing.png", None, r"--image_path: .*missing\.png is neither a file nor a folder"),
-        ("broken.png", b"no image at all", r"--image_path: .*broken\.png cannot be read as an image"),
+        ("broken.png", b"no image at all", r"--image_path: .*broken\.png: not an image in a known format"),
         ("folder", "folder", r"--image_path: .*folder holds no image \(\.png"),
     ],
 )
@@ -145,7 +145,7 @@ def test_an_image_that_is_cut_off_is_refused(tmp_path):
     path = tmp_path / "a.png"
     save(path, (200, 200))
     path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
+    with pytest.raises(UserError, match=r"a\.png: cannot read the image"):
         start_images(path).image(0)
 
 

@@ -241,7 +241,7 @@ def test_images_without_a_prompt(tmp_path):
         with pytest.raises(UserError, match=r"--image_path: .*x.png holds no prompt; give --prompt or --from_file"):
             recorded_line(path)
     (tmp_path / "y.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"y.png not an image in a known format"):
+    with pytest.raises(UserError, match=r"y.png: not an image in a known format"):
         recorded_line(tmp_path / "y.png")
 
 

@@ -240,13 +240,20 @@ class NetworkTrainer(FamilyHooks):
     def fit_memory(self) -> None:
         """Set the options that ``--vram_budget`` and ``--blocks_to_swap auto`` leave open, as if they had been given.
 
-        Raises UserError when the run does not fit.
+        Otherwise, where the device has memory of its own, say how much the run is expected to take. Raises UserError
+        when a budget is given that the run does not fit.
         """
         if self.options.precision.vram_budget is not None or self.options.streaming.blocks_to_swap == "auto":
             from library.training.plan.budget import fit
 
             self.forecast, line = fit(self)
             say(line)
+        elif self.accelerator.device.type != "cpu" and not self.options.preflight.dry_run:
+            from library.training.plan.expected_memory import expected_memory
+
+            if found := expected_memory(self):
+                self.forecast, line = found
+                say(line)
 
     def open_pipeline(self, parts: tuple[Any, ...] = ()) -> None:
         """Open the checkpoint files by their headers, so that a wrong one is named before anything is loaded.

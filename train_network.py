@@ -480,13 +480,16 @@ class NetworkTrainer(FamilyHooks):
     def end_step(self, index: int) -> None:
         """The update that follows micro-batch ``index``, if every number of the step is finite, and its log.
 
-        Raises UserError when one is not and the run has to end for that.
+        Raises UserError when one is not and the run has to end for that, with the damaged tensor of the model's files
+        where that is the reason.
         """
         optimization = self.optimization
         numbers = self.read_step(None if optimization.fused is not None else optimization.clip_gradients())
         problem = numbers.problem
         if not problem and optimization.fused is not None and not optimization.fused.was_finite():
             problem = "a gradient is not finite (weights with finite ones were updated)"
+        if problem and not self.progress.has_updated:
+            self.pipeline.require_finite_files(*self.pipeline.parts)
         if problem:
             self.step_watch.leave_out(problem, self.progress)
         *earlier, last = numbers.losses

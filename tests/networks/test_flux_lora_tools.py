@@ -380,7 +380,7 @@ def test_a_file_from_a_folder_says_what_shapes_cannot(tmp_path):
 @pytest.mark.slow
 @linux_only
 def test_memory_holds_a_layer_and_not_the_model(tmp_path):
-    """A transformer of 16 single blocks in 54 MB, none larger than 3.3 MB."""
+    """A transformer of 16 single blocks in 74 MB, none larger than 3.3 MB."""
     import scipy.linalg  # noqa: F401 - imported when it is needed; not what is measured
 
     from library.models.flux.transformer import FluxConfig, FluxTransformer
@@ -414,8 +414,8 @@ def test_memory_holds_a_layer_and_not_the_model(tmp_path):
         return [growth(lambda: merged(*large)), growth(lambda: extracted(large[0])), whole]
 
     merging, extracting, loading = in_a_child(measured)
-    assert loading > 50e6  # what the measure says of the whole model at once
-    assert merging < 20e6 and extracting < 20e6
+    assert loading > 60e6  # what the measure says of the whole model at once
+    assert merging < 30e6 and extracting < 30e6
 
 
 def test_what_cannot_be_merged_is_refused(tiny_flux, tiny_chroma, flux_loras, tmp_path, capsys):

@@ -12,7 +12,7 @@ from torch import nn
 from library.errors import UserError
 from networks import lora
 from networks.adapters.lora_blocks import SD_BLOCKS, SDXL_BLOCKS
-from tests.networks.stable_diffusion import real_unet, tiny_meta_module, shared_tiny_model
+from tests.networks.stable_diffusion import real_unet, shared_tiny_model, tiny_meta_module
 
 # Block -> the modules in it, by the beginning of their names, as kohya-ss/sd-scripts counts them.
 SD_TABLE = {

@@ -40,13 +40,12 @@ from library.models.sampling import (
     Unguided,
     denoise,
 )
-from library.models.tokenizer_files import TokenizerKind, load_tokenizer
+from library.models.tokenizer_files import Tokenizer, TokenizerKind, load_tokenizer
 from library.prompt_options import PromptOptions
 from library.randomness import draw_noise, seeded_generator
 
 if TYPE_CHECKING:
     from PIL import Image
-    from transformers import PreTrainedTokenizerBase
 
 Conditioning = Mapping[str, Tensor]
 """What a denoiser is told beside latents and timesteps, batch first, by name."""
@@ -213,7 +212,7 @@ class Pipeline(ABC, Generic[Request]):
         """The plans that are in force, by loaded part."""
         self.modules: dict[str, nn.Module] = {}
         """The loaded parts; a trainer may put a wrapped module in the place of the original."""
-        self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self.tokenizers: dict[str, Tokenizer] = {}
         self.sound: set[str] = set()
         """Parts whose files were read and hold neither NaN nor infinity."""
         self.on_host: Collection[str] = ()
@@ -277,7 +276,7 @@ class Pipeline(ABC, Generic[Request]):
         for encoder in self.encoders if encoders is None else encoders:
             self.tokenizer(encoder)
 
-    def tokenizer(self, encoder: str) -> PreTrainedTokenizerBase:
+    def tokenizer(self, encoder: str) -> Tokenizer:
         """A text encoder's tokenizer. Raises UserError when there is none or it is too large for its encoder."""
         if encoder not in self.tokenizers:
             opened = self.opened(encoder)

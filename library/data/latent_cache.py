@@ -14,18 +14,10 @@ import numpy
 
 from library.data import npz
 from library.data.cache_base import Cache
-from library.data.cache_entries import (
-    CacheReport,
-    Entry,
-    State,
-    cache_stem,
-    in_batches,
-    require_finite_arrays,
-    require_images,
-)
+from library.data.cache_entries import CacheReport, Entry, State, cache_stem, in_batches, require_images
 from library.data.dataset import CachedLatent, Dataset, DatasetGroup, Frame, Item, Pixels
 from library.data.loader import prefetch
-from library.errors import NotFiniteError, UserError
+from library.errors import UserError
 from library.randomness import generator
 
 if TYPE_CHECKING:
@@ -188,18 +180,19 @@ class LatentCache(Cache):
         return not item.exists or _same_file(item.path, written["image"])
 
     def _shapes_fit(self, heads: Mapping[str, npz.ArrayHead], entry: Entry) -> bool:
+        wanted = self.shapes(entry)
+        return all(heads[name].fits(wanted[name]) for name in wanted if name in heads)
+
+    def shapes(self, entry: Entry) -> dict[str, npz.Shape]:
+        """The shapes of the arrays that an entry's items use, by name."""
         key = self._key(entry.item)
         width, height = entry.item.placement.bucket
-        latent = (height // self.format.stride, width // self.format.stride)
-        for name in (f"latents{key}", f"latents_flipped{key}"):
-            if name not in heads or (name.startswith("latents_flipped") and not _flips(entry)):
-                continue
-            shape = heads[name].shape
-            if len(shape) != 3 or shape[1:] != latent or self.format.channels not in (None, shape[0]):
-                return False
-        mask = heads.get(f"alpha_mask{key}")
-        masked = any(item.subset.alpha_mask for item in entry.items)
-        return not masked or mask is None or mask.shape == (height, width)
+        latents = (self.format.channels, height // self.format.stride, width // self.format.stride)
+        shapes: dict[str, npz.Shape] = {name: latents for name in self._made_arrays(entry)}
+        shapes |= {f"original_size{key}": (2,), f"crop_ltrb{key}": (4,)}
+        if any(item.subset.alpha_mask for item in entry.items):
+            shapes[f"alpha_mask{key}"] = (height, width)
+        return shapes
 
     def _identity(self, item: Item, image: dict[str, Any] | None) -> dict[str, Any]:
         """What an entry is made from, as it is written into the file."""
@@ -227,7 +220,7 @@ class LatentCache(Cache):
         for row, (entry, frame) in enumerate(zip(batch, frames)):
             latents = [plain[row]] + ([] if mirrored is None else [mirrored[row]])
             if not all(bool(tensor.isfinite().all()) for tensor in latents):
-                raise NotFiniteError(
+                raise UserError(
                     f"{entry.item.path}: the autoencoder gave values that are not finite (NaN or infinity); "
                     "run it in float32 (--no_half_vae)."
                 )
@@ -274,18 +267,19 @@ class DiskLatents:
     def __init__(self, cache: LatentCache, entry: Entry) -> None:
         assert entry.path is not None
         self.path = entry.path
-        self.key = cache._key(entry.item)
-        self.masked = any(item.subset.alpha_mask for item in entry.items)
+        self.key, self.shapes = cache._key(entry.item), cache.shapes(entry)
 
     def read(self, *, flipped: bool) -> CachedLatent:
         """The latents, mirrored if requested. Raises UserError naming the file."""
         import torch
 
         key = self.key
-        latents = f"latents_flipped{key}" if flipped else f"latents{key}"
-        names = [latents, f"original_size{key}", f"crop_ltrb{key}"] + ([f"alpha_mask{key}"] if self.masked else [])
-        arrays = npz.read_arrays_for_training(self.path, names)
-        require_finite_arrays(self.path, arrays)
+        latents, others = f"latents{key}", f"latents_flipped{key}"
+        if flipped:
+            latents, others = others, latents
+        arrays = npz.read_arrays_for_training(
+            self.path, {name: shape for name, shape in self.shapes.items() if name != others}
+        )
         width, height = (int(side) for side in arrays[f"original_size{key}"])
         left, top, right, bottom = (float(edge) for edge in arrays[f"crop_ltrb{key}"])
         mask = arrays.get(f"alpha_mask{key}")

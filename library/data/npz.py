@@ -6,25 +6,35 @@ each array, which tells without reading an array whether it is still the one tha
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+import struct
 import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy
 from numpy.lib import format as npy
 
 from library.errors import UserError
-from library.files import writing
+from library.files import open_regular, writing
 
 # What reading a damaged archive raises.
-DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, NotImplementedError)
+DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, RuntimeError)
+
+LARGEST_ARRAY = 1 << 29
+"""Bytes of one array, which is more than any cache holds; a small file may say that it unpacks to any number."""
 
 # Threads of one process that add to the same file take turns.
 _LOCKS = [threading.Lock() for _ in range(64)]
+
+
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,22 @@ class ArrayHead:
     shape: tuple[int, ...]
     dtype: numpy.dtype
     checksum: int
+
+    def fits(self, wanted: Shape | None) -> bool:
+        """Whether it is an array of numbers that torch takes, of the ``wanted`` shape."""
+        return fits(self.shape, self.dtype, wanted)
+
+
+def fits(shape: tuple[int, ...], dtype: numpy.dtype, wanted: Shape | None) -> bool:
+    """Whether these are numbers that torch takes, of the ``wanted`` shape (None for any, in it for any length)."""
+    if dtype.kind not in "fiub" or dtype.itemsize > 8 or not dtype.isnative:
+        return False
+    return wanted is None or has_shape(shape, wanted)
+
+
+def has_shape(shape: tuple[int, ...], wanted: Shape) -> bool:
+    """Whether a shape is the ``wanted`` one, in which None stands for any length."""
+    return len(shape) == len(wanted) and all(want in (None, have) for have, want in zip(shape, wanted))
 
 
 def encode_array(array: numpy.ndarray) -> bytes:
@@ -49,34 +75,77 @@ def checksum(encoded: bytes) -> int:
 
 
 def read_heads(path: Path) -> dict[str, ArrayHead]:
-    """Shape, dtype and checksum of every array. Raises one of DAMAGE."""
+    """Shape, dtype and checksum of every array. Raises one of DAMAGE, and UserError for what is no regular file."""
     heads = {}
-    with zipfile.ZipFile(path) as archive:
+    with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
         for member in archive.infolist():
             with archive.open(member) as file:
-                version = npy.read_magic(file)
-                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, _, dtype = read(file)
+                shape, _, dtype = _read_head(file, member.file_size)
             heads[member.filename.removesuffix(".npy")] = ArrayHead(shape, dtype, member.CRC)
     return heads
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, numpy.ndarray]:
-    """The named arrays, their checksums verified. Raises one of DAMAGE (KeyError: there is no such array)."""
-    with zipfile.ZipFile(path) as archive:
-        encoded = {name: archive.read(f"{name}.npy") for name in names}
-    return {name: npy.read_array(io.BytesIO(data), allow_pickle=False) for name, data in encoded.items()}
+    """The named arrays, their checksums verified.
+
+    Raises one of DAMAGE (KeyError: there is no such array), and UserError for what is no regular file.
+    """
+    with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
+        encoded = {name: _content(archive, f"{name}.npy") for name in names}
+    return {name: _decoded(data) for name, data in encoded.items()}
 
 
-def read_arrays_for_training(path: Path, names: Iterable[str]) -> dict[str, numpy.ndarray]:
-    """As ``read_arrays``; raises UserError naming the file."""
+def read_arrays_for_training(path: Path, wanted: Mapping[str, Shape | None]) -> dict[str, numpy.ndarray]:
+    """The ``wanted`` arrays, which must be numbers of these shapes (see ``fits``). Raises UserError naming the file."""
     try:
-        return read_arrays(path, names)
+        arrays = read_arrays(path, wanted)
     except FileNotFoundError:
         raise UserError(f"{path}: the cache file is gone; start again to have it made.") from None
     except DAMAGE as error:
         reason = str(error).split("\n")[0].strip("'\"")
         raise UserError(f"{path}: the cache file is damaged ({reason}); delete it and start again.") from None
+    for name, array in arrays.items():
+        if not fits(array.shape, array.dtype, wanted[name]):
+            raise UserError(
+                f'{path}: the cache file is damaged, or of another model: "{name}" is {array.dtype} '
+                f"{list(array.shape)}; delete it and start again."
+            )
+    return arrays
+
+
+def _read_head(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, numpy.dtype]:
+    """Shape, whether columns come first, dtype; of an array in NumPy's format that takes ``size`` bytes.
+
+    Raises ValueError unless the array fills them, so that what it says of itself reserves no memory.
+    """
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"NumPy's format {version[0]}.{version[1]} is not known")
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if any(side < 0 for side in shape) or file.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError("an array has not the size that it says")
+    return shape, fortran_order, dtype
+
+
+def _content(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member's bytes, its checksum verified. Raises one of DAMAGE."""
+    size = archive.getinfo(name).file_size
+    if size > LARGEST_ARRAY:
+        raise ValueError(f"{name} takes {size:,} bytes, at most {LARGEST_ARRAY:,} are read")
+    return archive.read(name)
+
+
+def _decoded(data: bytes) -> numpy.ndarray:
+    """The array of NumPy's file format. Raises ValueError, also for arrays of Python objects, which are code."""
+    file = io.BytesIO(data)
+    shape, fortran_order, dtype = _read_head(file, len(data))
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects is not read")
+    if 0 in shape or not dtype.itemsize:
+        return numpy.empty(shape, dtype)
+    flat = numpy.frombuffer(data, dtype, offset=file.tell()).copy()
+    return flat.reshape(shape, order="F" if fortran_order else "C")
 
 
 def update(path: Path, encoded: Mapping[str, bytes], keep: Callable[[str], bool]) -> None:
@@ -96,11 +165,17 @@ def update(path: Path, encoded: Mapping[str, bytes], keep: Callable[[str], bool]
 
 
 def _readable_members(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """The wanted members that are sound arrays."""
     if not path.exists():
         return {}
+    found = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            return {name: archive.read(f"{name}.npy") for name in names if wanted(name)}
+        with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
+            for name in filter(wanted, (member.removesuffix(".npy") for member in archive.namelist())):
+                with contextlib.suppress(*DAMAGE):
+                    data = _content(archive, f"{name}.npy")
+                    _read_head(io.BytesIO(data), len(data))
+                    found[name] = data
     except DAMAGE:
         return {}
+    return found

@@ -13,10 +13,10 @@ import numpy
 
 from library.data import npz
 from library.data.cache_base import Cache
-from library.data.cache_entries import CacheReport, Entry, State, cache_stem, require_finite_arrays
+from library.data.cache_entries import CacheReport, Entry, State, cache_stem
 from library.data.captions import fixed_caption
 from library.data.dataset import DatasetGroup, Item
-from library.errors import NotFiniteError, UserError
+from library.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ class TextCache(Cache):
         assert entry.path is not None
         if any(name not in heads for name in (*self.format.arrays, *self.format.flags)):
             return "missing"
-        if not all(_fits(heads[name].shape, shape) for name, shape in self.format.arrays.items()):
+        if not all(heads[name].fits(shape) for name, shape in self.format.arrays.items()):
             return "stale"
         flags = npz.read_arrays(entry.path, self.format.flags)
         return "stale" if any(flags[name].item() != value for name, value in self.format.flags.items()) else None
@@ -170,9 +170,10 @@ class TextCache(Cache):
     def _require_sound(self, tensors: dict[str, Tensor], entry: Entry) -> None:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise NotFiniteError(f'The text encoders gave values that are not finite for "{entry.signature[0]}".')
-            if not _fits(tuple(tensor.shape), self.format.arrays[name]):
-                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {self.format.arrays[name]}")
+                raise UserError(f'The text encoders gave values that are not finite for "{entry.signature[0]}".')
+            wanted = self.format.arrays[name]
+            if wanted is not None and not npz.has_shape(tuple(tensor.shape), wanted):
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {wanted}")
 
     def _write_text(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
         arrays = {name: _storable(tensor) for name, tensor in tensors.items()}
@@ -196,22 +197,15 @@ class DiskText:
 
     def __init__(self, entry: Entry, format: TextFormat) -> None:
         assert entry.path is not None
-        self.path, self.names = entry.path, list(format.arrays)
+        self.path, self.shapes = entry.path, format.arrays
 
     def read(self) -> dict[str, Tensor]:
         """Named tensors of one caption. Raises UserError naming the file."""
         import torch
 
-        arrays = npz.read_arrays_for_training(self.path, self.names)
-        require_finite_arrays(self.path, arrays)
+        arrays = npz.read_arrays_for_training(self.path, self.shapes)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
-    if wanted is None:
-        return True
-    return len(shape) == len(wanted) and all(want in (None, have) for have, want in zip(shape, wanted))
 
 
 def _storable(tensor: Tensor) -> numpy.ndarray:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import io
 import os
+import pickle
+import random
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -170,3 +173,182 @@ def written(files: dict[str, bytes], folder: Path) -> dict[str, Path]:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return {name: folder / name for name in files}
+
+
+# ---- caches ----------------------------------------------------------------------------------------------------------
+
+
+def npy_file(description: str, shape: str, data: bytes = b"", version: tuple[int, int] = (1, 0)) -> bytes:
+    """An array in NumPy's format whose header says anything."""
+    return npy_header(f"{{'descr': {description}, 'fortran_order': False, 'shape': {shape}, }}", data, version)
+
+
+def npy_header(text: str, data: bytes = b"", version: tuple[int, int] = (1, 0)) -> bytes:
+    """NumPy's format with any text as its header."""
+    raw = text.encode("latin-1")
+    raw += b" " * (-(len(raw) + 11) % 64) + b"\n"
+    return b"\x93NUMPY" + bytes(version) + struct.pack("<H" if version == (1, 0) else "<I", len(raw)) + raw + data
+
+
+def archive(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip archive."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
+def bomb(name: str, start: bytes, size: int) -> bytes:
+    """A zip archive of a few kilobytes whose only member is ``start`` and then zeros, ``size`` bytes in all."""
+    zeros = bytes(1 << 20)
+    pack = zlib.compressobj(9, zlib.DEFLATED, -15)
+    head = pack.compress(start) + pack.flush(zlib.Z_FULL_FLUSH)
+    block = pack.compress(zeros) + pack.flush(zlib.Z_FULL_FLUSH)  # after a full flush, blocks stand for themselves
+    count, rest = divmod(size - len(start), len(zeros))
+    data = head + block * count + pack.compress(bytes(rest)) + pack.flush()
+    checksum = 0  # wrong, which shows only to whoever unpacks all of it
+    raw = name.encode()
+    fields = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 33, checksum, len(data), size, len(raw), 0)
+    local = b"PK\3\4" + fields + raw + data
+    entry = b"PK\1\2" + struct.pack("<H", 20) + fields + struct.pack("<HHHII", 0, 0, 0, 0, 0) + raw
+    return local + entry + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(entry), len(local), 0)
+
+
+def members_of(data: bytes) -> dict[str, bytes]:
+    """What is in a zip archive."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def hostile_arrays(shape: tuple[int, ...], touched: Path) -> dict[str, bytes]:
+    """Arrays that cannot be taken for one of numbers of this shape; ``touched`` is the file that code in them makes."""
+    count = int(numpy.prod(shape))
+    code = pickle.dumps(RunsCode(touched))
+    return {
+        "no bytes": b"",
+        "no header": b"\x93NUMPY\1\0\xff\xff",
+        "4 GiB of header": b"\x93NUMPY\2\0\xff\xff\xff\xff",
+        "a format of the future": npy_file("'<f4'", str(shape), bytes(4 * count), (9, 0)),
+        "a shape of 4 TB": npy_file("'<f4'", "(1000000, 1000000)"),
+        "a shape of 2^70": npy_file("'<f4'", f"({1 << 70},)"),
+        "a negative shape": npy_file("'<f4'", "(-1, 4)", bytes(64)),
+        "a fraction in the shape": npy_file("'<f4'", "(1.5,)", bytes(64)),
+        "a hundred dimensions": npy_file("'<f4'", "(" + "1," * 100 + ")", bytes(4)),
+        "9,000 digits": npy_file("'<f4'", "(" + "9" * 9000 + ",)"),
+        "nothing in it": npy_file("'<f4'", f"(0, {1 << 40})"),
+        "cut": npy_file("'<f4'", str(shape), bytes(4 * count - 4)),
+        "more bytes": npy_file("'<f4'", str(shape), bytes(4 * count + 4)),
+        "another shape": npy_file("'<f4'", str((*shape, 1)), bytes(4 * count)),
+        "another size": npy_file("'<f4'", str((2 * shape[0], *shape[1:])), bytes(8 * count)),
+        "objects": npy_file("'|O'", str(shape), code),
+        "objects in fields": npy_file("[('a', '|O')]", str(shape), code),
+        "text": npy_file("'<U4'", str(shape), bytes(16 * count)),
+        "dates": npy_file("'<M8[s]'", str(shape), bytes(8 * count)),
+        "complex numbers": npy_file("'<c8'", str(shape), bytes(8 * count)),
+        "numbers of 16 bytes": npy_file("'<f16'", str(shape), bytes(16 * count)),
+        "the other byte order": npy_file("'>f4'", str(shape), bytes(4 * count)),
+        "no dtype": npy_file("None", str(shape), bytes(4 * count)),
+        "nested brackets": npy_header("(" * 4000 + ")" * 4000),
+        "a call": npy_header(f"__import__('pathlib').Path({str(touched)!r}).touch()"),
+        "NaN": npy_file("'<f4'", str(shape), numpy.full(shape, numpy.nan, "<f4").tobytes()),
+        "infinity": npy_file("'<f4'", str(shape), numpy.full(shape, numpy.inf, "<f4").tobytes()),
+    }
+
+
+def hostile_archives(sound: bytes) -> dict[str, bytes]:
+    """Archives that are damaged or lie about their members, made from a sound one that is not compressed."""
+    entry = sound.index(b"PK\1\2")
+    end = sound.rindex(b"PK\5\6")
+
+    def changed(start: int, *values: int, size: str = "<I") -> bytes:
+        written = b"".join(struct.pack(size, value) for value in values)
+        return sound[:start] + written + sound[start + len(written) :]
+
+    encrypted = bytearray(changed(entry + 8, 1, size="<H"))
+    encrypted[int.from_bytes(sound[entry + 42 : entry + 46], "little") + 6] |= 1
+    return {
+        "no bytes": b"",
+        "text": b"no archive" * 20,
+        "no members": archive({}),
+        "a directory alone": sound[end:],
+        **{f"cut at {part} of 4": sound[: len(sound) * part // 4] for part in (1, 2, 3)},
+        "the last byte missing": sound[:-1],
+        "encrypted": bytes(encrypted),
+        "an unknown compression": changed(entry + 10, 99, size="<H"),
+        "a version of the future": changed(entry + 6, 999, size="<H"),
+        "a member of 4 GB": changed(entry + 20, 0xFFFFFFF0, 0xFFFFFFF0),
+        "a member beyond the end": changed(entry + 42, 0x7FFFFFF0),
+        "a wrong checksum": changed(entry + 16, 1),
+        "a directory of 4 GB": changed(end + 12, 0xFFFFFFF0),
+    }
+
+
+def decayed_archives(sound: bytes) -> list[bytes]:
+    """The archive with a byte of its first member's data changed, as a bad disk does."""
+    draw = random.Random(0)
+    start = 200  # behind the member's head
+    end = sound.index(b"PK\3\4", start)
+    positions = [draw.randrange(start, end) for _ in range(8)]
+    return [sound[:at] + bytes([sound[at] ^ 0xFF]) + sound[at + 1 :] for at in positions]
+
+
+class RunsCode:
+    """What a pickle makes of it calls ``open``, which stands for anything: it leaves the file ``touched``."""
+
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.touched), "w")
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+CONTROLS = "".join(map(chr, [*range(1, 9), *range(14, 32), 127, *range(128, 160)]))
+"""Control characters, those that begin a terminal's escape sequences among them."""
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c"
+"""Characters that turn the direction of the text behind them, so that it reads as something else."""
+SURPRISING = "\x1b]0;title\x07\x1b[2J\x1b[31mred" + CONTROLS + BIDI
+MARKUP = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\"'`{{data}}]]>--><!--"
+
+
+def broken_captions() -> dict[str, bytes]:
+    """Caption files of which no caption can be made, by what is wrong."""
+    text = "a photo of a café, 猫"
+    return {
+        "empty": b"",
+        "UTF-16 with a mark": text.encode("utf-16"),
+        "UTF-16": "a photo".encode("utf-16-le"),
+        "UTF-32": text.encode("utf-32"),
+        "Latin-1": "a café".encode("latin-1"),
+        "Shift JIS": "猫の写真".encode("shift_jis"),
+        "half a character": text.encode()[:-1],
+        "zero bytes": b"a\0photo",
+        "only zero bytes": bytes(64),
+        "a surrogate": b"a \xed\xa0\x80 photo",
+        "an image": encoded("PNG"),
+        "10 MB": b"tag, " * 2_000_000,
+    }
+
+
+def odd_captions() -> dict[str, bytes]:
+    """Caption files that are unusual and sound, by what is odd."""
+    return {
+        "only separators": b" , ,, ,",
+        "only blanks": " \t\u3000\u00a0".encode(),
+        "only a line end": b"\n",
+        "a byte-order mark": b"\xef\xbb\xbfa cat",
+        "old line ends": b"a cat\ra dog\r",
+        "Windows line ends": b"a cat\r\na dog\r\n",
+        "control characters": SURPRISING.encode(),
+        "markup": MARKUP.encode(),
+        "unicode separators": "a cat\u2028a dog\u0085x\u001cy".encode(),
+        "emoji": "👩‍👩‍👧‍👦 🏴󠁧󠁢󠁥󠁮󠁧󠁿".encode(),
+        "combining marks": ("e" + "\u0301" * 500).encode(),
+        "weights": b"((((a:1e999)[b:-nan]:0.5\\(",
+        "braces": b"{{{|}}} {a|b",
+        "options": b"a cat --n x --w 99999",
+        "900 kB": b"tag, " * 180_000,
+    }

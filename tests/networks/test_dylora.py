@@ -26,13 +26,14 @@ def applied(tiny: Tiny, randomise, dim: int = 8, **arguments):
     return network.train()
 
 
-def test_files_are_those_of_lora(randomise, tmp_path):
+@pytest.mark.parametrize("arguments", [{}, {"unit": "4", "conv_dim": "8", "conv_alpha": "4"}])
+def test_files_are_those_of_lora(randomise, tmp_path, arguments):
     tiny = tiny_model("sdxl")
-    network = applied(tiny, randomise, unit="4", conv_dim="8", conv_alpha="4").eval()
+    network = applied(tiny, randomise, **arguments).eval()
     expected = tiny.predict()
     network.save_weights(tmp_path / "dylora.safetensors", None, None)
     network.remove()
-    for module, more in ((lora, {}), (dylora, {"unit": "4"})):
+    for module, more in ((lora, {}), (dylora, {key: arguments[key] for key in ["unit"] if key in arguments})):
         loaded, _ = module.create_network_from_weights(
             1.0, tmp_path / "dylora.safetensors", None, tiny.encoders, tiny.unet, **more
         )
@@ -52,9 +53,10 @@ def test_it_starts_with_the_numbers_of_lora():
     assert all(torch.equal(a, b) for a, b in zip(*matrices))
 
 
-def test_a_training_step_is_one_of_the_cut_network(randomise):
+@pytest.mark.parametrize("unit", [1, 2])
+def test_a_training_step_is_one_of_the_cut_network(randomise, tmp_path, unit):
     """What a step computes, against plain LoRA with the first ranks alone, at sqrt(all / first) of the strength."""
-    tiny, unit = tiny_model("sd1"), 2
+    tiny = tiny_model("sd1")
     network = applied(tiny, randomise, unit=str(unit), conv_dim="8", conv_alpha="4")
     seen = set()
     for seed in range(3):

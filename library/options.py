@@ -48,6 +48,8 @@ FRONT_END_KEYS = frozenset(
     block_lr fused_optimizer_groups dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic output_path
     """.split()
 )
+SCRIPT = "script"
+"""The key of a configuration file that names its script."""
 SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
 NOT_IN_OUTPUT_CONFIG = SECRETS | {"config_file", "output_config"}
 
@@ -331,7 +333,9 @@ def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
     without_effect: list[str] = []
     by_name = _by_every_name(known)
     for key, value in flat.items():
-        if key not in by_name:
+        if key == SCRIPT:
+            _require_script(value, path)
+        elif key not in by_name:
             if key not in FRONT_END_KEYS and key not in keys_of_other_scripts():
                 raise UserError(f'{path}: unknown key "{key}".{did_you_mean(key, known)}')
             without_effect.append(key)
@@ -342,6 +346,15 @@ def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
 
         say_when_set_up(f"{path}: no effect in this script: {', '.join(without_effect)}")
     return values
+
+
+def _require_script(value: Any, path: Path) -> None:
+    """Raises UserError when ``script`` in a configuration file is not the script that has been started."""
+    from library import families
+
+    started, scripts = Path(sys.argv[0]).name, [family.file for family in families.FAMILIES]
+    if started in scripts and str(value).removesuffix(".py") != started.removesuffix(".py"):
+        raise UserError(f'{path}: script = "{value}": these are options of another script than {started}.')
 
 
 def configured_value(arguments: Sequence[str], name: str) -> Any:

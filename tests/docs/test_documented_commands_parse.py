@@ -43,6 +43,7 @@ def named_files(tmp_path, monkeypatch):
     """The TOML files that the documentation shows under a name, in the present folder."""
     for block in blocks("toml"):
         if block.name:
+            (tmp_path / block.name).parent.mkdir(exist_ok=True)
             (tmp_path / block.name).write_text(block.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
 

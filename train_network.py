@@ -18,7 +18,7 @@ from library.data.debug import show_dataset
 from library.data.loader import BatchLoader
 from library.data.options import TextCacheOptions
 from library.devices import parse_dtype
-from library.errors import UserError, in_one_line
+from library.errors import UnsavedError, UserError, in_one_line
 from library.models.streamed_parts import stream_blocks
 from library.modelspec import standard_entries
 from library.options import all_values, changed_options, parse_options
@@ -39,6 +39,7 @@ from library.training.objective.losses import batch_loss
 from library.training.objective.noise_options import NEEDS, check_stable_diffusion_noise_options
 from library.training.objective.step_inputs import ItemDraws, NoisyInput
 from library.training.optim.optimization import Optimization
+from library.training.output.attempts import write_at_any_cost, write_or_warn
 from library.training.output.file_metadata import FileMetadata, ModelFacts
 from library.training.output.run_outputs import RunOutputs
 from library.training.output.run_state import check_saved_state, restore_run_state, write_run_state
@@ -118,6 +119,7 @@ class NetworkTrainer(FamilyHooks):
             self.place_network()
             self.build_optimizer()
             self.resume()
+            self.check_disk_space()
         self.start_reports()
         with self.report:
             with Interruption() as interruption, self.batch_loader() as self.loader, self.saving_on_error():
@@ -280,13 +282,18 @@ class NetworkTrainer(FamilyHooks):
     # ---- looking at plan and data -----------------------------------------------------------------------------------
 
     def show_plan(self) -> None:
-        """``--dry_run``: what would be trained, in which time and memory, and which files would be written."""
+        """``--dry_run``: what would be trained, in which time and memory, and which files would be written.
+
+        Raises UserError, after that, when the files do not fit on their disk.
+        """
         from library.training.plan.dry_run import plan_of
         from library.training.plan.plan_report import plan_lines
 
         plan = plan_of(self)
         if self.accelerator.is_main_process:
             say("\n".join(plan_lines(plan)))
+            if plan.shortage:
+                raise UserError(plan.shortage)
 
     def check_network_files(self) -> None:
         """See that the LoRA files which training begins with fit the model. Raises UserError."""
@@ -385,6 +392,13 @@ class NetworkTrainer(FamilyHooks):
         self.check_saved_state()
         if self.saved is not None:
             restore_run_state(self.facts(), self.saved, self.accelerator.scaler)
+
+    def check_disk_space(self) -> None:
+        """Compare the free space with the files that will be written. Raises UserError where it cannot be enough."""
+        from library.training.plan.disk_space import check_disk_space
+
+        if self.accelerator.is_main_process:
+            check_disk_space(self.facts())
 
     def start_reports(self) -> None:
         """Open the trackers, gather the metadata, and say what will be trained."""
@@ -544,8 +558,9 @@ class NetworkTrainer(FamilyHooks):
         if not (due_samples or due_file or due_validation):
             return
         if due_file:
-            self.save_due(files.step_file(step), files.step_state(step), progress.position.epoch)
-            files.remove_old_step(step)
+            save = self.save_last if progress.ended_by else self.save_due
+            saved = save(files.step_file(step), files.step_state(step), progress.position.epoch)
+            self.remove_old(files.old_after_step(step), saved)
         if due_samples or due_validation:
             with self.optimization.evaluating(exact=due_file):
                 if due_samples:
@@ -574,8 +589,8 @@ class NetworkTrainer(FamilyHooks):
         if not (due_validation or due_file or due_samples):
             return
         if due_file:
-            self.save_due(files.epoch_file(number), files.epoch_state(number), number)
-            files.remove_old_epoch(number)
+            saved = self.save_due(files.epoch_file(number), files.epoch_state(number), number)
+            self.remove_old(files.old_after_epoch(number), saved)
         if due_samples or due_validation:
             with self.optimization.evaluating(exact=due_file):
                 if due_validation:
@@ -629,12 +644,41 @@ class NetworkTrainer(FamilyHooks):
             self.text.add_to(request)
         return self.pipeline.generate_batch(requests)
 
-    def save_due(self, path: Path, folder: Path, epoch: int) -> None:
-        """Write the network's file, and with ``--save_state`` the state ``folder``."""
+    def save_due(self, path: Path, folder: Path, epoch: int) -> bool:
+        """Write the network's file, and with ``--save_state`` the state ``folder``; returns whether both are there.
+
+        What cannot be written, as on a full disk, is named in a warning: the run goes on to the next saving.
+        """
+        return not self.try_saving(write_or_warn, path, folder if self.options.saving.save_state else None, epoch)
+
+    def save_last(self, path: Path, folder: Path | None, epoch: int, wait: bool = False) -> bool:
+        """As ``save_due``, for what is not saved again: what cannot be written is tried again, and then elsewhere.
+
+        ``folder`` None: no state; ``wait`` for the upload. What is elsewhere is noted in ``outputs.problems``.
+        """
+        problems = self.try_saving(write_at_any_cost, path, folder, epoch, wait)
+        self.outputs.problems += problems
+        return not problems
+
+    def try_saving(
+        self,
+        attempt: Callable[[Callable[[Path], None], Path], str | None],
+        path: Path,
+        folder: Path | None,
+        epoch: int,
+        wait: bool = False,
+    ) -> list[str]:
+        """Let ``attempt`` write the network's file and the state ``folder``, if there is to be one; its problems."""
         with self.optimization.evaluating():
-            self.save_model(path, epoch)
-        if self.options.saving.save_state:
-            self.save_state(folder)
+            problems = [attempt(lambda place: self.save_model(place, epoch, wait), path)]
+        if folder is not None:
+            problems.append(attempt(self.save_state, folder))
+        return [problem for problem in problems if problem]
+
+    def remove_old(self, old: Sequence[Path], saved: bool) -> None:
+        """Remove files and states that are due to go (main process)."""
+        if self.accelerator.is_main_process:
+            self.outputs.files.remove_old(old, saved)
 
     @timed("saving")
     def save_model(self, path: Path, epoch: int, wait: bool = False) -> None:
@@ -676,29 +720,31 @@ class NetworkTrainer(FamilyHooks):
                 warn(f"an error ends the training at step {step}; what it has trained is saved first")
                 try:
                     progress.position = progress.resumable or progress.position
-                    with self.optimization.evaluating():
-                        self.save_model(path, progress.position.epoch)
-                    if self.options.saving.save_state and progress.resumable is not None:
-                        self.save_state(state := self.outputs.files.step_state(step))
+                    can_resume = self.options.saving.save_state and progress.resumable is not None
+                    state = self.outputs.files.step_state(step) if can_resume else None
+                    if self.save_last(path, state, progress.position.epoch) and state is not None:
                         say(f"continue from there with --resume {state}")
                 except Exception as second:
                     warn(f"{path} could not be saved: {in_one_line(second)}")
             raise
 
     def finish(self) -> None:
-        """Write the final file and state, close the trackers, wait for uploads, and say where time and memory went."""
+        """Write the final file and state, close the trackers, wait for uploads, and say where time and memory went.
+
+        Raises UnsavedError when the last files of the run are not in their places.
+        """
         if not self.progress.ended_by:
             saving, files = self.options.saving, self.outputs.files
-            with self.optimization.evaluating():
-                self.save_model(files.final_file(), self.plan.epochs, wait=True)
-            if saving.save_state or saving.save_state_on_train_end:
-                self.save_state(files.final_state())
+            state = files.final_state() if saving.save_state or saving.save_state_on_train_end else None
+            self.save_last(files.final_file(), state, self.plan.epochs, wait=True)
             self.report.end("finished")
         self.tracker.finish()
         self.outputs.uploads.finish()
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
             say("\n".join(end_lines(end_facts(self.facts(), self.clock, self.report.path, self.forecast))))
+        if self.outputs.problems:
+            raise UnsavedError(" ".join(self.outputs.problems))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
-from library.errors import UserError
+from library.errors import NO_ROOM, UnsavedError, UserError
 
 LOGGER = logging.getLogger("library")
 
@@ -126,7 +126,10 @@ def messages_above_progress() -> AbstractContextManager[None]:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; a UserError becomes its sentence on stderr and exit code 2."""
+    """Run a script's ``main``; a UserError becomes its sentence on stderr and its exit code, most often 2.
+
+    So does a full disk, with the exit code 1.
+    """
     make_console_safe()
     # What is imported stays; with Python's default, looking through it again and again is a tenth of a start.
     gc.set_threshold(50_000)
@@ -134,13 +137,18 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # what was printed goes to a program that has read enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}).", file=sys.stderr)
+        sys.exit(UnsavedError.exit_code)
 
 
 def size_text(count: float) -> str:

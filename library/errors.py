@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What writing fails with on a full disk, at a quota and at a limit on the size of files."""
 
 
 class UserError(Exception):
     """A mistake in what the user gave: a command line, a file, a folder.
 
     ``str(error)`` is one sentence (or a short list) that says what is wrong, where (file, key, line), and what would be
-    right. Entry scripts print it and end with exit code 2.
+    right. Entry scripts print it and end with its ``exit_code``.
     """
+
+    exit_code = 2
+
+
+class UnsavedError(UserError):
+    """What a run made could not be written where it should be; its user did nothing wrong."""
+
+    exit_code = 1
 
 
 def in_one_line(error: BaseException) -> str:

@@ -10,11 +10,12 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from library.errors import UserError
+from library.console import size_text
+from library.errors import NO_ROOM, UserError
 from library.processes import MARK, ProcessMark, this_process
 
 TEMPORARY_NAME = re.compile(rf"^\.({MARK})-[0-9a-f]{{8}}\.part(\.\w+)?$")
@@ -61,28 +62,59 @@ def replace_when_complete(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path | str) -> Iterator[IO[Any]]:
+def explaining_full_disk(path: Path, size: int | Callable[[], int]) -> Iterator[None]:
+    """Around the writing of ``path``, which takes ``size`` bytes: OSError says how many of them are missing.
+
+    What was written of it has to be removed inside. With other reasons than a full disk the error stays as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        needed = size if isinstance(size, int) else size()
+        raise OSError(error.errno, f"{os.strerror(error.errno)}: {_room(path, needed)}", str(path)) from None
+
+
+def _room(path: Path, needed: int) -> str:
+    """How much room there is for a file of so many bytes."""
+    free = free_bytes(path.parent)
+    if needed > free:
+        return f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} missing"
+    return f"{size_text(needed)} needed, and {size_text(free)} free: a quota or a limit on the size of files is reached"
+
+
+@contextlib.contextmanager
+def writing(path: Path | str, size: int = 0) -> Iterator[IO[Any]]:
     """Open a file for binary writing that takes the name ``path`` when the block ends well, and vanishes when not.
 
-    New files get the permissions that the user's umask gives. Raises OSError as ``open`` does.
+    New files get the permissions that the user's umask gives. Raises OSError as ``open`` does; on a full disk it says
+    how much is missing for ``size`` bytes, or for those that were written if they are more.
     """
     path = Path(path)
     temporary = temporary_path(path)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    written = 0
+    with explaining_full_disk(path, lambda: max(size, written)):
+        try:
+            with open(temporary, "wb") as file:
+                try:
+                    yield file
+                finally:
+                    with contextlib.suppress(OSError, ValueError):
+                        written = file.tell()
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path | str, text: str) -> None:
     """Write UTF-8 text with ``\\n`` line ends, complete or not at all."""
-    with writing(path) as file:
-        file.write(text.encode("utf-8"))
+    data = text.encode("utf-8")
+    with writing(path, len(data)) as file:
+        file.write(data)
 
 
 def write_new(names: Iterable[Path], data: bytes) -> Path:
@@ -93,18 +125,19 @@ def write_new(names: Iterable[Path], data: bytes) -> Path:
     names = iter(names)
     path = next(names)
     temporary = temporary_path(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        while True:
-            try:
-                return _name_once(temporary, path)
-            except FileExistsError:
-                path = next(names)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explaining_full_disk(path, len(data)):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            while True:
+                try:
+                    return _name_once(temporary, path)
+                except FileExistsError:
+                    path = next(names)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_whole(path: Path) -> None:
@@ -190,6 +223,11 @@ def require_writable_folder(folder: Path, option: str, read_only: bool = False) 
 def nearest_folder(folder: Path) -> Path:
     """``folder`` if it exists, else the nearest above it that does."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk of ``folder``, which need not exist yet."""
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 def _require_permission(folder: Path) -> None:

@@ -209,8 +209,10 @@ def save_one_by_one(
     ValueError when ``load`` gives another shape or dtype.
     """
     layout = _layout(described)
-    with writing(path) as file:
-        file.write(_header_bytes(described, layout, metadata or {}))
+    header = _header_bytes(described, layout, metadata or {})
+    size = len(header) + sum(tensor.numel() * tensor.element_size() for tensor in described.values())
+    with writing(path, size) as file:
+        file.write(header)
         for name in layout:
             tensor = load(name)
             if (tensor.shape, tensor.dtype) != (described[name].shape, described[name].dtype):

@@ -157,7 +157,8 @@ def update(path: Path, encoded: Mapping[str, bytes], keep: Callable[[str], bool]
     try:
         with _LOCKS[hash(path) % len(_LOCKS)]:
             kept = _readable_members(path, lambda name: name not in encoded and keep(name))
-            with writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            size = sum(map(len, {**kept, **encoded}.values()))
+            with writing(path, size) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for name, data in {**kept, **encoded}.items():
                     archive.writestr(f"{name}.npy", data)
     except OSError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from library.console import size_text, warn
 from library.data.options import CacheOptions, TextCacheOptions
+from library.files import free_bytes
 from library.training.data import TrainingData
 
 
@@ -74,3 +76,17 @@ def text_caching(
         skip_check=common.skip_cache_check,
         batch_size=options.text_encoder_batch_size or data.train.datasets[0].settings.batch_size,
     )
+
+
+def warn_of_full_disk(caches: Iterable[Any], processes: int) -> None:
+    """Warn when the disk of the images has less room than the entries that ``processes`` will write beside them."""
+    for cache in caches:
+        path = next((entry.path for entry in cache.todo if entry.path is not None), None)
+        if path is None or not cache.missing_bytes:
+            continue
+        needed, free = cache.missing_bytes * processes, free_bytes(path.parent)
+        if needed > free:
+            warn(
+                f"{cache.subject}: about {size_text(needed)} will be written beside the images, but {size_text(free)} "
+                f"are free on the disk of {path.parent}, {size_text(needed - free)} are missing."
+            )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.console import warn
 from library.devices import to_device
+from library.training.caching import Caching, warn_of_full_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from library.data.batch import Batch
     from library.data.cache import CacheReport, LatentCache
     from library.models.pipeline import Pipeline
-    from library.training.caching import Caching
     from library.training.data import TrainingData
     from library.training.distribution import LoadInTurn
     from library.training.objective.step_inputs import ItemDraws
@@ -40,6 +40,7 @@ class Latents:
         if self.caching is None:
             return []
         caches = self.open_caches()
+        warn_of_full_disk(caches, self.accelerator.num_processes)
         with load_in_turn():
             if any(cache.missing for cache in caches):
                 self.pipeline.load_autoencoder()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from library.training.caching import Caching, warn_of_full_disk
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from library.models.pipeline import ImageRequest, Pipeline, Text
     from library.models.sampling import Role
     from library.prompt_options import PromptOptions
-    from library.training.caching import Caching
     from library.training.data import TrainingData
     from library.training.distribution import LoadInTurn
 
@@ -73,6 +74,7 @@ class TextConditioning:
         if self.caching is None:
             return []
         caches = self.open_caches() if self._caches is None else self._caches
+        warn_of_full_disk(caches, self.accelerator.num_processes)
         with load_in_turn():
             if any(cache.missing for cache in caches):
                 self.pipeline.load_text_encoders(self.pipeline.encoders)

@@ -238,6 +238,8 @@ class _EventFile:
             self._writer.flush()
         except OSError as error:
             self._failed = True
+            with contextlib.suppress(OSError):  # or what is left to write would be complained of at the very end
+                self._writer.close()
             warn(f"--logging_dir: writing the training curves failed ({error.strerror}); they end here.")
 
     def close(self) -> None:

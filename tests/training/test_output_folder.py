@@ -43,7 +43,7 @@ def run_epochs(folder: OutputFolder, epochs: int) -> set[str]:
         if folder.epoch_is_due(epoch, epochs + 1):
             folder.epoch_file(epoch).touch()
             folder.epoch_state(epoch).mkdir()
-            folder.remove_old_epoch(epoch)
+            folder.remove_old(folder.old_after_epoch(epoch), saved=True)
     return {path.name for path in folder.folder.iterdir()}
 
 
@@ -57,7 +57,7 @@ def test_only_the_last_steps_stay(tmp_path):
     for step in range(1, 61):
         if folder.step_is_due(step):
             folder.step_file(step).touch()
-            folder.remove_old_step(step)
+            folder.remove_old(folder.old_after_step(step), saved=True)
     assert sorted(path.name[-14:-12] for path in folder.folder.glob("*.safetensors")) == ["40", "50", "60"]
 
 

@@ -6,6 +6,7 @@ Names and retention follow kohya-ss/sd-scripts, so that front ends find the file
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,6 +70,7 @@ class OutputFolder:
         self.options = options
         _require_usable_name(options.output_name)
         self.every_n_epochs = options.save_every_n_epochs
+        self._overdue: list[Path] = []
         if not read_only:
             finish_replacements(self.folder)
         require_writable_folder(self.folder, "--output_dir", read_only)
@@ -151,15 +153,14 @@ class OutputFolder:
             old.append(self.step_state(number))
         return old
 
-    def remove_old_epoch(self, epoch: int) -> None:
-        """After ``epoch`` was saved: remove the file and the state that are due to go."""
-        for path in self.old_after_epoch(epoch):
-            remove_whole(path)
+    def remove_old(self, old: Iterable[Path], saved: bool) -> None:
+        """After a saving, remove the files and states that are due to go.
 
-    def remove_old_step(self, step: int) -> None:
-        """After ``step`` was saved: remove the file and the state that are due to go."""
-        for path in self.old_after_step(step):
-            remove_whole(path)
+        Unless it ``saved`` all: the old ones are the newest then, and go after the next saving that succeeds.
+        """
+        self._overdue += old
+        while saved and self._overdue:
+            remove_whole(self._overdue.pop())
 
 
 LONGEST_ENDING = len("_e000001_00_20260101000000_18446744073709551615.png")

@@ -256,7 +256,7 @@ class BackgroundHashes:
 
     def __init__(self, **paths: str | None) -> None:
         self._entries: dict[str, str] = {}
-        self._error: OSError | None = None
+        self._problems: list[str] = []
         given = {name: path for name, path in paths.items() if path}
         self._thread = threading.Thread(target=self._compute, args=(given,), name="model-hashes", daemon=True)
         self._thread.start()
@@ -271,11 +271,11 @@ class BackgroundHashes:
                 self._entries[f"ss_{name}_hash"] = legacy_hash(path)
                 self._entries[f"ss_new_{name}_hash"] = full_hash(path)
             except OSError as error:
-                self._error = error
+                self._problems.append(f"{path} can no longer be read ({error.strerror}); saved files lack its hash.")
 
     def entries(self) -> dict[str, str]:
-        """The metadata entries. Raises OSError when a file could not be read."""
+        """The metadata entries. A file that could not be read is named in a warning, once."""
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        while self._problems:
+            warn(self._problems.pop(0))
         return dict(self._entries)

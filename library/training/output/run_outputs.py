@@ -36,6 +36,8 @@ class RunOutputs:
         self.written: list[Path] = []
         """Files and folders that this run has written, without sample images."""
         self.sample_files: list[Path] = []
+        self.problems: list[str] = []
+        """What became of the run's last files where they are not in their places."""
         from_hub = options.hub.resume_from_huggingface
         resume = options.resume.resume
         self.chosen = resume in AUTOMATIC

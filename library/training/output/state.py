@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.files import stale_temporaries, temporary_path, write_text
+from library.files import explaining_full_disk, stale_temporaries, temporary_path, write_text
 from library.safetensors_io import read_header
 
 FORMAT = "lora-training-state"
@@ -116,30 +116,32 @@ def save_state(
     """
     from library.safetensors_io import save_file
 
+    tensors: dict[str, Any] = {}
+    packed = pack(optimizer_state, tensors, "optimizer")
+    size = sum(tensor.nbytes for tensor in (*network_state.values(), *tensors.values()))
     aside = temporary_path(folder)
-    aside.mkdir(parents=True)
-    try:
-        tensors: dict[str, Any] = {}
-        packed = pack(optimizer_state, tensors, "optimizer")
-        save_file({k: v.detach().cpu().contiguous() for k, v in network_state.items()}, aside / "model.safetensors")
-        save_file(tensors, aside / "optimizer.safetensors")
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": folder.name,
-            "saved_at": time.time(),
-            "current_epoch": position.epoch + 1,
-            "current_step": position.step,
-            "position": asdict(position),
-            "identity": asdict(identity),
-            "optimizer": packed,
-            "rest": pack(rest, {}, "rest"),
-        }
-        write_text(aside / "train_state.json", json.dumps(document, indent=1))
-        _take_name(aside, folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with explaining_full_disk(folder, size):
+        try:
+            aside.mkdir(parents=True)
+            save_file({k: v.detach().cpu().contiguous() for k, v in network_state.items()}, aside / "model.safetensors")
+            save_file(tensors, aside / "optimizer.safetensors")
+            document = {
+                "format": FORMAT,
+                "version": VERSION,
+                "name": folder.name,
+                "saved_at": time.time(),
+                "current_epoch": position.epoch + 1,
+                "current_step": position.step,
+                "position": asdict(position),
+                "identity": asdict(identity),
+                "optimizer": packed,
+                "rest": pack(rest, {}, "rest"),
+            }
+            write_text(aside / "train_state.json", json.dumps(document, indent=1))
+            _take_name(aside, folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
 
 
 def _take_name(aside: Path, folder: Path) -> None:

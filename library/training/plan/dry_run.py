@@ -7,22 +7,20 @@ the run does. Nothing is loaded and nothing is written.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.console import LOGGER, silence, size_text
-from library.devices import parse_dtype
 from library.errors import UserError
-from library.files import nearest_folder
 from library.memory.simulation import Simulation, forget_values
 from library.training.optim.lr_schedulers import ReportedLearningRate, load_scheduler_state
+from library.training.plan.disk_space import file_sizes, free_bytes, shortage
 from library.training.plan.memory_estimate import memory_phases, optimizer_state_bytes
 from library.training.plan.plan_report import CachePlan, Plan
 from library.training.plan.planned_files import plan_files
-from library.training.report.description import module_counts, start_facts
+from library.training.report.description import start_facts
 from library.training.report.report_options import report_is_wanted
 
 if TYPE_CHECKING:
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
 RATE_POINTS = 5
 MOST_SCHEDULER_STEPS = 20_000
 """A schedule that is no formula is followed so far."""
-BYTES_PER_MODULE = 400
-"""Of a network file besides the weights: names and alphas."""
 
 
 class Rehearsal(Protocol):
@@ -90,11 +86,13 @@ def plan_of(run: Rehearsal) -> Plan:
         run.check_saved_state()
     facts = None if problem else run.facts()
     rates, rate_note = learning_rates(facts) if facts else ({}, "unknown")
-    network_bytes, state_bytes, phases = None, None, []
+    network_bytes, state_bytes, phases, lacking = None, None, [], None
+    files = plan_files(run.plan, run.progress.position, outputs.files, samples)
     notes = [_free_memory(device)]
     if facts:
         optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, facts.optimization.parameters)
-        network_bytes, state_bytes = _file_sizes(facts, optimizer_bytes)
+        network_bytes, state_bytes = file_sizes(facts, optimizer_bytes)
+        lacking = shortage(files, network_bytes, state_bytes, outputs.files.folder)
         notes += [note] if note else []
         with simulation.running():
             held = {plan.name: plan.bytes for plan in caches if plan.in_memory and plan.bytes}
@@ -107,13 +105,14 @@ def plan_of(run: Rehearsal) -> Plan:
         rates=rates,
         rate_note=rate_note,
         caches=caches,
-        files=plan_files(length, run.progress.position, outputs.files, samples),
+        files=files,
         network_bytes=network_bytes,
         state_bytes=state_bytes,
         sample_prompts=len(samples.prompts),
         sample_folder=samples.folder,
         other_files=_other_files(run),
-        free_bytes=shutil.disk_usage(nearest_folder(outputs.files.folder)).free,
+        free_bytes=free_bytes(outputs.files.folder),
+        shortage=lacking,
         phases=phases,
         device=str(device),
         processes=run.accelerator.num_processes,
@@ -251,18 +250,6 @@ def _free_memory(device: Any) -> str:
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
     return f"{device} has {size_text(total)}, {size_text(free)} free"
-
-
-def _file_sizes(run: RunFacts, optimizer_bytes: int) -> tuple[int, int]:
-    """Bytes of a network file and of a state, from the weights that go into them."""
-    precision = run.options.saving.save_precision
-    parameters = list(run.network.parameters())
-    width = None if precision is None else parse_dtype(precision).itemsize
-    modules = sum(module_counts(run.network, "").values()) or len(parameters) // 2
-    weights = sum(parameter.numel() * (width or parameter.element_size()) for parameter in parameters)
-    as_trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    names = modules * BYTES_PER_MODULE
-    return weights + names, as_trained + optimizer_bytes + 2 * names
 
 
 def _other_files(run: Rehearsal) -> list[str]:

@@ -77,6 +77,8 @@ class Plan:
     other_files: Sequence[str]
     free_bytes: int
     """On the disk of the output folder."""
+    shortage: str | None
+    """Why the files do not fit there; None: they do."""
     phases: Sequence[MemoryPhase]
     device: str
     processes: int
@@ -100,7 +102,7 @@ def plan_lines(plan: Plan) -> list[str]:
         lines += [f"{title}:", *(f"  {line}" for line in body)]
     if plan.no_effect:
         lines.append(f"No effect in this run: {', '.join(f'--{name}' for name in plan.no_effect)}")
-    return [*lines, f"All checks passed in {time_text(plan.seconds)}."]
+    return lines if plan.shortage else [*lines, f"All checks passed in {time_text(plan.seconds)}."]
 
 
 def _training_lines(plan: Plan) -> list[str]:
@@ -149,8 +151,11 @@ def _files_lines(plan: Plan) -> list[str]:
         for paths, size in ((files.networks, plan.network_bytes), (files.states, plan.state_bytes))
         if size
     )
-    short = " - NOT ENOUGH" if kept_bytes > plan.free_bytes else ""
-    return [*lines, f"about {size_text(kept_bytes)} at the end; {size_text(plan.free_bytes)} free on that disk{short}"]
+    peak = files.peak_bytes(plan.network_bytes or 0, plan.state_bytes or 0)
+    most = f", at most {size_text(peak)} at a time" if peak > kept_bytes else ""
+    short = " - NOT ENOUGH" if plan.shortage else ""
+    free = f"{size_text(plan.free_bytes)} free on that disk{short}"
+    return [*lines, f"about {size_text(kept_bytes)} at the end{most}; {free}"]
 
 
 def _paths_lines(what: str, paths: Sequence[Path], removed: set[Path], size: int | None) -> list[str]:

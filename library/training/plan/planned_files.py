@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,12 +23,32 @@ class PlannedFiles:
     """Those of both that are removed again before the run ends."""
     sample_moments: int = 0
     """How often all sample prompts are drawn."""
+    heights: set[tuple[int, int]] = field(default_factory=set)
+    """How many network files and how many states are there at once, at each moment when there are most."""
+
+    def peak_bytes(self, network: int, state: int) -> int:
+        """The most that all of them take at once, for the bytes of one network file and of one state."""
+        return max((networks * network + states * state for networks, states in self.heights), default=0)
 
 
 def plan_files(plan: RunPlan, start: Position, output: OutputFolder, samples: Samples) -> PlannedFiles:
     """The files of a run from ``start`` to its end, as ``NetworkTrainer`` writes and removes them."""
     found = PlannedFiles(sample_moments=int(start.step == 0 and samples.due_at_start()))
     options = output.options
+    there: dict[Path, bool] = {}
+
+    def write(network: Path, state: Path | None, old: Sequence[Path]) -> None:
+        there[network] = False
+        found.networks.append(network)
+        if state is not None:
+            there[state] = True
+            found.states.append(state)
+        states = sum(there.values())
+        found.heights.add((len(there) - states, states))
+        found.removed.update(old)
+        for path in old:
+            there.pop(path, None)
+
     step, epoch, batch = start.step, start.epoch, start.batch
     while step < plan.max_steps:
         left = plan.steps_per_epoch - batch // plan.accumulation
@@ -35,23 +56,17 @@ def plan_files(plan: RunPlan, start: Position, output: OutputFolder, samples: Sa
             step += 1
             found.sample_moments += samples.due_after_step(step)
             if output.step_is_due(step):
-                _add(found, output.step_file(step), output.step_state(step) if options.save_state else None)
-                found.removed.update(output.old_after_step(step))
+                state = output.step_state(step) if options.save_state else None
+                write(output.step_file(step), state, output.old_after_step(step))
         epoch, batch = epoch + 1, 0
         found.sample_moments += samples.due_after_epoch(epoch)
         if output.epoch_is_due(epoch, plan.epochs):
-            _add(found, output.epoch_file(epoch), output.epoch_state(epoch) if options.save_state else None)
-            found.removed.update(output.old_after_epoch(epoch))
+            state = output.epoch_state(epoch) if options.save_state else None
+            write(output.epoch_file(epoch), state, output.old_after_epoch(epoch))
     last = options.save_state or options.save_state_on_train_end
-    _add(found, output.final_file(), output.final_state() if last else None)
+    write(output.final_file(), output.final_state() if last else None, [])
     found.removed &= {*found.networks, *found.states}
     return found
-
-
-def _add(found: PlannedFiles, network: Path, state: Path | None) -> None:
-    found.networks.append(network)
-    if state is not None:
-        found.states.append(state)
 
 
 def kept(paths: list[Path], removed: set[Path]) -> list[Path]:

@@ -242,13 +242,20 @@ class NetworkTrainer(FamilyHooks):
     def fit_memory(self) -> None:
         """Set the options that ``--vram_budget`` and ``--blocks_to_swap auto`` leave open, as if they had been given.
 
-        Raises UserError when the run does not fit.
+        Otherwise, where the device has memory of its own, say how much the run is expected to take. Raises UserError
+        when a budget is given that the run does not fit.
         """
         if self.options.precision.vram_budget is not None or self.options.streaming.blocks_to_swap == "auto":
             from library.training.plan.budget import fit
 
             self.forecast, line = fit(self)
             say(line)
+        elif self.accelerator.device.type != "cpu" and not self.options.preflight.dry_run:
+            from library.training.plan.expected_memory import expected_memory
+
+            if found := expected_memory(self):
+                self.forecast, line = found
+                say(line)
 
     def open_pipeline(self, parts: tuple[Any, ...] = ()) -> None:
         """Open the checkpoint files by their headers, so that a wrong one is named before anything is loaded.
@@ -487,13 +494,16 @@ class NetworkTrainer(FamilyHooks):
     def end_step(self, index: int) -> None:
         """The update that follows micro-batch ``index``, if every number of the step is finite, and its log.
 
-        Raises UserError when one is not and the run has to end for that.
+        Raises UserError when one is not and the run has to end for that, with the damaged tensor of the model's files
+        where that is the reason.
         """
         optimization = self.optimization
         numbers = self.read_step(None if optimization.fused is not None else optimization.clip_gradients())
         problem = numbers.problem
         if not problem and optimization.fused is not None and not optimization.fused.was_finite():
             problem = "a gradient is not finite (weights with finite ones were updated)"
+        if problem and not self.progress.has_updated:
+            self.pipeline.require_finite_files(*self.pipeline.parts)
         if problem:
             self.step_watch.leave_out(problem, self.progress)
         *earlier, last = numbers.losses

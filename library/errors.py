@@ -26,6 +26,10 @@ class UnsavedError(UserError):
     exit_code = 1
 
 
+class NotFiniteError(UserError):
+    """A part of a model gave NaN or infinity; its file may be damaged, which takes reading it to know."""
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error says, without line breaks; its kind stands before it unless it is a UserError."""
     text = " ".join(str(error).split())

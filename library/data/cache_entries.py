@@ -184,6 +184,15 @@ def all_finite(arrays: Mapping[str, numpy.ndarray]) -> bool:
     return all(bool(numpy.isfinite(array).all()) for array in floating)
 
 
+def require_finite_arrays(path: Path, arrays: Mapping[str, numpy.ndarray]) -> None:
+    """Raises UserError that names the cache file and the array in which there is NaN or infinity."""
+    for name, array in arrays.items():
+        if not all_finite({name: array}):
+            raise UserError(
+                f'{path}: the cache file holds numbers that are not finite in "{name}"; delete it and start again.'
+            )
+
+
 def read_identity(path: Path, name: str) -> dict[str, Any]:
     """What an entry says it was made from. Raises one of npz.DAMAGE."""
     text = npz.read_arrays(path, [name])[name].item()

@@ -14,10 +14,18 @@ import numpy
 
 from library.data import npz
 from library.data.cache_base import Cache
-from library.data.cache_entries import CacheReport, Entry, State, cache_stem, in_batches, require_images
+from library.data.cache_entries import (
+    CacheReport,
+    Entry,
+    State,
+    cache_stem,
+    in_batches,
+    require_finite_arrays,
+    require_images,
+)
 from library.data.dataset import CachedLatent, Dataset, DatasetGroup, Frame, Item, Pixels
 from library.data.loader import prefetch
-from library.errors import UserError
+from library.errors import NotFiniteError, UserError
 from library.randomness import generator
 
 if TYPE_CHECKING:
@@ -220,7 +228,7 @@ class LatentCache(Cache):
         for row, (entry, frame) in enumerate(zip(batch, frames)):
             latents = [plain[row]] + ([] if mirrored is None else [mirrored[row]])
             if not all(bool(tensor.isfinite().all()) for tensor in latents):
-                raise UserError(
+                raise NotFiniteError(
                     f"{entry.item.path}: the autoencoder gave values that are not finite (NaN or infinity); "
                     "run it in float32 (--no_half_vae)."
                 )
@@ -280,6 +288,7 @@ class DiskLatents:
         arrays = npz.read_arrays_for_training(
             self.path, {name: shape for name, shape in self.shapes.items() if name != others}
         )
+        require_finite_arrays(self.path, arrays)
         width, height = (int(side) for side in arrays[f"original_size{key}"])
         left, top, right, bottom = (float(edge) for edge in arrays[f"crop_ltrb{key}"])
         mask = arrays.get(f"alpha_mask{key}")

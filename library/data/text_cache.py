@@ -13,10 +13,10 @@ import numpy
 
 from library.data import npz
 from library.data.cache_base import Cache
-from library.data.cache_entries import CacheReport, Entry, State, cache_stem
+from library.data.cache_entries import CacheReport, Entry, State, cache_stem, require_finite_arrays
 from library.data.captions import fixed_caption
 from library.data.dataset import DatasetGroup, Item
-from library.errors import UserError
+from library.errors import NotFiniteError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,7 +170,7 @@ class TextCache(Cache):
     def _require_sound(self, tensors: dict[str, Tensor], entry: Entry) -> None:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise UserError(f'The text encoders gave values that are not finite for "{entry.signature[0]}".')
+                raise NotFiniteError(f'The text encoders gave values that are not finite for "{entry.signature[0]}".')
             wanted = self.format.arrays[name]
             if wanted is not None and not npz.has_shape(tuple(tensor.shape), wanted):
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {wanted}")
@@ -204,6 +204,7 @@ class DiskText:
         import torch
 
         arrays = npz.read_arrays_for_training(self.path, self.shapes)
+        require_finite_arrays(self.path, arrays)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 

@@ -6,16 +6,17 @@ Whatever is not plain here takes torch's way.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout})
 DEVICE = torch.ops.prim.device.default
+MISSING = object()
 VIEWS = frozenset(
     "alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t transpose unbind "
     "unfold unsqueeze view view_as_complex view_as_real".split()
@@ -26,47 +27,62 @@ VIEWS = frozenset(
 class QuickFakeMode(FakeTensorMode):
     """Tensors without values."""
 
+    _known: ClassVar[dict[Any, Any]] = {}
+    """What an operation returns, by its arguments: descriptions of new tensors, or None for its first argument."""
+    _ways: ClassVar[dict[OpOverload, str]] = {}
+
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self._known: dict[Any, Any] = {}
-        """What an operation returns, by its arguments: descriptions of new tensors, or None for its first argument."""
-        self._ways: dict[OpOverload, str] = {}
+        self._states: dict[torch.device, dict[str, Any]] = {}
+        """The attributes of a new tensor, by its device."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled in a simulation, and to say so takes as long as an operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, way, key = self.quick(func, args, kwargs)
+        if result is not MISSING:
+            return result
+        result = super().__torch_dispatch__(func, types, args, kwargs or {})
+        if key is not None:
+            self._remember(way, key, result, args, kwargs)
+        return result
+
+    def quick(self, func: Any, args: Any = (), kwargs: Any = None) -> tuple[Any, str, Any]:
+        """The result of an operation, or MISSING where torch has to find it; and how and by what it is remembered.
+
+        May be called with the mode active or not.
+        """
         if func is DEVICE and type(args[0]) is FakeTensor:
-            return args[0].fake_device
-        if func not in self._ways:
-            self._ways[func] = _way(func)
-        way = self._ways[func]
+            return args[0].fake_device, "", None
+        way = self._ways.get(func)
+        if way is None:
+            way = self._ways[func] = _way(func)
         if way == "view":
             first = args[0]
             if type(first) is FakeTensor and first.constant is None and not kwargs:
-                with in_kernel_invocation_manager(self):
-                    result = func(*args)
+                result = self._view(func, args)
                 if isinstance(result, Tensor):
-                    return FakeTensor(self, result, first.fake_device)
-                return type(result)([FakeTensor(self, part, first.fake_device) for part in result])
+                    return self._fake(result, first.fake_device), way, None
+                return type(result)([self._fake(part, first.fake_device) for part in result]), way, None
         elif way != "":
-            key: list[Any] = [func, torch.get_default_dtype()]
-            if _describe(args, key) and (not kwargs or _describe(kwargs.items(), key)):
-                return self._remembered(way, tuple(key), func, types, args, kwargs)
-        return super().__torch_dispatch__(func, types, args, kwargs or {})
+            parts: list[Any] = [func, torch.get_default_dtype()]
+            if _describe(args, parts) and (not kwargs or _describe(kwargs.items(), parts)):
+                key = tuple(parts)
+                found = self._known.get(key, MISSING)
+                if found is MISSING:
+                    return MISSING, way, key
+                if found is None:
+                    return args[0], way, key
+                return self._new(found) if isinstance(found, tuple) else [self._new(part) for part in found], way, key
+        return MISSING, way, None
 
-    def _remembered(self, way: str, key: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if key in self._known:
-            found = self._known[key]
-            if way == "in place":
-                return args[0]
-            return self._new(found) if isinstance(found, tuple) else [self._new(part) for part in found]
-        result: Any = super().__torch_dispatch__(func, types, args, kwargs or {})
+    def _remember(self, way: str, key: Any, result: Any, args: Any, kwargs: Any) -> None:
         if way == "in place":
             if result is args[0]:
                 self._known[key] = None
-            return result
+            return
         parts = [result] if isinstance(result, Tensor) else result
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if type(parts) in (tuple, list) and all(type(part) is FakeTensor and _is_plain(part) for part in parts):
@@ -74,13 +90,40 @@ class QuickFakeMode(FakeTensorMode):
             if not storages & {part.untyped_storage()._cdata for part in parts}:
                 made = [_new_as(part) for part in parts]
                 self._known[key] = made[0] if parts[0] is result else made
-        return result
 
     def _new(self, like: tuple[Any, ...]) -> FakeTensor:
         shape, stride, dtype, device = like
-        with in_kernel_invocation_manager(self), torch._C.DisableTorchFunction():
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        return FakeTensor(self, empty, device)
+        return self._fake(empty, device)
+
+    def _view(self, func: OpOverload, args: Any) -> Any:
+        """A view of meta tensors, as torch's ``in_kernel_invocation_manager`` lets a kernel make it."""
+        before = self.in_kernel_invocation
+        with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
+            self.in_kernel_invocation = True
+            torch._C._set_meta_in_tls_dispatch_include(True)
+            try:
+                return func(*args)
+            finally:
+                self.in_kernel_invocation = before
+
+    def _fake(self, meta: Tensor, device: torch.device) -> FakeTensor:
+        """``FakeTensor(self, meta, device)``, whose constructor takes longer than most operations."""
+        state = self._states.get(device)
+        if state is None:
+            made = FakeTensor(self, meta, device)
+            self._states[device] = dict(vars(made))
+            return made
+        made = Tensor._make_subclass(  # type: ignore[attr-defined]
+            FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=device
+        )
+        if self._allow_unsafe_data_ptr_access:
+            torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+        else:
+            torch._C._set_throw_on_mutable_data_ptr(made)
+        made.__dict__.update(state)
+        return made
 
 
 def _way(func: Any) -> str:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from library.memory.quick_fakes import QuickFakeMode
+from library.memory.quick_fakes import DEVICE, MISSING, QuickFakeMode
 
 __all__ = ["DataDependentOutputException", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
 
@@ -160,12 +160,27 @@ class PeakMemory(TorchDispatchMode):
         self._known: set[int] = set()
         """The addresses of all storages."""
         self._course: Course | None = None
+        self._mode: QuickFakeMode | None = None
+        """What makes the tensors, where it can be asked without a detour through torch."""
         for entry in there:
             for tensor in [entry] if isinstance(entry, Tensor) else [*entry.parameters(), *entry.buffers()]:
                 self._note(tensor, counts=False)
 
+    def __enter__(self) -> PeakMemory:
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        self._mode = mode if isinstance(mode, QuickFakeMode) else None
+        return super().__enter__()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in a simulation, and to say so takes as long as an operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = MISSING if self._mode is None else self._mode.quick(func, args, kwargs)[0]
+        if func is DEVICE and result is not MISSING:
+            return result
+        if result is MISSING:
+            result = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.memory.stream_choice import BlockSizes
-from library.models.autoencoder_parts import overflow_advice, visible
+from library.models.autoencoder_parts import all_finite, overflow_advice, visible
 from library.models.loading import TensorSource
 from library.models.pipeline import Pipeline, Request
 from library.randomness import seeded_generator
@@ -41,11 +41,13 @@ class FlowPipeline(Pipeline[Request]):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], float32 in -1..1, of ``latents`` [B, C, h, w].
 
-        NaN values become black, with a warning.
+        NaN values become black, with a warning. Raises UserError where a damaged file is the reason.
         """
         autoencoder = self.load_autoencoder()
         with self._without_autocast():
             pixels = autoencoder.decode(latents).float()
+        if not all_finite(pixels):
+            self.require_finite_files(*(["autoencoder"] if all_finite(latents) else self.parts))
         advice = overflow_advice(autoencoder.dtype, "run it in bfloat16 or float32")
         return visible(pixels, latents, "the transformer", advice)
 

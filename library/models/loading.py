@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints import Checkpoint
+from library.checkpoints import Checkpoint, require_finite
 from library.errors import UserError
 from library.memory.formats import empty, quantise, store_as, stored_bytes
 from library.memory.scaled import FP8, ScaledWeight, by_scale
@@ -224,6 +224,14 @@ class TensorSource:
         weight, scale = self.checkpoint.load(key, torch.float32, device), scale.to(device)
         by_scale(weight, scale).mul_(scale)
         return weight.to(dtype or torch.bfloat16)
+
+    def require_finite(self) -> None:
+        """Read every tensor. Raises UserError that names the first one that holds NaN or infinity."""
+        for key in dict.fromkeys(key for origin in self.origins.values() for key in origin.keys):
+            try:
+                require_finite(key, self._load_stored(key, None, "cpu"))
+            except UserError as error:
+                raise UserError(f"{self.checkpoint.label}: {error}") from None
 
     def stored(self, name: str, values: Tensor) -> list[tuple[str, slice, Tensor]]:
         """The way back of ``load``: ``values``, in the module's shape, as (key, rows of its tensor, their values).

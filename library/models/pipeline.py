@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from library.console import say
 from library.devices import empty_cache
-from library.errors import UserError
+from library.errors import NotFiniteError, UserError
 from library.memory.apply import AppliedPlan, apply_memory_plan
 from library.memory.formats import require
 from library.memory.plan import MemoryPlan
@@ -39,13 +40,12 @@ from library.models.sampling import (
     Unguided,
     denoise,
 )
-from library.models.tokenizer_files import TokenizerKind, load_tokenizer
+from library.models.tokenizer_files import Tokenizer, TokenizerKind, load_tokenizer
 from library.prompt_options import PromptOptions
 from library.randomness import draw_noise, seeded_generator
 
 if TYPE_CHECKING:
     from PIL import Image
-    from transformers import PreTrainedTokenizerBase
 
 Conditioning = Mapping[str, Tensor]
 """What a denoiser is told beside latents and timesteps, batch first, by name."""
@@ -212,7 +212,9 @@ class Pipeline(ABC, Generic[Request]):
         """The plans that are in force, by loaded part."""
         self.modules: dict[str, nn.Module] = {}
         """The loaded parts; a trainer may put a wrapped module in the place of the original."""
-        self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self.tokenizers: dict[str, Tokenizer] = {}
+        self.sound: set[str] = set()
+        """Parts whose files were read and hold neither NaN nor infinity."""
         self.on_host: Collection[str] = ()
         """Parts that work on the CPU, whatever ``device`` is."""
         self.kept: Collection[str] = ()
@@ -274,7 +276,7 @@ class Pipeline(ABC, Generic[Request]):
         for encoder in self.encoders if encoders is None else encoders:
             self.tokenizer(encoder)
 
-    def tokenizer(self, encoder: str) -> PreTrainedTokenizerBase:
+    def tokenizer(self, encoder: str) -> Tokenizer:
         """A text encoder's tokenizer. Raises UserError when there is none or it is too large for its encoder."""
         if encoder not in self.tokenizers:
             opened = self.opened(encoder)
@@ -319,6 +321,27 @@ class Pipeline(ABC, Generic[Request]):
                 require(storage, self.device)
             if storage is not None and storage.kind == "fp8":
                 self.opened(part).source.require_e4m3fn()
+
+    def require_finite_files(self, *parts: str) -> None:
+        """Read the files of these parts, each once, because something that they gave is not finite.
+
+        Raises UserError that names the first tensor that holds NaN or infinity.
+        """
+        unread = [part for part in parts if part not in self.sound]
+        if unread:
+            say(f"looking for NaN in the files of {', '.join(unread)}")
+        for part in unread:
+            self.opened(part).source.require_finite()
+            self.sound.add(part)
+
+    @contextlib.contextmanager
+    def blaming_files(self, *parts: str) -> Iterator[None]:
+        """Around work of these parts: if it raises NotFiniteError and a file is the reason, that is said instead."""
+        try:
+            yield
+        except NotFiniteError:
+            self.require_finite_files(*parts)
+            raise
 
     def identity(self, *parts: str) -> str:
         """Text that changes with the files of these parts, and with the storage format of their weights."""

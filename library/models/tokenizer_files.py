@@ -14,19 +14,34 @@ import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from library.checkpoints import Checkpoint
 from library.errors import UserError
+from library.models.clip_tokenizer import ClipTokenizer, clip_tokenizer
 from library.models.lean_imports import prepare_transformers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 CACHE_OPTION = "--tokenizer_cache_dir"
 SHIPPED = Path(__file__).parent / "tokenizers"
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer, whether it is transformers' or a ``ClipTokenizer``."""
+
+    bos_token_id: Any
+    eos_token_id: Any
+    pad_token_id: Any
+
+    def __len__(self) -> int: ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """The ids of all entries."""
+
+    @property
+    def __call__(self) -> Any:
+        """As transformers documents it: texts in, something with ``input_ids`` and ``attention_mask`` out."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ EMBEDDED = ("spiece_model", "text_encoders.spiece_model")
 
 def load_tokenizer(
     kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int, cache_dir: Path | str | None = None
-) -> PreTrainedTokenizerBase:
+) -> Tokenizer:
     """The tokenizer for a text encoder with ``vocabulary`` rows in its embedding table.
 
     Raises UserError when the tokenizer has more entries than that, and when there is none, saying what to give.
@@ -90,14 +105,13 @@ def load_tokenizer(
             f"named {kind.folder_name}."
         )
     if kind.pad_id is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(kind.pad_id)
-    tokenizer.padding_side = tokenizer.truncation_side = "right"  # whatever a folder says for generating text
+        tokenizer.pad_token_id = kind.pad_id
+    if not isinstance(tokenizer, ClipTokenizer):
+        tokenizer.padding_side = tokenizer.truncation_side = "right"  # whatever a folder says for generating text
     return tokenizer
 
 
-def _find(
-    kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int, cache_dir: Path | None
-) -> tuple[PreTrainedTokenizerBase, str]:
+def _find(kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int, cache_dir: Path | None) -> tuple[Any, str]:
     """The tokenizer and, for messages, where it comes from."""
     if cache_dir is not None and (cache_dir / kind.folder_name).is_dir():
         folder = cache_dir / kind.folder_name
@@ -177,11 +191,15 @@ def _neighbours(kind: TokenizerKind, path: Path) -> Iterator[Path]:
     yield path if path.is_dir() else path.parent
 
 
-def _from_folder(kind: TokenizerKind, folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+def _from_folder(kind: TokenizerKind, folder: Path, vocabulary: int) -> Any:
     if kind.family in ("clip", "t5") and _belongs_to_another(kind, folder):
         return _from_files_alone(kind, folder, vocabulary)
     arguments: dict[str, Any] = {}
     try:
+        if kind.family == "clip":
+            plain = clip_tokenizer(folder)
+            if plain is not None:
+                return plain
         if kind.family == "gemma":
             return _gemma(folder)
         if kind.family == "qwen":
@@ -213,14 +231,14 @@ def _belongs_to_another(kind: TokenizerKind, folder: Path) -> bool:
         return False
 
 
-def _from_files_alone(kind: TokenizerKind, folder: Path, vocabulary: int) -> PreTrainedTokenizerBase:
+def _from_files_alone(kind: TokenizerKind, folder: Path, vocabulary: int) -> Any:
     with tempfile.TemporaryDirectory() as place:
         for name in kind.files:
             shutil.copy(folder / name, place)
         return _from_folder(kind, Path(place), vocabulary)
 
 
-def _with_pad_word_in_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _with_pad_word_in_text(tokenizer: Any) -> Any:
     """The tokenizer, padding with the end of text where its pad token is a character that texts have.
 
     Stable Diffusion 2's and XL's folders name "!". As a special token it would cut every text at "!" and give other ids
@@ -256,7 +274,7 @@ def _sentinels(folder: Path, vocabulary: int) -> int:
     return 100 if pieces + 100 <= vocabulary else 0
 
 
-def _from_embedded(kind: TokenizerKind, checkpoint: Checkpoint, key: str, vocabulary: int) -> PreTrainedTokenizerBase:
+def _from_embedded(kind: TokenizerKind, checkpoint: Checkpoint, key: str, vocabulary: int) -> Any:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / kind.files[0]).write_bytes(checkpoint.load(key).numpy().tobytes())
@@ -269,7 +287,7 @@ def _from_embedded(kind: TokenizerKind, checkpoint: Checkpoint, key: str, vocabu
             raise UserError(str(error).replace(f"The tokenizer in {folder}", tensor)) from None
 
 
-def _gemma(folder: Path) -> PreTrainedTokenizerBase:
+def _gemma(folder: Path) -> Any:
     """Gemma's tokenizer from a sentencepiece model or tokenizer.json, whatever else stands in the folder.
 
     The former is left to sentencepiece itself: to convert 256,000 pieces takes transformers' own class ten seconds.
@@ -284,7 +302,7 @@ def _gemma(folder: Path) -> PreTrainedTokenizerBase:
         return _tokenizer_class(GEMMA_2).from_pretrained(place, local_files_only=True, add_bos_token=True)
 
 
-def _qwen(folder: Path) -> PreTrainedTokenizerBase:
+def _qwen(folder: Path) -> Any:
     """Qwen's tokenizer from vocab.json and merges.txt, or tokenizer.json, whatever else stands in the folder."""
     from tokenizers import AddedToken
 
@@ -300,14 +318,14 @@ def _qwen(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _shipped_clip() -> PreTrainedTokenizerBase:
+def _shipped_clip() -> ClipTokenizer:
     text = gzip.decompress((SHIPPED / "clip" / "merges.txt.gz").read_bytes()).decode("utf-8")
-    merges = [tuple(line.split(" ")) for line in text.splitlines()]
+    merges = [(first, second) for first, second in (line.split(" ") for line in text.splitlines())]
     bytes_as_characters = byte_characters()
     entries = bytes_as_characters + [character + "</w>" for character in bytes_as_characters]
     entries += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {entry: index for index, entry in enumerate(entries)}
-    return _tokenizer_class(CLIP_L)(vocab=vocabulary, merges=merges, model_max_length=77)
+    return ClipTokenizer(vocabulary, merges)
 
 
 def byte_characters() -> list[str]:
@@ -316,9 +334,7 @@ def byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
 
 
-def _from_hub(
-    kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int, cache_dir: Path | None
-) -> PreTrainedTokenizerBase:
+def _from_hub(kind: TokenizerKind, checkpoint: Checkpoint, vocabulary: int, cache_dir: Path | None) -> Any:
     """Fetch the files ourselves: without them, transformers' own ``from_pretrained`` makes an empty tokenizer."""
     from huggingface_hub import snapshot_download
 

@@ -45,7 +45,8 @@ class Latents:
             if any(cache.missing for cache in caches):
                 self.pipeline.load_autoencoder()
         size, seed = self.caching.batch_size, self.data.seed
-        reports = [cache.fill(self.encode, batch_size=size, seed=seed) for cache in caches]
+        with self.pipeline.blaming_files("autoencoder"):
+            reports = [cache.fill(self.encode, batch_size=size, seed=seed) for cache in caches]
         self.accelerator.wait_for_everyone()
         self.pipeline.release("autoencoder")
         return reports
@@ -61,8 +62,10 @@ class Latents:
         if batch.latents is not None:
             return batch.latents.to(self.accelerator.device, torch.float32, non_blocking=True)
         assert batch.images is not None
-        latents = self.encode(batch.images, draws.generators("latents"))
+        with self.pipeline.blaming_files("autoencoder"):
+            latents = self.encode(batch.images, draws.generators("latents"))
         if not torch.isfinite(latents).all():
+            self.pipeline.require_finite_files("autoencoder")
             warn("The autoencoder gave NaN latents, which were replaced by 0; try --no_half_vae.")
             latents = latents.nan_to_num(0.0, 0.0, 0.0)
         return latents

@@ -78,7 +78,8 @@ class TextConditioning:
         with load_in_turn():
             if any(cache.missing for cache in caches):
                 self.pipeline.load_text_encoders(self.pipeline.encoders)
-        reports = [cache.fill(self.encode, batch_size=self.caching.batch_size) for cache in caches]
+        with self.pipeline.blaming_files(*self.pipeline.encoders):
+            reports = [cache.fill(self.encode, batch_size=self.caching.batch_size) for cache in caches]
         self.accelerator.wait_for_everyone()
         for text, role in prompt_texts(prompts):
             self.prompts[text, role] = self.encode([text], role)

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from flux_train_network import FluxNetworkTrainer
 from library.checkpoints import load_tensors
+from library.console import size_text
 from library.errors import UserError
 from library.memory.simulation import Simulation, module_bytes
 from library.training.plan import budget
 from library.training.plan.dry_run import plan_of
+from library.training.plan.expected_memory import expected_memory
 from tests.running import make_trainer, no_weights_are_read, train
 
 GIB = 1 << 30
@@ -50,6 +53,12 @@ def fitted(words: list[object], size: float, *given: object) -> tuple[Any, dict[
         trainer.fit_memory()
     values = {name: budget.option_of(trainer.options, name) for name in CHANGED}
     return trainer, {name: value for name, value in values.items() if value != before[name]}
+
+
+def opened(words: list[object]) -> Any:
+    trainer = ready(words)
+    trainer.open_pipeline()
+    return trainer
 
 
 def peak(trainer: Any) -> int:
@@ -124,6 +133,34 @@ def test_a_budget_changes_no_result_and_the_end_compares(words, tmp_path, caplog
     assert chosen.forecast.device is None and chosen.forecast.process > 100 << 20
     train("flux", *words, *line.split(), "--output_name", "typed")
     one, other = (load_tensors(Path(tmp_path) / f"{name}.safetensors")[0] for name in ("chosen", "typed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TellsOnTheCpu(FluxNetworkTrainer):
+    """Says at its start what runs on a GPU say."""
+
+    def fit_memory(self) -> None:
+        found = expected_memory(self)
+        assert found is not None
+        self.forecast, self.line = found
+
+
+def test_what_a_run_expects_at_its_start_is_what_its_plan_says_and_changes_no_result(words, tmp_path):
+    given = [*words, "--gradient_checkpointing", "--blocks_to_swap", "2"]
+    with no_weights_are_read():
+        phases = plan_of(opened(given)).phases
+        phase = max((phase for phase in phases if not phase.name.startswith("(")), key=lambda phase: phase.total)
+        trainer = make_trainer(TellsOnTheCpu, *given, "--output_name", "told")
+    trainer.train()
+    assert f"at the peak, while {phase.name} (" in trainer.line
+    for name, size in {
+        **phase.weights,
+        "network": phase.network,
+        "activations and gradients": phase.activations,
+    }.items():
+        assert f"{name} {size_text(size)}" in trainer.line
+    train("flux", *given, "--output_name", "plain")
+    one, other = (load_tensors(Path(tmp_path) / f"{name}.safetensors")[0] for name in ("told", "plain"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

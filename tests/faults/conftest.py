@@ -14,11 +14,16 @@ from tests.running import forget_accelerator
 
 
 @pytest.fixture
-def train(flux_command, dataset_toml, tmp_path, monkeypatch):
-    """Run the FLUX script in this process as ``python`` would; returns its exit code."""
+def train(flux_command, dataset_toml, image_folder, tmp_path, monkeypatch):
+    """Run the FLUX script over a folder of images in this process as ``python`` would; returns its exit code."""
 
-    def run(*arguments: object, output: str = "out", command: list[object] = flux_command) -> int:
-        given = [*command, "--dataset_config", dataset_toml(), "--output_dir", tmp_path / output]
+    def run(
+        *arguments: object,
+        output: Path | str = "out",
+        command: list[object] = flux_command,
+        folder: Path = image_folder,
+    ) -> int:
+        given = [*command, "--dataset_config", dataset_toml(folder), "--output_dir", tmp_path / output]
         given += ["--output_name", "lora", "--no_report", "--max_data_loader_n_workers", "0", *arguments]
         monkeypatch.setattr(sys, "argv", ["flux_train_network.py", *map(str, given)])
         forget_accelerator()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import flux_train_network
 from library.errors import UserError
+from library.safetensors_io import read_header
 from library.training.finiteness import NonfiniteOptions, StepWatch
 from library.training.output.state import SavedState
 from library.training.progress import Progress
+from tests.running import no_weights_are_read
 
 
 def is_finite(path: Path) -> bool:
@@ -72,19 +76,6 @@ def test_weights_that_overflow_in_the_file_are_not_written(train, tmp_path, caps
     arguments = ["--learning_rate", "1e6", "--max_train_steps", 1, "--save_precision", "fp16"]
     assert train(*arguments) == 2
     assert "not finite as float16" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("*.safetensors"))
-
-
-def test_nan_in_the_base_model_ends_the_run_at_its_first_step(train, tiny_flux, flux_command, tmp_path, capsys):
-    broken = tmp_path / "broken.safetensors"
-    tensors = load_file(tiny_flux.transformer)
-    name = next(name for name in tensors if name.startswith("double_blocks.0.img_attn"))
-    tensors[name].view(-1)[0] = math.nan
-    save_file(tensors, broken)
-    command = [broken if str(part) == str(tiny_flux.transformer) else part for part in flux_command]
-    assert train("--max_train_steps", 3, "--save_every_n_steps", 1, command=command) == 2
-    sentence = capsys.readouterr().err.splitlines()[-1]
-    assert sentence.startswith("error: step 1: the loss is nan") and "look for NaN in the model's files" in sentence
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -181,3 +172,78 @@ def test_of_two_processes_each_leaves_out_the_step_and_one_names_its_images(capl
     assert progress.left_out == 1 and said in caplog.text
     with pytest.raises(UserError):
         watch.leave_out(problem, progress)
+
+
+# ---- in files ------------------------------------------------------------------------------------------------------
+
+
+def with_nan(source: Path, target: Path, part: str) -> str:
+    """Copy a safetensors file with NaN in the first tensor whose name has ``part`` in it; returns that name."""
+    tensors = load_file(source)
+    name = next(name for name in tensors if part in name and tensors[name].is_floating_point())
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, target, read_header(source).metadata)
+    return name
+
+
+@pytest.mark.parametrize("caches", [[], ["--cache_latents", "--cache_text_encoder_outputs"]])
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        ("transformer", "double_blocks.0.img_attn"),
+        ("autoencoder", "encoder.conv_in.weight"),
+        ("clip_l", "layers.0.mlp.fc1"),
+        ("t5xxl", "SelfAttention.q"),
+    ],
+)
+def test_nan_in_a_part_of_the_base_model_is_named_before_an_update(
+    train, tiny_flux, flux_command, tmp_path, capsys, model, part, caches
+):
+    folder, sound = tmp_path / "model", getattr(tiny_flux, model)
+    shutil.copytree(sound.parent, folder)  # with the tokenizers
+    broken = folder / sound.name
+    name = with_nan(sound, broken, part)
+    command = [broken if str(word) == str(sound) else word for word in flux_command]
+    command += ["--max_train_steps", 1, "--network_train_unet_only"]
+    assert train(*caches, "--on_nonfinite", "skip", command=command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert said.endswith(f'{broken}: "{name}" holds numbers that are not finite; the file is damaged.')
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("suffix", "array"), [("_flux.npz", "latents"), ("_flux_te.npz", "t5_out")])
+def test_nan_in_a_cache_on_disk_is_named_and_a_cache_without_identity_is_made_anew(
+    train, image_folder, tmp_path, monkeypatch, capsys, suffix, array
+):
+    """Named where it is trusted unread (--skip_cache_check); that of another program is looked through."""
+    folder = tmp_path / "images"
+    shutil.copytree(
+        image_folder, folder, ignore=lambda _, names: [name for name in names if name[:2] not in ("00", "01")]
+    )
+    arguments = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"]
+    arguments += ["--max_train_steps", 1]
+    assert train(*arguments, folder=folder) == 0
+    path = next(path for path in sorted(folder.iterdir()) if path.name.endswith(suffix))
+    arrays = dict(numpy.load(path))
+    name = next(name for name in arrays if name.startswith(array))
+    arrays[name].reshape(-1)[0] = math.nan
+    numpy.savez(path, **arrays)
+    assert train(*arguments, "--skip_cache_check", folder=folder) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f'error: {path}: the cache file holds numbers that are not finite in "{name}"')
+    numpy.savez(path, **{key: value for key, value in arrays.items() if not key.startswith("identity")})
+    assert train(*arguments, folder=folder) == 0
+    assert "1 rebuilt (1 not finite)" in capsys.readouterr().err
+    assert all(numpy.isfinite(value).all() for value in dict(numpy.load(path)).values() if value.dtype.kind == "f")
+
+
+@pytest.mark.parametrize("option", ["--network_weights", "--base_weights"])
+@pytest.mark.parametrize("part", ["lora_down", "lora_up", "alpha"])
+def test_nan_in_a_given_lora_file_is_named_before_a_model_is_loaded(train, tmp_path, capsys, option, part):
+    assert train("--max_train_steps", 1) == 0
+    name = with_nan(tmp_path / "out" / "lora.safetensors", tmp_path / "broken.safetensors", part)
+    with no_weights_are_read():
+        assert train("--max_train_steps", 1, option, tmp_path / "broken.safetensors", output="other") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'broken.safetensors'}: " in said and name.split(".")[0] in said and "not finite" in said

@@ -20,6 +20,7 @@ def test_half_precision_trains(flux_command, dataset_toml, tmp_path, precision):
         *("--mixed_precision", *precision.split(), "--optimizer_type", "AdamW8bit", "--gradient_checkpointing"),
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "expected memory on cuda" in result.stderr and " on the device (" in result.stderr
     tensors = load_file(tmp_path / "last.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))

@@ -115,20 +115,19 @@ def make(family: str, network_args: Mapping[str, str] | None = None, **sizes: in
     return Case(model, inputs, blocks, network)
 
 
-@pytest.fixture(params=["flux", "chroma", "lumina", "hunyuan_image", "sd1", "sdxl"])
-def case(request) -> Iterator[Case]:
+@pytest.fixture(params=["flux", "chroma", "lumina", "hunyuan_image", "sd1", "sdxl"], scope="module")
+def case(request) -> Case:
+    """The tests leave it as they found it."""
     case = make(request.param)
     case.network.apply_to(None, case.model, False, True)
-    yield case
-    case.network.remove()
+    return case
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("plan", [CHECKPOINTED, OFFLOADED, WITH_ATTENTION])
-def test_checkpointing_changes_no_bit_of_output_and_gradients(case, plan):
+def test_checkpointing_changes_no_bit_of_output_and_gradients(case):
     names, keys = [name for name, _ in case.model.named_modules()], list(case.model.state_dict())
     expected = case.step()
     assert sum(bool(grad.any()) for grad in expected[1:]) > len(expected) / 2
@@ -136,15 +135,19 @@ def test_checkpointing_changes_no_bit_of_output_and_gradients(case, plan):
     layer = next(lora.org_module for lora in case.network.loras if lora.org_module in inside)
     calls: list[int] = []
     counter = layer.register_forward_pre_hook(lambda *_: calls.append(1))
-    with apply_memory_plan(case.blocks, plan):
-        assert same(case.step(), expected) and len(calls) == 2, "each block is computed again in the backward pass"
-        with torch.no_grad():
-            case.model(**case.inputs)
-        assert len(calls) == 3
-        assert [name for name, _ in case.model.named_modules()] == names
-        assert list(case.model.state_dict()) == keys
-    assert same(case.step(), expected) and len(calls) == 4
-    assert not any("forward" in vars(block) for blocks in case.blocks.values() for block in blocks)
+    for plan in (CHECKPOINTED, OFFLOADED, WITH_ATTENTION):
+        calls.clear()
+        with apply_memory_plan(case.blocks, plan):
+            assert same(case.step(), expected) and len(calls) == 2, "each block is computed again in the backward pass"
+            if plan == CHECKPOINTED:
+                with torch.no_grad():
+                    case.model(**case.inputs)
+                assert len(calls) == 3
+            assert [name for name, _ in case.model.named_modules()] == names
+            assert list(case.model.state_dict()) == keys
+        assert not any("forward" in vars(block) for blocks in case.blocks.values() for block in blocks)
+    calls.clear()
+    assert same(case.step(), expected) and len(calls) == 1
     counter.remove()
 
 
@@ -159,11 +162,10 @@ def test_streaming_changes_no_bit_of_output_and_gradients(case, checkpointing):
     """A weight that isn't on the device is NaN here; samples in between and an error in the middle do no harm."""
     expected = case.step()
     with apply_memory_plan(case.blocks, every_block(case, checkpointing=checkpointing)) as applied:
-        for _ in range(2):
-            assert same(case.step(), expected)
-            with torch.no_grad():
-                output = case.model(**case.inputs)
-                assert torch.equal(getattr(output, "sample", output), expected[0])
+        assert same(case.step(), expected)
+        with torch.no_grad():
+            output = case.model(**case.inputs)
+            assert torch.equal(getattr(output, "sample", output), expected[0])
         last = [*case.blocks.values()][-1][-1]
         fails = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError))
         with pytest.raises(OSError):
@@ -179,8 +181,13 @@ def test_streaming_changes_no_bit_of_output_and_gradients(case, checkpointing):
     assert same(case.step(), expected), "the blocks are whole again"
 
 
-@pytest.mark.parametrize("storage", [Storage("fp8"), Storage("fp8", "block"), Storage("int8"), Storage("nf4")])
-@pytest.mark.parametrize("arguments", [{"ggpo_sigma": "0.1", "ggpo_beta": "0.1"}, {"split_qkv": "True"}])
+GGPO, SPLIT = {"ggpo_sigma": "0.1", "ggpo_beta": "0.1"}, {"split_qkv": "True"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "storage"),
+    [(GGPO, Storage("fp8")), (SPLIT, Storage("fp8", "block")), (SPLIT, Storage("int8")), (GGPO, Storage("nf4"))],
+)
 def test_weights_in_a_storage_format_are_streamed_as_they_are(arguments, storage):
     case = make("flux", arguments)
     for layer in block_linears(case.model).values():
@@ -359,32 +366,32 @@ def graphs() -> Iterator[Any]:
 def test_blocks_of_a_kind_share_what_was_compiled_also_with_a_network_applied_later(graphs):
     others = ("txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "single_mod")
     case = make("flux", {f"{name}_dim": "0" for name in others}, depth=9, depth_single=1)
+    del case.blocks["single_blocks"]
     with apply_memory_plan(case.blocks, every_block(case, checkpointing=True, compiler="eager")):
         case.network.apply_to(None, case.model, False, True)
         compiled = case.step()
-        assert graphs() <= 3, "the first double block's text has no gradient yet: a graph of its own"
+        assert graphs() <= 2, "the first double block's text has no gradient yet: a graph of its own"
         case.step()
-        assert graphs() <= 3
+        assert graphs() <= 2
     assert all(grad.any() for grad in compiled[1:]), "the network has an effect"
     for one, other in zip(compiled, case.step(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_an_epoch_of_six_sizes_takes_two_graphs_of_a_kind_and_the_next_one_none(graphs):
-    """The first double block has a graph of its own, because its inputs need no gradient."""
+def test_an_epoch_of_many_sizes_takes_one_graph_of_a_kind_and_the_next_one_none(graphs):
+    """A second double block, whose inputs need a gradient, would have a graph of its own: as in the test above."""
     from torch._dynamo.utils import counters
 
     others = ("txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "single_mod")
-    case = make("flux", {f"{name}_dim": "0" for name in others}, depth=2, depth_single=1)
+    case = make("flux", {f"{name}_dim": "0" for name in others}, depth=1, depth_single=2)
     case.network.apply_to(None, case.model, False, True)
-    sizes = [(4, 6), (6, 6), (8, 4), (4, 10), (6, 10), (12, 4)]
+    sizes = [(4, 6), (6, 6), (8, 4), (4, 10)]
     plan = every_block(case, checkpointing=True, compiler="eager", dynamic=True)
     with apply_memory_plan(case.blocks, plan) as applied:
-        for _ in range(2):
-            for size in sizes:
-                case.inputs = flux_inputs(*size)
-                compiled = case.step()
-            assert graphs() == 2 + 1 and not counters["graph_break"]
+        for size in (*sizes, *sizes[:2]):
+            case.inputs = flux_inputs(*size)
+            compiled = case.step()
+        assert graphs() == 2 and not counters["graph_break"]
         assert not applied.stream.misses
     for one, other in zip(compiled, case.step(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -398,13 +405,7 @@ def test_captions_of_every_length_take_one_graph_with_a_mask_and_one_without(gra
     case.network.apply_to(None, case.model, False, True)
     case.blocks = {"layers": case.blocks["layers"]}
     with apply_memory_plan(case.blocks, every_block(case, checkpointing=True, compiler="eager", dynamic=True)):
-        for height, width, lengths in [
-            (4, 6, (3, 5)),
-            (6, 4, (7, 7)),
-            (8, 4, (2, 9)),
-            (4, 10, (4, 4)),
-            (6, 10, (9, 1)),
-        ]:
+        for height, width, lengths in [(4, 6, (3, 5)), (6, 4, (7, 7)), (8, 4, (2, 9)), (4, 10, (4, 4))]:
             case.inputs = lumina_inputs(height, width, lengths)
             compiled = case.step()
         assert graphs() == 2 and not counters["graph_break"]
@@ -424,7 +425,7 @@ class Widening(nn.Module):
 
 
 def test_blocks_of_many_shapes_are_all_compiled(graphs):
-    blocks = [Widening(width) for width in range(2, 22)]
+    blocks = [Widening(width) for width in range(2, 14)]  # more than torch's limit of recompilations
     x = torch.ones(3, 2)
     expected = nn.Sequential(*blocks)(x)
     with apply_memory_plan({"blocks": blocks}, MemoryPlan(compiler="eager")):

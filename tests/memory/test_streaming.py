@@ -85,11 +85,11 @@ class Run:
         own = layer.forward
         layer.forward = lambda x: own(x) + (x @ down.t()) @ up.t()  # type: ignore[method-assign]
 
-    def steps(self, accumulation: int = 1, samples: bool = False) -> list[Tensor]:
-        """Outputs, gradients and samples of three steps."""
+    def steps(self, accumulation: int = 1, samples: bool = False, count: int = 3) -> list[Tensor]:
+        """Outputs, gradients and samples of some steps."""
         torch.manual_seed(1)
         found = []
-        for _ in range(3):
+        for _ in range(count):
             for _ in range(accumulation):
                 x, vector = torch.randn(2, 5, WIDTH).to(self.device), torch.randn(2, 1, WIDTH).to(self.device)
                 if samples:
@@ -113,12 +113,10 @@ def spaced(count: int, blocks: int = 8) -> list[int]:
 @pytest.mark.parametrize("part", ["", "blocks", "blocks.5", "inlet"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_streamed_steps_are_the_same_to_the_bit(part, checkpointing):
-    expected = Run(part).steps(2, samples=True)
-    for count in (1, 2, 5, 8):
-        for slots in (1, 2, 3):
-            run = Run(part, spaced(count), slots, checkpointing)
-            found = run.steps(2, samples=True)
-            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), (count, slots)
+    expected = Run(part).steps(2, samples=True, count=2)
+    for count, slots in ((1, 2), (2, 1), (5, 3), (8, 1), (8, 2)):
+        found = Run(part, spaced(count), slots, checkpointing).steps(2, samples=True, count=2)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), (count, slots)
 
 
 @pytest.mark.parametrize(("count", "slots"), [(1, 2), (3, 2), (5, 3), (8, 2), (8, 8)])

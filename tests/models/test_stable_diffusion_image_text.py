@@ -49,7 +49,7 @@ def diffusers_encode(pipeline: StableDiffusionPipeline, text: str) -> dict[str, 
     """The conditioning as diffusers' own pipelines make it of our modules."""
     from diffusers import StableDiffusionPipeline as SdPipeline
     from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
     from transformers.models.clip.configuration_clip import CLIPTextConfig
 
     models = []
@@ -64,7 +64,11 @@ def diffusers_encode(pipeline: StableDiffusionPipeline, text: str) -> dict[str, 
             model = CLIPTextModelWithProjection(config).eval()
             model.load_state_dict(module.state_dict())
         models.append(model)
-    tokenizers = [pipeline.tokenizers[encoder] for encoder in pipeline.encoders]
+    tokenizers = []
+    for encoder in pipeline.encoders:
+        ours = pipeline.tokenizers[encoder]
+        tokenizers.append(CLIPTokenizer(vocab=ours.get_vocab(), merges=[], model_max_length=77))
+        tokenizers[-1].pad_token_id = ours.pad_token_id
     empty = {"scheduler": None, "vae": None, "unet": None}
     with torch.no_grad():
         if pipeline.variant == "sdxl":

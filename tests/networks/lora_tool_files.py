@@ -108,32 +108,3 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], toler
 def run(main: Any, *arguments: object) -> None:
     """A tool's ``main`` with these words of a command line."""
     main([str(argument) for argument in arguments])
-
-
-MEMORY_GROWTH = """
-import sys
-import threading
-from pathlib import Path
-
-def own_memory():
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["RssAnon"].split()[0]) * 1024
-
-def growth(work, *words):
-    before, peaks, done = own_memory(), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.001):
-            peaks.append(max(peaks.pop(), own_memory()))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    kept = work(*words)
-    done.set()
-    watcher.join()
-    return peaks[0] - before
-"""
-"""``growth(work, *words)``: by how many bytes a call's peak of memory passes what was there; for scripts on Linux.
-
-Pages of mapped files do not count: the system keeps as many of them as there is room for.
-"""

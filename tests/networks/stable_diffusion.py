@@ -40,16 +40,18 @@ UNETS: dict[str, dict[str, Any]] = {
 ENCODERS = {"sd1": [(12, 768)], "sd2": [(23, 1024)], "sdxl": [(12, 768), (32, 1280)]}  # layers, width
 
 
+@cache
 def real_unet(variant: str, **changes: Any) -> nn.Module:
-    """diffusers' U-Net of a published model on torch's meta device."""
+    """diffusers' U-Net of a published model on torch's meta device, made once: no test changes it."""
     from diffusers import UNet2DConditionModel
 
     with on_meta():
         return UNet2DConditionModel(**{**UNETS[variant], **changes})
 
 
-def real_encoders(variant: str) -> list[nn.Module]:
-    """The text encoders of a published model on torch's meta device."""
+@cache
+def real_encoders(variant: str) -> tuple[nn.Module, ...]:
+    """The text encoders of a published model on torch's meta device, made once: no test changes them."""
     from library.models.clip import ClipConfig, ClipTextEncoder
 
     encoders: list[nn.Module] = []
@@ -59,7 +61,7 @@ def real_encoders(variant: str) -> list[nn.Module]:
         )
         with on_meta():
             encoders.append(ClipTextEncoder(config, width if width == 1280 else None))
-    return encoders
+    return tuple(encoders)
 
 
 @dataclass
@@ -92,11 +94,12 @@ def tiny_meta_module(variant: Variant, whole: bool = False) -> nn.Module:
 
 def tiny_model(variant: Variant, dtype: torch.dtype = torch.float32, whole: bool = False) -> Tiny:
     """Random weights, the same each time; the caller may change them. ``whole``: with all blocks of the real model."""
-    return copy.deepcopy(_made(variant, dtype, whole))
+    return copy.deepcopy(shared_tiny_model(variant, dtype, whole))
 
 
 @cache
-def _made(variant: Variant, dtype: torch.dtype, whole: bool) -> Tiny:
+def shared_tiny_model(variant: Variant, dtype: torch.dtype = torch.float32, whole: bool = False) -> Tiny:
+    """The same for tests that change nothing of it: no network may stay applied."""
     from tools.make_tiny_models import fill_randomly
     from tools.make_tiny_stable_diffusion import SHAPES, build_modules
 

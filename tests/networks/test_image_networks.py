@@ -143,24 +143,19 @@ def state_of(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("module", "variant"),
-    [
-        *(("networks.lora", "sdxl"), ("networks.lora_fa", "sd1"), ("networks.dylora", "sd2")),
-    ],
+    ("variant", "modules"),
+    [("sd1", ("networks.lora", "networks.oft")), ("sdxl", ("networks.lora_fa", "networks.dylora"))],
 )
-def test_applied_merged_and_pre_calculated_networks_act_alike(pipelines, files, networks, variant, module):
+def test_applied_merged_and_pre_calculated_networks_act_alike(pipelines, files, networks, variant, modules):
     """Also mixed: --network_merge_n_models 1 and the other beside it, in the order of the files."""
     pipeline = pipelines(variant)
     plain = prediction(pipeline)
-    given = [(module, files(variant, module)), ("networks.oft", files(variant, "networks.oft", 2))]
+    given = [(module, files(variant, module, seed)) for seed, module in enumerate(modules, 1)]
     results = {}
-    modes: dict[str, dict[str, Any]] = {
-        "beside": {},
-        "pre-calculated": {"network_pre_calc": True},
-        "first merged": {"network_merge_n_models": 1},
-    }
-    if module == "networks.lora":
-        modes["merged"] = {"network_merge": True}
+    modes: dict[str, dict[str, Any]] = {"beside": {}, "merged": {"network_merge": True}}
+    if "networks.oft" in modules:
+        modes["pre-calculated"] = {"network_pre_calc": True}
+        modes["first merged"] = {"network_merge_n_models": 1}
         modes["first merged, other pre-calculated"] = {"network_merge_n_models": 1, "network_pre_calc": True}
     for name, options in modes.items():
         networks(variant, given, network_mul=[0.8, 0.7], **options)
@@ -168,12 +163,12 @@ def test_applied_merged_and_pre_calculated_networks_act_alike(pipelines, files, 
         networks.close()
     for result in results.values():
         assert error(result, results["beside"]) < 1e-3 < error(result, plain)
-    if module == "networks.lora":
+    if "networks.oft" in modules:
         networks(variant, given[::-1], network_mul=[0.7, 0.8])
         assert error(prediction(pipeline), results["beside"]) > 1e-3, "OFT turns what the networks before it make"
 
 
-@pytest.mark.parametrize("algorithm", ["loha", "full", "lora+dora", "lora+norm"])
+@pytest.mark.parametrize("algorithm", ["full", "lora+dora", "lora+norm"])
 def test_lycoris_acts_as_in_training(pipelines, files, networks, algorithm):
     pipeline, path = pipelines("sd1"), files("sd1", "lycoris.kohya", 1, algorithm)
     plain, before = prediction(pipeline), state_of(pipeline)
@@ -207,7 +202,7 @@ def test_lycoris_of_xl(pipelines, files, networks):
 
 @pytest.mark.parametrize(
     ("module", "algorithm"),
-    [("networks.lora", ""), ("networks.oft", ""), ("lycoris.kohya", "loha"), ("lycoris.kohya", "lora+norm")],
+    [("networks.lora", ""), ("networks.oft", ""), ("lycoris.kohya", "lora+norm")],
 )
 def test_changes_of_single_layers_are_what_a_network_does(pipelines, files, networks, module, algorithm):
     """What regions of an image get of each kind of network."""

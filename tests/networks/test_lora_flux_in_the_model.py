@@ -165,13 +165,13 @@ def test_training_steps_lower_a_loss(transformer, inputs):
     target = torch.randn(2, 16, 64)
     network.on_epoch_start(None, transformer)
     losses = []
-    for _ in range(15):
+    for _ in range(10):
         loss = (transformer(**inputs) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert all(parameter.grad is None for parameter in transformer.parameters())
 
 
@@ -212,7 +212,7 @@ def read_keys(network):
 
 @pytest.mark.slow
 def test_a_compiled_model_computes_and_trains_the_same(transformer, inputs, randomise):
-    del transformer.double_blocks[1:], transformer.single_blocks[1:]  # blocks of a kind compile alike
+    del transformer.double_blocks[:], transformer.single_blocks[1:]  # double blocks: tests/memory/test_memory_plan.py
     network = applied(transformer, randomise)
     stored = gradients(transformer, inputs, network, False, False)
     torch._dynamo.reset()

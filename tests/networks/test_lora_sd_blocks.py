@@ -12,7 +12,7 @@ from torch import nn
 from library.errors import UserError
 from networks import lora
 from networks.adapters.lora_blocks import SD_BLOCKS, SDXL_BLOCKS
-from tests.networks.stable_diffusion import real_unet, tiny_meta_module, tiny_model
+from tests.networks.stable_diffusion import real_unet, shared_tiny_model, tiny_meta_module
 
 # Block -> the modules in it, by the beginning of their names, as kohya-ss/sd-scripts counts them.
 SD_TABLE = {
@@ -104,7 +104,7 @@ def test_a_rank_of_0_leaves_a_block_out_and_lists_that_are_missing_take_the_comm
 
 
 def test_text_encoders_are_not_in_blocks():
-    tiny = tiny_model("sd1", whole=True)
+    tiny = shared_tiny_model("sd1", whole=True)
     network = lora.create_network(
         1.0, 4, 1.0, None, tiny.encoders, tiny.unet,
         block_dims=comma([2] * 25), block_alphas=comma([9] * 25), down_lr_weight="zeros",

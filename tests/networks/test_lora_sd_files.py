@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
+from library.models.loading import on_meta
 from networks import lora
-from tests.networks.stable_diffusion import Tiny, real_unet, tiny_model
+from tests.networks.stable_diffusion import Tiny, real_unet, shared_tiny_model
 
 REFERENCE = Path(__file__).parent.parent / "reference_data" / "lora_sd15_keys.json"
-VARIANTS = ["sd1", "sd2", "sdxl"]
 
 
 @pytest.fixture
@@ -60,35 +60,33 @@ def under(network, names: dict[int, str], down: str, up: str) -> dict[str, torch
     return tensors
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    ("down", "up"),
+    ("variant", "down", "up"),
     [
-        ("lora_A.weight", "lora_B.weight"),
-        ("lora.down.weight", "lora.up.weight"),
-        ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+        ("sd1", "lora.down.weight", "lora.up.weight"),
+        ("sd2", "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+        ("sdxl", "lora_A.weight", "lora_B.weight"),
     ],
 )
 def test_files_of_diffusers(make, variant, down, up):
-    tiny = tiny_model(variant)
+    tiny = shared_tiny_model(variant)
     network = make(tiny, conv_dim="4", conv_alpha="4")
     tensors = under(network, diffusers_paths(tiny), down, up)
     assert len(tensors) == 2 * len(network.loras)
     assert same(read(tiny, tensors), network)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
 def test_files_of_peft_without_the_models_name(make, variant):
-    tiny = tiny_model(variant)
+    tiny = shared_tiny_model(variant)
     network = make(tiny)
     names = {id(module): f"base_model.model.{path}" for path, module in tiny.unet.named_modules()}
     assert same(read(tiny, under(network, names, "lora_A.weight", "lora_B.weight")), network, of_text=False)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("prefix", ["unet.", ""])
+@pytest.mark.parametrize(("variant", "prefix"), [("sd1", "unet."), ("sd2", ""), ("sdxl", "")])
 def test_files_of_diffusers_when_it_trained_attention_processors(make, variant, prefix):
-    tiny = tiny_model(variant)
+    tiny = shared_tiny_model(variant)
     network = make(tiny, network_reg_dims="proj_=0,ff_net=0")
     names = {}
     for path, module in tiny.unet.named_modules():
@@ -101,7 +99,7 @@ def test_files_of_diffusers_when_it_trained_attention_processors(make, variant, 
 
 
 def test_text_encoders_of_that_time(make):
-    tiny = tiny_model("sd1")
+    tiny = shared_tiny_model("sd1")
     network = make(tiny, network_reg_dims="mlp=0")
     theirs = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
     names = {}
@@ -112,12 +110,12 @@ def test_text_encoders_of_that_time(make):
     assert same(read(tiny, under(network, names, "down.weight", "up.weight")), network, of_unet=False)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
 def test_either_layout_of_the_unet_is_read(make, variant):
     """kohya's names with the other layout's paths, and ComfyUI's names with the original ones."""
     from library.models.stable_diffusion.original_names import under_original_names
 
-    tiny = tiny_model(variant, whole=True)
+    tiny = shared_tiny_model(variant, whole=True)
     network = make(tiny, conv_dim="2")
     for prefix, paths in (
         ("lora_unet_", under_original_names(tiny.unet)),
@@ -135,7 +133,7 @@ def test_either_layout_of_the_unet_is_read(make, variant):
 
 @pytest.mark.parametrize(("variant", "kinds"), [("sd1", ["l"]), ("sd2", ["h"]), ("sdxl", ["l", "g"])])
 def test_text_encoders_of_comfyui(make, variant, kinds):
-    tiny = tiny_model(variant)
+    tiny = shared_tiny_model(variant)
     network = make(tiny)
     names = {}
     for kind, encoder in zip(kinds, tiny.encoders):
@@ -161,7 +159,7 @@ OUTER = {
 
 @pytest.mark.parametrize("variant", OUTER)
 def test_layers_around_the_blocks_are_applied_though_they_are_never_trained(variant):
-    tiny = tiny_model(variant)
+    tiny = shared_tiny_model(variant)
     tensors, expected = {}, {}
     for name, path in OUTER[variant].items():
         layer = tiny.unet.get_submodule(path)
@@ -175,7 +173,7 @@ def test_layers_around_the_blocks_are_applied_though_they_are_never_trained(vari
 
 
 def test_old_files_without_alpha_have_full_strength(make, tmp_path):
-    tiny = tiny_model("sd1")
+    tiny = shared_tiny_model("sd1")
     network = make(tiny, alpha=2.0)
     network.save_weights(tmp_path / "lora.safetensors", torch.float16, None)
     tensors = load_file(tmp_path / "lora.safetensors")
@@ -187,7 +185,7 @@ def test_old_files_without_alpha_have_full_strength(make, tmp_path):
 
 def test_first_weights_and_their_strength(make, tmp_path):
     """--network_weights takes alpha over with the matrices, and says what did not fit."""
-    tiny = tiny_model("sd1")
+    tiny = shared_tiny_model("sd1")
     first = make(tiny, alpha=2.0)
     first.save_weights(tmp_path / "lora.safetensors", None, None)
     network = lora.create_network(1.0, 4, 1.0, None, tiny.encoders, tiny.unet, conv_dim="2")
@@ -214,7 +212,7 @@ def test_files_of_another_variant_are_refused(variant, other):
 def test_files_of_other_methods_are_named(tmp_path):
     save_file({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.zeros(4, 8)}, tmp_path / "loha.safetensors")
     with pytest.raises(UserError, match=r"loha.safetensors.*LoHa"):
-        lora.create_network_from_weights(1.0, tmp_path / "loha.safetensors", None, None, tiny_model("sd1").unet)
+        lora.create_network_from_weights(1.0, tmp_path / "loha.safetensors", None, None, shared_tiny_model("sd1").unet)
 
 
 def test_the_keys_that_another_trainer_wrote_are_all_understood():
@@ -224,23 +222,23 @@ def test_the_keys_that_another_trainer_wrote_are_all_understood():
 
     keys = json.loads(REFERENCE.read_text(encoding="utf-8"))
     tensors = {key: torch.ones(shape) for key, (shape, _) in keys.items()}
-    with torch.device("meta"):
+    with on_meta():
         unet = UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), cross_attention_dim=32)
         text = ClipTextEncoder(ClipConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2))
     network, own = lora.create_network_from_weights(1.0, None, None, text, unet, tensors)
     assert network.state_dict().keys() == own.keys() == tensors.keys()
 
 
-@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
 @pytest.mark.parametrize(
-    ("prefix", "separator", "end"),
+    ("variant", "prefix", "separator", "end"),
     [
-        *(("lycoris_", "_", ""), ("lora_unet_", "_", ""), ("lora_unet_", "_", "_"), ("diffusion_model.", ".", "")),
-        *(("unet.base_model.model.", ".", ""), ("base_model.model.unet.", ".", "")),
+        *(("sd1", "lycoris_", "_", ""), ("sdxl", "lora_unet_", "_", ""), ("sd1", "lora_unet_", "_", "_")),
+        *(("sdxl", "diffusion_model.", ".", ""), ("sd1", "unet.base_model.model.", ".", "")),
+        ("sd1", "base_model.model.unet.", ".", ""),
     ],
 )
 def test_further_names_of_diffusers_paths(make, variant, prefix, separator, end):
-    tiny = tiny_model(variant)
+    tiny = shared_tiny_model(variant)
     network = make(tiny)
     paths = {id(module): path for path, module in tiny.unet.named_modules()}
     names = {key: f"{prefix}{path.replace('.', separator)}{end}" for key, path in paths.items()}

@@ -7,33 +7,32 @@ Conditioning is a dictionary of tensors, batch first: ``l_pooled`` [B, 768], ``t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
-
     from library.models.clip import ClipTextEncoder
     from library.models.t5 import T5TextEncoder
+    from library.models.tokenizer_files import Tokenizer
 
 T5_LENGTH = {"schnell": 256, "dev": 512, "chroma": 512}
 
 
-def clip_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
+def clip_tokens(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
     """Token ids of ``prompts`` for CLIP, cut or padded: ``l_tokens`` [B, length]."""
     return {"l_tokens": _tokenize(tokenizer, prompts, length).input_ids}
 
 
-def t5_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
+def t5_tokens(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
     """Token ids of ``prompts`` for T5, cut or padded: ``t5_tokens`` and ``t5_attn_mask``, both [B, length]."""
     tokens = _tokenize(tokenizer, prompts, length)
     return {"t5_tokens": tokens.input_ids, "t5_attn_mask": tokens.attention_mask}
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> BatchEncoding:
+def _tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> Any:
     return tokenizer(list(prompts), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
 
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from library.models.byt5 import byt5_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from library.models.qwen2_5_vl import Qwen25VLTextEncoder
     from library.models.t5 import T5TextEncoder
+    from library.models.tokenizer_files import Tokenizer
 
 TEXT_LENGTH = 1000
 GLYPH_LENGTH = 128
@@ -56,7 +55,7 @@ class QwenTokens:
     """How many tokens come before the user's text: 34 with Qwen2.5's vocabulary."""
 
 
-def qwen_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int = TEXT_LENGTH) -> QwenTokens:
+def qwen_tokens(tokenizer: Tokenizer, prompts: Sequence[str], length: int = TEXT_LENGTH) -> QwenTokens:
     """The tokens of ``prompts``, each cut to ``length`` behind the template's beginning, its end included."""
     crop = len(tokenizer(BEFORE_PROMPT).input_ids)
     texts = [BEFORE_PROMPT + prompt + AFTER_PROMPT for prompt in prompts]

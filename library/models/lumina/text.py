@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from library.models.gemma2 import Gemma2TextEncoder
+    from library.models.tokenizer_files import Tokenizer
 
 TEXT_LENGTH = 256
 
@@ -25,7 +24,7 @@ def with_system_prompt(prompt: str, system_prompt: str) -> str:
     return f"{system_prompt} <Prompt Start> {prompt}" if system_prompt else prompt
 
 
-def gemma_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
+def gemma_tokens(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, both [B, length] int64, of ``prompts``, cut or padded on the right.
 
     The beginning-of-text token stands first, and no token ends a prompt.

@@ -17,9 +17,8 @@ from torch import Tensor
 from library.devices import to_device
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from library.models.clip import ClipTextEncoder
+    from library.models.tokenizer_files import Tokenizer
 
 
 class AddedWords:
@@ -41,7 +40,7 @@ class AddedWords:
         self.ids[word] = range(first, first + len(vectors))
         self.vectors[word] = vectors
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    def tokens(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """The token ids of ``text``, without start and end of text."""
         ids: list[int] = []
         for index, part in enumerate(self._split(text)):

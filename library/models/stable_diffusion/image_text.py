@@ -20,7 +20,7 @@ from library.models.stable_diffusion.prompt_weights import parts_between_breaks
 from library.models.stable_diffusion.text import CHUNK, Tokens, split_into_chunks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from library.models.tokenizer_files import Tokenizer
 
 WeightNormalization = Literal["original", "abs", "none"]
 """What is done to a weighted text: it gets the mean that it had without weights, the mean of its absolute values, or
@@ -44,7 +44,7 @@ class Chunk:
     weights: list[float]
 
 
-def image_chunks(tokenizer: PreTrainedTokenizerBase, text: str, words: AddedWords | None = None) -> list[Chunk]:
+def image_chunks(tokenizer: Tokenizer, text: str, words: AddedWords | None = None) -> list[Chunk]:
     """The whole ``text`` in chunks, at least one; its parts between the words ``BREAK`` begin chunks of their own.
 
     A part without tokens begins none, so that a ``BREAK`` where a chunk ends, or at an end of the text, adds nothing.
@@ -62,7 +62,7 @@ def image_chunks(tokenizer: PreTrainedTokenizerBase, text: str, words: AddedWord
     return chunks or [Chunk([], [])]
 
 
-def image_tokens(tokenizer: PreTrainedTokenizerBase, text: Sequence[Chunk], chunks: int) -> Tokens:
+def image_tokens(tokenizer: Tokenizer, text: Sequence[Chunk], chunks: int) -> Tokens:
     """A ``text`` as a batch of one, cut or padded to ``chunks`` chunks. Without weights where all of them are 1."""
     text = [*text, *[Chunk([], [])] * (chunks - len(text))][:chunks]
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

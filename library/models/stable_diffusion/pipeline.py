@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.console import warn
-from library.errors import UserError
+from library.errors import NotFiniteError, UserError
 from library.memory.storage import BlocksStoredAs, StorageDtype
 from library.models.attention import AttentionBackend
 from library.models.autoencoder_parts import all_finite, overflow_advice, visible
@@ -248,7 +248,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
             latents = latents + torch.exp(0.5 * torch.cat(logvars)) * noise.to(latents.device)
         if not all_finite(latents):
             advice = overflow_advice(self._compute_dtype("autoencoder"), HALF_VAE_REMEDY)
-            raise UserError(f"The autoencoder gives NaN latents; {advice}.")
+            raise NotFiniteError(f"The autoencoder gives NaN latents; {advice}.")
         return latents
 
     def images_at_once(self, images: int) -> int:
@@ -270,9 +270,11 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], float32 in -1..1, of scaled ``latents`` [B, 4, H/8, W/8].
 
-        NaN values become black, with a warning.
+        NaN values become black, with a warning. Raises UserError where a damaged file is the reason.
         """
         pixels = self.decode_pixels(latents)
+        if not all_finite(pixels):
+            self.require_finite_files(*(["autoencoder"] if all_finite(latents) else self.parts))
         advice = overflow_advice(self._compute_dtype("autoencoder"), HALF_VAE_REMEDY)
         return visible(pixels, latents, "the U-Net", advice)
 

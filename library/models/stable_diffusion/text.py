@@ -20,9 +20,8 @@ from library.errors import UserError
 from library.models.stable_diffusion.prompt_weights import parse_prompt_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from library.models.clip import ClipTextEncoder
+    from library.models.tokenizer_files import Tokenizer
 
 CHUNK = 75
 """Text tokens in one chunk, between its start and its end."""
@@ -48,9 +47,7 @@ def chunk_count(max_token_length: int | None) -> int:
     return chunks
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chunks: int = 1, weighted: bool = False
-) -> Tokens:
+def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], chunks: int = 1, weighted: bool = False) -> Tokens:
     """The prompts as token chunks, cut or padded. ``weighted`` reads ``(words:1.2)`` and ``[words]`` in them."""
     rows = [text_tokens(tokenizer, prompt, weighted) for prompt in prompts]
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -59,9 +56,7 @@ def tokenize(
     return Tokens(ids, torch.tensor(weights) if weighted else None)
 
 
-def text_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, weighted: bool = False
-) -> tuple[list[int], list[float]]:
+def text_tokens(tokenizer: Tokenizer, prompt: str, weighted: bool = False) -> tuple[list[int], list[float]]:
     """Token ids of a whole prompt, without start and end of text, and the weight of each."""
     ids: list[int] = []
     weights: list[float] = []

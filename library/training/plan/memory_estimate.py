@@ -90,12 +90,18 @@ def run_phases(run: RunFacts, loss: StepLoss, latents: bool, texts: bool) -> lis
 
 
 def memory_phases(
-    run: RunFacts, loss: StepLoss, optimizer_bytes: int, latents: bool, texts: bool, held: dict[str, int]
+    run: RunFacts,
+    loss: StepLoss,
+    optimizer_bytes: int,
+    latents: bool,
+    texts: bool,
+    held: dict[str, int],
+    both_ways: bool = True,
 ) -> list[MemoryPhase]:
     """The phases of ``run_phases``, each with what it holds at its peak; one that cannot be simulated says why.
 
-    A training step is shown with and without gradient checkpointing. ``held``: bytes in system RAM for the whole run,
-    by what they are. The run's memory plan is no longer applied afterwards.
+    With ``both_ways`` a training step is shown with and without gradient checkpointing. ``held``: bytes in system RAM
+    for the whole run, by what they are. The run's memory plan is no longer applied afterwards.
     """
     pipeline = run.pipeline
     weights = {part: module_bytes(pipeline.modules[part]) for part in pipeline.parts if part in pipeline.modules}
@@ -122,7 +128,7 @@ def memory_phases(
     found = []
     for work in run_phases(run, loss, latents, texts):
         found.append(phase(work))
-        if work.is_step:
+        if work.is_step and both_ways:
             checkpointing = run.options.precision.gradient_checkpointing
             name = f"(training {'without' if checkpointing else 'with'} gradient checkpointing)"
             with checkpointing_is(pipeline, not checkpointing):

@@ -28,7 +28,7 @@ from library.training import validation
 from library.training.caching import caches_text, latent_caching, text_caching
 from library.training.checks import check_training_options
 from library.training.data import read_training_data
-from library.training.distribution import choose_seed, in_turn, make_accelerator
+from library.training.distribution import choose_seed, in_turn, make_accelerator, of_main_process, require_same_state
 from library.training.family_hooks import FamilyHooks
 from library.training.finiteness import StepNumbers, StepWatch
 from library.training.interruption import Interruption
@@ -192,6 +192,7 @@ class NetworkTrainer(FamilyHooks):
         self.accelerator = make_accelerator(self.options.precision, self.options.distribution)
         if not self.accelerator.is_main_process:
             set_up_console(self.options.console, main_process=False)
+        require_same_state(self.saved, self.accelerator)
         if self.options.optimizer.fused_backward_pass and self.accelerator.num_processes > 1:
             raise UserError("--fused_backward_pass works with one process only.")
         if self.accelerator.num_processes == 1:
@@ -709,14 +710,32 @@ class NetworkTrainer(FamilyHooks):
     # ---- before and after the loop ----------------------------------------------------------------------------------
 
     def look_before_training(self) -> None:
-        """The samples of ``--sample_at_first``, and the validation loss that step validations are compared with."""
+        """The samples of ``--sample_at_first``, and the validation loss that step validations are compared with.
+
+        A run that goes on does what was due at its state and did not come to its end.
+        """
         if self.progress.step > 0:
-            return
+            return self.catch_up()
         with self.optimization.evaluating():
             if self.outputs.samples.due_at_start():
                 self.draw_samples(0, 0)
             if self.data.validation is not None and self.options.validation.validate_every_n_steps:
                 self.validate("step", 0)
+
+    def catch_up(self) -> None:
+        """What the resumed run was to do after it had saved the state: remove old files, draw, validate."""
+        progress, files, samples, step = self.progress, self.outputs.files, self.outputs.samples, self.progress.step
+        epoch = progress.position.epoch if progress.position.batch == 0 else None
+        if files.step_is_due(step) and self.accelerator.is_main_process:
+            files.remove_old_step(step)
+        if epoch is not None and files.epoch_is_due(epoch, self.plan.epochs) and self.accelerator.is_main_process:
+            files.remove_old_epoch(epoch)
+        moments = [(step, None)] if samples.due_after_step(step) else []
+        moments += [(step, epoch)] if epoch is not None and samples.due_after_epoch(epoch) else []
+        missing = [moment for moment in moments if len(samples.images(*moment)) < len(samples.prompts)]
+        for moment in of_main_process(missing):
+            with self.optimization.evaluating(exact=True):
+                self.draw_samples(*moment)
 
     @contextmanager
     def saving_on_error(self) -> Iterator[None]:

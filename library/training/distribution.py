@@ -90,6 +90,29 @@ def choose_seed(given: int | None, saved: SavedState | None) -> int:
         return given
     if saved is not None:
         return saved.identity.exact["seed"]
+    return of_main_process(secrets.randbits(32))
+
+
+def of_main_process(value: Any) -> Any:
+    """What the main process has given; every process must come here."""
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([secrets.randbits(32)])[0]
+    return broadcast_object_list([value])[0]
+
+
+def require_same_state(saved: SavedState | None, accelerator: Any) -> None:
+    """Raises UserError, in every process, unless all processes are to continue the same state.
+
+    ``--resume auto`` finds different ones on machines that do not share the output folder.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    mine = "none" if saved is None else f"{saved.folder.name} (step {saved.position.step})"
+    found = gather_object([mine])
+    if len(set(found)) > 1:
+        raise UserError(
+            f"--resume: the processes found different states: {', '.join(dict.fromkeys(found))}; share the output "
+            "folder between the machines, or copy the state to each."
+        )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy
 from PIL import Image
@@ -17,6 +19,22 @@ from safetensors import safe_open
 from library.files import TEMPORARY_NAME
 from library.training.output.state import SavedState
 from tests.processes import Started
+
+
+class Work(Protocol):
+    """What processes do, one after another, until one has done it."""
+
+    @property
+    def folder(self) -> Path:
+        """Everything that it reads and writes but models."""
+
+    @property
+    def places(self) -> list[Path]:
+        """The folders where files are written."""
+
+    def start(self) -> Started:
+        """Begin it, or continue it, by one and the same command line."""
+
 
 LOOK_EVERY = 0.0005
 
@@ -40,6 +58,33 @@ def kill_somewhere(process: Started, chance: random.Random, longest: float, fold
     process.kill()
     passed = f"{time.monotonic() - start:.2f} s"
     return f"{passed}, while it wrote a file" if at_writing else passed
+
+
+def kill_again_and_again(
+    begin: Callable[[int], Work], kills: int, chance: random.Random, length: float
+) -> Iterator[tuple[Work, str]]:
+    """Make ``kills`` kills: start a work, kill it, and start it again until it has ended by itself; then a new one.
+
+    ``begin(number)`` prepares a work in a folder of its own, ``length`` is how many seconds one takes. After each kill,
+    every file under its name must be whole. Gives each work that has ended well, and when it had been killed.
+    """
+    made, number = 0, 0
+    while made < kills:
+        work, moments = begin(number), []
+        while True:
+            process = work.start()
+            moment = kill_somewhere(process, chance, length, work.places) if made < kills else None
+            assert broken_files(work.folder) == [], f"killed after {moments}, {moment}"
+            if moment is None:
+                break
+            made += 1
+            moments.append(moment)
+        said = f"killed after {moments}:\n{process.output[-3000:]}" if process.wait() else ""
+        assert process.returncode == 0, said
+        assert leftovers(work.folder) == [], f"killed after {moments}"
+        yield work, f"killed after {moments}"
+        shutil.rmtree(work.folder)
+        number += 1
 
 
 def halves(folders: Sequence[Path]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Training that is killed at random moments and started again with ``--resume auto`` ends in the same bytes."""
+"""What is killed at random moments and started again by the same command line ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,32 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import pytest
+from PIL import Image
 
-from tests.faults.killing import broken_files, kill_somewhere, leftovers
+from tests.faults.killing import Work, broken_files, kill_again_and_again, leftovers
 from tests.faults.lora_files import contents
 from tests.processes import ForkServer, Started
 
 SEED = 14
 
 
+def timed_run(work: Work) -> float:
+    """Let a work be done undisturbed; the seconds that it took."""
+    start = time.monotonic()
+    process = work.start()
+    assert process.wait() == 0, process.output[-3000:]
+    assert broken_files(work.folder) == leftovers(work.folder) == []
+    return time.monotonic() - start
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Training:
-    """A training in folders of its own, which each process begins or continues with the same command line."""
+    """A training in folders of its own."""
 
     server: ForkServer
     script: str
@@ -90,28 +104,115 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
         return Training(fork_server, script, command, tmp_path / name, image_folder)
 
     whole = training("whole")
-    start = time.monotonic()
-    process = whole.start()
-    assert process.wait() == 0, process.output[-3000:]
-    length = time.monotonic() - start
+    length = timed_run(whole)
     expected, names = contents(whole.output / "lora.safetensors"), whole.names()
-    assert broken_files(whole.folder) == leftovers(whole.folder) == []
 
-    chance, made, number, moments = random.Random(f"{SEED} {family}"), 0, 0, []
-    broken = training("0")
-    while made < kills or moments:
-        process = broken.start()
-        moment = kill_somewhere(process, chance, length, broken.places) if made < kills else None
-        assert broken_files(broken.folder) == [], f"killed after {moments}, {moment}"
-        if moment is not None:
-            made += 1
-            moments.append(moment)
-            continue
-        said = f"killed after {moments}:\n{process.output[-3000:]}" if process.wait() else ""
-        assert process.returncode == 0, said
-        assert contents(broken.output / "lora.safetensors") == expected, f"killed after {moments}"
-        assert broken.names() == names, f"killed after {moments}"
-        assert leftovers(broken.folder) == [], f"killed after {moments}"
-        shutil.rmtree(broken.folder)
-        number, moments = number + 1, []
-        broken = training(str(number))
+    chance = random.Random(f"{SEED} {family}")
+    for broken, how in kill_again_and_again(lambda number: training(str(number)), kills, chance, length):
+        assert contents(broken.output / "lora.safetensors") == expected, how
+        assert broken.names() == names, how
+
+
+# ---- caching tools -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Caching:
+    """One of the tools that fill caches ahead of training, over a folder of its own."""
+
+    server: ForkServer
+    tool: str
+    command: list[object]
+    folder: Path
+    images: Path
+
+    def __post_init__(self) -> None:
+        shutil.copytree(self.images, self.folder / "images")
+
+    @property
+    def places(self) -> list[Path]:
+        return [self.folder / "images"]
+
+    def start(self) -> Started:
+        return self.server.start(self.tool, "--flux", *self.command, *self.data())
+
+    def data(self) -> list[object]:
+        """The images, each with its caption."""
+        config = self.folder / "dataset.toml"
+        config.write_text(
+            "[[datasets]]\nresolution = 64\nbatch_size = 2\nenable_bucket = true\nmin_bucket_reso = 64\n"
+            f'max_bucket_reso = 128\n[[datasets.subsets]]\nimage_dir = "{(self.folder / "images").as_posix()}"\n'
+            'caption_extension = ".txt"\nflip_aug = true\n',
+            encoding="utf-8",
+        )
+        return ["--dataset_config", config]
+
+    def cached(self) -> dict[str, dict[str, bytes]]:
+        """Arrays of each cache file, by its name."""
+        found = {}
+        for path in (self.folder / "images").glob("*.npz"):
+            with numpy.load(path) as arrays:
+                found[path.name] = {name: arrays[name].tobytes() for name in arrays}
+        return found
+
+
+@pytest.mark.parametrize("tool", ["cache_latents", "cache_text_encoder_outputs"])
+def test_caching_that_is_killed_goes_on_to_the_same_caches(
+    tool, flux_command, fork_server, thorough, image_folder, tmp_path
+):
+    def caching(name: str) -> Caching:
+        (tmp_path / name).mkdir()
+        return Caching(fork_server, f"tools/{tool}.py", flux_command, tmp_path / name, image_folder)
+
+    whole = caching("whole")
+    length = timed_run(whole)
+    expected = whole.cached()
+    assert len(expected) == 12
+    chance, kills = random.Random(f"{SEED} {tool}"), 50 if thorough else 2
+    for broken, how in kill_again_and_again(lambda number: caching(str(number)), kills, chance, length):
+        assert broken.cached() == expected, how
+
+
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drawing:
+    """gen_img.py with the images of a prompt file."""
+
+    server: ForkServer
+    model: Path
+    folder: Path
+
+    @property
+    def places(self) -> list[Path]:
+        return [self.folder / "out"]
+
+    def start(self) -> Started:
+        prompts = self.folder / "prompts.txt"
+        prompts.write_text("a cat --d 1\na dog --d 2\n{a|the} bird --d 3 --f sub/bird.png\n", encoding="utf-8")
+        sizes = ["--W", 64, "--H", 64, "--steps", 1, "--images_per_prompt", 2]
+        files = ["--ckpt", self.model, "--from_file", prompts, "--outdir", self.folder / "out"]
+        return self.server.start("gen_img.py", *files, *sizes, "--skip_existing", "--report", "--grid", "--seed", 4)
+
+    def images(self) -> dict[str, bytes]:
+        """The pixels of each image, by its name."""
+        found = {}
+        for path in (self.folder / "out").rglob("*.png"):
+            with Image.open(path) as image:
+                found[path.name] = image.tobytes()
+        return found
+
+
+def test_drawing_that_is_killed_goes_on_to_the_same_images(few_blocks_sd1, fork_server, thorough, tmp_path):
+    def drawing(name: str) -> Drawing:
+        (tmp_path / name).mkdir()
+        return Drawing(fork_server, few_blocks_sd1, tmp_path / name)
+
+    whole = drawing("whole")
+    length = timed_run(whole)
+    expected = whole.images()
+    assert len(expected) == 7
+    chance, kills = random.Random(f"{SEED} gen_img"), 50 if thorough else 2
+    for broken, how in kill_again_and_again(lambda number: drawing(str(number)), kills, chance, length):
+        assert broken.images() == expected, how

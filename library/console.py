@@ -6,10 +6,12 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Literal
 
 from library.errors import NO_ROOM, UnsavedError, UserError
@@ -125,12 +127,46 @@ def messages_above_progress() -> AbstractContextManager[None]:
     return logging_redirect_tqdm(loggers=[LOGGER])
 
 
+INTERRUPTED = 130
+"""Exit code of a script that Ctrl-C has ended, as shells have it."""
+
+
+class CtrlC:
+    """What Ctrl-C does in a script: the first is a KeyboardInterrupt, one more ends the process at once.
+
+    At once means without waiting for threads, for a disk or for what holds up the clearing away after the first one.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The handler of SIGINT."""
+        if self.pressed:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\ninterrupted at once\n")  # not through a stream that may be writing at this moment
+            os._exit(INTERRUPTED)
+        self.pressed = True
+        raise KeyboardInterrupt
+
+
+_ctrl_c = CtrlC()
+
+
+def forget_interrupt() -> None:
+    """A Ctrl-C has been obeyed and the script goes on: the next one is a first one."""
+    _ctrl_c.pressed = False
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a UserError becomes its sentence on stderr and its exit code, most often 2.
 
-    So does a full disk, with the exit code 1.
+    So does a full disk, with the exit code 1; Ctrl-C becomes a word and 130.
     """
     make_console_safe()
+    forget_interrupt()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background may ignore it
+        signal.signal(signal.SIGINT, _ctrl_c)
     # What is imported stays; with Python's default, looking through it again and again is a tenth of a start.
     gc.set_threshold(50_000)
     try:
@@ -140,7 +176,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # what was printed goes to a program that has read enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
         sys.exit(1)

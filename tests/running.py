@@ -6,9 +6,11 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,13 +45,15 @@ def like_a_new_process() -> Iterator[None]:
     """accelerate starts anew; afterwards the environment and the console are as they were."""
     from library.console import LOGGER
 
-    environment = dict(os.environ)
+    environment, ctrl_c = dict(os.environ), signal.getsignal(signal.SIGINT)
     handlers, level, propagates = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
     forget_accelerator()
     try:
         yield
     finally:
         forget_accelerator()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, ctrl_c)
         LOGGER.handlers[:], LOGGER.propagate = handlers, propagates
         LOGGER.setLevel(level)
         os.environ.clear()

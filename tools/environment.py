@@ -58,6 +58,14 @@ def set_up(requirement_files: tuple[str, ...]) -> float:
 
 def continue_inside(script: str, arguments: list[str], environment: dict[str, str] | None = None) -> int:
     """Run ``script`` with the environment's interpreter and return its exit code."""
-    return subprocess.run(
-        [str(environment_python()), script, *arguments], env={**os.environ, **(environment or {})}, cwd=ROOT
-    ).returncode
+    return run_to_its_end([str(environment_python()), script, *arguments], {**os.environ, **(environment or {})})
+
+
+def run_to_its_end(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command in the project's folder and return its exit code; Ctrl-C, which it gets too, is its to obey."""
+    with subprocess.Popen(command, env=environment, cwd=ROOT) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue

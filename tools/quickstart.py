@@ -21,7 +21,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from library.console import run_script  # noqa: E402
 from tools import environment  # noqa: E402
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def quickstart(folders: Folders, steps: int, seed: int, threads: int) -> int:
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     for command in commands:
         print("\n" + readable(command) + "\n", flush=True)
-        code = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        code = environment.run_to_its_end(command, variables)
         if code:
             print(f"the command ended with exit code {code}; see the message above", file=sys.stderr)
             return code
@@ -583,4 +583,4 @@ def loss_image(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: sys.exit(main()))

@@ -36,6 +36,9 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None and number == signal.SIGINT:
+            former = self._handlers[number]
+            if callable(former):
+                former(number, frame)
             raise KeyboardInterrupt
         self.reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         warn(f"{self.reason}: the run ends after this step. Ctrl-C once more ends it at once.")

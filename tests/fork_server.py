@@ -16,19 +16,11 @@ import sys
 import traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ("flux_train_network", "train_network", "sdxl_train_network", "gen_img", "flux_minimal_inference")
 MODULES = (
     *("accelerate", "torch.optim", "PIL.Image", "PIL.PngImagePlugin", "safetensors.torch", "cv2", "scipy.stats"),
-    *(
-        "networks.lora",
-        "networks.lora_flux",
-        "library.models.flux.pipeline",
-        "library.models.stable_diffusion.pipeline",
-    ),
     *("library.training.plan.dry_run", "library.training.objective.ddpm"),
 )
-TRANSFORMERS_MODULES = ("clip.tokenization_clip", "t5.tokenization_t5")
-TRANSFORMERS_CLASSES = {"clip.modeling_clip": "CLIPTextModel", "t5.modeling_t5": "T5EncoderModel"}
+TRANSFORMERS_CLASSES = {"t5.modeling_t5": "T5EncoderModel"}
 DIFFUSERS_CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler", "EulerDiscreteScheduler")
 
 
@@ -37,16 +29,16 @@ def import_what_scripts_use() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in (*MODULES, *SCRIPTS):
-        importlib.import_module(name)
-    from library.models.lean_imports import diffusers_class, prepare_transformers, transformers_class
+    from library.families import FAMILIES
+    from library.models.lean_imports import diffusers_class, transformers_class
 
-    prepare_transformers()
-    for name in TRANSFORMERS_MODULES:
-        importlib.import_module(f"transformers.models.{name}")
+    rooms = {f"library.models.{family.room}.pipeline" for family in FAMILIES}
+    for family in FAMILIES:
+        rooms |= {family.script, family.networks[0], *([family.inference_script] if family.inference_script else [])}
+    for name in (*MODULES, *sorted(rooms)):
+        importlib.import_module(name)
     for module, name in TRANSFORMERS_CLASSES.items():
         transformers_class(module, name)
-
     for name in DIFFUSERS_CLASSES:
         diffusers_class(name)
 

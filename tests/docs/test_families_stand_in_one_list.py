@@ -19,6 +19,7 @@ from tools.make_option_tables import PAGES
 ALLOWED = {
     "library/families.py": "the list",
     "tests/docs/test_families_stand_in_one_list.py": "shows what a second list looks like",
+    "tools/make_lora_formats.py": "a table of each family's LoRA files, measured cell by cell",
     "tools/quickstart.py": "shows each family in one table",
     "tests/e2e/test_documented_training.py": "runs the commands of the guides",
     "tests/conformance/test_two_processes_equal_one.py": "runs two scripts under accelerate launch",

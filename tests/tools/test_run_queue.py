@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import UserError
+from library.families import by_key
 from library.html_pages import read_page_data
 from tests.processes import ForkServer, Started
 from tests.running import run_in_process, toml_value
@@ -133,5 +134,5 @@ def test_every_mistake_is_said_before_anything_runs(job, tmp_path):
 
 
 def test_a_file_for_another_script_is_refused(job, tmp_path):
-    result = run_in_process("train_network.py", "--config_file", job("flux"))
+    result = run_in_process(by_key("sd").file, "--config_file", job("flux"))
     assert result.returncode == 2 and 'script = "flux_train_network.py"' in result.stderr

@@ -1,4 +1,4 @@
-"""Training starts without the parts of diffusers and transformers that it does not use; they can all be used later."""
+"""A run starts without transformers and what it does not use of diffusers; all of them can be used later."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.running import train
-
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "bitsandbytes", "peft", "networkx", "torchvision")
 UNUSED = ("transformers", "huggingface_hub.hf_api", "huggingface_hub.file_download", "requests", "diffusers.quantizers")
 MODELS = ("transformers.modeling_utils", "diffusers.models.transformers.transformer_flux", "diffusers.hooks.hooks")
 TRAIN = """
 import sys
-from tests.running import train
+from tests.running import run_in_process, train
 for family, arguments in {arguments!r}.items():
     train(family, *arguments)
-print("IMPORTED", sorted(set({heavy!r}) & set(sys.modules)))
+print("TRAINED", sorted(set({heavy!r}) & set(sys.modules)))
+drawn = run_in_process("gen_img.py", *{drawing!r})
+assert drawn.returncode == 0, drawn.stderr
+print("DRAWN", sorted(set({heavy!r}) & set(sys.modules)))
 from library.models.lean_imports import transformers_class
 transformers_class("clip.modeling_clip", "CLIPTextModel")
 print("ENCODERS", sorted({{"scipy", "peft", "bitsandbytes"}} & set(sys.modules)))
@@ -68,7 +69,7 @@ print("USED")
 
 
 def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
-    sd1_command, sdxl_command, image_folder, dataset_toml, tmp_path
+    sd1_command, sdxl_command, few_blocks_sd1, image_folder, dataset_toml, tmp_path
 ):
     images = shutil.copytree(image_folder, tmp_path / "images")
     shared = [
@@ -78,10 +79,11 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     ]
     commands = {"sd1": sd1_command, "sdxl": sdxl_command}
     arguments = {family: [str(word) for word in (*words, *shared)] for family, words in commands.items()}
-    for family, words in arguments.items():
-        train(family, *words)  # fills the caches
-    code = TRAIN.format(arguments=arguments, heavy=(*HEAVY, *UNUSED, *MODELS)) + USE
+    drawing = ["--ckpt", str(few_blocks_sd1), "--outdir", str(tmp_path), "--prompt", "a cat", "--steps", "1"]
+    drawing += ["--W", "64", "--H", "64"]
+    code = TRAIN.format(arguments=arguments, drawing=drawing, heavy=(*HEAVY, *UNUSED, *MODELS)) + USE
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "IMPORTED []" in result.stdout and "ENCODERS []" in result.stdout
+    for what in ("TRAINED", "DRAWN", "ENCODERS"):
+        assert f"{what} []" in result.stdout, result.stdout
     assert result.stdout.endswith("USED\n")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from library.files import write_text
 from library.models.lean_imports import diffusers_class, prepare_transformers, transformers_class
+from library.models.loading import on_meta
 from library.models.stable_diffusion.checkpoint import Variant
 from library.models.stable_diffusion.control_net import HINT
 from library.models.stable_diffusion.control_net_lllite import LATENT_STRIDE, PREFIX, LLLiteModule, layers_of
@@ -38,7 +39,8 @@ VOCABULARY = 514
 
 def tiny_unet(variant: Variant, shape: Shape, seed: int = 0) -> Any:
     """The U-Net of the tiny model of that seed."""
-    unet = build_modules(shape, VOCABULARY)["unet"]
+    with on_meta():
+        unet = build_modules(shape, VOCABULARY)["unet"]
     fill_randomly(unet, seed, f"tiny {variant} unet")
     return unet
 

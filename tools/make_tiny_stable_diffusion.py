@@ -18,6 +18,7 @@ from torch import Tensor
 from library.files import write_text
 from library.models.clip import ClipConfig, ClipTextEncoder
 from library.models.lean_imports import diffusers_class
+from library.models.loading import on_meta
 from library.models.stable_diffusion.checkpoint import SCALING_FACTORS, Variant
 from library.models.stable_diffusion.keys import autoencoder_table, inverted, open_clip_table, renamed, unet_table
 from library.randomness import generator
@@ -107,7 +108,8 @@ def make_tiny_stable_diffusion(
     vocabulary = 0
     for index, encoder in enumerate(shape.encoders):
         vocabulary = write_clip_tokenizer(folder / ("tokenizer_2" if index else "tokenizer"), encoder.padding)
-    modules = build_modules(shape, vocabulary, SCALING_FACTORS[variant])
+    with on_meta():
+        modules = build_modules(shape, vocabulary, SCALING_FACTORS[variant])
     states = {}
     for part, module in modules.items():
         fill_randomly(module, seed, f"tiny {variant} {part}")

@@ -20,7 +20,12 @@ WORDS = "a the of on and big small red green blue yellow purple black white circ
 
 
 def fill_randomly(module: nn.Module, seed: int, purpose: str) -> None:
-    """Give each parameter values that depend on the seed and its name only: activations stay near unit variance."""
+    """Give each parameter values that depend on the seed and its name only: activations stay near unit variance.
+
+    A module on torch's meta device (``on_meta`` builds it in half of the time), without buffers, comes to the CPU.
+    """
+    if any(parameter.is_meta for parameter in module.parameters()):
+        module.to_empty(device="cpu")
     for name, parameter in module.named_parameters():
         values = torch.randn(parameter.shape, generator=generator(seed, purpose, name))
         is_norm_weight = parameter.dim() == 1 and not name.endswith("bias")

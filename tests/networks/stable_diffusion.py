@@ -103,7 +103,8 @@ def shared_tiny_model(variant: Variant, dtype: torch.dtype = torch.float32, whol
     from tools.make_tiny_models import fill_randomly
     from tools.make_tiny_stable_diffusion import SHAPES, build_modules
 
-    modules = build_modules(SHAPES[variant] if whole else few_blocks(variant), vocabulary=64)
+    with on_meta():
+        modules = build_modules(SHAPES[variant] if whole else few_blocks(variant), vocabulary=64)
     for part, module in modules.items():
         fill_randomly(module, 0, part)
         module.to(dtype).requires_grad_(False).eval()

@@ -103,19 +103,26 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
+    def check_options(self) -> None:
+        """As for every family; 8-bit floats without finer scales are refused first. Raises UserError."""
+        for name in ("fp8_base", "fp8_base_unet"):
+            if getattr(self.options.precision, name):
+                raise UserError(
+                    f"--{name} is not supported for HunyuanImage-2.1; use --fp8_scaled with --mixed_precision bf16 or "
+                    "fp16."
+                )
+        super().check_options()
+
     def check_family_options(self) -> None:
         """Forbidden values and combinations, and options without effect."""
         from library.models.attention import require_backend
 
-        options, hunyuan, precision = self.options, self.options.hunyuan_image, self.options.precision
+        options, hunyuan = self.options, self.options.hunyuan_image
         if not options.network.network_train_unet_only:
             raise UserError(
                 "--network_train_unet_only is required: HunyuanImage-2.1's text encoders are not trained, as there "
                 "are no LoRA modules for them."
             )
-        for name in ("fp8_base", "fp8_base_unet"):
-            if getattr(precision, name):
-                raise UserError(f"--{name} is not supported for HunyuanImage-2.1; use --fp8_scaled.")
         if hunyuan.vae_chunk_size is not None and hunyuan.vae_chunk_size < 1:
             raise UserError(f"--vae_chunk_size must be at least 1, not {hunyuan.vae_chunk_size}.")
         if hunyuan.attn_mode == "sageattn":

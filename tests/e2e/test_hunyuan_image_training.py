@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hunyuan_image_train_network import HunyuanImageNetworkTrainer
+from library.errors import UserError
 from tests.families.hunyuan_image import hunyuan_image_options
-from tests.running import run_in_process, toml_value
+from tests.running import make_trainer, run_in_process, toml_value
 
 Train = Callable[..., str]
 
@@ -127,3 +129,12 @@ def test_the_samples_of_a_session_need_no_seed_and_any_size_is_rounded(train, tm
     said = train(tmp_path, "--sample_prompts", prompts, "--sample_every_n_steps", "2")
     assert "prompt 1: 100x64 is rounded to 96x64, multiples of 32 pixels" in said
     assert len(list((tmp_path / "sample").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("others", ["", "--mixed_precision bf16"])
+@pytest.mark.parametrize("option", ["--fp8_base", "--fp8_base_unet"])
+def test_other_8_bit_floats_are_refused_with_all_that_is_needed_instead(tiny_hunyuan_image, option, others):
+    words = (*hunyuan_image_options(tiny_hunyuan_image), option, *others.split())
+    refusal = f"^{option} is not supported for HunyuanImage-2.1; use --fp8_scaled with --mixed_precision bf16 or fp16"
+    with pytest.raises(UserError, match=refusal):
+        make_trainer(HunyuanImageNetworkTrainer, *words).check_options()

@@ -122,6 +122,7 @@ def test_two_control_nets_act_in_turn_and_for_xl_by_their_mean(pair):
     assert_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("pair", ["sd1"], indirect=True)
 def test_a_sampler_that_scales_what_the_models_are_given(pair):
     """--control_net_models with --sampler euler"""
     assert_equal(pair.draw(2, "euler", **options(pair, 0)), pair.theirs(2, [0], "euler"))

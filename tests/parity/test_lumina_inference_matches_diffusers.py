@@ -50,7 +50,7 @@ def lora(pipeline, tmp_path_factory) -> Path:
     return write_random_network(tmp_path_factory.mktemp("lora") / "lora.safetensors", lora_lumina, *parts, 1, 2.0)
 
 
-@pytest.fixture(scope="module", params=[None, 0.7], ids=["plain", "lora"])
+@pytest.fixture(scope="module")
 def pair(request, files, pipeline, lora, tmp_path_factory) -> tuple[list[object], Lumina2Pipeline]:
     """The script's options for a tiny model, and the same model in diffusers, which is given merged weights."""
     folder = make_tiny_lumina(tmp_path_factory.mktemp("diffusers"), "diffusers", seed=4).transformer
@@ -97,39 +97,48 @@ def unshifted() -> numpy.ndarray:
     return numpy.linspace(1, SHIFT * 0.001 / (1 + (SHIFT - 1) * 0.001), STEPS)
 
 
-def in_diffusers(theirs: Lumina2Pipeline, output_type: str, **arguments: Any) -> Tensor:
-    """By ``Lumina2Pipeline``, whose scheduler shifts the sigmas."""
+def in_diffusers(theirs: Lumina2Pipeline, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """Latents and image by ``Lumina2Pipeline``, whose scheduler shifts the sigmas."""
     assert theirs.scheduler.config.shift == SHIFT
-    return theirs(
+    kept: dict[str, Tensor] = {}
+
+    def keep(pipeline: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept.update(values)
+        return {}
+
+    image = theirs(
         PROMPT, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS, negative_prompt=NEGATIVE, latents=noise(),
         sigmas=unshifted(), system_prompt=SYSTEM, max_sequence_length=LENGTH, cfg_normalization=False,
-        output_type=output_type, **arguments,
+        output_type="pt", callback_on_step_end=keep, **arguments,
     ).images  # fmt: skip
+    return kept["latents"], image
+
+
+UNGUIDED = (("--guidance_scale", 1), {"guidance_scale": 1.0})
+GUIDED_ALWAYS = (("--guidance_scale", SCALE, "--cfg_trunc_ratio", 1), {"guidance_scale": SCALE})
+TRUNCATED = (
+    ("--guidance_scale", SCALE, "--cfg_trunc_ratio", TRUNCATION),
+    {"guidance_scale": SCALE, "cfg_trunc_ratio": (GUIDED + 0.5) / STEPS},
+)
 
 
 @pytest.mark.parametrize(
-    ("ours", "diffusers"),
-    [
-        (("--guidance_scale", 1), {"guidance_scale": 1.0}),
-        (("--guidance_scale", SCALE, "--cfg_trunc_ratio", 1), {"guidance_scale": SCALE}),
-        (
-            ("--guidance_scale", SCALE, "--cfg_trunc_ratio", TRUNCATION),
-            {"guidance_scale": SCALE, "cfg_trunc_ratio": (GUIDED + 0.5) / STEPS},
-        ),
-    ],
-    ids=["unguided", "guided", "truncated"],
+    ("pair", "ours", "diffusers"),
+    [(None, *UNGUIDED), (None, *GUIDED_ALWAYS), (None, *TRUNCATED), (0.7, *GUIDED_ALWAYS)],
+    indirect=["pair"],
+    ids=["unguided", "guided", "truncated", "with a LoRA"],
 )
 def test_the_same_latents_and_image(pair, ours, diffusers):
     command, theirs = pair
     latents, image = drawn(command, "--renorm_cfg", 0, *ours)
-    reference = in_diffusers(theirs, "latent", **diffusers)
+    reference, their_image = in_diffusers(theirs, **diffusers)
     scale = reference.abs().max().item()
     assert scale > 0.1, "the reference must not be trivially small"
     assert (latents - reference).abs().max() < 1e-3 * max(1.0, scale)
-    assert (image - in_diffusers(theirs, "pt", **diffusers)).abs().max() < 1e-3
+    assert (image - their_image).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(("truncation", "renorm"), [(1, 2.0), (TRUNCATION, 0.7)])
+@pytest.mark.parametrize(("pair", "truncation", "renorm"), [(None, 1, 2.0), (None, TRUNCATION, 0.7)], indirect=["pair"])
 def test_renormalised_guidance_is_the_formula_over_diffusers_predictions(pair, truncation, renorm):
     command, theirs = pair
     given = ("--guidance_scale", SCALE, "--cfg_trunc_ratio", truncation, "--renorm_cfg", renorm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,18 @@ THEIRS = {
     "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
     "dpmsingle": (diffusers.DPMSolverSinglestepScheduler, {"lower_order_final": True}),
 }
+
+
+@functools.cache
+def their_scheduler(sampler: str, v_prediction: bool, skip_prk_steps: bool) -> Any:
+    """Made once: for two of them it takes half a second."""
+    kind, arguments = THEIRS[sampler]
+    offset = {} if sampler == "dpmsingle" else {"steps_offset": 1}
+    skip = {"skip_prk_steps": True} if skip_prk_steps else {}
+    prediction = "v_prediction" if v_prediction else "epsilon"
+    return kind(**SCHEDULE, prediction_type=prediction, **arguments, **offset, **skip)
+
+
 WAYS = {"noise": "{}Pipeline", "image": "{}Img2ImgPipeline", "mask": "{}InpaintPipeline"}
 
 
@@ -93,12 +106,8 @@ class Pair:
         return self.ours.generate_latents(*requests, hooks=hooks)
 
     def expected(self, sampler: str, way: str) -> torch.Tensor:
-        kind, arguments = THEIRS[sampler]
-        prediction = "v_prediction" if self.v else "epsilon"
-        offset = {} if sampler == "dpmsingle" else {"steps_offset": 1}
-        skip = {"skip_prk_steps": True} if sampler == "pndm" and way != "noise" else {}
         pipeline = self.theirs[way]
-        pipeline.scheduler = kind(**SCHEDULE, prediction_type=prediction, **arguments, **offset, **skip)
+        pipeline.scheduler = copy.deepcopy(their_scheduler(sampler, self.v, sampler == "pndm" and way != "noise"))
         generator = torch.Generator().manual_seed(SEED)
         if way != "noise":  # the noise for an image follows on those of the steps
             for _ in range(1 + noises_of_steps(sampler, STEPS)):
@@ -138,13 +147,13 @@ FROM_NOISE = ("pndm", "lms", "heun", "dpmsolver", "dpmsingle")
 """The others are compared with whole pipelines in ``test_stable_diffusion_matches_diffusers.py``."""
 CASES = [
     *(("sd1", "noise", sampler) for sampler in (*FROM_NOISE, "dpm_2", "dpm_2_a")),
-    *(("sd2", "noise", sampler) for sampler in FROM_NOISE),
+    *(("sd2", "noise", sampler) for sampler in ("pndm", "dpmsingle")),
     ("sdxl", "noise", "lms"),
     *(("sd1", "mask", sampler) for sampler in SCHEDULERS),
-    *(("sd2", "mask", sampler) for sampler in ("ddim", "euler_a", "dpm_2", "dpm_2_a")),
-    *(("sdxl", "mask", sampler) for sampler in ("euler", "dpm_2_a")),
+    *(("sd2", "mask", sampler) for sampler in ("euler_a", "dpm_2")),
+    ("sdxl", "mask", "euler"),
     # What is drawn within a mask is drawn as over an image.
-    *(("sd1", "image", sampler) for sampler in ("ddim", "pndm", "heun")),
+    *(("sd1", "image", sampler) for sampler in ("ddim", "heun")),
     ("sdxl", "image", "euler"),
 ]
 
@@ -162,7 +171,6 @@ def test_latents_are_the_same(pairs, variant, way, sampler):
 
 BATCHES = [
     ("sd1", "noise", "ddim"),
-    ("sd1", "noise", "euler_a"),
     ("sdxl", "mask", "dpm_2_a"),
     ("sd2", "mask", "euler_a"),
 ]

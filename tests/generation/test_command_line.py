@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
+import io
+import sys
 
 from PIL import Image
 
-from tests.running import ROOT, command, run_in_process
+from tests.running import run_in_process
 
 SCRIPT = "flux_minimal_inference.py"
 
 
-def test_a_session_through_a_pipe(inference_command, lora, tmp_path):
+def test_a_session_through_a_pipe(inference_command, lora, tmp_path, monkeypatch):
+    """A pipe's bytes are UTF-8, whatever the system's encoding."""
     lines = ["赤い猫 --d 1 --w 32 --s 1", "a dog --d 2 --m 0.2", "a dog --d x", "a dog --cn none.png", "", "not drawn"]
     arguments = [*inference_command, "--interactive", "--output_dir", tmp_path, "--lora_weights", lora("one", 1)]
-    result = subprocess.run(
-        command(SCRIPT, *arguments, accelerate=False),
-        input="\n".join(lines).encode("utf-8"),
-        capture_output=True,
-        cwd=ROOT,
-        timeout=600,
-    )
+    pipe = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode("utf-8")), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", pipe)
+    result = run_in_process(SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
-    printed = result.stdout.decode("ascii")
+    printed = result.stdout
     assert "--m 0.8,0.5" in printed
     assert '--d must be a whole number, not "x"' in printed
     assert "error: --cn needs --controlnet_model_name_or_path" in printed

@@ -43,10 +43,9 @@ def prompts(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a"])
-def test_images_are_the_same_in_batches_of_any_size(few_blocks_sd1, shared, prompts, tmp_path, sampler):
+def test_images_are_the_same_in_batches_of_any_size(few_blocks_sd1, shared, prompts, tmp_path):
     """--batch_size: texts of different lengths and different guidance are never drawn together."""
-    given = ("--from_file", prompts, "--images_per_prompt", "2", "--sampler", sampler, "--steps", "2")
+    given = ("--from_file", prompts, "--images_per_prompt", "2", "--sampler", "euler_a", "--steps", "2")
     images = []
     for size in ("1", "4"):
         folder = tmp_path / size

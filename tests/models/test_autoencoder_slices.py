@@ -24,8 +24,9 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("slices", [2, 3, 5, 16, 72])
-@pytest.mark.parametrize("size", [(72, 64), (128, 104)])
+@pytest.mark.parametrize(
+    ("size", "slices"), [((72, 64), 2), ((72, 64), 5), ((72, 64), 72), ((128, 104), 3), ((128, 104), 16)]
+)
 def test_slices_give_the_whole(pipeline, slices, size):
     """Also where slices are of unequal height, of odd height, and of a row."""
     height, width = size

@@ -54,9 +54,9 @@ def test_images_of_a_flux_batch_are_those_drawn_alone(flux, scale):
     torch.testing.assert_close(flux.generate_latents(*requests), alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a", "dpmsolver++"])
+@pytest.mark.parametrize("sampler", ["euler_a", "dpmsolver++"])
 def test_images_of_a_stable_diffusion_batch_are_those_drawn_alone(sd1, sampler):
-    """Samplers that add noise draw each image's from its own generator."""
+    """Samplers that add noise draw each image's from its own generator; others: beside what diffusers draws."""
     texts = (("a cat", 1), ("b", 2))
     requests = [StableDiffusionRequest(text, seed=seed, sampler=sampler, **SIZE) for text, seed in texts]
     alone = torch.cat([sd1.generate_latents(request) for request in requests])

@@ -8,7 +8,7 @@ from torch import nn
 
 from library.models.stable_diffusion.keys import renamed, unet_table
 from library.models.stable_diffusion.original_names import under_original_names
-from tests.networks.stable_diffusion import real_unet, tiny_model
+from tests.networks.stable_diffusion import real_unet, shared_tiny_model, tiny_model
 
 LEVELS = {"sd1": (True, True, True, False), "sd2": (True, True, True, False), "sdxl": (False, True, True)}
 TENSORS = {"sd1": 686, "sd2": 686, "sdxl": 1680}  # of the U-Net in the published single files
@@ -34,7 +34,7 @@ def test_names_that_diffusers_itself_converts():
     """diffusers' reader of single files finds every tensor under the name that the tree gives it."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    unet = tiny_model("sdxl", whole=True).unet
+    unet = shared_tiny_model("sdxl", whole=True).unet
     tensors = {f"model.diffusion_model.{key}": value for key, value in under_original_names(unet).state_dict().items()}
     converted = convert_ldm_unet_checkpoint(tensors, dict(unet.config))
     own = unet.state_dict()

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ UNET = "model.diffusion_model."
 CLIP = "cond_stage_model.transformer."
 VAE = "first_stage_model."
 OPTION = "--pretrained_model_name_or_path"
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """A file that needs to say nothing: all is as in the published models."""
+    return make_published(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +60,12 @@ def changed(tmp_path_factory) -> Callable[..., Path]:
     return write
 
 
+@cache
+def states_of(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Of a file as it is, read once."""
+    return states(open_stable_diffusion(path))
+
+
 def states(model: StableDiffusionModel, dtype: torch.dtype | None = torch.float32) -> dict[str, dict[str, Tensor]]:
     parts = {"unet": model.unet, "vae": model.autoencoder}
     parts |= {f"text {index}": file for index, file in enumerate(model.text_encoders)}
@@ -71,9 +84,8 @@ def assert_same(actual: dict[str, dict[str, Tensor]], expected: dict[str, dict[s
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_ckpt_file_loads_as_the_safetensors_file_does(tmp_path, nested):
+def test_a_ckpt_file_loads_as_the_safetensors_file_does(whole, tmp_path, nested):
     """It cannot hold what shapes don't give, which is then as in the published models."""
-    whole = make_published(tmp_path)
     tensors = read(whole)
     torch.save({"state_dict": tensors, "global_step": 3} if nested else tensors, tmp_path / "model.ckpt")
     opened = open_stable_diffusion(tmp_path / "model.ckpt")
@@ -86,7 +98,7 @@ def test_a_ckpt_file_loads_as_the_safetensors_file_does(tmp_path, nested):
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_half_precision_files_are_kept_or_converted(few_blocks_sdxl, changed, stored):
     path = changed(few_blocks_sdxl, lambda tensors: {key: value.to(stored) for key, value in tensors.items()})
-    expected = states(open_stable_diffusion(few_blocks_sdxl))
+    expected = states_of(few_blocks_sdxl)
     rounded = {part: {name: value.to(stored) for name, value in state.items()} for part, state in expected.items()}
     opened = open_stable_diffusion(path, disable_mmap=True)
     assert_same(states(opened, None), rounded)
@@ -97,7 +109,7 @@ def test_half_precision_files_are_kept_or_converted(few_blocks_sdxl, changed, st
 def test_text_encoder_keys_without_their_middle_level_are_read(few_blocks_sd1, changed):
     path = changed(few_blocks_sd1, lambda tensors: {key.replace(".text_model.", "."): tensors[key] for key in tensors})
     assert f"{CLIP}encoder.layers.0.mlp.fc1.weight" in read(path)
-    assert_same(states(open_stable_diffusion(path)), states(open_stable_diffusion(few_blocks_sd1)))
+    assert_same(states(open_stable_diffusion(path)), states_of(few_blocks_sd1))
 
 
 EXTRAS = {
@@ -119,7 +131,7 @@ EXTRAS = {
 def test_what_programs_leave_in_files_beside_the_model_does_no_harm(variant, request, changed):
     plain = request.getfixturevalue(f"few_blocks_{variant}")
     path = changed(plain, lambda tensors: tensors | {name: torch.ones(1) for name in EXTRAS[variant]})
-    assert_same(states(open_stable_diffusion(path)), states(open_stable_diffusion(plain)))
+    assert_same(states(open_stable_diffusion(path)), states_of(plain))
 
 
 def test_a_projection_stored_as_a_layer_is_taken_as_it_is(few_blocks_sdxl, changed):
@@ -128,7 +140,7 @@ def test_a_projection_stored_as_a_layer_is_taken_as_it_is(few_blocks_sdxl, chang
     def as_layer(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         return lambda tensors: tensors | {name: tensors.pop(key).t().contiguous()}
 
-    expected = states(open_stable_diffusion(few_blocks_sdxl))
+    expected = states_of(few_blocks_sdxl)
     for suffix in (".weight", ".weight.weight"):
         assert_same(states(open_stable_diffusion(changed(few_blocks_sdxl, as_layer(key + suffix)))), expected)
 
@@ -172,13 +184,16 @@ def test_the_origins_name_the_files_own_keys(tiny_sd2, tiny_sdxl):
             assert used and all(torch.equal(places[key], stored[key] + 1) for key in used)
 
 
-def test_what_the_files_say_about_the_prediction_is_told(tmp_path):
+def test_what_the_files_say_about_the_prediction_is_told(few_blocks_sd2, few_blocks_sdxl, tmp_path):
     says = {}
     for variant in ("sd2", "sdxl"):
         for layout in ("original", "diffusers"):
             for v_prediction in (False, True):
                 folder = tmp_path / f"{variant}_{layout}_{v_prediction}"
-                path = make_few_blocks(folder, variant, layout, v_prediction=v_prediction)
+                if layout == "original" and not v_prediction:
+                    path = few_blocks_sd2 if variant == "sd2" else few_blocks_sdxl
+                else:
+                    path = make_few_blocks(folder, variant, layout, v_prediction=v_prediction)
                 opened = open_stable_diffusion(path)
                 says[variant, layout, v_prediction] = (opened.predicts_v, opened.zero_terminal_snr)
     assert says == {
@@ -211,9 +226,8 @@ def other_vae(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vae_paths(other_vae, tmp_path_factory) -> dict[str, Path]:
+def vae_paths(whole, other_vae, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("vae")
-    whole = make_published(folder / "whole")
     prefixed = {key: value for key, value in read(whole).items() if key.startswith(VAE)}
     bare = {key.removeprefix(VAE): value for key, value in prefixed.items()}
     weights = other_vae / "vae" / "diffusion_pytorch_model.safetensors"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +48,9 @@ def test_every_layout_of_a_control_net_gives_the_tensors_of_diffusers_own_model(
     folder = make_tiny_control_net(tmp_path / "diffusers", variant, "diffusers", shape=shape)
     wanted = load_file(folder / "diffusion_pytorch_model.safetensors")
     for layout in ("original", "difference", "diffusers"):
-        path = make_tiny_control_net(tmp_path / layout, variant, layout, shape=shape)
+        path = (
+            folder if layout == "diffusers" else make_tiny_control_net(tmp_path / layout, variant, layout, shape=shape)
+        )
         found = loaded(pipelines[variant], path)
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
@@ -192,10 +197,16 @@ PUBLISHED = {
 OF_UNET = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
 
 
+@pytest.fixture(scope="module")
+def full_unet(tmp_path_factory) -> Callable[[str], Any]:
+    """The U-Net of a file of the published size."""
+    folder = tmp_path_factory.mktemp("full")
+    return cache(lambda variant: open_stable_diffusion(full_stable_diffusion(folder, variant)).unet)
+
+
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_sizes_of_published_control_nets_are_inferred_from_the_shapes(tmp_path, kind):
-    variant = kind.split()[0]
-    unet = open_stable_diffusion(full_stable_diffusion(tmp_path, variant)).unet
+def test_sizes_of_published_control_nets_are_inferred_from_the_shapes(full_unet, tmp_path, kind):
+    unet = full_unet(kind.split()[0])
     config = {**PUBLISHED[kind], **{name: unet.config[name] for name in OF_UNET if name in unet.config}}
     with on_meta():
         published = diffusers_class("ControlNetModel")(**config)

@@ -20,7 +20,6 @@ from library.models.stable_diffusion.pipeline import (
     StableDiffusionRequest,
     time_ids,
 )
-from library.models.stable_diffusion.sampling import SAMPLERS
 
 QUICK = StableDiffusionRequest(
     "a red cat", "a dog", width=64, height=64, seed=5, sample_steps=2, scale=3.0, sampler="euler"
@@ -289,9 +288,8 @@ def test_a_missing_attention_package_is_named_at_once(few_blocks_sd1):
         open_pipeline(few_blocks_sd1, attention_backend="xformers")
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "split"])
-def test_a_dry_run_can_do_everything_without_numbers(few_blocks_sdxl, backend, monkeypatch):
-    pipeline = open_pipeline(few_blocks_sdxl, attention_backend=backend)
+def test_a_dry_run_can_do_everything_without_numbers(few_blocks_sdxl, monkeypatch):
+    pipeline = open_pipeline(few_blocks_sdxl, attention_backend="split")
     pipeline.load_tokenizers()
     for part in pipeline.parts:
         monkeypatch.setattr(getattr(pipeline.files, part).source, "reads_values", False)
@@ -306,9 +304,9 @@ def test_a_dry_run_can_do_everything_without_numbers(few_blocks_sdxl, backend, m
 # Images
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws_a_image(sd1, sampler):
-    image = sd1.generate(dataclasses.replace(QUICK, sampler=sampler, sample_steps=3, width=72))
+def test_a_request_draws_an_image(sd1):
+    """With every sampler: ``tests/parity/test_stable_diffusion_image_to_image_matches_diffusers.py``."""
+    image = sd1.generate(dataclasses.replace(QUICK, width=72))
     assert image.size == (72, 64) and image.mode == "RGB"
     assert len(set(image.tobytes())) > 10
 

@@ -144,20 +144,29 @@ def _read_into(file: IO[bytes], buffer: memoryview, path: Path) -> None:
 
 
 def load_pickled(path: Path, disable_mmap: bool = False, classes: Sequence[type] = ()) -> dict[Any, Any]:
-    """The dictionary in a file that PyTorch pickled, read so that no code in it runs.
+    """The dictionary in a file that PyTorch pickled. Raises UserError as ``unpickled``, and for anything else."""
+    content = unpickled(path, disable_mmap, classes)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} contains no set of named tensors.")
+    return content
 
-    Beside tensors it may hold objects of these ``classes``. Raises UserError for anything else.
+
+def unpickled(path: Path, disable_mmap: bool = False, classes: Sequence[type] = ()) -> Any:
+    """What PyTorch pickled into a file, read so that no code in it runs.
+
+    Beside tensors and plain data it may hold objects of these ``classes``. Raises UserError for anything else, and for
+    a file that is compressed, as PyTorch writes none: it may unpack to any size.
     """
     import pickle
-    import zipfile
 
     import torch
 
-    open_regular(path).close()
-    can_map = not disable_mmap and zipfile.is_zipfile(path)  # the format before PyTorch 1.6 can't be mapped
     try:
+        can_map = not disable_mmap and _is_archive(path)  # the format before PyTorch 1.6 can't be mapped
         with torch.serialization.safe_globals([*classes]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than tensors, and loading it could run code that someone put there; "
@@ -166,9 +175,29 @@ def load_pickled(path: Path, disable_mmap: bool = False, classes: Sequence[type]
     except Exception as error:  # a damaged file may end the unpickler on any kind of error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} cannot be read as a PyTorch file: {reason}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} contains no set of named tensors.")
-    return content
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive; raises UserError for one that is compressed."""
+    import zipfile
+
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise UserError(f"{path} is compressed, which PyTorch files are not; unpack it first.")
+    return True
+
+
+def require_dense(place: Path | str, key: str, tensor: torch.Tensor) -> None:
+    """Raises UserError for a tensor out of a pickle whose values are not all in the file."""
+    import torch
+
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise UserError(f'{place}: the tensor "{key}" is sparse, quantized or without values; use a dense one.')
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f'{place}: the tensor "{key}" has more elements than the file; use a dense one.')
 
 
 class PickledCheckpoint(Checkpoint):
@@ -188,8 +217,7 @@ class PickledCheckpoint(Checkpoint):
             key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)
         }
         for key, value in self.tensors.items():
-            if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
-                raise UserError(f'{path}: the tensor "{key}" is sparse, quantized or without values; use a dense one.')
+            require_dense(path, key, value)
 
     def keys(self) -> Collection[str]:
         return self.tensors.keys()

@@ -5,7 +5,6 @@ One tensor, ``latent`` [1, C, h, w], as the denoiser gives it, and metadata that
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,19 +96,17 @@ def read_latents(path: Path, channels: int, rows: int, columns: int) -> LatentFi
 def _read(path: Path) -> tuple[Tensor, Mapping[str, str]]:
     import torch
 
-    from library.checkpoints import load_tensors
+    from library.checkpoints import load_tensors, require_dense, unpickled
 
     if not path.is_file():
         raise UserError(f"there is no latent file {path}.")
     if path.suffix.lower() not in PICKLE_SUFFIXES:
         tensors, metadata = load_tensors(path)
     else:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as a tensor ({str(error).splitlines()[0]}).") from None
+        loaded = unpickled(path)
         tensors, metadata = loaded if isinstance(loaded, dict) else {KEY: loaded}, {}
     tensor = tensors.get(KEY)
     if not isinstance(tensor, torch.Tensor):
         raise UserError(f'{path} holds no tensor "{KEY}"; it is no file of latents.')
+    require_dense(path, KEY, tensor)
     return tensor, metadata

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from library.checkpoints import PICKLE_SUFFIXES, checkpoint_files, load_pickled, open_checkpoint
+from library.checkpoints import PICKLE_SUFFIXES, checkpoint_files, load_pickled, open_checkpoint, require_dense
 from library.console import warn
 from library.errors import UserError
 from library.models.stable_diffusion.added_words import AddedWords
@@ -87,8 +87,8 @@ def read_embedding(path: Path, option: str) -> dict[str, Tensor]:
         raise UserError(f'{place} is not an embedding: its "string_to_param" holds no tensors by name.')
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     for key, value in tensors.items():
-        is_dense = value.layout == torch.strided and not value.is_meta
-        if value.ndim not in (1, 2) or not value.is_floating_point() or not is_dense:
+        require_dense(place, key, value)
+        if value.ndim not in (1, 2) or not value.is_floating_point():
             raise UserError(f'{place} is not an embedding: "{key}" is not a list of vectors.')
     if not tensors:
         raise UserError(f"{place} is not an embedding: it holds no tensor.")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 from PIL import Image, features
 
 SIZE = (72, 56)
@@ -351,4 +352,53 @@ def odd_captions() -> dict[str, bytes]:
         "braces": b"{{{|}}} {a|b",
         "options": b"a cat --n x --w 99999",
         "900 kB": b"tag, " * 180_000,
+    }
+
+
+# ---- pickles ---------------------------------------------------------------------------------------------------------
+
+
+def pickled(content: Any, zipped: bool = True) -> bytes:
+    """What ``torch.save`` writes, as an archive or in the format before PyTorch 1.6."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def hostile_pickles(touched: Path) -> dict[str, bytes]:
+    """Pickled files that hold code, are damaged, or hold tensors that are none; ``touched`` is what the code leaves."""
+    ones = torch.ones(1, 4, 8, 8)
+    sound, older = pickled({"latent": ones}), pickled({"latent": ones}, zipped=False)
+    members = members_of(sound)
+    index = next(name for name in members if name.endswith("data.pkl"))
+    values = next(name for name in members if name.endswith("data/0"))
+    code = RunsCode(touched)
+    return {
+        "code": pickle.dumps({"latent": code}),
+        "code in an archive": pickled({"latent": code}),
+        "code in an older file": pickled({"latent": code}, zipped=False),
+        "code as the archive's index": archive(members | {index: pickle.dumps({"latent": code}, 2)}),
+        "code in a state_dict": pickled({"state_dict": {"latent": code}}),
+        "no bytes": b"",
+        "no index": archive({name: data for name, data in members.items() if name != index}),
+        "no values": archive({name: data for name, data in members.items() if name != values}),
+        "few values": archive(members | {values: members[values][:100]}),
+        "a program of TorchScript": archive(members | {index.replace("data.pkl", "constants.pkl"): b"x"}),
+        "a path that climbs": archive(members | {"../../climbs": b"x"}),
+        "nested lists": b"\x80\x02" + b"]" * 100_000 + b".",
+        "lists of lists of lists": b"\x80\x02]q\0" + b"(h\0h\0h\0h\0lq\0" * 40 + b".",
+        "a text of 2^63 bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7fN.",
+        "a place of 2^31 in the memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
+        "an empty stack": b"\x80\x02su.",
+        "a list as a key": b"\x80\x02}]Ns.",
+        "a tensor without arguments": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
+        "sparse": pickled({"latent": ones.to_sparse()}),
+        "quantized": pickled({"latent": torch.quantize_per_tensor(ones, 1.0, 0, torch.qint8)}),
+        "without values": pickled({"latent": torch.empty(1, 4, 8, 8, device="meta")}),
+        "40 billion elements of one": pickled({"latent": torch.ones(1).expand(1, 4, 100_000, 100_000)}),
+        "a number": pickled(3),
+        "a text": pickled("x"),
+        "nothing": pickled(None),
+        **{f"older, cut at {end}": older[:end] for end in range(0, len(older) // 2, 50)},
+        **{f"cut at {part} of 8": sound[: len(sound) * part // 8] for part in range(1, 8)},
     }

@@ -25,6 +25,7 @@ from library.options import all_values, changed_options, parse_options
 from library.prompt_options import PromptOptions
 from library.randomness import seed_global_torch
 from library.training import validation
+from library.training.adjustments import adjust_options
 from library.training.caching import caches_text, latent_caching, text_caching
 from library.training.checks import check_training_options
 from library.training.data import read_training_data
@@ -131,6 +132,7 @@ class NetworkTrainer(FamilyHooks):
 
     def check_options(self) -> None:
         """Everything that is known from the options alone. Raises UserError."""
+        adjust_options(self.options)
         check_training_options(self.options)
         self.check_family()
         for reason, names in unused_options(self.options):

@@ -35,7 +35,7 @@ from library.files import write_text
 SECONDS = 480.0
 TO_REPORT = 10.0
 """Seconds that a program has to report what it has measured when its time is up."""
-TRAINING = ("accelerate", "transformers", "tyro", "pydantic", "tomli", "toml", "PIL", "tensorboard")
+TRAINING = ("accelerate", "transformers", "pydantic", "tomli", "toml", "PIL", "tensorboard")
 """What tests need that run a training script."""
 TRAINS = "each_format_trains"
 """The test among those of storage formats that does."""

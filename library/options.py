@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
-import tyro
 
 from library.errors import UserError, did_you_mean, nearest
 from library.files import write_text
@@ -79,19 +78,12 @@ def parse_steps_or_ratio(value: str | int | float) -> int | float:
 
 
 StepsOrRatio = Annotated[
-    Union[int, float],  # noqa: UP007 (evaluated at run time on Python 3.10 by tyro)
+    Union[int, float],  # noqa: UP007 (evaluated at run time on Python 3.10)
     pydantic.BeforeValidator(parse_steps_or_ratio),
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="STEPS|RATIO",
-        instance_from_str=lambda arguments: parse_steps_or_ratio(arguments[0]),
-        is_instance=lambda value: isinstance(value, (int, float)),
-        str_from_instance=lambda value: [str(value)],
-    ),
 ]
 """Steps (a whole number) or a share of all steps (below 1, or ``"10%"``)."""
 
-OneWaySwitch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+OneWaySwitch = Annotated[bool, "one way"]
 """A switch without a ``--no_`` twin, for where that is an option of its own."""
 
 
@@ -268,15 +260,47 @@ def _with_toml_suffix(path: str) -> Path:
 
 
 def _show_help(options_class: type[Options], defaults: Options, description: str) -> None:
-    """Print every option by group and end the process."""
-    tyro.cli(
-        options_class,
-        args=["--help"],
-        default=defaults,
-        description=description,
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
+    """Print every option by group, with its default or what a --config_file sets it to, and end the process."""
+    import argparse
+
+    script = Path(sys.argv[0]).name
+    notes = "A switch that a --config_file turns on is turned off by --no_ before its name."
+    shape: Any = functools.partial(argparse.HelpFormatter, max_help_position=32)
+    purpose = description.strip().split("\n")[0]
+    parser = argparse.ArgumentParser(
+        script, f"{script} [options]", purpose, notes, formatter_class=shape, add_help=False, allow_abbrev=False
     )
+    groups: dict[str, Any] = {}
+    for option in declared_options(options_class).values():
+        group = groups.get(option.group) or groups.setdefault(option.group, parser.add_argument_group(option.title))
+        value, kinds = option_value(defaults, option), _plain_types(option.type)
+        how = "default" if value == option.default else "--config_file"
+        text = option.help if value in (None, False, []) else f"{option.help} ({how}: {_as_typed(value)})"
+        shown: dict[str, Any] = {"action": "store_true"}
+        if bool not in kinds:
+            shown = {"metavar": _metavar(option.type), "nargs": "+" if list in kinds else None}
+        group.add_argument(*(f"--{name}" for name in option.names), help=text.replace("%", "%%"), **shown)
+    parser.add_argument_group("Help").add_argument("-h", "--help", action="store_true", help="Show this and exit.")
+    parser.print_help()
+    sys.exit(0)
+
+
+def _metavar(kind: Any) -> str:
+    """What stands behind an option in the help: its choices, or the kind of its value."""
+    if kind is StepsOrRatio:
+        return "STEPS|RATIO"
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Annotated, list):
+        return _metavar(parts[0])
+    if origin in (Union, types.UnionType):
+        return "|".join(dict.fromkeys(_metavar(part) for part in parts if part is not type(None)))
+    if origin is Literal:
+        return "{" + ",".join(map(str, parts)) + "}"
+    return {str: "TEXT", float: "NUMBER", int: "INTEGER"}[kind]
+
+
+def _as_typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else "on" if value is True else str(value)
 
 
 def _take_command_line(options: Any, arguments: Sequence[str], known: dict[str, Option]) -> None:

@@ -68,19 +68,14 @@ class ModelOptions:
     @property
     def attention_backend(self) -> AttentionBackend:
         """The attention that is requested, or PyTorch's own, with a line, where its package is missing."""
-        from library.models.attention import require_backend
+        from library.models.attention import or_torch
 
         if not (self.xformers or self.diffusers_xformers):
             return "sdpa"
         option = "--xformers" if self.xformers else "--diffusers_xformers"
         if self.sdpa:
             say(f"--sdpa has no effect with {option}")
-        try:
-            require_backend("xformers")
-        except UserError:
-            warn(f"{option}: the package xformers is not installed; attention is PyTorch's own (--sdpa).")
-            return "sdpa"
-        return "xformers"
+        return or_torch("xformers", option)
 
 
 VARIANT_OPTIONS: dict[Variant, str] = {"sd1": "v1", "sd2": "v2", "sdxl": "sdxl"}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.console import warn
 from library.errors import UserError, did_you_mean
 
 AttentionBackend = Literal["sdpa", "split", "xformers", "flash", "sage"]
@@ -34,6 +35,15 @@ def require_backend(backend: str) -> None:
             f'Attention backend "{backend}" needs the package {package}, which is not installed; '
             "install it or use torch's own attention (sdpa)."
         )
+
+
+def or_torch(backend: AttentionBackend, option: str) -> AttentionBackend:
+    """``backend``, or torch's own, with a warning that names ``option``, where its package isn't installed."""
+    package = PACKAGES.get(backend)
+    if package is None or importlib.util.find_spec(package) is not None:
+        return backend
+    warn(f"{option}: the package {package} is not installed; attention is PyTorch's own (--sdpa).")
+    return "sdpa"
 
 
 def attention(

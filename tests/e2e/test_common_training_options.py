@@ -347,9 +347,21 @@ def test_as_many_captions_and_images_are_encoded_together_as_asked_for(opened, i
 @pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("xformers") is not None, reason="xformers is installed here"
 )
-def test_attention_of_a_missing_package_is_refused(opened):
-    with pytest.raises(UserError, match='"xformers" needs the package xformers, which is not installed'):
-        opened("--xformers")
+def test_attention_of_a_missing_package_is_replaced_by_torchs_own(opened, caplog):
+    assert opened("--xformers").pipeline.attention_backend == "sdpa"
+    assert "--xformers: the package xformers is not installed; attention is PyTorch's own" in caplog.text
+
+
+def test_a_constant_schedule_with_warm_up_is_the_one_with_that_name(opened, caplog):
+    caplog.set_level("INFO")
+    trainer = opened("--lr_warmup_steps", "3")
+    assert trainer.options.lr_scheduler.lr_scheduler == "constant_with_warmup"
+    assert "--lr_scheduler constant with --lr_warmup_steps is constant_with_warmup" in caplog.text
+
+
+def test_two_ways_of_coarse_noise_at_once_are_reported(opened, caplog):
+    opened("--noise_offset", "0.05", "--multires_noise_iterations", "6")
+    assert "--noise_offset and --multires_noise_iterations are meant to be used one without the other" in caplog.text
 
 
 def test_attention_in_slices_gives_the_same_numbers(opened):

@@ -88,12 +88,9 @@ def test_an_option_changes_the_loss_of_the_same_draws(loss_of, arguments, beside
         ("--clip_l none.safetensors", "--clip_l.*none.safetensors"),
         ("--t5xxl none.safetensors", "--t5xxl.*none.safetensors"),
         ("--ae none.safetensors", "--ae.*none.safetensors"),
-        ("--xformers", "needs the package xformers"),
     ],
 )
 def test_what_cannot_be_is_refused(make, arguments, sentence):
-    if "xformers" in arguments and __import__("importlib.util").util.find_spec("xformers"):
-        pytest.skip("xformers is installed here")
     trainer = make(arguments)
     with pytest.raises(UserError, match=sentence):
         trainer.check_options()

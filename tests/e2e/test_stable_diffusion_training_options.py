@@ -447,11 +447,11 @@ def test_what_a_file_says_of_itself_is_heard(commands, tmp_path, caplog):
 def test_options_without_effect_are_named(commands, tmp_path, caplog):
     caplog.set_level("INFO", logger="library")
     arguments = "--noise_offset_random_strength --ddp_static_graph --clip_skip 2 --multires_noise_discount 0.5"
-    arguments += " --zero_terminal_snr --mem_eff_attn --xformers"
+    arguments += " --zero_terminal_snr --mem_eff_attn"
     trainer = trainer_for(commands, "sdxl", ("--output_dir", tmp_path, *arguments.split()))
     trainer.check_options()
     assert set(trainer.no_effect) == {
-        *("noise_offset_random_strength", "ddp_static_graph", "clip_skip", "multires_noise_discount", "xformers")
+        *("noise_offset_random_strength", "ddp_static_graph", "clip_skip", "multires_noise_discount")
     }
     assert "without --noise_offset: --noise_offset_random_strength" in caplog.text
     assert "meant for v-prediction" in caplog.text

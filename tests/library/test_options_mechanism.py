@@ -256,7 +256,7 @@ def test_every_option_of_the_flux_script_is_declared_once_and_documented():
     ("script", "headings"),
     [
         ("flux_train_network.py", ("Optimizer", "Dataset", "Sample images", "FLUX.1")),
-        (f"{STABLE_DIFFUSION.inference_script}.py", ("Prompts", "Networks", "Control")),
+        (f"{STABLE_DIFFUSION.inference_script}.py", ("Prompts", "Networks", "ControlNet")),
     ],
 )
 def test_help_is_grouped_and_imports_no_torch(script, headings):
@@ -270,7 +270,20 @@ def test_help_is_grouped_and_imports_no_torch(script, headings):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     for heading in headings:
-        assert heading in result.stdout
+        assert f"\n{heading}:\n" in result.stdout
+    assert "None" not in result.stdout and "--no_no_" not in result.stdout
+
+
+def test_the_help_says_of_each_option_what_it_takes_and_what_it_is_without_the_command_line(tmp_path, capsys):
+    (tmp_path / "a.toml").write_text("rank = 5\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        parse_options(Combined, "What it is for.\n\nMore.", ["--config_file", str(tmp_path / "a.toml"), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "What it is for." in shown and "More." not in shown
+    assert "--rank INTEGER" in shown and "(--config_file: 5)" in shown
+    assert "--weights NUMBER [NUMBER ...], --multipliers NUMBER" in shown and "--swapped INTEGER|{auto}" in shown
+    for option in declared_options(Combined).values():
+        assert f"--{option.name}" in shown and option.help in shown
 
 
 @pytest.mark.parametrize(("word", "value"), [("18", 18), ("auto", "auto"), ("None", None)])

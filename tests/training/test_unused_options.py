@@ -49,6 +49,11 @@ SCHEDULE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def xformers_is_installed(monkeypatch):
+    monkeypatch.setattr("library.models.attention.PACKAGES", {"xformers": "torch"})
+
+
 def names(arguments: str) -> list[str]:
     """The options among arguments, without their values."""
     return [part for part in arguments.split() if part.startswith("--")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from library.console import warn
 from library.errors import UserError
 
 
@@ -85,6 +86,8 @@ def check_stable_diffusion_noise_options(options: StableDiffusionNoiseOptions, v
         value = getattr(options, name)
         if value is not None and value < 0:
             raise UserError(f"--{name} {value} must not be negative.")
+    if options.noise_offset and options.multires_noise_iterations:
+        warn("--noise_offset and --multires_noise_iterations are meant to be used one without the other; both act.")
     if options.adaptive_noise_scale and options.noise_offset is None:
         raise UserError("--adaptive_noise_scale changes --noise_offset; give --noise_offset too.")
     if options.scale_v_pred_loss_like_noise_pred and not v_parameterization:

@@ -6,45 +6,30 @@ ends with 1 when the page is not current. The tests in ``tests/interop/`` measur
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from library.errors import UserError  # noqa: E402
-from library.files import write_text  # noqa: E402
+from tools.page_tables import Table, run  # noqa: E402
 
 PAGE = "docs/lora_formats.md"
-END = "<!-- end of the table -->"
+PROGRAM = "tools/make_lora_formats.py"
 
 
 @dataclass(frozen=True)
-class Table:
-    """What becomes of the files of some families: a row for each kind of file, a column for each program."""
+class Ours(Table):
+    """What becomes of our files of some families: a row for each kind of file, a column for each program."""
 
-    name: str
-    """In the page's marker."""
     families: Sequence[str]
     """Short names of the models; the same cells hold for all of them."""
-    columns: Sequence[str]
-    rows: Mapping[str, Sequence[str]]
-    head: str = "in the file"
 
-    @property
-    def begin(self) -> str:
-        """The marker that the table stands after."""
-        return f"<!-- table of {self.name}: made by tools/make_lora_formats.py, do not edit -->"
 
-    @property
-    def text(self) -> str:
-        """The table in Markdown."""
-        lines = [(self.head, *self.columns), ("---",) * (len(self.columns) + 1)]
-        lines += [(row, *cells) for row, cells in self.rows.items()]
-        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+def _ours(name: str, families: Sequence[str], columns: Sequence[str], rows: dict[str, Sequence[str]]) -> Ours:
+    return Ours(name, PROGRAM, "in the file", columns, rows, families)
 
 
 UNETS = ("ComfyUI", "web UI", "Diffusers", "LyCORIS")
@@ -72,11 +57,11 @@ _STREAMS = {
 }
 _DORA = {"LyCORIS DoRA": ("otherwise", "not converted", "otherwise", "not converted", "yes")}
 OURS = (
-    Table("Stable Diffusion", ("sd1", "sd2"), UNETS, _STABLE_DIFFUSION),
-    Table(
+    _ours("Stable Diffusion", ("sd1", "sd2"), UNETS, _STABLE_DIFFUSION),
+    _ours(
         "Stable Diffusion XL", ("sdxl",), UNETS, {**_STABLE_DIFFUSION, "OFT": ("dropped", "yes", "refused", "refused")}
     ),
-    Table(
+    _ours(
         "FLUX.1",
         ("flux",),
         TRANSFORMERS,
@@ -90,7 +75,7 @@ OURS = (
             **_DORA,
         },
     ),
-    Table(
+    _ours(
         "Chroma",
         ("chroma",),
         TRANSFORMERS,
@@ -101,7 +86,7 @@ OURS = (
             **_DORA,
         },
     ),
-    Table(
+    _ours(
         "Lumina Image 2.0",
         ("lumina",),
         TRANSFORMERS,
@@ -114,7 +99,7 @@ OURS = (
             "LyCORIS DoRA": ("otherwise", "not converted", "dropped", "not converted", "yes"),
         },
     ),
-    Table(
+    _ours(
         "HunyuanImage-2.1",
         ("hunyuan_image",),
         ("ComfyUI", "ComfyUI, converted", "Diffusers", "LyCORIS"),
@@ -130,31 +115,9 @@ OURS = (
 """Files that this suite writes, in other programs."""
 
 
-def updated(text: str) -> str:
-    """The page with every table between its markers. Raises UserError when markers are not there."""
-    for table in OURS:
-        before, found, rest = text.partition(table.begin)
-        _, end, after = rest.partition(END)
-        if not found or not end:
-            raise UserError(f'{PAGE}: the markers "{table.begin}" and "{END}" must stand in it, in this order.')
-        text = f"{before}{table.begin}\n\n{table.text}\n\n{END}{after}"
-    return text
-
-
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """Rewrite or check the page below ``root``; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 when the page is not current")
-    options = parser.parse_args(arguments)
-    path = root / PAGE
-    text = path.read_text(encoding="utf-8")
-    if updated(text) == text:
-        return 0
-    if options.check:
-        print(f"{PAGE} is not current; run python tools/make_lora_formats.py", file=sys.stderr)
-        return 1
-    write_text(path, updated(text))
-    return 0
+    return run(PAGE, OURS, __doc__, arguments, root)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +40,6 @@ def whole(train, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     train(folder, "--max_train_steps", "4", "--save_every_n_steps", "2", "--save_state", "--lr_scheduler", "cosine")
     return folder
-
-
-def test_a_resumed_run_ends_at_the_same_weights(train, whole, tmp_path):
-    state = whole / "lora-step00000002-state"
-    train(
-        tmp_path, "--max_train_steps", "4", "--save_every_n_steps", "2", "--lr_scheduler", "cosine", "--resume", state
-    )
-    assert equal(tmp_path / LORA, whole / LORA)
-    assert not equal(tmp_path / LORA, whole / "lora-step00000002.safetensors")
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        "--blocks_to_swap 2 --block_swap_ring_size 1 --stream_text_encoders",
-        "--gradient_checkpointing --cpu_offload_checkpointing --keep_attention_outputs",
-        "--gradient_checkpointing --keep_attention_outputs",
-        "--gradient_checkpointing",
-    ],
-)
-def test_where_weights_and_activations_wait_changes_nothing(train, whole, tmp_path, given):
-    """Streamed weights that aren't on the device are NaN in tests. The runs continue another in mid-epoch."""
-    command = ["--max_train_steps", "4", "--save_every_n_steps", "2", "--lr_scheduler", "cosine", *given.split()]
-    done = train(tmp_path, *command, "--resume", whole / "lora-step00000002-state")
-    if "swap" in given:
-        assert re.search(r"--blocks_to_swap 2: \d+ of \d+ \w+.* are streamed from", done.stderr)
-    assert equal(tmp_path / LORA, whole / LORA)
 
 
 class Reads(TorchFunctionMode):
@@ -121,20 +93,6 @@ def test_a_lora_file_is_continued_where_it_ended(train, whole, tmp_path):
         torch.testing.assert_close(continued[key], tensor, rtol=1e-6, atol=1e-20)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
-
-
-def test_caches_are_made_once_and_change_nothing(family, train, images, tmp_path):
-    """From disk, from the files that are there already, and from memory: the same weights to the bit."""
-    said = [train(tmp_path / name, "--max_train_steps", "2", *TO_DISK).stderr for name in ("made", "kept")]
-    counts = [re.findall(r"(?:latent|text encoder) cache: (\d+) kept, (\d+) made", text) for text in said]
-    assert counts == [[("0", "4")] * 2, [("4", "0")] * 2]
-    assert {len(list(images.glob(f"*{ending}"))) for ending in family.caches} == {4}
-    for path in [path for ending in family.caches for path in images.glob(f"*{ending}")]:
-        path.unlink()
-    train(tmp_path / "memory", "--max_train_steps", "2", *CACHED)
-    assert not list(images.glob("*.npz"))
-    assert equal(tmp_path / "made" / LORA, tmp_path / "kept" / LORA)
-    assert equal(tmp_path / "made" / LORA, tmp_path / "memory" / LORA)
 
 
 @pytest.fixture

@@ -76,7 +76,8 @@ def _encoder_names(target: Target) -> Iterable[str]:
     block, _, layer = path.rpartition(".")
     for name in (path, path.removeprefix("text_model."), f"{block}.{OLD_ENCODER_NAMES.get(layer, layer)}"):
         yield f"text_encoder{'_2' if is_second else ''}.{name}"
-    yield f"text_encoders.clip_{'g' if is_second else 'l'}.transformer.{path}"
+    clip = f"clip_{'g' if is_second else 'l'}"
+    yield from (f"text_encoders.{clip}.transformer.{path}", f"{clip}.{path}")
     if target.table is TEXT_ENCODER:
         yield f"text_encoders.clip_h.transformer.{path}"
         yield f"lora_te1_{path}".replace(".", "_")

@@ -64,7 +64,10 @@ RANK_RULES = (
 )
 LAST_MODULATION = "final_layer.adaLN_modulation.1"  # diffusers keeps the halves of its rows in another order
 IN_LAYERS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
-T5_NAMES = ("lora_te3_", "lora_te2_encoder_block_", "text_encoder_2.", "text_encoders.t5xxl.")
+T5_NAMES = (
+    *("lora_te3_", *(f"lora_te{number}_encoder_block_" for number in ("", 1, 2))),
+    *("text_encoder_2.", "text_encoders.t5xxl.", "t5."),
+)
 BLOCK_LISTS = (
     BlockList("double_blocks", ("double",), "train_double_block_indices"),
     BlockList("single_blocks", ("single",), "train_single_block_indices"),
@@ -106,19 +109,24 @@ def other_names(target: Target) -> Iterable[tuple[str, Part]]:
     """What diffusers, PEFT, AI-toolkit, ComfyUI, OneTrainer, LyCORIS, XLabs call a module or parts of a joined one."""
     path = target.path
     if target.table is CLIP_L:
-        yield f"text_encoders.clip_l.transformer.{path}", None
+        yield from ((f"text_encoders.clip_l.transformer.{path}", None), (f"clip_l.{path}", None))
         for inner in (path, path.removeprefix("text_model.")):  # transformers 5 has no text_model
             yield f"text_encoder.{inner}", None
             yield "text_encoder." + re.sub(r"self_attn\.(q|k|v|out)_proj", r"self_attn.to_\1", inner), None
     elif target.table is T5XXL:
-        yield from ((f"text_encoder_2.{path}", None), (f"text_encoders.t5xxl.transformer.{path}", None))
-        yield f"lora_te2_{path}".replace(".", "_"), None
+        for model in ("text_encoder_2.", "text_encoders.t5xxl.transformer.", "t5."):
+            yield f"{model}{path}", None
+        # Where T5 is the only text encoder, as for Chroma, OneTrainer gives it no number and ComfyUI a 1.
+        yield from ((f"{prefix}_{path}".replace(".", "_"), None) for prefix in ("lora_te2", "lora_te", "lora_te1"))
     else:
         for name in (path, f"diffusion_model.{path}", f"transformer.{path}"):
             yield name, None
         yield from ((name, None) for name in flat_names(path, ("lycoris",)))
         yield from _xlabs_names(path)
         parts = diffusers_paths(path)
+        if path == "img_in":
+            yield "transformer.img_in.proj", None
+        yield from ((f"transformer.{path}.{index}", index) for index in range(len(parts)) if len(parts) > 1)
         for index, part in enumerate(parts):
             number: Part = "swapped" if path == LAST_MODULATION else index if len(parts) > 1 else None
             yield from ((f"{model}{part}", number) for model in ("", "transformer.", "diffusion_model."))

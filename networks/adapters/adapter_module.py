@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.memory.stored_linear import write_weight
 from networks.adapters.lora_targets import Target
 
 
@@ -96,8 +97,29 @@ class AdapterModule(nn.Module, ABC):
         """The layer's output for ``x`` with the module's effect."""
 
     @abstractmethod
+    def changed(self, weight: Tensor) -> Tensor:
+        """What the module makes of a float32 ``weight`` of its layer, at its multiplier."""
+
+    @torch.no_grad()
     def merge(self, device: torch.device | str | None = None) -> None:
-        """Change the layer's weight into what the module makes of it."""
+        """Change the layer's weight into what the module makes of it.
+
+        It is computed in float32 on ``device`` and kept in the weight's own dtype.
+        """
+        weight = self.org_module.weight  # of a stored layer this is a copy, so the result is written back below
+        device = weight.device if device is None else device
+        write_weight(self.org_module, self.changed(weight.to(device, torch.float32)))
+
+    def weight_below(self) -> Tensor:
+        """The layer's weight in float32, with the effect of the modules that entered the model before this one."""
+        below, owner = [], getattr(self.org_forward, "__self__", None)
+        while isinstance(owner, AdapterModule):
+            below.append(owner)
+            owner = getattr(owner.org_forward, "__self__", None)
+        weight = self.org_module.weight.float()
+        for module in reversed(below):
+            weight = weight if module.is_idle else module.changed(weight)
+        return weight
 
     # alpha is a plain number in memory (a cast of the network must not round it) but a tensor in state dicts.
 

@@ -95,6 +95,9 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
             if not wanted:
                 loras.clear()
 
+    def require_trainable(self) -> None:
+        """Raises UserError for a network that can be applied and merged, but not trained."""
+
     def remove(self) -> None:
         """Leave the models as they were before ``apply_to``."""
         for lora in self.loras:

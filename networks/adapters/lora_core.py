@@ -6,7 +6,7 @@ builds from that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,13 @@ class LoRANetwork(AdapterNetwork[LoRAModule]):
 
     # ---- files ----
 
+    def require_trainable(self) -> None:
+        """Raises UserError for DoRA."""
+        refuse_dora([lora.lora_name for lora in self.loras if lora.magnitudes])
+
     def file_tensors(self, loras: Iterable[LoRAModule], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Down, up and alpha of each module."""
+        """Down, up and alpha of each module. Raises UserError for DoRA."""
+        self.require_trainable()
         return state_dict_of({lora.lora_name: lora.file_weights() for lora in loras}, dtype)
 
     def file_marks(self) -> dict[str, str]:
@@ -99,8 +104,19 @@ class LoRANetwork(AdapterNetwork[LoRAModule]):
                 f"none of the {len(tensors)} tensors belongs to a LoRA module of this network; it was made for another"
                 " model or by another method."
             )
+        refuse_dora([name for name, weights in modules.items() if weights.magnitudes])
         for lora in self.loras:
             if lora.lora_name in modules:
                 lora.set_file_weights(modules[lora.lora_name])
         absent = [lora for lora in self.loras if lora.lora_name not in modules]
         return LoadInfo(list(self.file_tensors(absent)), unexpected)
+
+
+def refuse_dora(names: Sequence[str]) -> None:
+    """Raises UserError for a network of which these modules have DoRA's scales."""
+    if names:
+        raise UserError(
+            f"the file holds DoRA scales ({len(names)} modules, such as {names[0]}), which act on images and in merges"
+            " but are not trained here; train DoRA with --network_module lycoris.kohya and --network_args algo=lora"
+            " dora_wd=True."
+        )

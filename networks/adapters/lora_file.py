@@ -5,7 +5,7 @@ The format is that of kohya-ss/sd-scripts, which ComfyUI and diffusers read; oth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +21,34 @@ SPLIT_MARK = "ss_network_split_qkv"
 FULL_STRENGTH = "alpha_times_parts"  # alpha was raised with the rank of joined modules
 
 
+class Magnitudes(NamedTuple):
+    """DoRA's scales of some rows of a weight: what the norms of its outputs or of its inputs become.
+
+    https://arxiv.org/abs/2402.09353
+    """
+
+    rows: slice
+    values: Tensor
+    """[outputs, 1, ...] or [1, inputs, 1, ...]"""
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """The rows of ``weight`` [out, in, ...] with these norms."""
+        rows = weight[self.rows]
+        over = [0, *range(2, rows.dim())] if self.values.shape[0] == 1 else list(range(1, rows.dim()))
+        norms = torch.linalg.vector_norm(rows, dim=over, keepdim=True)
+        return rows * (self.values.to(rows) / (norms + torch.finfo(rows.dtype).eps))
+
+
 class LoRAWeights(NamedTuple):
-    """One module of a file; its strength is alpha / rank, the rank being down's first dimension."""
+    """One module of a file; its strength is alpha / rank, the rank being down's first dimension.
+
+    With ``magnitudes`` it is DoRA's, which is read for images and merging.
+    """
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitudes: tuple[Magnitudes, ...] = ()
 
 
 def state_dict_of(modules: Mapping[str, LoRAWeights], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -37,6 +59,14 @@ def state_dict_of(modules: Mapping[str, LoRAWeights], dtype: torch.dtype | None 
         tensors[f"{name}.lora_up.weight"] = weights.up
         tensors[f"{name}.alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)
     return {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()}
+
+
+def decomposed(weight: Tensor, magnitudes: Iterable[Magnitudes]) -> Tensor:
+    """A weight to which a DoRA module's difference was added, with the module's norms."""
+    result = weight.clone()
+    for part in magnitudes:
+        result[part.rows] = part.applied(weight)
+    return result
 
 
 def read_file(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from library.checkpoints import require_finite
 from library.errors import UserError
 from library.safetensors_io import strict_json
-from networks.adapters.lora_file import PEFT_METADATA, LoRAWeights
+from networks.adapters.lora_file import PEFT_METADATA, LoRAWeights, Magnitudes
 from networks.adapters.lora_targets import Part, Rules, Target
 
 # A PEFT adapter's name stands between lora_A and weight.
@@ -30,12 +30,13 @@ _ROLES = {
     "down": r"(?:\.lora_down|\.lora_A(?:\.(?:default$|[^.]+(?=\.weight$)))?|(?:[._]lora|\.lora_linear_layer)?\.down)",
     "up": r"(?:\.lora_up|\.lora_B(?:\.(?:default$|[^.]+(?=\.weight$)))?|(?:[._]lora|\.lora_linear_layer)?\.up)",
     "alpha": r"\.alpha",
+    "magnitudes": r"(?:\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+(?=\.weight$)|\.default$)?(?:\.weight)?)",
 }
 KEY = re.compile(
     rf"(?P<module>.+?)(?:(?P<down>{_ROLES['down']}(?:\.weight)?)|(?P<up>{_ROLES['up']}(?:\.weight)?)"
-    rf"|(?P<alpha>{_ROLES['alpha']}))$"
+    rf"|(?P<alpha>{_ROLES['alpha']})|(?P<magnitudes>{_ROLES['magnitudes']}))$"
 )
-_OTHER_METHODS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr"}
+_OTHER_METHODS = {"hada_w1_a": "LoHa", "lokr_w1": "LoKr"}
 _OTHER_METHODS |= {"lokr_w1_a": "LoKr", "oft_blocks": "OFT", "oft_diag": "OFT", "lora_mid": "Tucker-decomposed LoCon"}
 # What PEFT and data parallelism put before a module's name, or between the model and the path in it.
 _WRAPPERS = re.compile(
@@ -51,12 +52,14 @@ class ModuleKeys(NamedTuple):
     down: str
     up: str
     alpha: str | None
+    magnitudes: str | None = None
+    """Of DoRA."""
 
 
 def grouped_keys(keys: Iterable[str]) -> tuple[dict[str, ModuleKeys], list[str]]:
     """The modules of a file by the names it gives them, and the keys that belong to no module with both factors.
 
-    Raises UserError for keys of another method (DoRA, LoHa, LoKr, OFT), and for a module that stands in the file twice.
+    Raises UserError for keys of another method (LoHa, LoKr, OFT), and for a module that stands in the file twice.
     """
     found: dict[str, dict[str, str]] = defaultdict(dict)
     others = []
@@ -75,7 +78,7 @@ def grouped_keys(keys: Iterable[str]) -> tuple[dict[str, ModuleKeys], list[str]]
     modules = {}
     for name, roles in found.items():
         if "down" in roles and "up" in roles:
-            modules[name] = ModuleKeys(roles["down"], roles["up"], roles.get("alpha"))
+            modules[name] = ModuleKeys(roles["down"], roles["up"], roles.get("alpha"), roles.get("magnitudes"))
         else:
             others.extend(roles.values())
     return modules, others
@@ -106,7 +109,29 @@ def read_module(
         alpha = single_number(keys.alpha, load(keys.alpha))
     else:
         alpha = peft_alpha(metadata or {}, plain_name(name), len(down)) or float(len(down))
-    return LoRAWeights(down, up, alpha)
+    if keys.magnitudes is None:
+        return LoRAWeights(down, up, alpha)
+    scales = finite_numbers(keys.magnitudes, load(keys.magnitudes))
+    return LoRAWeights(down, up, alpha, (_magnitudes(keys.magnitudes, scales, down, up),))
+
+
+def _magnitudes(key: str, scales: Tensor, down: Tensor, up: Tensor) -> Magnitudes:
+    """The scales of all rows; PEFT's of a Linear are [outputs]. Raises UserError for any other shape."""
+    outputs, inputs = len(up), down.shape[1]
+    if (
+        (scales.numel() == outputs and scales.dim() == 1)
+        or (scales.shape[:1] == (outputs,) and scales.numel() == outputs)
+        or (scales.numel() == outputs != inputs and scales.shape[0] == 1)
+    ):
+        values = scales.reshape(outputs, *(1 for _ in down.shape[1:]))
+    elif scales.numel() == inputs and scales.shape[0] == 1:
+        values = scales.reshape(1, inputs, *(1 for _ in down.shape[2:]))
+    else:
+        raise UserError(
+            f'"{key}" has the shape {list(scales.shape)}, where one number for each of {outputs} outputs or {inputs}'
+            " inputs is needed."
+        )
+    return Magnitudes(slice(0, outputs), values)
 
 
 def finite_numbers(key: str, tensor: Tensor) -> Tensor:
@@ -221,8 +246,16 @@ def _joined(target: Target, parts: Mapping[Part, LoRAWeights], rules: Rules) -> 
 def whole_module(parts: Mapping[Part, LoRAWeights]) -> LoRAWeights | None:
     """The module that stands for the whole layer, its rows in the original order; None where there are only parts."""
     if "swapped" in parts:
-        return parts["swapped"]._replace(up=swap_halves(parts["swapped"].up))
+        return _swapped(parts["swapped"])
     return parts.get(None)
+
+
+def _swapped(weights: LoRAWeights) -> LoRAWeights:
+    magnitudes = tuple(
+        part if part.values.shape[0] == 1 else part._replace(values=swap_halves(part.values))
+        for part in weights.magnitudes
+    )
+    return weights._replace(up=swap_halves(weights.up), magnitudes=magnitudes)
 
 
 def swap_halves(up: Tensor) -> Tensor:
@@ -250,7 +283,7 @@ def join_parts(parts: Sequence[LoRAWeights], positions: Sequence[int], rows: Seq
     strength = strengths[0] if len(set(strengths)) == 1 else 1.0
     dtype = functools.reduce(torch.promote_types, (weights.up.dtype for weights in parts))
     up = torch.zeros(sum(rows), rank, dtype=dtype, device=parts[0].up.device)
-    column = 0
+    column, magnitudes = 0, []
     for weights, position, own in zip(parts, positions, strengths):
         top, (height, width) = sum(rows[:position]), weights.up.shape
         if height not in accumulate(rows[position:]) or width != len(weights.down):
@@ -261,4 +294,5 @@ def join_parts(parts: Sequence[LoRAWeights], positions: Sequence[int], rows: Seq
         factor = 1.0 if own == strength else own / strength
         up[top : top + height, column : column + width] = weights.up.to(dtype) * factor
         column += width
-    return LoRAWeights(torch.cat([weights.down for weights in parts]), up, strength * rank)
+        magnitudes += [part._replace(rows=slice(top, top + height)) for part in weights.magnitudes]
+    return LoRAWeights(torch.cat([weights.down for weights in parts]), up, strength * rank, tuple(magnitudes))

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.memory.stored_linear import StoredLinear, write_weight
+from library.memory.stored_linear import StoredLinear
 from library.randomness import generator
 from networks.adapters.adapter_module import AdapterModule, as_float32
-from networks.adapters.lora_file import LoRAWeights
+from networks.adapters.lora_file import LoRAWeights, Magnitudes, decomposed
 from networks.adapters.lora_targets import Target
 from networks.adapters.low_rank import (
     add_low_rank,
@@ -98,6 +98,8 @@ class LoRAModule(AdapterModule):
         self.alpha = as_float32(alpha or rank)
         self.regularisation = PLAIN if regularisation in (None, PLAIN) else regularisation
         self.split_rows = list(split_rows) if split_rows else None
+        self.magnitudes: tuple[Magnitudes, ...] = ()
+        """DoRA's scales, of a file that is read for images or merging."""
         self.lora_down, self.lora_up = self._make_weights()
         if initialise:
             self._initialise()
@@ -159,7 +161,7 @@ class LoRAModule(AdapterModule):
         down, up = self.down_matrix.detach(), self.up_matrix.detach()
         if isinstance(self.org_module, nn.Conv2d):
             down, up = down.reshape(-1, *self.org_module.weight.shape[1:]), up[..., None, None]
-        return LoRAWeights(down, up, self.alpha * self.parts)
+        return LoRAWeights(down, up, self.alpha * self.parts, self.magnitudes)
 
     def set_file_weights(self, weights: LoRAWeights) -> None:
         """Take over what ``file_weights`` gives. Raises UserError when the shapes are others."""
@@ -181,6 +183,7 @@ class LoRAModule(AdapterModule):
             for part, own in zip(self._up_blocks(weights.up), ups):
                 own.copy_(part.reshape(own.shape))
         self.alpha = as_float32(weights.alpha / self.parts)
+        self.magnitudes = weights.magnitudes
 
     def _up_blocks(self, up: Tensor) -> Sequence[Tensor]:
         """The parts of a joined up: its diagonal blocks. Raises UserError when it isn't block-diagonal."""
@@ -216,20 +219,38 @@ class LoRAModule(AdapterModule):
     # ---- in the model ----
 
     @torch.no_grad()
-    def merge(self, device: torch.device | str | None = None) -> None:
-        """Add the product to the layer's weight: computed in float32 on ``device``, kept in the weight's own dtype."""
-        weight = self.org_module.weight  # of a stored layer this is a copy, so the result is written back below
-        device = weight.device if device is None else device
-        down, up = (matrix.to(device, torch.float32) for matrix in (self.down_matrix, self.up_matrix))
-        strength = self.scale * float(self.multiplier)
-        merged = weight.to(device, torch.float32).flatten(1).addmm(up, down, alpha=strength)
-        write_weight(self.org_module, merged.reshape(weight.shape))
+    def changed(self, weight: Tensor) -> Tensor:
+        """The weight with the product added, which DoRA scales."""
+        multiplier = float(self.multiplier)
+        return weight + multiplier * self._decomposition(weight) if self.magnitudes else self._sum(weight, multiplier)
+
+    def _sum(self, weight: Tensor, multiplier: float) -> Tensor:
+        down, up = (matrix.to(weight.device, torch.float32) for matrix in (self.down_matrix, self.up_matrix))
+        return weight.flatten(1).addmm(up, down, alpha=self.scale * multiplier).reshape(weight.shape)
+
+    def _decomposition(self, weight: Tensor) -> Tensor:
+        """What DoRA adds to a weight at a multiplier of 1."""
+        return decomposed(self._sum(weight, 1.0), self.magnitudes) - weight
+
+    @torch.no_grad()
+    def _forward_decomposed(self, x: Tensor) -> Tensor:
+        y, layer = self.org_forward(x), self.org_module
+        change = self._decomposition(self.weight_below()).to(x.dtype)
+        if isinstance(layer, nn.Conv2d):
+            added = layer._conv_forward(x, change, None)
+        else:
+            added = F.linear(x, change)
+        multipliers = self.multipliers_of(len(y), y.device)
+        strength = self.multiplier if multipliers is None else multipliers.view(-1, *(1 for _ in y.shape[1:]))
+        return y + (strength * added).to(y.dtype)
 
     # ---- forward ----
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_idle:
             return self.org_forward(x)
+        if self.magnitudes:
+            return self._forward_decomposed(x)
         training, settings, multiplier = self.training, self.regularisation, self.multiplier
         scale = self.scale if isinstance(multiplier, Tensor) else self.scale * multiplier
         if training and settings is not PLAIN:

@@ -56,6 +56,10 @@ class LycorisAdapter(AdapterModule):
             x, **{name: tensor.to(x) for name, tensor in self.change[1].items()}, **self.lora.kw_dict
         )
 
+    def changed(self, weight: Tensor) -> Tensor:
+        """The weight with what the module adds to its layer's own."""
+        return weight + self._change()["weight"].to(weight)
+
     @torch.no_grad()
     def _change(self) -> dict[str, Tensor]:
         """What is added to the weight and, where the module has one, to the bias; in the weight's dtype."""

@@ -101,7 +101,8 @@ class NetworkKind(ABC, Generic[Network]):
 
         With ``keep``, only those of its tensors whose key it says yes to. Returns the network and the tensors under
         this suite's own keys. Arguments that choose modules or ranks have no effect, and a warning names them. With
-        ``for_inference`` nothing is trainable. Raises UserError when nothing in the file fits the models.
+        ``for_inference`` nothing is trainable, and DoRA's scales act. Raises UserError when nothing in the file fits
+        the models, and for DoRA without ``for_inference``.
         """
         arguments = self._parsed(network_args, neuron_dropout)
         models = self._models(text_encoder, unet)
@@ -117,6 +118,8 @@ class NetworkKind(ABC, Generic[Network]):
             weights_sd = {key: tensor for key, tensor in weights_sd.items() if keep(key)}
         try:
             network, tensors, info = self.network_of_tensors(models, arguments, weights_sd, metadata)
+            if not for_inference:
+                network.require_trainable()
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
         network.set_multiplier(multiplier)

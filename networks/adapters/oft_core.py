@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from library.console import warn
 from library.errors import UserError
-from library.memory.stored_linear import write_weight
 from networks.adapters.adapter_module import AdapterModule, as_float32
 from networks.adapters.adapter_network import AdapterNetwork, LoadInfo
 from networks.adapters.lora_arguments import COMMON_ARGUMENTS, flag, unavailable
@@ -124,12 +123,9 @@ class OFTModule(AdapterModule):
         return joined.movedim(-1, dimension)
 
     @torch.no_grad()
-    def merge(self, device: torch.device | str | None = None) -> None:
-        """Turn the rows of the layer's weight: computed in float32 on ``device``, kept in the weight's own dtype."""
-        weight = self.org_module.weight
-        device = weight.device if device is None else device
-        rows = weight.to(device, torch.float32)
-        write_weight(self.org_module, rows + float(self.multiplier) * self._change(rows, 0))
+    def changed(self, weight: Tensor) -> Tensor:
+        """The weight with its rows turned."""
+        return weight + float(self.multiplier) * self._change(weight, 0)
 
 
 class OFTNetwork(AdapterNetwork[OFTModule]):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from networks.adapters.lora_file import LoRAWeights
+from networks.adapters.lora_file import LoRAWeights, decomposed
 
 
 class SingularParts(NamedTuple):
@@ -61,6 +61,15 @@ def difference(weights: LoRAWeights, ratio: float = 1.0, dtype: torch.dtype = to
     """``ratio * alpha / rank * up @ down`` in the shape of the layer's weight, summed in ``dtype``."""
     down, up = weights.down.to(dtype).flatten(1), weights.up.to(dtype).flatten(1)
     return (up @ down).mul_(ratio * strength(weights)).reshape(layer_shape(weights.down.shape, weights.up.shape))
+
+
+def added(weight: Tensor, weights: LoRAWeights, ratio: float = 1.0) -> Tensor:
+    """What a module adds to a ``weight`` of float32 or more: its difference, or what DoRA makes of that, times
+    ``ratio``."""
+    whole = difference(weights, dtype=weight.dtype).reshape(weight.shape)
+    if weights.magnitudes:
+        whole = decomposed(weight + whole, weights.magnitudes) - weight
+    return whole.mul_(ratio)
 
 
 def concatenated(parts: Sequence[tuple[LoRAWeights, float]]) -> LoRAWeights:

@@ -121,7 +121,7 @@ class FamilyMerge:
         named = numbers.save_precision
         self.save_dtype = parse_dtype(named, "--save_precision") if named else None
         self.device = parse_device(numbers.working_device, "--working_device")
-        self.loras = [family.lora(path) for path in files.models]
+        self.loras = [family.lora(path, takes_dora=True) for path in files.models]
         for lora in self.loras:
             lora.require_known()
         self.models = [self._open_model(model) for model in models if model.path]
@@ -148,6 +148,8 @@ class FamilyMerge:
     def run(self, concat: bool, shuffle: bool) -> None:
         """Merge the files into the models that are named, or without one into one LoRA."""
         if not self.models:
+            for lora in self.loras:
+                lora.refuse_dora("name the model to merge it into")
             combine = concatenated if concat else exact_sum
             merge_files(self.loras, self.files, self.numbers, combine, shuffle, self.device)
             return
@@ -221,7 +223,8 @@ class FamilyMerge:
             for name in ingredient.names.keys() & model.layers.keys():
                 if ingredient.ratio_of(name):
                     layer = model.layers[name]
-                    changes[layer.tensor].append(Change(ingredient, name, layer))
+                    before = tuple(changes[layer.tensor])
+                    changes[layer.tensor].append(Change(ingredient, name, layer, before))
         described = {
             name: torch.empty(source.shape(name), dtype=form.stored(name, source.stored_dtype(name)), device="meta")
             for name in source.names()

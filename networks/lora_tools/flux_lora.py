@@ -47,7 +47,7 @@ class FluxLoRA(StreamLoRA):
             return "sd-scripts with Diffusers' paths"
         if name.startswith(("lora_unet_", "lora_te1_", "lora_te3_")):
             return "sd-scripts"
-        if name.startswith(("lora_transformer_", "lora_te2_")):
+        if name.startswith(("lora_transformer_", "lora_te2_", "lora_te_", "clip_l.", "t5.")):
             return "onetrainer"
         if name.startswith(("diffusion_model.", "text_encoders.")):
             return "comfyui"

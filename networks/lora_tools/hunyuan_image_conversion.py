@@ -70,7 +70,7 @@ class RenamedTensors:
         own, checkpoint = self.lora.whole(module), self.lora.checkpoint
         if own is None or None not in self.lora.parts[module] or PEFT_METADATA in self.lora.metadata:
             return {}
-        down, up, alpha = self.lora.keys[own]
+        down, up, alpha, _ = self.lora.keys[own]
         keys = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         if alpha is not None:
             keys[f"{name}.alpha"] = alpha

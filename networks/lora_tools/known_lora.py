@@ -38,8 +38,8 @@ class KnownLoRA(NamedLoRA):
     entries: ClassVar[Mapping[str, str]]
     """What a file says of itself, without which programs do not know it (see ``metadata.file_entries``)."""
 
-    def __init__(self, path: Path | str, option: str = "--models"):
-        super().__init__(path, option)
+    def __init__(self, path: Path | str, option: str = "--models", takes_dora: bool = False):
+        super().__init__(path, option, takes_dora)
         numbers = [int(number) for name in self.keys for number in re.findall(r"(?<=[._])\d{1,9}(?=[._])", name)]
         known = _known_names(self.layer_paths, self.rules.aliases, min(max(numbers, default=0) + 1, MOST_BLOCKS))
         self.targets: dict[str, Target] = {}
@@ -192,8 +192,10 @@ def _joined(parts: Mapping[Part, LoRAWeights], rows: list[int]) -> LoRAWeights:
     positions = sorted(part for part in parts if isinstance(part, int))
     found = [parts[position] for position in positions]
     first = found[0]
-    is_shared = len(found) == len(rows) and all(
-        weights.alpha == first.alpha and torch.equal(weights.down, first.down) for weights in found
+    is_shared = (
+        not any(weights.magnitudes for weights in found)
+        and len(found) == len(rows)
+        and all(weights.alpha == first.alpha and torch.equal(weights.down, first.down) for weights in found)
     )
     if is_shared:
         return LoRAWeights(first.down, torch.cat([weights.up for weights in found]), first.alpha)

@@ -34,9 +34,9 @@ class LuminaLoRA(KnownLoRA):
     rules = LUMINA
     entries = file_entries(VERSION, "networks.lora_lumina")
 
-    def __init__(self, path: Path | str, option: str = "--models"):
+    def __init__(self, path: Path | str, option: str = "--models", takes_dora: bool = False):
         self._ratio_is_told = False
-        super().__init__(path, option)
+        super().__init__(path, option, takes_dora)
 
     @staticmethod
     def layer_paths(blocks: int) -> Iterable[tuple[TargetTable, str]]:

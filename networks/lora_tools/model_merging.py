@@ -23,7 +23,7 @@ from library.errors import UserError
 from library.files import temporary_path, writing
 from library.models.loading import TensorSource
 from library.safetensors_io import save_one_by_one
-from networks.lora_tools.arithmetic import difference
+from networks.lora_tools.arithmetic import added, difference
 from networks.lora_tools.merging import Ingredient
 from networks.lora_tools.named_lora import without_1x1
 
@@ -45,10 +45,18 @@ class Change:
     ingredient: Ingredient
     name: str
     layer: Layer
+    before: tuple[Change, ...] = ()
+    """The parts of other files that the layer's weight got before, which DoRA's depends on."""
 
     def values(self, device: torch.device | str) -> Tensor:
         """What is added to the layer's weight, float32."""
-        return difference(self.ingredient.load(self.name, device), self.ingredient.ratio_of(self.name))
+        weights, ratio = self.ingredient.load(self.name, device), self.ingredient.ratio_of(self.name)
+        if not weights.magnitudes:
+            return difference(weights, ratio)
+        weight = self.layer.source.load(self.layer.tensor, torch.float32, device)
+        for change in self.before:
+            weight = weight + change.values(device).reshape(weight.shape)
+        return added(weight, weights, ratio)
 
     def parts(self, device: torch.device | str) -> list[tuple[str, slice, Tensor]]:
         """What is added, as (key, rows, float32 values)."""
@@ -62,6 +70,7 @@ Plan = dict[tuple[Path, str], list[Change]]
 def plan_merge(ingredients: Sequence[Ingredient], layers: Mapping[str, Layer]) -> Plan:
     """What goes where. Raises UserError that lists modules without a layer or names one that does not fit its own."""
     plan: Plan = defaultdict(list)
+    changes: dict[str, tuple[Change, ...]] = defaultdict(tuple)
     for ingredient in ingredients:
         unmatched = [own for name, own in ingredient.names.items() if name not in layers]
         if unmatched:
@@ -73,8 +82,10 @@ def plan_merge(ingredients: Sequence[Ingredient], layers: Mapping[str, Layer]) -
             layer = layers[name]
             _check_fit(ingredient, own, layer)
             if ingredient.ratio_of(name):
+                change = Change(ingredient, name, layer, changes[name])
+                changes[name] += (change,)
                 for key in layer.source.origins[layer.tensor].keys:
-                    plan[_file_of(layer.source.checkpoint, key), key].append(Change(ingredient, name, layer))
+                    plan[_file_of(layer.source.checkpoint, key), key].append(change)
     return plan
 
 

@@ -24,18 +24,21 @@ class NamedLoRA:
     """A LoRA file, opened by its header.
 
     ``modules`` are the names of its modules, ``keys`` their tensors, ``others`` the keys that belong to no module.
-    Raises UserError naming ``option`` for a file that cannot be read, is no LoRA, or whose matrices do not fit.
+    Raises UserError naming ``option`` for a file that cannot be read, is no LoRA, or whose matrices do not fit; unless
+    it ``takes_dora``, also for DoRA's scales, because what these do to a weight is no low-rank sum.
     """
 
     modules: Collection[str]
 
-    def __init__(self, path: Path | str, option: str = "--models"):
+    def __init__(self, path: Path | str, option: str = "--models", takes_dora: bool = False):
         self.path = Path(path)
         self.checkpoint = open_checkpoint(path, option=option)
         self.label = self.checkpoint.label
         self.metadata = with_adapter_config(path, self.checkpoint.metadata)
         try:
             self.keys, self.others = grouped_keys(self.checkpoint)
+            if not takes_dora:
+                self.refuse_dora("it can be merged into a model, and drawn with")
             self.modules = self.keys.keys()
             if not self.keys:
                 raise UserError(f"{self.label} contains no LoRA modules; a LoRA file is needed here.")
@@ -83,6 +86,15 @@ class NamedLoRA:
             raise UserError(
                 f"{self.label} {what} (it has a module {next(iter(self.modules))}); a LoRA for"
                 f" {' or '.join(family.lora_name for family in wanted)} is needed here.{' ' + advice if advice else ''}"
+            )
+
+    def refuse_dora(self, advice: str) -> None:
+        """Raises UserError for a file with DoRA's scales; ``advice`` says what can be done with it."""
+        scales = next((keys.magnitudes for keys in self.keys.values() if keys.magnitudes is not None), None)
+        if scales is not None:
+            raise UserError(
+                f'{self.label} holds DoRA weights ("{scales}"), which depend on the model and cannot be read here;'
+                f" {advice}."
             )
 
     def refuse_other_tensors(self) -> None:

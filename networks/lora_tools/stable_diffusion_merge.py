@@ -49,7 +49,7 @@ class MergeRun:
         check_merge_files(files)
         self.blocks = _block_weights(files, lbws)
         self.files, self.numbers, self.wanted = files, numbers, wanted
-        self.loras = [NamedLoRA(path) for path in files.models]
+        self.loras = [NamedLoRA(path, takes_dora=True) for path in files.models]
         for lora in self.loras:
             if lora.family is not None:
                 lora.require_family(wanted, ADVICE.get(lora.family, ""))
@@ -92,6 +92,8 @@ class MergeRun:
         device: torch.device | str = "cpu",
     ) -> None:
         """Write the sum of the files, each module as ``combine`` makes it."""
+        for lora in self.loras:
+            lora.refuse_dora("--sd_model names the model to merge it into")
         save_to = check_output(self.files.save_to, self.files.models, LORA_SUFFIXES)
         family = self.family()
         ingredients = self.ingredients(family, lambda name: usual_name(name, family))

@@ -20,9 +20,9 @@ class StreamLoRA(KnownLoRA):
     feed_forward: ClassVar[tuple[str, str]]
     """Ends of the paths of a double block's two feed-forward layers."""
 
-    def __init__(self, path: Path | str, option: str = "--models"):
+    def __init__(self, path: Path | str, option: str = "--models", takes_dora: bool = False):
         self._ratio_is_told = False
-        super().__init__(path, option)
+        super().__init__(path, option, takes_dora)
 
     def rows(self, name: str) -> list[int]:
         whole, path, width = self.whole(name), self.targets[name].path, self.width(name)

@@ -190,7 +190,7 @@ def test_a_split_module_is_a_lora_of_each_part():
 def test_a_split_module_keeps_its_strength_in_joined_form():
     layer = linear(6, 11)
     lora = module_for(layer, rank=2, alpha=3.0, split_rows=[3, 3, 5])
-    down, up, alpha = lora.file_weights()
+    down, up, alpha, _ = lora.file_weights()
     assert down.shape == (6, 6) and up.shape == (11, 6) and alpha == 9.0
     x = torch.randn(4, 6)
     torch.testing.assert_close(alpha / len(down) * x @ down.t() @ up.t(), split_sum(lora, x))

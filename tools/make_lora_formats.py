@@ -113,11 +113,61 @@ OURS = (
     ),
 )
 """Files that this suite writes, in other programs."""
+HERE = {"sd1": "Stable Diffusion", "sdxl": "XL", "flux": "FLUX.1", "chroma": "Chroma", "lumina": "Lumina"}
+HERE |= {"hunyuan_image": "HunyuanImage"}
+"""Families in the table of files that this suite reads, as it names them."""
+THEIRS = Table(
+    "other programs' files",
+    PROGRAM,
+    "written by",
+    ("a key in it", *HERE.values()),
+    {
+        "sd-scripts, musubi-tuner, fluxgym": (
+            "`lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`",
+            *("yes",) * 6,
+        ),
+        "AI-toolkit": (
+            "`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`",
+            *("yes",) * 5,
+            "-",
+        ),
+        "OneTrainer": (
+            "`lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight`",
+            *("yes",) * 4,
+            *("-",) * 2,
+        ),
+        "OneTrainer, OMI names": (
+            "`transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight`",
+            *("yes",) * 4,
+            *("-",) * 2,
+        ),
+        "OneTrainer, DoRA": (
+            "`lora_transformer_transformer_blocks_0_attn_to_q.dora_scale`",
+            *("applied",) * 4,
+            *("-",) * 2,
+        ),
+        "SimpleTuner, Diffusers, PEFT": (
+            "`transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight`",
+            *("yes",) * 6,
+        ),
+        "SimpleTuner, LyCORIS names": (
+            "`lycoris_transformer_blocks_0_attn_to_q.lora_up.weight`",
+            *("yes",) * 6,
+        ),
+        "PEFT, DoRA": (
+            "`transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector`",
+            *("applied", "-", "applied", "-", "applied", "applied"),
+        ),
+        "diffusion-pipe, ComfyUI": ("`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`", *("yes",) * 6),
+        "XLabs": ("`double_blocks.0.processor.qkv_lora1.down.weight`", "-", "-", "yes", "-", "-", "-"),
+    },
+)
+"""Files of other programs, here."""
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """Rewrite or check the page below ``root``; returns the exit code."""
-    return run(PAGE, OURS, __doc__, arguments, root)
+    return run(PAGE, [*OURS, THEIRS], __doc__, arguments, root)
 
 
 if __name__ == "__main__":

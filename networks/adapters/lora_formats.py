@@ -59,7 +59,8 @@ class ModuleKeys(NamedTuple):
 def grouped_keys(keys: Iterable[str]) -> tuple[dict[str, ModuleKeys], list[str]]:
     """The modules of a file by the names it gives them, and the keys that belong to no module with both factors.
 
-    Raises UserError for keys of another method (LoHa, LoKr, OFT), and for a module that stands in the file twice.
+    Raises UserError for keys of another method (LoHa, LoKr, OFT), for a module that stands in the file twice, and for
+    DoRA's scales without factors.
     """
     found: dict[str, dict[str, str]] = defaultdict(dict)
     others = []
@@ -79,6 +80,8 @@ def grouped_keys(keys: Iterable[str]) -> tuple[dict[str, ModuleKeys], list[str]]
     for name, roles in found.items():
         if "down" in roles and "up" in roles:
             modules[name] = ModuleKeys(roles["down"], roles["up"], roles.get("alpha"), roles.get("magnitudes"))
+        elif "magnitudes" in roles:
+            raise UserError(f'the file holds DoRA scales without the LoRA that they are for ("{roles["magnitudes"]}").')
         else:
             others.extend(roles.values())
     return modules, others

@@ -218,7 +218,7 @@ KOHYA_XL = together(unet("lora_unet_", "_", True), clips("lora_te1_", "lora_te2_
 DIFFUSERS_XL = together(unet("lora_unet_", "_", False), clips("lora_te1_", "lora_te2_", "_"))
 OMI_UNET = together(unet("unet.", ".", False), clips("clip_l.", "clip_g.", "."))
 LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
-    "musubi-tuner, fluxgym, sd-scripts": {
+    "sd-scripts, musubi-tuner, fluxgym": {
         "sd1": Layout(KOHYA_UNET),
         "sdxl": Layout(KOHYA_XL),
         "flux": Layout(together(original("lora_unet_", "_"), encoders("lora_te1_", "lora_te3_"))),

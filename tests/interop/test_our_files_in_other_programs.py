@@ -12,7 +12,7 @@ from tests.interop.measuring import KINDS, measure
 from tests.interop.workbench import MAKERS, Workbench, workbenches
 from tests.running import ROOT
 from tools import make_lora_formats
-from tools.make_lora_formats import OURS
+from tools.make_lora_formats import OURS, THEIRS
 from tools.page_tables import updated
 
 pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
@@ -50,7 +50,7 @@ def test_every_family_and_every_kind_has_its_row():
 
 def test_the_page_is_current(tmp_path, capsys):
     page = (ROOT / make_lora_formats.PAGE).read_text(encoding="utf-8")
-    assert updated(page, OURS) == page
+    assert updated(page, [*OURS, THEIRS]) == page
     (tmp_path / "docs").mkdir()
     copy = Path(tmp_path / make_lora_formats.PAGE)
     copy.write_text(page.replace("| OFT | dropped |", "| OFT | yes |"), encoding="utf-8")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from library.errors import UserError
 from tests.interop.layouts import LAYOUTS
 from tests.interop.workbench import Workbench, workbenches
+from tools.make_lora_formats import HERE, THEIRS
 
 FILES = [pytest.param(program, family, id=f"{program}-{family}") for program in LAYOUTS for family in LAYOUTS[program]]
 
@@ -19,11 +20,6 @@ FILES = [pytest.param(program, family, id=f"{program}-{family}") for program in 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Callable[[str], Workbench]:
     return workbenches(tmp_path_factory.mktemp("benches"))
-
-
-@pytest.fixture
-def messages(caplog) -> Callable[[], str]:
-    return lambda: caplog.text
 
 
 def file_of(bench: Workbench, program: str, path: Path):
@@ -46,6 +42,14 @@ def test_every_layer_acts_as_it_is_meant(bench, program, family, tmp_path, caplo
         assert (found[name] - weight).abs().max() <= 1e-4 * scale, name
     changed = [name for name, weight in wanted.items() if not torch.equal(weight, models.weights[name])]
     assert len(changed) == len(network.loras) > 5
+
+
+def test_the_table_of_the_page_is_what_is_tested(bench):
+    assert list(THEIRS.rows) == list(LAYOUTS)
+    for program, (key, *cells) in THEIRS.rows.items():
+        said = "applied" if "DoRA" in program else "yes"
+        assert dict(zip(HERE, cells)) == {family: said if family in LAYOUTS[program] else "-" for family in HERE}
+        assert key.strip("`") in LAYOUTS[program]["flux"].file(bench("flux"))[0]
 
 
 @pytest.mark.parametrize(("program", "family"), [file for file in FILES if "DoRA" in file.id])

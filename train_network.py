@@ -19,7 +19,7 @@ from library.data.loader import BatchLoader
 from library.data.options import TextCacheOptions
 from library.devices import parse_dtype
 from library.errors import UnsavedError, UserError, in_one_line
-from library.models.streamed_parts import stream_blocks
+from library.models.streamed_parts import spread_blocks, stream_blocks
 from library.modelspec import standard_entries
 from library.options import all_values, changed_options, parse_options
 from library.prompt_options import PromptOptions
@@ -29,11 +29,23 @@ from library.training.adjustments import adjust_options
 from library.training.caching import caches_text, latent_caching, text_caching
 from library.training.checks import check_training_options
 from library.training.data import read_training_data
-from library.training.distribution import choose_seed, in_turn, make_accelerator, of_main_process, require_same_state
+from library.training.distribution import (
+    choose_seed,
+    fingerprint_of,
+    in_turn,
+    make_accelerator,
+    naming_lost_processes,
+    of_main_process,
+    processes_per_machine,
+    require_agreement,
+    require_same_state,
+    shared_facts,
+)
 from library.training.family_hooks import FamilyHooks
 from library.training.finiteness import StepNumbers, StepWatch
 from library.training.interruption import Interruption
 from library.training.latents import Latents
+from library.training.launch import requested_sharding, unused_answers
 from library.training.network.building import build_network, place_network
 from library.training.network.contract import import_network_module, merge_base_weights
 from library.training.objective.losses import batch_loss
@@ -43,7 +55,7 @@ from library.training.optim.optimization import Optimization
 from library.training.output.attempts import write_at_any_cost, write_or_warn
 from library.training.output.file_metadata import FileMetadata, ModelFacts
 from library.training.output.run_outputs import RunOutputs
-from library.training.output.run_state import check_saved_state, restore_run_state, write_run_state
+from library.training.output.run_state import check_saved_state, earlier_position, restore_run_state, write_run_state
 from library.training.output.state import Position, SavedState
 from library.training.part_dtypes import part_dtypes
 from library.training.plan.lengths import plan_run, start_position
@@ -93,6 +105,7 @@ class NetworkTrainer(FamilyHooks):
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
+    @naming_lost_processes()
     def train(self) -> None:
         """Run the training from checks to the final file. Raises UserError for mistakes, before models load."""
         self.check_options()
@@ -199,6 +212,9 @@ class NetworkTrainer(FamilyHooks):
             raise UserError("--fused_backward_pass works with one process only.")
         if self.accelerator.num_processes == 1:
             self.report_unused(["ddp_timeout", "lowram"], "with one process")
+        self.sharding = requested_sharding(processes_per_machine(self.accelerator))
+        for words in unused_answers():
+            say(f"no effect: accelerate launch {words}")
         if self.accelerator.device.type == "cpu":
             self.report_unused(["noise_on_device"], "on a CPU")
         precision = self.options.precision.mixed_precision
@@ -224,11 +240,14 @@ class NetworkTrainer(FamilyHooks):
 
             for group in self.data.groups:
                 check_text_cacheable(group)
+        data = {"training data": self.data.train.fingerprint()}
+        require_agreement(self.accelerator, {**shared_facts(self.options), **data})
 
     def plan_steps(self) -> None:
         """The arithmetic of the run, and the position where it starts. Raises UserError."""
-        batches = self.data.train.batches_per_epoch(self.accelerator.num_processes)
-        self.plan = plan_run(self.options.length, batches)
+        processes = self.accelerator.num_processes
+        earlier = None if self.saved is None else earlier_position(self.data, self.seed, processes, self.saved)
+        self.plan = plan_run(self.options.length, self.data.train.batches_per_epoch(processes), earlier)
         self.outputs.files.resolve_epoch_ratio(self.plan.epochs)
         self.progress.position = self.first_position()
 
@@ -271,8 +290,9 @@ class NetworkTrainer(FamilyHooks):
         self.pipeline.plans = memory_plans(
             self.pipeline, options.precision, self.trained_encoders, len(self.data.sizes)
         )
-        for line in stream_blocks(self.pipeline, options.streaming):
-            say(line)
+        for lines in (stream_blocks(self.pipeline, options.streaming), spread_blocks(self.pipeline, self.sharding)):
+            for line in lines:
+                say(line)
         self.pipeline.kept = set(self.pipeline.parts) if options.model.highvram else self.control_parts()
         self.objective = self.make_objective()
         opened, latents, texts = set(self.pipeline.parts), None, None
@@ -361,10 +381,11 @@ class NetworkTrainer(FamilyHooks):
         self.network = build_network(self.network_module, options, self.text_encoders, base, bool(trained))
 
     def place_network(self) -> None:
-        """Put the network on the device, in the dtype that it is trained in."""
+        """Put the network on the device, in the dtype that it is trained in; with FSDP the base model is spread now."""
         precision = self.options.precision
         dtype = self.weight_dtype if precision.full_fp16 or precision.full_bf16 else parse_dtype("fp32")
         place_network(self.network, self.text_encoders, self.network_base(), self.accelerator.device, dtype)
+        self.pipeline.shard()
 
     def build_optimizer(self) -> None:
         """Optimizer and schedule. Raises UserError where they don't fit the network."""
@@ -402,6 +423,10 @@ class NetworkTrainer(FamilyHooks):
         self.check_saved_state()
         if self.saved is not None:
             restore_run_state(self.facts(), self.saved, self.accelerator.scaler)
+        if self.accelerator.num_processes > 1:
+            model = self.pipeline.identity(*self.pipeline.parts)
+            facts = {"base model": model, "network": fingerprint_of(self.optimization.parameters)}
+            require_agreement(self.accelerator, facts)
 
     def check_disk_space(self) -> None:
         """Compare the free space with the files that will be written. Raises UserError where it cannot be enough."""
@@ -631,18 +656,23 @@ class NetworkTrainer(FamilyHooks):
 
     @timed("sample images")
     def draw_samples(self, step: int, epoch: int | None) -> None:
-        """Draw the sample prompts, dealt to the processes, with the network at full strength."""
+        """Draw the sample prompts, dealt to the processes, with the network at full strength.
+
+        A base model that is spread works in all processes at once: each draws all of them, and the main one writes.
+        """
         samples, accelerator = self.outputs.samples, self.accelerator
+        process, processes = (0, 1) if self.sharding else (accelerator.process_index, accelerator.num_processes)
         self.network.set_multiplier(1.0)
         with accelerator.autocast():
             samples.draw(
                 self.draw_sample_batch,
                 step,
                 epoch,
-                accelerator.process_index,
-                accelerator.num_processes,
+                process,
+                processes,
                 self.tracker.log_image,
                 lambda prompt: self.sample_request(prompt).common(),
+                writes=accelerator.is_main_process or not self.sharding,
             )
         if self.latents.caching:
             self.pipeline.release("autoencoder")
@@ -728,11 +758,11 @@ class NetworkTrainer(FamilyHooks):
         """What the resumed run was to do after it had saved the state: remove old files, draw, validate."""
         progress, files, samples, step = self.progress, self.outputs.files, self.outputs.samples, self.progress.step
         epoch = progress.position.epoch if progress.position.batch == 0 else None
-        if files.step_is_due(step) and self.accelerator.is_main_process:
-            files.remove_old_step(step)
-        if epoch is not None and files.epoch_is_due(epoch, self.plan.epochs) and self.accelerator.is_main_process:
-            files.remove_old_epoch(epoch)
-        moments = [(step, None)] if samples.due_after_step(step) else []
+        if files.step_is_due(step):
+            self.remove_old(files.old_after_step(step), True)
+        if epoch is not None and files.epoch_is_due(epoch, self.plan.epochs):
+            self.remove_old(files.old_after_epoch(epoch), True)
+        moments: list[tuple[int, int | None]] = [(step, None)] if samples.due_after_step(step) else []
         moments += [(step, epoch)] if epoch is not None and samples.due_after_epoch(epoch) else []
         missing = [moment for moment in moments if len(samples.images(*moment)) < len(samples.prompts)]
         for moment in of_main_process(missing):

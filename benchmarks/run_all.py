@@ -38,6 +38,7 @@ RUNS = {
         ["block_streaming.py", "--parts", "fp8", "steps", "overhead"],
         ["block_streaming.py", "--parts", "load", "--gigabytes", "2"],
     ],
+    "scaling": [["scaling.py", "--fsdp"]],
     "train_step": [["train_step.py"]],
     "compile": [["compile.py"]],
     "formats": [["formats.py"]],

@@ -18,12 +18,13 @@ from library.data.cache_entries import (
     IDENTITY,
     CacheReport,
     Entry,
+    FolderShares,
     State,
     Writers,
     all_finite,
     check_states,
     clean_folders,
-    entries_of_rank,
+    entries_of_process,
     progress_bar,
     read_identity,
     report_on,
@@ -61,9 +62,11 @@ class Cache(ABC):
         identity: str,
         rank: int,
         world_size: int,
+        shares: FolderShares | None = None,
     ) -> None:
         """``wanted`` gives for each use of an item the entry's key, the item, its file and what must agree.
 
+        ``shares``: how the processes share the folders of files; without it, all of them share each.
         Raises UserError for items that would share an entry and do not agree.
         """
         self.to_disk, self.identity = to_disk, identity
@@ -73,7 +76,7 @@ class Cache(ABC):
             check_states(entries, self._check, skip_check=skip_check)
             for entry in entries:
                 self._attach(entry, self._on_disk(entry))
-        self.entries = entries_of_rank(entries, rank, world_size)
+        self.entries = entries_of_process(entries, shares or (lambda folders: [(rank, world_size)] * len(folders)))
 
     @property
     def todo(self) -> list[Entry]:

@@ -110,10 +110,23 @@ def _existing(paths: Iterable[Path]) -> set[str]:
     return there
 
 
-def entries_of_rank(entries: Sequence[Entry], rank: int, world_size: int) -> list[Entry]:
+Share = tuple[int, int]
+"""Which of how many processes: number (from 0) and count."""
+FolderShares = Callable[[Sequence[Path]], Sequence[Share]]
+"""For each of some folders, which process this one is among those that see it; every process asks at once."""
+
+
+def entries_of_process(entries: Sequence[Entry], shares: FolderShares) -> list[Entry]:
     """The entries that this process makes: on disk every file belongs to one process, in memory each makes all."""
-    paths = {path: number for number, path in enumerate(dict.fromkeys(entry.path for entry in entries))}
-    return [entry for entry in entries if entry.path is None or paths[entry.path] % world_size == rank]
+    paths = {path: number for number, path in enumerate(dict.fromkeys(e.path for e in entries if e.path is not None))}
+    folders = list(dict.fromkeys(path.parent for path in paths))
+    share_of = dict(zip(folders, shares(folders)))
+
+    def is_own(path: Path) -> bool:
+        number, count = share_of[path.parent]
+        return paths[path] % count == number
+
+    return [entry for entry in entries if entry.path is None or is_own(entry.path)]
 
 
 def require_images(entries: Iterable[Entry]) -> None:

@@ -11,12 +11,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from library.data.batch import Batch, stack_masks, stack_text
 from library.data.buckets import Placement, crop_rectangle
 from library.data.captions import make_caption
-from library.data.order import BatchPlan, BucketSamples, batches_per_epoch, plan_epoch
+from library.data.order import BatchPlan, BucketSamples, batches_per_epoch, global_batches, plan_epoch
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.transforms import Geometry, crop_offset, face_geometry, face_in_name, to_mask, to_pixels, vary_color
 from library.errors import UserError
@@ -266,10 +266,25 @@ class DatasetGroup:
         digest = hashlib.blake2b(digest_size=16)
         for entry in self._buckets:
             digest.update(repr((entry.dataset, entry.bucket, entry.batch_size, entry.samples)).encode())
+        self._digest_items(digest)
+        return digest.hexdigest()
+
+    def order_fingerprint(self, epoch: int, seed: int, world_size: int) -> str:
+        """A short hash of the images of each batch of an epoch, over all processes together.
+
+        Equal for other numbers of processes and batch sizes whose batches are the same images in the same order.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        groups = global_batches(self._buckets, epoch=epoch, seed=seed, world_size=world_size, shuffle=self.shuffle)
+        for group in groups:
+            digest.update(repr([sample for part in group for sample in part.samples]).encode())
+        self._digest_items(digest)
+        return digest.hexdigest()
+
+    def _digest_items(self, digest: Any) -> None:
         for dataset in self.datasets:
             for item, count in zip(dataset.items, dataset.repeats):
                 digest.update(repr((item.path.name, item.size, count)).encode())
-        return digest.hexdigest()
 
     def load(self, plan: BatchPlan, *, epoch: int, step: int, max_train_steps: int, seed: int) -> Batch:
         """Make the batch of ``plan``.

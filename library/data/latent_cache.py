@@ -17,6 +17,7 @@ from library.data.cache_base import Cache
 from library.data.cache_entries import (
     CacheReport,
     Entry,
+    FolderShares,
     State,
     cache_stem,
     in_batches,
@@ -80,6 +81,7 @@ class LatentCache(Cache):
         identity: str = "",
         rank: int = 0,
         world_size: int = 1,
+        shares: FolderShares | None = None,
     ) -> None:
         check_latents_cacheable(group)
         self.format = format
@@ -90,7 +92,13 @@ class LatentCache(Cache):
             for item in dataset.used_items
         ]
         super().__init__(
-            wanted, to_disk=to_disk, skip_check=skip_check, identity=identity, rank=rank, world_size=world_size
+            wanted,
+            to_disk=to_disk,
+            skip_check=skip_check,
+            identity=identity,
+            rank=rank,
+            world_size=world_size,
+            shares=shares,
         )
         require_images(self.todo)
 

@@ -46,6 +46,14 @@ def plan_epoch(
     buckets: Sequence[BucketSamples], *, epoch: int, seed: int, rank: int, world_size: int, shuffle: bool = True
 ) -> list[BatchPlan]:
     """The batches of process ``rank`` in ``epoch``, in order; every process has the same number of them."""
+    groups = global_batches(buckets, epoch=epoch, seed=seed, world_size=world_size, shuffle=shuffle)
+    return [_member(group, rank) for group in groups]
+
+
+def global_batches(
+    buckets: Sequence[BucketSamples], *, epoch: int, seed: int, world_size: int, shuffle: bool = True
+) -> list[list[BatchPlan]]:
+    """The batches of an epoch, in order: of each, the slices that go to the processes (at most ``world_size``)."""
     whole: list[list[BatchPlan]] = []
     leftover: list[BatchPlan] = []
     for entry in buckets:
@@ -63,7 +71,7 @@ def plan_epoch(
     groups = whole + _in_groups(leftover, world_size)
     if shuffle:
         python_random(seed, "batch order", epoch).shuffle(groups)
-    return [_member(group, rank) for group in groups]
+    return groups
 
 
 def batches_per_epoch(counts: Sequence[tuple[int, int]], world_size: int) -> int:

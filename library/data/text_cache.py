@@ -13,7 +13,7 @@ import numpy
 
 from library.data import npz
 from library.data.cache_base import Cache
-from library.data.cache_entries import CacheReport, Entry, State, cache_stem, require_finite_arrays
+from library.data.cache_entries import CacheReport, Entry, FolderShares, State, cache_stem, require_finite_arrays
 from library.data.captions import fixed_caption
 from library.data.dataset import DatasetGroup, Item
 from library.errors import NotFiniteError, UserError
@@ -77,6 +77,7 @@ class TextCache(Cache):
         identity: str = "",
         rank: int = 0,
         world_size: int = 1,
+        shares: FolderShares | None = None,
     ) -> None:
         self.format = format
         wanted: list[tuple[Any, Item, Path | None, tuple[Any, ...]]] = []
@@ -85,7 +86,13 @@ class TextCache(Cache):
             path = item.path.with_name(f"{cache_stem(item)}{format.suffix}") if to_disk else None
             wanted.append((path or caption, item, path, (caption,)))
         super().__init__(
-            wanted, to_disk=to_disk, skip_check=skip_check, identity=identity, rank=rank, world_size=world_size
+            wanted,
+            to_disk=to_disk,
+            skip_check=skip_check,
+            identity=identity,
+            rank=rank,
+            world_size=world_size,
+            shares=shares,
         )
 
     @property

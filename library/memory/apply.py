@@ -2,8 +2,9 @@
 
 A block is a module that gets every tensor that it needs as an argument. Its ``forward`` is replaced on the instance, as
 LoRA modules do with layers; so it works with any model, also one of a library, and no module, parameter or name
-changes. Around the block's own forward lie, from inside to outside: compilation, streaming, checkpointing; so streaming
-stays out of compiled code and also serves a block that is computed again.
+changes. Around the block's own forward lie, from inside to outside: compilation, streaming, checkpointing, sharding; so
+streaming stays out of compiled code and also serves a block that is computed again, and a block is gathered once for
+its whole backward pass.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from library.memory.activations import OffloadedInputs
 from library.memory.checkpointing import checkpointed
 from library.memory.compiling import compiled_forwards
 from library.memory.plan import MemoryPlan
+from library.memory.sharding import shard_blocks
 from library.memory.streaming import BlockStream
 
 
@@ -42,6 +44,16 @@ class AppliedPlan:
         """Between passes: let streamed weights be where they can be read and changed, and free what they took."""
         if self.stream is not None:
             self.stream.rest()
+
+    def shard(self, model: nn.Module, block_lists: Mapping[str, Sequence[nn.Module]], device: torch.device) -> None:
+        """Spread the weights of ``model``'s blocks over processes, if the plan says so, once nobody needs them whole.
+
+        It cannot be undone; ``model`` is thrown away as it is.
+        """
+        if self.plan.sharding is not None:
+            shard_blocks(
+                model, [block for blocks in block_lists.values() for block in blocks], self.plan.sharding, device
+            )
 
     def remove(self) -> None:
         """Let the blocks be as they were. Raises RuntimeError when a later plan is still in force."""

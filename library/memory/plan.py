@@ -18,6 +18,16 @@ class Streaming:
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """Blocks of which each process of a machine holds a share."""
+
+    processes: int
+    """Of one machine: so many shares there are."""
+    frees_after_forward: bool = True
+    """Whether the forward pass gives a gathered block up, which the backward pass then gathers again."""
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """By default, nothing is done."""
 
@@ -33,3 +43,5 @@ class MemoryPlan:
     """Whether what is compiled serves all sizes of images; False: each is compiled on its own; None: torch decides."""
     streaming: Streaming | None = None
     """Blocks that are streamed, if any."""
+    sharding: Sharding | None = None
+    """How blocks are spread over processes, if they are; they stay whole until ``AppliedPlan.shard``."""

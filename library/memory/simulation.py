@@ -42,10 +42,12 @@ class Simulation:
     def running(self) -> Iterator[None]:
         """While it is active, every new tensor is one without values. May be entered again.
 
-        Nothing is compiled or streamed.
+        Nothing is compiled, streamed or spread over processes.
         """
         plans = self.pipeline.plans
-        self.pipeline.plans = {part: replace(plan, compiler=None, streaming=None) for part, plan in plans.items()}
+        self.pipeline.plans = {
+            part: replace(plan, compiler=None, streaming=None, sharding=None) for part, plan in plans.items()
+        }
         for source in self.sources:
             source.reads_values = False
         try:

@@ -22,7 +22,8 @@ from library.devices import empty_cache
 from library.errors import NotFiniteError, UserError
 from library.memory.apply import AppliedPlan, apply_memory_plan
 from library.memory.formats import require
-from library.memory.plan import MemoryPlan
+from library.memory.plan import MemoryPlan, Sharding
+from library.memory.sharding import ShardedBlocks
 from library.memory.storage import BlocksStoredAs, Storage, StorageDtype, block_linears
 from library.memory.stream_choice import BlockSizes, StreamedBlocks, choose_blocks
 from library.memory.streaming import aligned, streamed_tensors
@@ -208,6 +209,8 @@ class Pipeline(ABC, Generic[Request]):
         """What is done to the blocks of the denoiser and of text encoders when they are loaded, by part."""
         self.streamed: dict[str, StreamedBlocks] = {}
         """The blocks that are streamed according to ``plans``, by part."""
+        self.sharded: dict[str, ShardedBlocks] = {}
+        """The blocks that are spread over processes according to ``plans``, by part."""
         self.applied: dict[str, AppliedPlan] = {}
         """The plans that are in force, by loaded part."""
         self.modules: dict[str, nn.Module] = {}
@@ -396,9 +399,10 @@ class Pipeline(ABC, Generic[Request]):
         kept = opened.kept_in_float32(spec.compute)
         return loaded_bytes(opened.meta_module(), opened.source, spec, kept, with_scales)
 
-    def part_bytes(self, part: str) -> int:
-        """The memory of a part's weights once it is loaded."""
-        return sum(self._tensor_bytes(part, with_scales=True).values())
+    def part_bytes(self, part: str, spread: bool = False) -> int:
+        """The memory of a part's weights once it is loaded; if ``spread``, in one process of those that share it."""
+        freed = self.sharded[part].freed if spread and part in self.sharded else 0
+        return sum(self._tensor_bytes(part, with_scales=True).values()) - freed
 
     def dense_bytes(self, part: str) -> int:
         """The largest weight that a storage format makes dense for a product; 0 where there is no such format."""
@@ -443,6 +447,30 @@ class Pipeline(ABC, Generic[Request]):
         names = self._streamed_names(part)
         streamed = {tensor for name, index in blocks.places for tensor in names[name][index]}
         self.places[part] = lambda tensor: "cpu" if tensor in streamed else self.device
+
+    # Sharding
+
+    def spread(self, sharding: Sharding) -> None:
+        """Let the denoiser's blocks be spread over processes: loaded in system RAM, and shared out by ``shard``."""
+        part = self.denoiser
+        meta, sizes = self.meta_module(part), self._tensor_bytes(part)
+        paths = {id(module): path for path, module in meta.named_modules()}
+        blocks = [
+            [f"{paths[id(block)]}.{name}" for name, tensor in block.named_parameters() if tensor.dim() > 0]
+            for blocks in self.block_lists(meta).values()
+            for block in blocks
+        ]
+        self.sharded[part] = ShardedBlocks(
+            tuple(sum(sizes[name] for name in names) for names in blocks), sharding.processes
+        )
+        self.plans[part] = replace(self.plans.get(part, MemoryPlan()), sharding=sharding)
+        spread = {name for names in blocks for name in names}
+        self.places[part] = lambda tensor: "cpu" if tensor in spread else self.device
+
+    def shard(self) -> None:
+        """Share out the loaded denoiser's blocks if its plan says so; every process must come here."""
+        denoiser = self.load(self.denoiser)
+        self.applied[self.denoiser].shard(denoiser, self.block_lists(), self.device)
 
     # Images and texts
 

@@ -1,4 +1,4 @@
-"""Which blocks of a pipeline are streamed according to the options, and what that frees."""
+"""Which blocks of a pipeline are streamed or spread over processes, and what that frees."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from library.console import size_text
 from library.memory.streaming_options import StreamingOptions, pins
 
 if TYPE_CHECKING:
+    from library.memory.plan import Sharding
     from library.memory.stream_choice import StreamedBlocks
     from library.models.pipeline import Pipeline
 
@@ -37,3 +38,15 @@ def _stream(pipeline: Pipeline, part: str, blocks: StreamedBlocks, options: Stre
         f"{why}: {' and '.join(counts)} are streamed from {size_text(blocks.bytes)} of {memory} through "
         f"{size_text(blocks.ring_bytes)} on the device, which frees {size_text(max(0, blocks.freed))}"
     )
+
+
+def spread_blocks(pipeline: Pipeline, sharding: Sharding | None) -> Iterator[str]:
+    """Let the denoiser's blocks be spread over the processes of a machine, if requested; yields a line about it."""
+    if sharding is not None and pipeline.denoiser in pipeline.parts:
+        pipeline.spread(sharding)
+        blocks = pipeline.sharded[pipeline.denoiser]
+        yield (
+            f"FSDP: {len(blocks.sizes)} blocks of {size_text(blocks.bytes)} are spread over {blocks.processes} "
+            f"processes, {size_text(blocks.share_bytes)} each beside {size_text(blocks.gathered_bytes)} for those that "
+            f"work, which frees {size_text(max(0, blocks.freed))} of each device"
+        )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from library.console import size_text, warn
 from library.data.options import CacheOptions, TextCacheOptions
 from library.files import free_bytes
 from library.training.data import TrainingData
+from library.training.distribution import shares_of_folders
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Caching:
                 identity=self.identity,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
+                shares=partial(shares_of_folders, accelerator),
             )
             for group in data.groups
         ]

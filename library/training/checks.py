@@ -5,6 +5,7 @@ from __future__ import annotations
 from library.errors import UserError
 from library.memory.streaming_options import check_streaming_options
 from library.training.finiteness import check_nonfinite_options
+from library.training.launch import WHOLE_MODEL, check_launch
 from library.training.network.contract import check_network_options
 from library.training.objective.losses import check_loss_options
 from library.training.objective.noise_options import check_noise_options
@@ -36,7 +37,8 @@ def check_training_options(options: TrainingOptions) -> None:
     check_logging_options(options.logging, read_only=options.preflight.dry_run)
     check_hub_options(options.hub, options.resume.resume)
     if options.distribution.deepspeed:
-        raise UserError("--deepspeed is not available in these scripts; leave it out.")
+        raise UserError(f"--deepspeed is not supported: {WHOLE_MODEL}.")
+    check_launch(options.precision, options.streaming)
     require_model(options.model)
     if options.preflight.dry_run and options.dataset.debug_dataset:
         raise UserError("--dry_run writes nothing and --debug_dataset writes a page: leave out one of them.")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 from library.console import warn
+
+PASSED_ON = 2.0
+"""Seconds in which a launcher passes a signal on."""
 
 
 class Interruption:
@@ -20,6 +24,8 @@ class Interruption:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._noted = 0.0
+        """When the first wish came."""
         self._handlers: dict[int, Any] = {}
         launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.name != "nt"
         self._launcher = os.getppid() if launched else None
@@ -35,13 +41,20 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None and self._is_passed_on():
+            return
         if self.reason is not None and number == signal.SIGINT:
             former = self._handlers[number]
             if callable(former):
                 former(number, frame)
             raise KeyboardInterrupt
+        self._noted = time.monotonic()
         self.reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         warn(f"{self.reason}: the run ends after this step. Ctrl-C once more ends it at once.")
+
+    def _is_passed_on(self) -> bool:
+        """Whether a signal is the launcher's of several processes, who passes on what a terminal has sent to all."""
+        return "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._noted < PASSED_ON
 
     def wished(self, accelerator: Any) -> bool:
         """Whether any process was asked to end; every process gets the same answer."""

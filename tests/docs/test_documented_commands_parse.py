@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from flux_minimal_inference import SESSION
 from library.errors import UserError
@@ -146,7 +147,8 @@ def test_every_option_named_in_the_text_exists():
     options = [option for options_class in classes for option in declared_options(options_class).values()]
     known = {name for option in options for name in option.names}
     known |= {*LINE_OPTIONS, *SESSION.letters, *LETTERS}
-    known |= {"help", "num_processes", "num_cpu_threads_per_process", "multi_gpu", "show_all_keys", "reverse"}
+    known |= {"help", "show_all_keys", "reverse"}
+    known |= {word.removeprefix("--") for word in launch_command_parser()._option_string_actions}
     known |= {"name"}  # stands for any option
     known |= {"family", "thorough"}  # of tools/quickstart.py and tools/run_tests.py
     known |= {"script", "queue_dir", "retry_failed", "afresh", "launch_args"}  # of tools/run_queue.py

@@ -21,7 +21,6 @@ ALLOWED = {
     "tests/docs/test_families_stand_in_one_list.py": "shows what a second list looks like",
     "tools/quickstart.py": "shows each family in one table",
     "tests/e2e/test_documented_training.py": "runs the commands of the guides",
-    "tests/conformance/test_two_processes_equal_one.py": "runs two scripts under accelerate launch",
     "tests/e2e/test_memory_estimate.py": "runs two scripts",
     "tests/faults/test_killed_run_resumes_to_the_same_bytes.py": "runs two scripts",
     "tests/docs/test_guides_are_true.py": "compares each guide with the tables of its own networks",

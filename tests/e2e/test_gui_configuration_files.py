@@ -110,7 +110,7 @@ def test_the_variant_with_empty_strings_trains(train, gui_file, tmp_path):
 
 @pytest.mark.slow
 def test_it_trains_through_accelerate_launch(gui_file, tmp_path):
-    # The launcher starts the other scripts in tests/conformance/test_two_processes_equal_one.py.
+    # The launcher starts several processes in tests/scale/test_machines.py.
     result = launch("sdxl_train_network.py", "--config_file", gui_file("sdxl"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "output" / "my_lora.safetensors").is_file()

@@ -178,7 +178,7 @@ def test_unknown_network_argument(given):
         (["--log_with", "tensorboard"], "--logging_dir"),
         (["--min_timestep", "900", "--max_timestep", "100"], "min_timestep"),
         (["--model_type", "chroma"], "is a FLUX.1 file; with --model_type chroma, a Chroma transformer is needed here"),
-        (["--deepspeed"], "not available"),
+        (["--deepspeed"], "not supported"),
         (["--network_weights", "missing.safetensors"], "missing.safetensors"),
         (["--max_train_steps", "0"], "--max_train_steps must be at least 1"),
         (["--resume", "missing-state"], "there is no state folder missing-state"),

@@ -219,5 +219,5 @@ def test_a_state_that_is_removed_is_never_half_there(tmp_path, monkeypatch):
     seen = []
     real = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path: (seen.append(files.step_state(1).exists()), real(path)))
-    files.remove_old_step(3)
+    files.remove_old(files.old_after_step(3), True)
     assert seen == [False] and not os.listdir(tmp_path)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.errors import UserError
 from library.options import parse_options
-from tests.running import launch, trainer_class
+from tests.running import trainer_class
 from tools.cache_run import run_tool
 
 SUFFIXES = {
@@ -194,14 +194,3 @@ def test_mistakes_are_named(command, cache, tiny_sdxl, tiny_sd1):
         cache("latents", "sdxl", command("sdxl"), "--flux")
     with pytest.raises(UserError, match="shuffle_caption"):
         cache("text", "flux", command("flux", subset={"shuffle_caption": True}))
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work(command, folder, cache):
-    # The seed decides which image validates; that one has no mirror image.
-    given = [*command("flux"), "--seed", "1"]
-    result = launch("tools/cache_latents.py", *given, "--flux", processes=2)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "0 kept, 4 made" in result.stderr.split("finished; ")[1]
-    assert len(files(folder)) == 4
-    assert cache("latents", "flux", given).kept == 4

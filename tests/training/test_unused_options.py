@@ -186,5 +186,5 @@ def test_rules_name_declared_options_only():
 
 def test_deepspeed_is_refused():
     options = parse_options(StableDiffusionTrainingOptions, "test", [*NEEDED, "--deepspeed", "--zero_stage", "3"])
-    with pytest.raises(UserError, match="--deepspeed is not available"):
+    with pytest.raises(UserError, match="--deepspeed is not supported: it spreads what is trained"):
         StableDiffusionNetworkTrainer(options).check_options()

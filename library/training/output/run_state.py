@@ -9,9 +9,10 @@ from typing import Any
 
 from library.console import say, warn
 from library.options import declared_options, option_value
+from library.training.data import TrainingData
 from library.training.network.contract import restore_training_state, training_state
 from library.training.optim.lr_schedulers import load_scheduler_state, scheduler_state
-from library.training.output.state import RunIdentity, SavedState, save_state
+from library.training.output.state import Position, RunIdentity, SavedState, save_state
 from library.training.run_facts import RunFacts
 from library.training.tracking import PATH_OPTIONS
 
@@ -57,12 +58,41 @@ def check_saved_state(run: RunFacts, saved: SavedState) -> bool:
     """
     defaults = {f"--{name}": option.default for name, option in declared_options(type(run.options)).items()}
     changed = saved.check_belongs_to(run_identity(run), defaults)
-    if changed:
+    of_order = {"data", "seed", "gradient_accumulation_steps", "processes"} & set(changed)
+    same_batches = has_same_batches(run.data, run.seed, run.processes, saved)
+    if of_order and of_order == set(changed) and of_order <= {"data", "processes"} and same_batches:
+        warn(
+            f"--resume: {' and '.join(sorted(of_order))} changed since the state was saved, but each batch has the same"
+            " images as before: the run continues to the same result, up to rounding."
+        )
+    elif changed:
+        anew = " The epoch in hand begins anew." if of_order and not same_batches and saved.position.batch else ""
         warn(
             f"--resume: {', '.join(changed)} changed since the state was saved: the run continues, but not to the "
-            "same result. Learning rates stay those of the state."
+            f"same result. Learning rates stay those of the state.{anew}"
         )
-    return not {"data", "seed", "gradient_accumulation_steps", "processes"} & set(changed)
+    return not of_order or same_batches
+
+
+def has_same_batches(data: TrainingData, seed: int, processes: int, saved: SavedState) -> bool:
+    """Whether each batch of the epoch that a state stands in has the same images as when it was saved.
+
+    So it is with half as many images for each of twice as many processes, if the buckets divide evenly.
+    """
+    return saved.rest.get("order") == order_of_epoch(data, seed, processes, saved.position.epoch)
+
+
+def earlier_position(data: TrainingData, seed: int, processes: int, saved: SavedState) -> Position | None:
+    """Where a run stood when it had other epochs, with another number of processes; None: it always had the same."""
+    if saved.identity.exact.get("processes") != processes and not has_same_batches(data, seed, processes, saved):
+        return saved.position
+    earlier = saved.rest.get("earlier")
+    return None if earlier is None else Position(epoch=earlier["epoch"], step=earlier["step"])
+
+
+def order_of_epoch(data: TrainingData, seed: int, processes: int, epoch: int) -> str:
+    """What a state says of the batches of an epoch, counted from 0."""
+    return data.train.order_fingerprint(epoch + 1, seed, processes)
 
 
 def write_run_state(run: RunFacts, folder: Path, scaler: Any) -> None:
@@ -79,7 +109,9 @@ def write_run_state(run: RunFacts, folder: Path, scaler: Any) -> None:
             "lr_scheduler": scheduler_state(optimization.scheduler),
             "losses": progress.record.state(),
             "left_out": progress.left_out,
+            "order": order_of_epoch(run.data, run.seed, run.processes, progress.position.epoch),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "earlier": {"epoch": run.plan.earlier_epochs, "step": run.plan.earlier_steps},
             "session": {"id": progress.session_id, "started_at": progress.started_at},
         },
     )

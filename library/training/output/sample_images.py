@@ -109,8 +109,9 @@ class Samples:
         num_processes: int = 1,
         log_image: Callable[[int, PromptOptions, Any], None] | None = None,
         common: Callable[[PromptOptions], Hashable] | None = None,
+        writes: bool = True,
     ) -> None:
-        """Draw every prompt of this process (dealt round robin) and write the images.
+        """Draw every prompt of this process (dealt round robin) and write the images, if this process ``writes``.
 
         ``generate(prompts)`` returns a PIL image for each; prompts with equal ``common(prompt)`` may come together, up
         to ``batch_size``. Whatever fails is named in a warning.
@@ -132,8 +133,8 @@ class Samples:
                     )
                     waiting[:0] = [[index] for index in batch]
                 continue
-            for index, image in zip(batch, images):
-                drawn += self.write(index, image, step, epoch, log_image)
+            if writes:
+                drawn += sum([self.write(index, image, step, epoch, log_image) for index, image in zip(batch, images)])
         say(f"step {step}: {drawn} sample images in {time.perf_counter() - start:.1f} s")
 
     def batches(self, indices: Sequence[int], common: Callable[[PromptOptions], Hashable] | None) -> list[list[int]]:

@@ -196,7 +196,7 @@ def stored_model(run: Rehearsal, changes: Changes, parts: frozenset[str]) -> Sto
     sizes = pipeline.block_sizes()
     return StoredModel(
         changes=changes,
-        bytes={part: pipeline.part_bytes(part) for part in parts},
+        bytes={part: pipeline.part_bytes(part, spread=True) for part in parts},
         dense=pipeline.dense_bytes(pipeline.denoiser),
         sizes=sizes,
         encoders={part: pipeline.every_block(part, slots) for part in pipeline.encoders if part in parts},
@@ -213,13 +213,14 @@ def _candidates(run: Rehearsal, needs: Needs, only_streams: bool, limit: int) ->
     options = run.options
     precision, streaming = options.precision, options.streaming
     parts = frozenset(part for phase in needs.phases for part in phase.parts)
-    keeps_format = only_streams or precision.mixed_precision == "no" or _format_is_given(precision)
+    spread = bool(run.pipeline.sharded)  # FSDP takes neither streamed blocks nor other formats
+    keeps_format = only_streams or spread or precision.mixed_precision == "no" or _format_is_given(precision)
     plain = stored_model(run, {}, parts)
     if plain is None:
         run.open_pipeline()  # which says why
         raise AssertionError("the options that were given cannot be used")
     fixed = streaming.blocks_to_swap if isinstance(streaming.blocks_to_swap, int) else None
-    streams = fixed is None and not precision.cpu_offload_checkpointing
+    streams = fixed is None and not spread and not precision.cpu_offload_checkpointing
     given = {"gradient_checkpointing": True} if not (only_streams or precision.gradient_checkpointing) else {}
 
     def candidates(model: StoredModel, changes: Changes, most: int) -> Iterator[Candidate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from library.errors import UserError
 from library.training.output.state import Position, ResumeOptions
@@ -20,6 +20,10 @@ class RunPlan:
     """Micro-batches averaged for one step."""
     max_steps: int
     """Steps when the run ends."""
+    earlier_epochs: int = 0
+    """Finished epochs that had another number of steps, when a run goes on with other processes."""
+    earlier_steps: int = 0
+    """The steps until the epoch after them begins anew."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -29,7 +33,7 @@ class RunPlan:
     @property
     def epochs(self) -> int:
         """Epochs begun when the run ends."""
-        return math.ceil(self.max_steps / self.steps_per_epoch)
+        return self.earlier_epochs + math.ceil((self.max_steps - self.earlier_steps) / self.steps_per_epoch)
 
     def batches_in_step(self, batch: int) -> int:
         """How many micro-batches are averaged in the step that micro-batch ``batch`` of an epoch belongs to."""
@@ -54,12 +58,17 @@ def check_lengths(options: LengthOptions) -> None:
             raise UserError(f"--{name} must be at least 1, not {value}.")
 
 
-def plan_run(options: LengthOptions, batches_per_epoch: int) -> RunPlan:
-    """The plan of a run over a data set of ``batches_per_epoch`` micro-batches for each process."""
-    plan = RunPlan(batches_per_epoch, options.gradient_accumulation_steps, options.max_train_steps)
+def plan_run(options: LengthOptions, batches_per_epoch: int, earlier: Position | None = None) -> RunPlan:
+    """The plan of a run over a data set of ``batches_per_epoch`` micro-batches for each process.
+
+    ``earlier``: where the run stood when its epochs had another number of steps; that epoch begins anew.
+    """
+    done = earlier or Position()
+    plan = RunPlan(
+        batches_per_epoch, options.gradient_accumulation_steps, options.max_train_steps, done.epoch, done.step
+    )
     if options.max_train_epochs is not None:
-        steps = options.max_train_epochs * plan.steps_per_epoch
-        plan = RunPlan(batches_per_epoch, options.gradient_accumulation_steps, steps)
+        plan = replace(plan, max_steps=done.step + (options.max_train_epochs - done.epoch) * plan.steps_per_epoch)
     return plan
 
 

@@ -116,6 +116,8 @@ def memory_phases(
                 on_device[part] -= pipeline.streamed[part].bytes
             on_device["streaming ring"] = sum(blocks.ring_bytes for blocks in streamed)
             on_host["streamed blocks"] = sum(blocks.bytes for blocks in streamed)
+        for part in pipeline.sharded.keys() & on_device.keys():
+            on_device[part] -= pipeline.sharded[part].freed
         of_training = (network, optimizer_bytes) if work.trains else (0, 0)
         try:
             peak = work.peak()

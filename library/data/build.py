@@ -117,8 +117,13 @@ def _checked(settings: DatasetSettings, bucket_divisor: int, size_divisor: int, 
 
 
 def _check_subset(subset: SubsetSettings, settings: DatasetSettings, caching: bool) -> None:
-    if caching and (subset.color_aug or subset.random_crop):
-        option = "color_aug" if subset.color_aug else "random_crop"
+    if not 0 <= subset.rotate_aug <= 45:
+        raise UserError(f"{subset.place}: rotate_aug must be 0 to 45 degrees, not {subset.rotate_aug:g}.")
+    for name in ("brightness_aug", "contrast_aug"):
+        if not 0 <= getattr(subset, name) < 1:
+            raise UserError(f"{subset.place}: {name} must be 0 or more and below 1, not {getattr(subset, name):g}.")
+    if caching and subset.augmentations:
+        option = subset.augmentations[0]
         raise UserError(
             f"{subset.place}: {option} cannot be used together with cached latents; switch one of them off."
         )
@@ -212,6 +217,9 @@ def _validation_dataset(settings: DatasetSettings, parts: Sequence[Records]) -> 
             num_repeats=1,
             flip_aug=False,
             color_aug=False,
+            rotate_aug=0.0,
+            brightness_aug=0.0,
+            contrast_aug=0.0,
             random_crop=False,
             captions=replace(
                 subset.captions,

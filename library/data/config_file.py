@@ -106,6 +106,9 @@ class SubsetKeys(_Table):
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     color_aug: bool | None = None
+    rotate_aug: float | None = None
+    brightness_aug: float | None = None
+    contrast_aug: float | None = None
     flip_aug: bool | None = None
     random_crop: bool | None = None
     face_crop_aug_range: Annotated[list[float] | None, _given(_range_of_two)] = None

@@ -105,7 +105,7 @@ def _chosen(dataset: Dataset, samples: list[Sample], items: dict[int, int], limi
 def _varies(item: Item) -> bool:
     """Whether two samples of an image can differ."""
     subset, captions = item.subset, item.subset.captions
-    pixels = subset.flip_aug or subset.color_aug or subset.random_crop or subset.face_crop_aug_range
+    pixels = subset.flip_aug or subset.augmentations or subset.face_crop_aug_range
     words = captions.changing_options() or (captions.enable_wildcard and _has_choices(item.caption))
     return bool(pixels or words)
 

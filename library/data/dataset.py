@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,16 @@ from library.data.buckets import Placement, crop_rectangle
 from library.data.captions import make_caption
 from library.data.order import BatchPlan, BucketSamples, batches_per_epoch, global_batches, plan_epoch
 from library.data.settings import DatasetSettings, SubsetSettings
-from library.data.transforms import Geometry, crop_offset, face_geometry, face_in_name, to_mask, to_pixels, vary_color
+from library.data.transforms import (
+    Geometry,
+    crop_offset,
+    face_geometry,
+    face_in_name,
+    to_mask,
+    to_pixels,
+    vary_color,
+    vary_tone,
+)
 from library.errors import UserError
 from library.image_reading import read_image
 from library.randomness import python_random
@@ -172,9 +181,10 @@ class Dataset:
         geometry: Geometry,
         *,
         color_rng: random.Random | None = None,
+        tone_rng: random.Random | None = None,
         with_conditioning: bool = True,
     ) -> Pixels:
-        """Decode, resize, crop, mirror and (given a random source) vary the colour of one image.
+        """Decode, resize, crop, mirror and (given a random source) vary the colour and tone of one image.
 
         Raises UserError naming the file when it cannot be read.
         """
@@ -188,6 +198,8 @@ class Dataset:
         image = geometry.apply(image, interpolation)
         if color_rng is not None:
             image = vary_color(image, color_rng)
+        if tone_rng is not None:
+            image = vary_tone(image, item.subset.brightness_aug, item.subset.contrast_aug, tone_rng)
         conditioning = None
         if item.conditioning is not None and with_conditioning:
             conditioning = to_pixels(geometry.apply(read_image(item.conditioning)[0], interpolation))
@@ -313,7 +325,8 @@ class DatasetGroup:
             sample = _cached_sample(dataset, item, item_id, caption, flipped)
         else:
             rng = python_random(seed, "augmentation", epoch, item_id)
-            sample = _decoded_sample(dataset, item, item_id, caption, flipped, rng)
+            tone_rng = python_random(seed, "rotation and tone", epoch, item_id)
+            sample = _decoded_sample(dataset, item, item_id, caption, flipped, rng, tone_rng)
         if item.text is not None:
             sample.text = item.text.read()
         return sample
@@ -375,12 +388,23 @@ def _cached_sample(dataset: Dataset, item: Item, item_id: int, caption: str, fli
 
 
 def _decoded_sample(
-    dataset: Dataset, item: Item, item_id: int, caption: str, flipped: bool, rng: random.Random
+    dataset: Dataset,
+    item: Item,
+    item_id: int,
+    caption: str,
+    flipped: bool,
+    rng: random.Random,
+    tone_rng: random.Random,
 ) -> _Sample:
     import torch
 
-    geometry = _mirrored(dataset.training_geometry(item, rng), flipped)
-    pixels = dataset.read_pixels(item, geometry, color_rng=rng if item.subset.color_aug else None)
+    subset = item.subset
+    angle = tone_rng.uniform(-subset.rotate_aug, subset.rotate_aug)
+    geometry = replace(_mirrored(dataset.training_geometry(item, rng), flipped), angle=angle)
+    toned = subset.brightness_aug or subset.contrast_aug
+    pixels = dataset.read_pixels(
+        item, geometry, color_rng=rng if subset.color_aug else None, tone_rng=tone_rng if toned else None
+    )
     mask, conditioning = pixels.frame.alpha_mask, pixels.conditioning
     return _Sample(
         item=item,

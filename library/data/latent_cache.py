@@ -54,9 +54,8 @@ def check_latents_cacheable(group: DatasetGroup) -> None:
     """Raises UserError when an augmentation gives images more than one set of latents."""
     for dataset in group.datasets:
         for subset in dataset.settings.subsets:
-            for option in ("color_aug", "random_crop"):
-                if getattr(subset, option):
-                    raise UserError(f"{subset.place}: {option} cannot be used together with cached latents.")
+            for option in subset.augmentations:
+                raise UserError(f"{subset.place}: {option} cannot be used together with cached latents.")
 
 
 class LatentCache(Cache):

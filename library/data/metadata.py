@@ -90,7 +90,9 @@ def _describe_dataset(dataset: Dataset) -> dict[str, Any]:
 
 
 def _describe_subset(dataset: Dataset, subset: SubsetSettings) -> dict[str, Any]:
+    varied = ("rotate_aug", "brightness_aug", "contrast_aug")  # other programs have none of them
     described: dict[str, Any] = {
+        **{name: getattr(subset, name) for name in varied if getattr(subset, name)},
         "img_count": len(dataset.subset_items(subset)),
         "num_repeats": subset.num_repeats,
         "color_aug": subset.color_aug,

@@ -100,6 +100,15 @@ class DatasetOptions:
     color_aug: bool = False
     """Vary hue and gamma a little."""
 
+    rotate_aug: float = 0.0
+    """Turn each image by up to this many degrees (at most 45), enlarged as much as it takes to fill its frame."""
+
+    brightness_aug: float = 0.0
+    """Make each image brighter or darker by up to this share (below 1)."""
+
+    contrast_aug: float = 0.0
+    """Change the contrast of each image by up to this share (below 1)."""
+
     flip_aug: bool = False
     """Mirror half of the images left to right."""
 

@@ -11,6 +11,9 @@ from library.data.captions import CaptionRules
 Kind = Literal["dreambooth", "fine_tuning", "conditioning"]
 
 
+AUGMENTATIONS = ("color_aug", "rotate_aug", "brightness_aug", "contrast_aug", "random_crop")
+
+
 @dataclass(frozen=True)
 class SubsetSettings:
     """One folder (or metadata file) of images, its options decided."""
@@ -28,6 +31,10 @@ class SubsetSettings:
     captions: CaptionRules = field(default_factory=CaptionRules)
     cache_info: bool = False
     color_aug: bool = False
+    rotate_aug: float = 0.0
+    """Degrees."""
+    brightness_aug: float = 0.0
+    contrast_aug: float = 0.0
     flip_aug: bool = False
     random_crop: bool = False
     face_crop_aug_range: tuple[float, float] | None = None
@@ -43,6 +50,11 @@ class SubsetSettings:
         if self.metadata_file:
             return (self.metadata_file,)
         return (self.image_dir, self.conditioning_data_dir)
+
+    @property
+    def augmentations(self) -> list[str]:
+        """The options that are on and give an image other pixels each time, so that its latents cannot be cached."""
+        return [name for name in AUGMENTATIONS if getattr(self, name)]
 
     @property
     def folder_name(self) -> str:

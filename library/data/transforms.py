@@ -6,6 +6,7 @@ image, so they stay aligned.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,12 +27,16 @@ GAMMA_RANGE = (0.95, 1.05)
 
 @dataclass(frozen=True)
 class Geometry:
-    """Resize the whole image to ``resized``, then cut out ``size`` at ``offset`` (left, top), then maybe mirror."""
+    """Resize the whole image to ``resized``, then cut out ``size`` at ``offset`` (left, top), then turn and mirror it.
+
+    Turning by ``angle`` (degrees, against the clock) enlarges what is cut out as much as it takes to fill ``size``.
+    """
 
     resized: Size
     offset: Size
     size: Size
     flipped: bool = False
+    angle: float = 0.0
 
     def apply(self, image: Image.Image, interpolation: str) -> Image.Image:
         """The image in its final place, ``size`` pixels large."""
@@ -41,7 +46,22 @@ class Geometry:
         left, top = self.offset
         if self.offset != (0, 0) or self.size != image.size:
             image = image.crop((left, top, left + self.size[0], top + self.size[1]))
+        if self.angle:
+            image = turn(image, self.angle)
         return image.transpose(images.Transpose.FLIP_LEFT_RIGHT) if self.flipped else image
+
+
+def turn(image: Image.Image, degrees: float) -> Image.Image:
+    """Turn an image about its centre, against the clock, enlarged so that no corner of the result lies outside it."""
+    from PIL import Image as images
+
+    width, height = image.size
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    scale = abs(cos) + max(width / height, height / width) * abs(sin)
+    a, b = cos / scale, sin / scale  # from a place in the result to the one in the image, both from the centre
+    x, y = width / 2, height / 2
+    places = (a, -b, x - a * x + b * y, b, a, y - b * x - a * y)
+    return image.transform(image.size, images.Transform.AFFINE, places, images.Resampling.BICUBIC)
 
 
 def resize(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
@@ -136,6 +156,16 @@ def vary_color(image: Image.Image, rng: random.Random) -> Image.Image:
     if rng.random() < 0.5:
         return shift_hue(image, rng.uniform(-HUE_SHIFT_DEGREES, HUE_SHIFT_DEGREES))
     return apply_gamma(image, rng.uniform(*GAMMA_RANGE))
+
+
+def vary_tone(image: Image.Image, brightness: float, contrast: float, rng: random.Random) -> Image.Image:
+    """An RGB image, brighter or darker and of more or less contrast by up to these shares."""
+    from PIL import ImageEnhance
+
+    for share, enhance in ((brightness, ImageEnhance.Brightness), (contrast, ImageEnhance.Contrast)):
+        factor = 1 + rng.uniform(-share, share)
+        image = enhance(image).enhance(factor) if share else image
+    return image
 
 
 def shift_hue(image: Image.Image, degrees: float) -> Image.Image:

@@ -167,10 +167,18 @@ def test_without_buckets_images_must_fit_unless_cropped_or_cached(tmp_path, buil
     assert len(build(folder, subset={"random_crop": True})[0].items) == 2
 
 
-@pytest.mark.parametrize("option", ["color_aug", "random_crop"])
+@pytest.mark.parametrize("option", ["color_aug", "random_crop", "rotate_aug", "brightness_aug", "contrast_aug"])
 def test_random_pixels_cannot_be_cached(tmp_path, build, folder_of, caching, option):
+    value = True if option in ("color_aug", "random_crop") else 0.1
     with pytest.raises(UserError, match=f"{option} cannot be used together with cached latents"):
-        build(folder_of(tmp_path / "a", [(64, 64)]), subset={option: True}, cache=caching)
+        build(folder_of(tmp_path / "a", [(64, 64)]), subset={option: value}, cache=caching)
+
+
+@pytest.mark.parametrize("option", ["rotate_aug = 46", "brightness_aug = 1", "contrast_aug = -0.1"])
+def test_augmentations_beyond_their_range_are_refused(tmp_path, build, folder_of, option):
+    name, _, value = option.partition(" = ")
+    with pytest.raises(UserError, match=rf"{name} must be 0 .*not {value}\."):
+        build(folder_of(tmp_path / "a", [(64, 64)]), subset={name: float(value)})
 
 
 def test_face_crop_without_effect_is_said(tmp_path, build, buckets, folder_of, caplog):

@@ -1,6 +1,7 @@
 """Resizing, cropping, faces and colour, checked against plain array arithmetic."""
 
 import colorsys
+import math
 import random
 
 import cv2
@@ -22,7 +23,9 @@ from library.data.transforms import (
     shift_hue,
     to_mask,
     to_pixels,
+    turn,
     vary_color,
+    vary_tone,
 )
 from library.errors import UserError
 from library.image_reading import read_image
@@ -163,3 +166,41 @@ def test_an_unreadable_image_is_named(tmp_path):
         read_image(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"y\.png: there is no such image"):
         read_image(tmp_path / "y.png")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 48), (40, 90)])
+@pytest.mark.parametrize("degrees", [-45.0, -7.5, 3.0, 30.0])
+def test_a_turned_image_is_the_turned_plane_without_empty_corners(size, degrees):
+    width, height = size
+    y, x = numpy.mgrid[:height, :width].astype(float)
+    values = 128 + 0.9 * (x - (width - 1) / 2) + 0.4 * (y - (height - 1) / 2)
+    found = numpy.asarray(turn(Image.fromarray(values.round().clip(0, 255).astype(numpy.uint8)), degrees), dtype=float)
+    angle = math.radians(degrees)
+    scale = math.cos(angle) + max(width / height, height / width) * abs(math.sin(angle))
+    along = ((x - (width - 1) / 2) * math.cos(angle) - (y - (height - 1) / 2) * math.sin(angle)) / scale
+    down = ((x - (width - 1) / 2) * math.sin(angle) + (y - (height - 1) / 2) * math.cos(angle)) / scale
+    assert abs(along).max() <= (width - 1) / 2 + 0.5 and abs(down).max() <= (height - 1) / 2 + 0.5
+    assert abs(found - (128 + 0.9 * along + 0.4 * down))[2:-2, 2:-2].max() <= 2
+    assert numpy.asarray(turn(Image.new("RGB", size, "white"), degrees)).min() == 255
+
+
+def test_masks_turn_with_their_image():
+    image = Image.new("RGB", (60, 60), "black")
+    image.paste("white", (35, 10, 50, 25))
+    geometry = Geometry((60, 60), (0, 0), (60, 60), flipped=True, angle=20.0)
+    turned, mask = (geometry.apply(each, "bicubic") for each in (image, image.convert("L")))
+    assert numpy.array_equal(numpy.asarray(turned)[..., 0], numpy.asarray(mask)) and numpy.asarray(mask).max() > 200
+
+
+def test_brightness_and_contrast_vary_within_their_shares():
+    image = Image.fromarray(numpy.random.default_rng(0).integers(60, 180, (16, 16, 3), dtype=numpy.uint8))
+    values = numpy.asarray(image, dtype=float)
+    factors = []
+    for seed in range(40):
+        brighter = numpy.asarray(vary_tone(image, 0.2, 0.0, random.Random(seed)), dtype=float)
+        factors.append((brighter * values).sum() / (values * values).sum())
+        assert abs(brighter - factors[-1] * values).max() < 1.5
+        harder = numpy.asarray(vary_tone(image, 0.0, 0.2, random.Random(seed)), dtype=float)
+        assert 0.79 < harder.std() / values.std() < 1.21 and abs(harder.mean() - values.mean()) < 2
+    assert 0.8 <= min(factors) < 0.85 and 1.15 < max(factors) <= 1.2
+    assert vary_tone(image, 0.0, 0.0, random.Random(1)) is image

@@ -23,6 +23,9 @@ ALLOWED = {
     "tests/e2e/test_documented_training.py": "runs the commands of the guides",
     "tests/e2e/test_memory_estimate.py": "runs two scripts",
     "tests/faults/test_killed_run_resumes_to_the_same_bytes.py": "runs two scripts",
+    "tests/faults/test_kill_anywhere.py": "kills two scripts",
+    "tests/faults/test_ctrl_c.py": "interrupts two scripts",
+    "tests/faults/test_bad_pickles.py": "gives pickled files to every option of every script that takes one",
     "tests/docs/test_guides_are_true.py": "compares each guide with the tables of its own networks",
 }
 """Modules outside the families' own that may name scripts, each with the reason."""

@@ -23,7 +23,9 @@ def train(flux_command, dataset_toml, image_folder, tmp_path, monkeypatch):
         command: list[object] = flux_command,
         folder: Path = image_folder,
     ) -> int:
-        given = [*command, "--dataset_config", dataset_toml(folder), "--output_dir", tmp_path / output]
+        given = [*command, "--output_dir", tmp_path / output]
+        if "--dataset_config" not in arguments:
+            given += ["--dataset_config", dataset_toml(folder)]
         given += ["--output_name", "lora", "--no_report", "--max_data_loader_n_workers", "0", *arguments]
         monkeypatch.setattr(sys, "argv", ["flux_train_network.py", *map(str, given)])
         forget_accelerator()

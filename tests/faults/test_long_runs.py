@@ -1,0 +1,67 @@
+"""A run of any length takes the memory, the files and the threads that it took at its beginning."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+import flux_train_network
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the process has after some step."""
+
+    step: int
+    memory: int
+    files: int
+    threads: int
+    objects: int
+    """That Python's garbage collector knows."""
+
+
+def test_memory_files_and_threads_do_not_grow(train, prompts, thorough, tmp_path, dataset_toml, monkeypatch):
+    """With samples, validation, savings, states, curves and the report; between two savings the run is as at first."""
+    steps, every = (2000, 20) if thorough else (40, 4)
+    process, used = psutil.Process(), []
+
+    class Watched(flux_train_network.FluxNetworkTrainer):
+        def after_step(self, interruption: object) -> None:
+            super().after_step(interruption)
+            if self.progress.step % every == every - 1:
+                gc.collect()
+                memory = process.memory_info().rss
+                counts = (process.num_fds(), process.num_threads(), len(gc.get_objects()))
+                used.append(Usage(self.progress.step, memory, *counts))
+
+    monkeypatch.setattr(flux_train_network, "FluxNetworkTrainer", Watched)
+    prompts.write_text("a circle --w 64 --h 64 --s 1 --d 3", encoding="utf-8")
+    small = dataset_toml(resolution=64, min_bucket_reso=32, max_bucket_reso=96, batch_size=1)
+    arguments = ["--dataset_config", small, "--sample_prompts", prompts, "--sample_every_n_steps", every]
+    arguments += ["--validate_every_n_steps", every, "--validation_split", 0.2, "--max_validation_steps", 1]
+    arguments += ["--save_every_n_steps", every, "--save_last_n_steps", every, "--save_state"]
+    arguments += ["--logging_dir", tmp_path / "log", "--report", "--max_data_loader_n_workers", 2]
+    assert train(*arguments, "--max_train_steps", steps) == 0
+    assert len(used) == steps // every
+    table = [
+        f"step {u.step}: {u.memory / MIB:.1f} MiB, {u.files} files, {u.threads} threads, {u.objects} objects"
+        for u in used
+    ]
+    print("\n".join(table[:: max(1, len(table) // 12)]))
+    settled = used[len(used) // 3 :]
+    early, late = settled[: len(settled) // 2], settled[len(settled) // 2 :]
+    for count in ("files", "threads"):
+        assert max(getattr(u, count) for u in late) <= max(getattr(u, count) for u in early), table
+    grown = statistics.median(u.memory for u in late) - statistics.median(u.memory for u in early)
+    assert grown < 8 * MIB, table
+    # Names of files and points of curves are noted at each saving; of a step nothing stays.
+    objects = statistics.median(u.objects for u in late) - statistics.median(u.objects for u in early)
+    assert objects < 20 * len(settled), table
+    kept = [path for path in Path(tmp_path / "out").iterdir() if path.name.startswith("lora-step")]
+    assert len(kept) <= 4, kept

@@ -5,6 +5,7 @@ Everything that can be wrong with the data is said here, before a model is loade
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from collections.abc import Sequence
@@ -239,10 +240,11 @@ def _dataset(settings: DatasetSettings, parts: Sequence[Records], caching: bool,
     items: list[Item] = []
     problems: list[str] = []
     buckets = _bucket_list(settings)
+    place_image = functools.cache(lambda size: _placement(size, settings, buckets))  # many images have the same size
     for subset, records in zip(settings.subsets, parts):
         for record in records:
             try:
-                placement = _placement(record, settings, buckets)
+                placement = place_image(_size(record))
             except UserError as error:
                 problems.append(f"{record.path}: {error}")
                 continue
@@ -274,8 +276,7 @@ def _bucket_list(settings: DatasetSettings) -> list[Size]:
     return bucket_resolutions(settings.resolution, *sides, settings.bucket_reso_steps)
 
 
-def _placement(record: ImageRecord, settings: DatasetSettings, buckets: list[Size]) -> Placement:
-    size = _size(record)
+def _placement(size: Size, settings: DatasetSettings, buckets: list[Size]) -> Placement:
     if settings.enable_bucket and settings.bucket_no_upscale:
         return place_without_upscaling(size, settings.resolution, settings.bucket_reso_steps)
     if settings.enable_bucket:

@@ -8,7 +8,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
@@ -55,7 +54,7 @@ class Cache(ABC):
 
     def __init__(
         self,
-        wanted: Iterable[tuple[Hashable, Item, Path | None, tuple[Hashable, ...]]],
+        wanted: Iterable[tuple[Hashable, Item, str | None, tuple[Hashable, ...]]],
         *,
         to_disk: bool,
         skip_check: bool,

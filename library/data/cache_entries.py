@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections import Counter, deque
@@ -59,25 +60,33 @@ class Entry:
     item: Item
     """Any one of the items; it is what the entry is made from."""
     items: list[Item]
-    path: Path | None
-    """The cache file; None in memory."""
+    file: str | None
+    """The path of the cache file; None in memory. Text, because most entries of a large dataset need no more."""
     signature: tuple[Hashable, ...]
     """What must be equal for items to share an entry."""
     state: State = "missing"
 
+    @functools.cached_property
+    def path(self) -> Path | None:
+        """The cache file; None in memory."""
+        return None if self.file is None else Path(self.file)
+
 
 def cache_stem(item: Item) -> str:
-    """The image's name without its extension (which it lacks when only cache files are left of it)."""
-    return item.path.stem if item.path.suffix in image_extensions() else item.path.name
+    """The image's path without its extension (which it lacks when only cache files are left of it)."""
+    stem, extension = os.path.splitext(path := str(item.path))
+    return stem if extension in image_extensions() else path
 
 
 def share_entries(
-    wanted: Iterable[tuple[Hashable, Item, Path | None, tuple[Hashable, ...]]], explain: Callable[[Entry, Item], str]
+    wanted: Iterable[tuple[Hashable, Item, str | None, tuple[Hashable, ...]]], explain: Callable[[Entry, Item], str]
 ) -> list[Entry]:
     """One entry for all items with the same key. Raises UserError when their signatures differ."""
     entries: dict[Hashable, Entry] = {}
-    for key, item, path, signature in wanted:
-        entry = entries.setdefault(key, Entry(item, [], path, signature))
+    for key, item, file, signature in wanted:
+        entry = entries.get(key)
+        if entry is None:
+            entry = entries[key] = Entry(item, [], file, signature)
         if entry.signature != signature:
             raise UserError(explain(entry, item))
         entry.items.append(item)
@@ -87,14 +96,14 @@ def share_entries(
 def check_states(entries: Sequence[Entry], check: Callable[[Entry], State], *, skip_check: bool) -> None:
     """Set the state of every entry on disk; with ``skip_check`` a file that exists is valid."""
 
-    there = _existing(entry.path for entry in entries if entry.path is not None)
-    found = [entry for entry in entries if entry.path is not None and str(entry.path) in there]
+    there = _existing(entry.file for entry in entries if entry.file is not None)
+    found = [entry for entry in entries if entry.file in there]
     states: Sequence[State] = ["valid"] * len(found) if skip_check else in_threads(check, found)
     for entry, state in zip(found, states):
         entry.state = state
 
 
-def _existing(paths: Iterable[Path]) -> set[str]:
+def _existing(paths: Iterable[str]) -> set[str]:
     """Those of ``paths`` that exist; each folder is listed once."""
     names: dict[str, set[str]] = {}
     there = set()
@@ -106,7 +115,7 @@ def _existing(paths: Iterable[Path]) -> set[str]:
             except OSError:
                 names[folder] = set()
         if name in names[folder]:
-            there.add(str(path))
+            there.add(path)
     return there
 
 
@@ -118,15 +127,15 @@ FolderShares = Callable[[Sequence[Path]], Sequence[Share]]
 
 def entries_of_process(entries: Sequence[Entry], shares: FolderShares) -> list[Entry]:
     """The entries that this process makes: on disk every file belongs to one process, in memory each makes all."""
-    paths = {path: number for number, path in enumerate(dict.fromkeys(e.path for e in entries if e.path is not None))}
-    folders = list(dict.fromkeys(path.parent for path in paths))
-    share_of = dict(zip(folders, shares(folders)))
+    files = {file: number for number, file in enumerate(dict.fromkeys(e.file for e in entries if e.file is not None))}
+    folders = list(dict.fromkeys(map(os.path.dirname, files)))
+    share_of = dict(zip(folders, shares(list(map(Path, folders)))))
 
-    def is_own(path: Path) -> bool:
-        number, count = share_of[path.parent]
-        return paths[path] % count == number
+    def is_own(file: str) -> bool:
+        number, count = share_of[os.path.dirname(file)]
+        return files[file] % count == number
 
-    return [entry for entry in entries if entry.path is None or is_own(entry.path)]
+    return [entry for entry in entries if entry.file is None or is_own(entry.file)]
 
 
 def require_images(entries: Iterable[Entry]) -> None:
@@ -145,8 +154,8 @@ def report_on(entries: Sequence[Entry], subject: str) -> CacheReport:
 
 def clean_folders(entries: Iterable[Entry]) -> None:
     """Remove what killed runs have left half-written beside the cache files."""
-    for folder in {entry.path.parent for entry in entries if entry.path is not None}:
-        remove_stale_temporaries(folder)
+    for folder in {os.path.dirname(entry.file) for entry in entries if entry.file is not None}:
+        remove_stale_temporaries(Path(folder))
 
 
 def progress_bar(total: int, title: str, unit: str, *, shown: bool) -> tqdm:

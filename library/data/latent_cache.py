@@ -133,19 +133,18 @@ class LatentCache(Cache):
                 bar.update(len(batch))
         return report
 
-    def _place(self, dataset: Dataset, item: Item, to_disk: bool) -> tuple[Any, Item, Path | None]:
+    def _place(self, dataset: Dataset, item: Item, to_disk: bool) -> tuple[Any, Item, str | None]:
         """The entry's key, and its file."""
         if not to_disk:
             return self._signature(dataset, item), item, None
         path = self._path(item)
         return (path, self._key(item)), item, path
 
-    def _path(self, item: Item) -> Path:
+    def _path(self, item: Item) -> str:
         stem = cache_stem(item)
-        plain = item.path.with_name(f"{stem}.npz")
-        if self.format.plain_name and plain.exists():
+        if self.format.plain_name and os.path.exists(plain := f"{stem}.npz"):
             return plain
-        return item.path.with_name(f"{stem}_{item.size[0]:04d}x{item.size[1]:04d}{self.format.suffix}")
+        return f"{stem}_{item.size[0]:04d}x{item.size[1]:04d}{self.format.suffix}"
 
     def _key(self, item: Item) -> str:
         """What the names of this resolution's arrays end in."""
@@ -280,22 +279,20 @@ class DiskLatents:
     """Latents read from a cache file each time."""
 
     def __init__(self, cache: LatentCache, entry: Entry) -> None:
-        assert entry.path is not None
-        self.path = entry.path
-        self.key, self.shapes = cache._key(entry.item), cache.shapes(entry)
+        self.cache, self.entry = cache, entry
 
     def read(self, *, flipped: bool) -> CachedLatent:
         """The latents, mirrored if requested. Raises UserError naming the file."""
         import torch
 
-        key = self.key
+        path, key = self.entry.path, self.cache._key(self.entry.item)
+        assert path is not None
         latents, others = f"latents{key}", f"latents_flipped{key}"
         if flipped:
             latents, others = others, latents
-        arrays = npz.read_arrays_for_training(
-            self.path, {name: shape for name, shape in self.shapes.items() if name != others}
-        )
-        require_finite_arrays(self.path, arrays)
+        shapes = self.cache.shapes(self.entry)
+        arrays = npz.read_arrays_for_training(path, {name: shapes[name] for name in shapes if name != others})
+        require_finite_arrays(path, arrays)
         width, height = (int(side) for side in arrays[f"original_size{key}"])
         left, top, right, bottom = (float(edge) for edge in arrays[f"crop_ltrb{key}"])
         mask = arrays.get(f"alpha_mask{key}")

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -80,11 +79,11 @@ class TextCache(Cache):
         shares: FolderShares | None = None,
     ) -> None:
         self.format = format
-        wanted: list[tuple[Any, Item, Path | None, tuple[Any, ...]]] = []
+        wanted: list[tuple[Any, Item, str | None, tuple[Any, ...]]] = []
         for item in group.items:
             caption = _fixed_caption(item)
-            path = item.path.with_name(f"{cache_stem(item)}{format.suffix}") if to_disk else None
-            wanted.append((path or caption, item, path, (caption,)))
+            file = f"{cache_stem(item)}{format.suffix}" if to_disk else None
+            wanted.append((file or caption, item, file, (caption,)))
         super().__init__(
             wanted,
             to_disk=to_disk,
@@ -203,15 +202,16 @@ class DiskText:
     """Text encoder outputs read from a cache file each time; floating point comes as float32."""
 
     def __init__(self, entry: Entry, format: TextFormat) -> None:
-        assert entry.path is not None
-        self.path, self.shapes = entry.path, format.arrays
+        self.entry, self.shapes = entry, format.arrays
 
     def read(self) -> dict[str, Tensor]:
         """Named tensors of one caption. Raises UserError naming the file."""
         import torch
 
-        arrays = npz.read_arrays_for_training(self.path, self.shapes)
-        require_finite_arrays(self.path, arrays)
+        path = self.entry.path
+        assert path is not None
+        arrays = npz.read_arrays_for_training(path, self.shapes)
+        require_finite_arrays(path, arrays)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 

@@ -33,6 +33,7 @@ RUNS = {
     "load_memory": [["load_memory.py"], ["load_memory.py", "--layout", "diffusers"]],
     "lora_overhead": [["lora_overhead.py", "--repeats", "15"]],
     "dry_run": [["dry_run.py"]],
+    "many_images": [["many_images.py"]],
     "fused_backward": [["fused_backward.py"]],
     "block_streaming": [
         ["block_streaming.py", "--parts", "fp8", "steps", "overhead"],

@@ -1,15 +1,20 @@
-"""A run of any length takes the memory, the files and the threads that it took at its beginning."""
+"""A run of any length takes the memory, files and threads of its beginning; a dataset of any size is read in step."""
 
 from __future__ import annotations
 
 import gc
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 import flux_train_network
+from benchmarks.many_images import link_images, write_datasets
+from benchmarks.measuring import present_memory
+from library.data.build import build_dataset_groups
+from library.data.options import DatasetOptions
 
 MIB = 1 << 20
 
@@ -65,3 +70,25 @@ def test_memory_files_and_threads_do_not_grow(train, prompts, thorough, tmp_path
     assert objects < 20 * len(settled), table
     kept = [path for path in Path(tmp_path / "out").iterdir() if path.name.startswith("lora-step")]
     assert len(kept) <= 4, kept
+
+
+def test_an_image_of_a_large_dataset_takes_no_more_than_one_of_a_small_one(tmp_path):
+    """In a folder and in a metadata file; ``benchmarks/many_images.py`` measures 100,000 of them."""
+    many, few = (read_images(tmp_path / str(count), count) for count in (5000, 500))
+    for kind in ("folder", "metadata"):
+        (seconds, memory), (few_seconds, _) = many[kind], few[kind]
+        assert seconds / 5000 < 3 * few_seconds / 500 + 0.0002, (many, few)  # with every image compared, ten times
+        assert memory / 5000 < 8000, (many, few)
+
+
+def read_images(folder: Path, count: int) -> dict[str, tuple[float, int]]:
+    """Seconds of processor time and bytes that reading so many images takes, by kind of dataset."""
+    folder.mkdir()
+    found = {}
+    for kind, dataset in write_datasets(folder, link_images(folder / "images", count)).items():
+        gc.collect()
+        memory, start = present_memory(), time.process_time()
+        group, _ = build_dataset_groups(DatasetOptions(dataset_config=str(dataset)), bucket_divisor=16)
+        found[kind] = (time.process_time() - start, present_memory() - memory)
+        assert len(group.datasets[0].items) == count
+    return found

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -49,6 +50,28 @@ def say_when_set_up(message: str) -> None:
     _waiting.append(message)
 
 
+COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that a terminal obeys instead of showing them, but line ends and tabs; and those that turn the direction
+of the text behind them, so that it reads as something else."""
+
+
+def printable(text: str) -> str:
+    """``text`` for a console or a log: what names, captions and metadata could command is shown as ``\\x1b``."""
+    return COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def show(text: str) -> None:
+    """Print what a tool was called for, at once."""
+    print(printable(text), flush=True)
+
+
+class _Formatter(logging.Formatter):
+    """Messages without commands for the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _Console(logging.StreamHandler):
     """A console that may be closed or full: what cannot be shown is lost, and nothing else happens."""
 
@@ -81,7 +104,9 @@ def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
         try:
             if main_process:
                 open(options.console_log_file, "w").close()  # others append, so that no process cuts off another
-            handler: logging.Handler = _LogFile(options.console_log_file, mode="a", encoding="utf-8")
+            handler: logging.Handler = _LogFile(
+                options.console_log_file, mode="a", encoding="utf-8", errors="backslashreplace"
+            )
         except OSError as error:
             raise UserError(
                 f"--console_log_file: cannot write {options.console_log_file} ({error.strerror})."
@@ -90,7 +115,7 @@ def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
         make_console_safe()
         handler = _Console(sys.stderr)
     plain = "%(message)s" if options.console_log_simple else "%(asctime)s %(levelname)-7s %(message)s"
-    handler.setFormatter(logging.Formatter(plain, datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter(plain, datefmt="%H:%M:%S"))
     LOGGER.handlers[:] = [handler]
     LOGGER.propagate = False
     level = getattr(logging, options.console_log_level or "INFO")
@@ -172,7 +197,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -183,7 +208,7 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        print(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}).", file=sys.stderr)
+        print(printable(f"error: {error.filename or 'a file'} cannot be written ({error.strerror})."), file=sys.stderr)
         sys.exit(UnsavedError.exit_code)
 
 

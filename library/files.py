@@ -112,7 +112,7 @@ def writing(path: Path | str, size: int = 0) -> Iterator[IO[Any]]:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write UTF-8 text with ``\\n`` line ends, complete or not at all."""
-    data = text.encode("utf-8")
+    data = text.encode("utf-8", "backslashreplace")  # a name that is no UTF-8; in JSON this is its escape
     with writing(path, len(data)) as file:
         file.write(data)
 

@@ -22,7 +22,7 @@ Key = int | str
 def derive_seed(seed: int, purpose: str, *keys: Key) -> int:
     """A 63-bit seed for one draw; the same arguments give the same seed on every machine and Python version."""
     text = "\x1f".join([str(seed), purpose, *(f"{type(key).__name__}:{key}" for key in keys)])
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, purpose: str, *keys: Key, device: torch.device | str = "cpu") -> torch.Generator:

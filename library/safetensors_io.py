@@ -274,7 +274,7 @@ def _header_bytes(tensors: Mapping[str, torch.Tensor], layout: list[str], metada
             "data_offsets": [position, stop],
         }
         position = stop
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

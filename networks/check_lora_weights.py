@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from library.console import run_script
+from library.console import run_script, show
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,27 +25,27 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = open_checkpoint(options.file)
     roles = {key: match.lastgroup if (match := KEY.match(key)) else None for key in checkpoint}
     matrices = [key for key, role in roles.items() if role in ("down", "up")]
-    print(f"number of LoRA modules: {len(matrices)}")
+    show(f"number of LoRA modules: {len(matrices)}")
     listed = list(matrices)
     if options.show_all_keys:
         listed += [key for key in checkpoint if key not in set(matrices)]
-        print(f"number of all modules: {len(listed)}")
+        show(f"number of all modules: {len(listed)}")
     not_finite, zeros = [], []
     for key in listed:
         tensor = checkpoint.load(key)
         sizes = tensor.abs().double() if tensor.is_complex() else tensor.double().abs()
         shape = str(tuple(sizes.shape)).replace(", ", "-")
         if not sizes.numel():
-            print(f"{key},{shape},empty,empty")
+            show(f"{key},{shape},empty,empty")
             continue
-        print(f"{key},{shape},{float(sizes.mean())},{float(sizes.min())}")
+        show(f"{key},{shape},{float(sizes.mean())},{float(sizes.min())}")
         if not bool(sizes.isfinite().all()):
             not_finite.append(key)
         elif not bool(sizes.any()) and roles[key] == "up":
             zeros.append(key)
     for keys, meaning in ((not_finite, "hold infinity or NaN: the file is damaged"), (zeros, "are 0: without effect")):
         if keys:
-            print(f"{len(keys)} tensors {meaning}, such as {keys[0]}")
+            show(f"{len(keys)} tensors {meaning}, such as {keys[0]}")
 
 
 if __name__ == "__main__":

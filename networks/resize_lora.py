@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from dataclasses import dataclass, field
 from typing import Literal
 
-from library.console import ConsoleOptions, run_script, set_up_console
+from library.console import ConsoleOptions, run_script, set_up_console, show
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.options import parse_options
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     modules = resized(lora, new_rank, parse_device(resize.device))
     if resize.verbose:
-        print(module_report(modules))
+        show(module_report(modules))
     save_precision = files.save_precision or "float"
     tensors = resized_tensors(lora, modules, parse_dtype(save_precision))
     refuse_overflow(tensors, save_precision)

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from library.console import run_script
+from library.console import run_script, show
 from library.errors import UserError
 from library.generation.image_files import SUFFIXES, text_in_image
 from library.safetensors_io import read_header
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     metadata = text_in_image(Path(path)) if image else read_header(path).metadata
     if not metadata:
         raise UserError(f"{path} has no metadata.")
-    print(json.dumps(metadata, indent=4, sort_keys=True))
+    show(json.dumps(metadata, indent=4, sort_keys=True))
 
 
 if __name__ == "__main__":

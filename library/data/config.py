@@ -147,7 +147,7 @@ def _subsets_of_folder(folder: str | None, option: str, *, is_reg: bool) -> list
         raise UserError(f"{option}: there is no folder {parent}.")
     subsets = []
     for path in sorted(entry for entry in parent.iterdir() if entry.is_dir()):
-        number, _, class_tokens = path.name.partition("_")
+        number, _, class_tokens = path.name.encode("utf-8", "replace").decode("utf-8").partition("_")
         try:
             repeats = int(number)
         except ValueError:

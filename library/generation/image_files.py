@@ -172,6 +172,7 @@ def _png_text(text: Mapping[str, str]) -> PngInfo:
 
     chunks = PngInfo()
     for key, value in text.items():
+        value = value.encode("utf-8", "replace").decode("utf-8")  # a prompt of the command line may be no UTF-8
         chunks.add_text(key, value)  # becomes iTXt (UTF-8) where Latin-1 does not suffice
     return chunks
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.console import forget_interrupt
+from library.console import forget_interrupt, show
 from library.errors import UserError
 from library.generation.prompts import with_defaults
 from library.prompt_options import PromptOptions, parse_prompt_values, prompt_options
@@ -69,7 +69,7 @@ def take_lines(take: Callable[[str], None], ask: str, end: str | None) -> None:
         try:
             take(line)
         except UserError as error:
-            print(f"error: {error}", flush=True)
+            show(f"error: {error}")
         except KeyboardInterrupt:
             forget_interrupt()
             print("stopped", flush=True)

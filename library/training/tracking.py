@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import time
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from library.console import say, warn
+from library.console import printable, say, warn
 from library.errors import UserError, in_one_line
 from library.files import require_writable_folder
 from library.options import SECRETS
@@ -128,7 +129,7 @@ class Tracker:
             assert folder is not None  # check_logging_options
             self._tensorboard = _EventFile(folder / name)
             if config:
-                rows = "".join(f"|{key}|{value}|\n" for key, value in config.items())
+                rows = "".join(f"|{key}|{_cell(value)}|\n" for key, value in config.items())
                 self._tensorboard.add_text("config", f"|option|value|\n|---|---|\n{rows}")
         if "wandb" in targets:
             self._wandb = _start_wandb(options, name, config, folder)
@@ -192,6 +193,11 @@ def _start_wandb(options: LoggingOptions, project: str, config: dict[str, Any], 
     return run
 
 
+def _cell(value: Any) -> str:
+    """A value for a cell of a table in Markdown: one line, without columns, links and markup of its own."""
+    return re.sub(r"([\\|<\[`])", r"\\\1", " ".join(printable(str(value)).split()))
+
+
 class _EventFile:
     """A TensorBoard event file. Each record is on its way to the disk at once, so that a killed run keeps its curves.
 
@@ -226,7 +232,7 @@ class _EventFile:
         value = event.summary.value.add(tag=f"{tag}/text_summary")
         value.metadata.plugin_data.plugin_name = "text"
         value.tensor.dtype = 7  # DT_STRING
-        value.tensor.string_val.append(markdown.encode("utf-8"))
+        value.tensor.string_val.append(markdown.encode("utf-8", "replace"))
         self._write(event)
 
     def _write(self, event: Any) -> None:

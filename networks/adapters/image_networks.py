@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
-from library.console import warn
+from library.console import show, warn
 from library.errors import UserError, did_you_mean
 from library.families import SDXL, STABLE_DIFFUSION
 from library.generation.network_options import NetworkFile, NetworkOptions, parse_network_files, strengths
@@ -45,7 +45,7 @@ def open_networks(options: NetworkOptions, pipeline: StableDiffusionPipeline) ->
             )
         if options.network_show_meta:
             metadata = open_checkpoint(file.path).metadata
-            print(f"{file.path}: {json.dumps(metadata, indent=4, sort_keys=True) if metadata else 'no metadata'}")
+            show(f"{file.path}: {json.dumps(metadata, indent=4, sort_keys=True) if metadata else 'no metadata'}")
     return ImageNetworks(files, pipeline, options.network_pre_calc)
 
 

@@ -239,11 +239,15 @@ def tell_saved(path: Path, ranks: Sequence[int]) -> None:
 
 
 def refuse_overflow(tensors: Mapping[str, torch.Tensor], save_precision: str) -> None:
-    """Raises UserError when a number became infinite in the format it is saved in."""
+    """Raises UserError when a number became infinite in the dtype it is saved in, or is NaN or infinite itself."""
     import torch
 
     for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor.float()).all()):
+            if save_precision in ("float", "fp32", "float32") or bool(torch.isnan(tensor.float()).any()):
+                raise UserError(
+                    f'"{key}" holds NaN or infinity; a given LoRA file is damaged, or a ratio is far too large.'
+                )
             raise UserError(
                 f'"{key}" holds numbers too large for {save_precision}; use --save_precision bf16 or float.'
             )

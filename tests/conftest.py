@@ -17,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 
+from library import console
 from library.memory.activations import OffloadedInputs
 from library.memory.streaming import BlockStream
 from tests.documented import DATASETS
@@ -62,9 +63,10 @@ def messages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def accelerate_is_new() -> Iterator[None]:
-    """A test that looks at accelerate does not meet what a run before it has set up."""
+    """A test that looks at accelerate or at messages does not meet what a run before it has set up or held back."""
     yield
     forget_accelerator()
+    console._waiting.clear()
 
 
 @pytest.fixture(autouse=True)

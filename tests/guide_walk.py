@@ -38,11 +38,15 @@ RUN = (
     "--network_dim 4 --learning_rate 1e-3 --train_batch_size 2 --seed 7 --max_data_loader_n_workers 0 --no_report"
 ).split()
 SMALL = {
-    "1024, 1024": "128, 128",
+    "1024, 1024": "64, 64",
     "768, 768": "96, 96",
-    "1280, 768": "1280, 64",
+    "1280, 768": "192, 64",
     "--max_train_epochs=10": "--max_train_epochs=2",
+    "--w 512 --h 512": "--w 64 --h 96",
+    "--s 20": "--s 2",
 }
+Models = Mapping[str, Mapping[str, Path | str | tuple[str, ...]]]
+"""Kind of model -> option -> its value."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,12 @@ def make_place(folder: Path, guide: Guide, image_folder: Path) -> Path:
     return folder
 
 
-def model_options(entry: Entry, models: Mapping[str, Mapping[str, Path | str]]) -> list[str]:
-    """The options that name the model of an entry; those without a value are switches."""
+def model_options(entry: Entry, models: Models) -> list[str]:
+    """The options that name the model of an entry and what is trained of it; those without a value are switches."""
     given = {name: value for name, value in models[entry.model].items() if name not in entry.without}
-    return [f"--{name}={value}".rstrip("=") for name, value in given.items()]
+    several = {name: value for name, value in given.items() if isinstance(value, tuple)}
+    options = [f"--{name}={value}".rstrip("=") for name, value in given.items() if name not in several]
+    return [*options, *(word for name, values in several.items() for word in (f"--{name}", *values))]
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -185,7 +191,7 @@ def entry_options(guide: Guide, entry: Entry, folder: Path, place: Path, named: 
     if entry.kind == "options":
         return [*options, *with_files(entry.text, named)]
     if entry.kind == "prompt":
-        (folder / "prompts.txt").write_text(entry.text, encoding="utf-8")
+        (folder / "prompts.txt").write_text(smaller(entry.text), encoding="utf-8")
         return [*options, f"--sample_prompts={folder / 'prompts.txt'}", "--sample_every_n_steps=1"]
     path = folder / "dataset.toml"
     text = entry.text
@@ -203,7 +209,7 @@ def entry_options(guide: Guide, entry: Entry, folder: Path, place: Path, named: 
 
 
 def smaller(text: str) -> str:
-    """A dataset file or command line with smaller numbers."""
+    """A dataset file, prompt or command line with smaller numbers."""
     for large, small in SMALL.items():
         text = text.replace(large, small)
     return text
@@ -333,7 +339,7 @@ def walk_on(
     folder: Path,
     run: Callable[[Path, list[str]], Outcome],
     compared: Callable[[Entry], Outcome],
-    models: Mapping[str, Mapping[str, Path | str]],
+    models: Models,
     named: Mapping[str, Path],
     place: Path,
 ) -> None:
@@ -345,9 +351,7 @@ def walk_on(
     require(entry, outcome, compared)
 
 
-def run_command(
-    guide: Guide, entry: Entry, models: Mapping[str, Mapping[str, Path | str]], place: Path, folder: Path
-) -> Outcome:
+def run_command(guide: Guide, entry: Entry, models: Models, place: Path, folder: Path) -> Outcome:
     """A command word for word, in a folder that is not the project's; the launcher's own parser takes its words."""
     dataset = (place / guide.dataset).read_text(encoding="utf-8")
     dataset = dataset.replace("[[datasets]]", "[[datasets]]\nbatch_size = 2")

@@ -49,8 +49,9 @@ def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_tom
         family.script,
         *family.command(files),
         *FORMATS[dtype],
-        *("--dataset_config", dataset_toml(bucket_reso_steps=64), "--output_dir", tmp_path, "--output_name", "trained"),
-        *("--max_train_steps", "2", "--sample_at_first", "--sample_every_n_steps", "2", "--sample_prompts", prompts),
+        *("--dataset_config", dataset_toml(resolution=64, bucket_reso_steps=64), "--output_dir", tmp_path),
+        *("--output_name", "trained", "--max_train_steps", "1", "--sample_at_first", "--sample_every_n_steps", "1"),
+        *("--sample_prompts", prompts),
         *("--max_data_loader_n_workers", "0", "--learning_rate", "0.05", "--no_report"),
     )
     assert trained.returncode == 0, trained.stderr[-3000:]
@@ -61,7 +62,7 @@ def test_the_same_image_from_both_scripts(family, dtype, tiny_files, dataset_tom
         *(*family.lora_option, tmp_path / "trained.safetensors", family.output_option, tmp_path / "drawn"),
     )
     assert drawn.returncode == 0, drawn.stderr[-3000:]
-    before, samples = (pixels(tmp_path / "sample", step) for step in ("trained_000000_", "trained_000002_"))
+    before, samples = (pixels(tmp_path / "sample", step) for step in ("trained_000000_", "trained_000001_"))
     assert len(samples) == 3
     assert pixels(tmp_path / "drawn") == samples
     assert all(a != b for a, b in zip(before, samples)), "the LoRA changes each image"

@@ -15,6 +15,7 @@ from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
 from library.models.loading import LoadSpec
 from library.options import parse_options
+from tests.e2e.test_flux_training_options import SMALL
 from tests.running import forget_accelerator, run_in_process
 from tools.cache_run import run_tool
 from tools.make_tiny_controlnet import make_tiny_controlnet
@@ -33,7 +34,7 @@ def run(flux_command, dataset_toml, control_folder, tmp_path):
         if control is not None:
             dataset["subset"] = {"conditioning_data_dir": control.as_posix(), **dataset.get("subset", {})}
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", tmp_path / output]
-        given += ["--dataset_config", dataset_toml(**dataset), "--max_data_loader_n_workers", "0", *arguments]
+        given += ["--dataset_config", dataset_toml(**(SMALL | dataset)), "--max_data_loader_n_workers", "0", *arguments]
         trainer = FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
         trainer.train()
         return trainer
@@ -59,7 +60,7 @@ def test_training_through_the_command_line(flux_command, dataset_toml, control_f
     )
     finished = run_in_process(
         "flux_train_network.py",
-        *(*flux_command, "--dataset_config", dataset_toml(subset=subset), "--output_dir", tmp_path / "out"),
+        *(*flux_command, "--dataset_config", dataset_toml(subset=subset, **SMALL), "--output_dir", tmp_path / "out"),
         *(OPTION, tiny_controlnet, "--max_train_steps", "3", "--network_train_unet_only", "--gradient_checkpointing"),
         *("--cache_latents", "--cache_text_encoder_outputs", "--mixed_precision", "bf16", "--fp8_base"),
         *("--sample_prompts", prompts, "--sample_every_n_steps", "3"),

@@ -51,8 +51,8 @@ def guide() -> Guide:
 
 
 @pytest.fixture(scope="module")
-def models(tiny_flux, tiny_chroma, tmp_path_factory) -> dict[str, dict[str, Path | str]]:
-    """The files of each kind of model by the option that names them."""
+def models(tiny_flux, tiny_chroma, tmp_path_factory) -> dict[str, dict[str, Path | str | tuple[str, ...]]]:
+    """The files of each kind of model by the option that names them; of the deep one, the ends are trained."""
     from library.models.flux.transformer import FluxTransformer
     from library.safetensors_io import save_file
     from tools.make_tiny_models import fill_randomly, make_tiny_flux, transformer_config
@@ -64,11 +64,12 @@ def models(tiny_flux, tiny_chroma, tmp_path_factory) -> dict[str, dict[str, Path
     schnell = make_tiny_flux(folder / "schnell", variant="schnell")
     found = {"flux": tiny_flux, "schnell": schnell, "chroma": tiny_chroma}
     names = {"pretrained_model_name_or_path": "transformer", "clip_l": "clip_l", "t5xxl": "t5xxl", "ae": "autoencoder"}
-    files = {
+    files: dict[str, dict[str, Path | str | tuple[str, ...]]] = {
         kind: {name: path for name, part in names.items() if (path := getattr(tiny, part))}
         for kind, tiny in found.items()
     }
     files["deep"] = {**files["flux"], "pretrained_model_name_or_path": folder / "deep.safetensors"}
+    files["deep"]["network_args"] = ("train_double_block_indices=0,18", "train_single_block_indices=0,37")
     files["chroma"] |= {"model_type": "chroma", "apply_t5_attn_mask": ""}
     return files
 

@@ -17,6 +17,9 @@ from library.errors import UserError
 from library.options import parse_options
 from tests.running import forget_accelerator
 
+SMALL: dict[str, object] = {"resolution": 64, "bucket_reso_steps": 32, "min_bucket_reso": 32, "max_bucket_reso": 128}
+"""The images at half their size."""
+
 
 @pytest.fixture
 def train(flux_command, dataset_toml, tmp_path):
@@ -25,7 +28,7 @@ def train(flux_command, dataset_toml, tmp_path):
     def run(*arguments: object, steps: int = 2, output: str = "out", **dataset: object) -> FluxNetworkTrainer:
         forget_accelerator()
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", tmp_path / output]
-        given += ["--dataset_config", dataset_toml(**dataset), "--max_data_loader_n_workers", "0", *arguments]
+        given += ["--dataset_config", dataset_toml(**(SMALL | dataset)), "--max_data_loader_n_workers", "0", *arguments]
         trainer = FluxNetworkTrainer.of(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
         trainer.train()
         return trainer
@@ -42,33 +45,18 @@ def trained_keys(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--timestep_sampling sigma --weighting_scheme logit_normal --logit_mean 0.5",
-        "--timestep_sampling sigma --weighting_scheme mode --model_prediction_type sigma_scaled",
-        "--timestep_sampling uniform --weighting_scheme cosmap",
-        "--timestep_sampling sigmoid --sigmoid_scale 0.8 --weighting_scheme sigma_sqrt",
-        "--timestep_sampling shift --discrete_flow_shift 3.1582 --model_prediction_type raw --guidance_scale 1.0",
-        "--model_prediction_type additive --min_timestep 200 --max_timestep 800",
-        "--loss_type huber",
-        "--loss_type smooth_l1 --huber_schedule exponential --huber_c 0.2",
-        "--loss_type l1 --ip_noise_gamma 0.1 --ip_noise_gamma_random_strength",
-        "--apply_t5_attn_mask --cache_text_encoder_outputs",
-        "--gradient_checkpointing --cpu_offload_checkpointing",
+        "--model_prediction_type additive --min_timestep 200 --max_timestep 800 --loss_type smooth_l1 "
+        "--huber_schedule exponential --huber_c 0.2 --disable_mmap_load_safetensors --lowram --noise_offset 0.1",
+        "--mixed_precision bf16 --fp8_base_unet --cache_text_encoder_outputs --apply_t5_attn_mask --no_half_vae "
+        "--cache_latents --vae_batch_size 3",
         "--mixed_precision bf16 --full_bf16 --optimizer_type Lion",
-        "--mixed_precision bf16 --fp8_base --gradient_checkpointing",
-        "--mixed_precision bf16 --fp8_base_unet --cache_text_encoder_outputs",
-        "--mixed_precision bf16 --no_half_vae --cache_latents --vae_batch_size 3",
         "--optimizer_type Prodigy --learning_rate 1.0 --optimizer_args decouple=True",
         "--optimizer_type AdamWScheduleFree --validation_split 0.2 --save_state",
         "--optimizer_type DAdaptAdam --learning_rate 1.0",
         "--optimizer_type SGDNesterov --lr_scheduler cosine_with_restarts --lr_scheduler_num_cycles 2",
-        "--lr_scheduler warmup_stable_decay --lr_warmup_steps 10% --lr_decay_steps 0.5 --lr_scheduler_min_lr_ratio 0.1",
-        "--lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=5",
+        "--lr_scheduler warmup_stable_decay --lr_warmup_steps 10% --lr_decay_steps 0.5 --lr_scheduler_min_lr_ratio 0.1 "
         "--scale_weight_norms 0.5 --network_dropout 0.2 --save_precision bf16",
-        "--network_args ggpo_sigma=0.03 ggpo_beta=0.01",
-        "--network_args split_qkv=True in_dims=[4,2,2,2,4]",
-        "--network_args loraplus_lr_ratio=4 train_double_block_indices=0 train_single_block_indices=none",
-        "--network_args network_reg_dims=single.*_modulation.*=2,img_attn=8 network_reg_lrs=double_blocks=2e-3",
-        "--disable_mmap_load_safetensors --lowram --clip_skip 2 --noise_offset 0.1",
+        "--lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=5 --clip_skip 2",
     ],
 )
 def test_short_run(train, tmp_path, arguments):
@@ -94,7 +82,6 @@ def test_adafactor_as_documented(train, tmp_path):
     [
         ("--network_train_unet_only", {"unet"}),
         ("", {"unet", "te1"}),
-        ("--cache_text_encoder_outputs", {"unet", "te1"}),
         ("--network_args train_t5xxl=True --text_encoder_lr 1e-3 1e-4", {"unet", "te1", "te3"}),
         ("--network_args train_t5xxl=True --gradient_checkpointing", {"unet", "te1", "te3"}),
         ("--network_train_text_encoder_only", {"te1"}),
@@ -102,7 +89,7 @@ def test_adafactor_as_documented(train, tmp_path):
     ],
 )
 def test_which_parts_are_trained(train, tmp_path, arguments, parts):
-    train(*arguments.split())
+    train(*arguments.split(), steps=1)
     assert trained_keys(tmp_path / "out" / "last.safetensors") == parts
 
 
@@ -110,15 +97,9 @@ def test_cached_and_uncached_text_train_the_same(train, tmp_path):
     train("--cache_latents", output="a")
     train("--cache_latents", "--cache_text_encoder_outputs", output="b")
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("a", "b"))
+    assert trained_keys(tmp_path / "b" / "last.safetensors") == {"unet", "te1"}
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-6)
-
-
-def test_checkpointing_changes_nothing(train, tmp_path):
-    train(output="a")
-    train("--gradient_checkpointing", output="b")
-    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("a", "b"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_loader_threads_and_samples_change_nothing(train, tmp_path):
@@ -242,7 +223,7 @@ def test_debug_dataset_prints_and_trains_nothing(train, tmp_path, capsys, monkey
     [
         "--use_pinned_memory_for_block_swap --stream_text_encoders --sample_every_n_steps 1 --sample_prompts PROMPTS",
         "--mixed_precision bf16 --fp8_base --gradient_checkpointing --block_swap_ring_size 1",
-        "--base_weights WEIGHTS --network_dropout 0.2 --validation_split 0.5 --validate_every_n_steps 1",
+        "--base_weights WEIGHTS --network_dropout 0.2 --validation_split 0.5 --max_validation_steps 1",
         "--network_module networks.oft_flux",
         "--network_module lycoris.kohya --network_args algo=lokr dora_wd=True preset=full",
         "--network_args ggpo_sigma=0.03 ggpo_beta=0.01 split_qkv=True in_dims=[4,2,2,2,4]",

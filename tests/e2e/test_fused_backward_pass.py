@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.options import parse_options
+from tests.e2e.test_flux_training_options import SMALL
 from tests.running import forget_accelerator
 
 DOCUMENTED = (
@@ -28,8 +29,15 @@ def train(flux_command, dataset_toml, tmp_path):
 
     def run(output: str, *arguments: object, watch=lambda trainer: None) -> FluxNetworkTrainer:
         forget_accelerator()
-        given = [*flux_command, "--output_dir", tmp_path / output, "--dataset_config", dataset_toml(), *arguments]
-        given += ["--max_train_steps", "6", "--max_data_loader_n_workers", "0", "--cache_latents"]
+        given = [
+            *flux_command,
+            "--output_dir",
+            tmp_path / output,
+            "--dataset_config",
+            dataset_toml(**SMALL),
+            *arguments,
+        ]
+        given += ["--max_train_steps", "4", "--max_data_loader_n_workers", "0", "--cache_latents"]
         trainer = Watched(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
         trainer.watch = watch
         trainer.train()
@@ -62,12 +70,12 @@ def test_the_weights_are_those_of_ordinary_steps(train, tmp_path, more):
 
 
 def test_a_resumed_run_ends_at_the_same_weights(train, tmp_path):
-    arguments = [*DOCUMENTED, "--fused_backward_pass", "--save_state", "--save_every_n_steps", "3"]
+    arguments = [*DOCUMENTED, "--fused_backward_pass", "--save_state", "--save_every_n_steps", "2"]
     train("whole", *arguments)
-    train("again", *arguments, "--resume", tmp_path / "whole" / "at-step00000003-state")
+    train("again", *arguments, "--resume", tmp_path / "whole" / "at-step00000002-state")
     whole, again = weights(tmp_path / "whole"), weights(tmp_path / "again")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert any(
-        not torch.equal(whole[name], load_file(tmp_path / "whole" / "at-step00000003.safetensors")[name])
+        not torch.equal(whole[name], load_file(tmp_path / "whole" / "at-step00000002.safetensors")[name])
         for name in whole
     )

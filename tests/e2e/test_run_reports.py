@@ -13,6 +13,7 @@ import pytest
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.options import parse_options
 from library.training.report.description import end_facts, start_facts
+from tests.e2e.test_flux_training_options import SMALL
 from tests.running import forget_accelerator
 
 
@@ -23,7 +24,7 @@ def train(flux_command, dataset_toml, tmp_path):
     def run(*arguments: object, trainer_class: type = FluxNetworkTrainer, steps: int = 4, **dataset: object) -> Any:
         forget_accelerator()
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", tmp_path / "out", *arguments]
-        given += ["--dataset_config", dataset_toml(**dataset), "--max_data_loader_n_workers", "0"]
+        given += ["--dataset_config", dataset_toml(**(SMALL | dataset)), "--max_data_loader_n_workers", "0"]
         trainer = trainer_class(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
         trainer.train()
         return trainer

@@ -94,6 +94,24 @@ def loss_of(prepare, loaded):
     return run
 
 
+@pytest.fixture(scope="module")
+def known_losses() -> dict[tuple[str, str], float]:
+    """The losses that ``plain_loss`` has found."""
+    return {}
+
+
+@pytest.fixture
+def plain_loss(loss_of, known_losses):
+    """``loss_of`` what several cases are compared with."""
+
+    def run(arguments: str, model: str) -> float:
+        if (arguments, model) not in known_losses:
+            known_losses[arguments, model] = loss_of(arguments, model)
+        return known_losses[arguments, model]
+
+    return run
+
+
 def one_batch(trainer):
     (plan, *_) = trainer.data.train.plan(1, 7)
     return trainer.data.train.load(plan, epoch=1, step=0, max_train_steps=1, seed=7)
@@ -126,10 +144,10 @@ def one_batch(trainer):
         ("sdxl", "--v_parameterization", ""),
     ],
 )
-def test_an_option_changes_the_loss_of_the_same_draws(loss_of, model, arguments, beside):
+def test_an_option_changes_the_loss_of_the_same_draws(loss_of, plain_loss, model, arguments, beside):
     changed = loss_of(f"{beside} {arguments}", model)
     assert numpy.isfinite(changed)
-    assert changed != pytest.approx(loss_of(beside, model), rel=1e-5)
+    assert changed != pytest.approx(plain_loss(beside, model), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +160,12 @@ def test_an_option_changes_the_loss_of_the_same_draws(loss_of, model, arguments,
         ("sd2", "--min_snr_gamma 5 --debiased_estimation_loss", lambda snr: 5 / (snr + 1) ** 2),
     ],
 )
-def test_loss_weights_are_those_of_the_noise_level(loss_of, model, arguments, factor):
+def test_loss_weights_are_those_of_the_noise_level(loss_of, plain_loss, model, arguments, factor):
     # alphas_cumprod[100], from the definition of the schedule
     roots = numpy.linspace(0.00085**0.5, 0.012**0.5, 1000)[:101]
     signal = (1 - roots**2).prod()
     fixed = "--min_timestep 100 --max_timestep 100"
-    expected = loss_of(fixed, model) * factor(signal / (1 - signal))
+    expected = plain_loss(fixed, model) * factor(signal / (1 - signal))
     assert loss_of(f"{fixed} {arguments}", model) == pytest.approx(expected, rel=1e-4)
 
 
@@ -201,19 +219,11 @@ def test_a_compiled_unet_trains(train, loras, images):
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
 def test_cached_and_uncached_text_train_the_same(train, loras, model):
     arguments = ("--cache_latents", "--network_train_unet_only", "--max_token_length", "150")
-    train(*arguments, model=model, steps=2, output="a")
-    train(*arguments, "--cache_text_encoder_outputs", model=model, steps=2, output="b")
+    train(*arguments, model=model, output="a")
+    train(*arguments, "--cache_text_encoder_outputs", model=model, output="b")
     one, two = loras("a", "b")
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-6)
-
-
-def test_checkpointing_changes_nothing(train, loras, images):
-    train("--gradient_checkpointing", output="b", folder=images)
-    train("--gradient_checkpointing", "--cpu_offload_checkpointing", output="c", folder=images)
-    train(output="a", folder=images)
-    one, two, three = loras("a", "b", "c")
-    assert all(torch.equal(one[key], two[key]) and torch.equal(one[key], three[key]) for key in one)
 
 
 def test_another_autoencoder_gives_other_latents(train, few_blocks_sdxl, tmp_path):

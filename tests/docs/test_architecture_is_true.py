@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def modules(folder: str) -> list[Path]:
     return [path for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "__init__.py"]
 
 
+@cache
 def imported_names(source: str, package: str) -> set[str]:
     """Every module that a source file imports anywhere, with the names taken from it; ``package`` holds the file."""
     names: set[str] = set()

@@ -190,7 +190,7 @@ def test_latents_are_scaled_before_noise_is_added(prepare):
         ),
         ("sd1", "--mixed_precision bf16 --full_bf16 --no_half_vae --save_precision fp16 --text_encoder_lr 0", {"unet"}),
         ("sd1", "--scale_weight_norms 0.5 --network_args loraplus_lr_ratio=4 --unet_lr 2e-3", {"unet", "te"}),
-        ("sd2", "--validation_split 0.2 --validate_every_n_steps 1 --optimizer_type Lion", {"unet", "te"}),
+        ("sd2", "--validation_split 0.2 --max_validation_steps 1 --optimizer_type Lion", {"unet", "te"}),
         ("sd2", "--gradient_checkpointing --network_train_text_encoder_only --weighted_captions", {"te"}),
         ("sdxl", "--mixed_precision bf16 --gradient_checkpointing --cpu_offload_checkpointing", {"unet", "te1", "te2"}),
         (

@@ -14,6 +14,7 @@ from library.memory.storage import BlocksStoredAs, Storage, block_linears
 from library.memory.stored_linear import StoredLinear
 from library.models.flux.checkpoint import open_transformer
 from library.models.loading import LoadSpec
+from tests.e2e.test_flux_training_options import SMALL
 from tests.running import make_trainer, no_weights_are_read, run_in_process, train
 
 OPTIONS = {
@@ -30,7 +31,7 @@ CACHED = ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_un
 @pytest.fixture
 def given(flux_command, dataset_toml) -> list[object]:
     """A command line of four steps in bfloat16, on cached images and captions, but for the output folder."""
-    words = [*flux_command, *CACHED, "--mixed_precision", "bf16", "--dataset_config", dataset_toml()]
+    words = [*flux_command, *CACHED, "--mixed_precision", "bf16", "--dataset_config", dataset_toml(**SMALL)]
     return [
         *words,
         "--seed",
@@ -155,8 +156,17 @@ def test_a_lora_is_merged_into_the_base_model_beforehand_and_a_run_is_resumed(gi
 
 @pytest.mark.parametrize(("options", "transformer"), [("--fp8_scaled", "float8_e4m3fn"), ("--base_format nf4", "nf4")])
 def test_text_encoders_follow_fp8_base(flux_command, dataset_toml, tmp_path, options, transformer):
-    words = [*flux_command, "--dataset_config", dataset_toml(), "--max_train_steps", "1", "--output_dir", tmp_path]
-    words += ["--mixed_precision", "bf16", "--fp8_base", "--max_data_loader_n_workers", "0", "--no_report"]
+    words = [*flux_command, "--dataset_config", dataset_toml(**SMALL), "--max_train_steps", "1"]
+    words += [
+        "--output_dir",
+        tmp_path,
+        "--mixed_precision",
+        "bf16",
+        "--fp8_base",
+        "--max_data_loader_n_workers",
+        "0",
+        "--no_report",
+    ]
     modules = train("flux", *words, *options.split()).pipeline.modules
     kept = {
         part: {layer.format_name for layer in modules[part].modules() if isinstance(layer, StoredLinear)}
@@ -176,10 +186,10 @@ def test_options_name_a_format(given, tmp_path, options):
 # ---- before anything is loaded ---------------------------------------------------------------------------------------
 
 
-FORMATS = {"--base_format int8": "int8", "--base_format nf4": "nf4"}
+FORMATS = {"--fp8_scaled": "float8_e4m3fn", "--base_format int8": "int8", "--base_format nf4": "nf4"}
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", FORMATS)
 def test_a_dry_run_plans_the_memory_that_is_then_used_and_reads_no_weights(given, tiny_flux, tmp_path, options):
     with no_weights_are_read():
         done = run_in_process("flux_train_network.py", *given, "--dry_run", *options.split(), "--output_dir", tmp_path)
@@ -189,8 +199,8 @@ def test_a_dry_run_plans_the_memory_that_is_then_used_and_reads_no_weights(given
     size = sum(t.numel() * t.element_size() for t in (*loaded.parameters(), *loaded.buffers()))
     values = sum(value.numel() for value in load_file(tiny_flux.transformer).values())
     (line,) = [line.split() for line in done.stderr.splitlines() if line.startswith("    transformer ")]
-    kind, kib = FORMATS.get(options, "float8_e4m3fn"), f"{size / 1024:.0f}"
-    assert line == ["transformer", f"{values:,}", "parameters", kind, kib, "KiB"]
+    kib = f"{size / 1024:.0f}"
+    assert line == ["transformer", f"{values:,}", "parameters", FORMATS[options], kib, "KiB"]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
-from tests.running import ROOT, command, run_in_process
+from tests.processes import ForkServer
+from tests.running import run_in_process
 
 STATE = "lora-step00000003-state"
 TIMES = ("ss_training_finished_at", "modelspec.date")
@@ -63,17 +63,14 @@ def arguments(request, script, dataset_toml, tmp_path):
     ]
 
 
-def kill_when(written: Path, script: str, *arguments: object) -> None:
+def kill_when(fork_server: ForkServer, written: Path, script: str, *arguments: object) -> None:
     """Start a script and kill it as soon as a file or folder is there."""
-    process = subprocess.Popen(
-        command(script, *arguments, accelerate=False), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = fork_server.start(script, *arguments)
     deadline = time.monotonic() + 300
     while not written.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()  # SIGKILL, where there are signals
-    process.wait()
+    process.kill()
 
 
 def run(script: str, *arguments: object) -> None:
@@ -82,12 +79,12 @@ def run(script: str, *arguments: object) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(script, arguments, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(fork_server, script, arguments, tmp_path):
     """FLUX.1 is killed while it trains; Stable Diffusion is resumed with every noise option from a state on the way."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     state = broken / STATE
     if script == "flux_train_network.py":
-        kill_when(state, script, *arguments, "--output_dir", broken, "--logging_dir", broken / "log")
+        kill_when(fork_server, state, script, *arguments, "--output_dir", broken, "--logging_dir", broken / "log")
         assert not (broken / "lora.safetensors").exists()
     run(script, *arguments, "--output_dir", whole, "--logging_dir", whole / "log")
     if not state.exists():

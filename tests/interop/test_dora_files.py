@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,13 +19,9 @@ from networks.adapters.lora_targets import Target, TargetTable
 from networks.adapters.oft_core import OFTModule
 from tests.interop.layouts import LAYOUTS
 from tests.interop.measuring import Kind, make
-from tests.interop.workbench import Workbench, workbenches
+from tests.interop.workbench import Workbench
 from tests.networks.lora_tool_files import run
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Callable[[str], Workbench]:
-    return workbenches(tmp_path_factory.mktemp("benches"))
+from tests.running import run_in_process
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
@@ -206,3 +203,35 @@ def test_the_tool_for_stable_diffusion_merges_it(few_blocks_sd1, tmp_path):
     summed = weight + up @ down
     wanted = weight + 0.5 * (summed * scale / summed.norm(dim=0, keepdim=True) - weight)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def test_the_scripts_draw_with_it_and_do_not_train_on(bench, tiny_flux, dataset_toml, tmp_path):
+    """--lora_weights beside and merged, --base_weights; --network_weights refuses it."""
+    from tests.families.families import TINY
+
+    tensors, _ = LAYOUTS["OneTrainer, DoRA"]["flux"].file(bench("flux"))
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items() if not key.startswith("lora_te")}
+    save_file(tensors, tmp_path / "dora.safetensors")
+    options = {"without": "", "beside": "--lora_weights", "merged": "--merge_lora_weights --lora_weights"}
+    images = {}
+    for name, words in options.items():
+        given = [*words.split(), *([tmp_path / "dora.safetensors"] if words else [])]
+        drawn = run_in_process(
+            "flux_minimal_inference.py",
+            *(*TINY["flux"].drawing(tiny_flux), *TINY["flux"].dtypes["fp32"], "--output_dir", tmp_path / name),
+            *("--prompt", "a cat", "--width", "64", "--height", "64", "--steps", "2", "--seed", "3", *given),
+        )
+        assert drawn.returncode == 0, drawn.stderr[-2000:]
+        with Image.open(next((tmp_path / name).glob("*.png"))) as image:
+            images[name] = numpy.asarray(image).astype(int)
+    assert abs(images["beside"] - images["merged"]).max() <= 2 < abs(images["beside"] - images["without"]).max()
+
+    given = [*TINY["flux"].command(tiny_flux), "--dataset_config", dataset_toml(bucket_reso_steps=64, resolution=64)]
+    given += ["--output_dir", tmp_path / "out", "--max_train_steps", "1", "--max_data_loader_n_workers", "0"]
+    trained = run_in_process("flux_train_network.py", *given, "--base_weights", tmp_path / "dora.safetensors")
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    refused = run_in_process("flux_train_network.py", *given, "--network_weights", tmp_path / "dora.safetensors")
+    assert refused.returncode == 2 and "holds DoRA scales" in refused.stderr

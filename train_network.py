@@ -54,6 +54,7 @@ from library.training.objective.step_inputs import ItemDraws, NoisyInput
 from library.training.optim.optimization import Optimization
 from library.training.output.attempts import write_at_any_cost, write_or_warn
 from library.training.output.file_metadata import FileMetadata, ModelFacts
+from library.training.output.name_lock import gives_back_the_name
 from library.training.output.run_outputs import RunOutputs
 from library.training.output.run_state import check_saved_state, earlier_position, restore_run_state, write_run_state
 from library.training.output.state import Position, SavedState
@@ -105,6 +106,7 @@ class NetworkTrainer(FamilyHooks):
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
+    @gives_back_the_name
     @naming_lost_processes()
     def train(self) -> None:
         """Run the training from checks to the final file. Raises UserError for mistakes, before models load."""

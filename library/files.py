@@ -140,6 +140,14 @@ def write_new(names: Iterable[Path], data: bytes) -> Path:
             temporary.unlink(missing_ok=True)
 
 
+def write_once(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet, complete or not at all. Raises FileExistsError if it is there."""
+    try:
+        write_new([path], data)
+    except StopIteration:
+        raise FileExistsError(path) from None
+
+
 def remove_whole(path: Path) -> None:
     """Remove a file or a folder, if there is one; a folder is never seen half-removed under its name."""
     if not path.is_dir() or path.is_symlink():

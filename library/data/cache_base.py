@@ -68,7 +68,7 @@ class Cache(ABC):
         ``shares``: how the processes share the folders of files; without it, all of them share each.
         Raises UserError for items that would share an entry and do not agree.
         """
-        self.to_disk, self.identity = to_disk, identity
+        self.to_disk, self.identity, self.skip_check = to_disk, identity, skip_check
         self.rank, self.world_size = rank, world_size
         entries = share_entries(wanted, self._explain_conflict)
         if to_disk:
@@ -109,6 +109,10 @@ class Cache(ABC):
         with Writers() as writers, bar, torch.no_grad():
             yield writers, bar, report
         log.info(report.line())
+
+    def is_ours(self, written: str) -> bool:
+        """Whether the identity that stands in a file is one of this cache's encoder; any if nothing is checked."""
+        return self.skip_check or f'"encoder": {json.dumps(self.identity)}' in written
 
     def _attach(self, entry: Entry, source: Any) -> None:
         for item in entry.items:

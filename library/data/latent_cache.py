@@ -15,6 +15,7 @@ import numpy
 from library.data import npz
 from library.data.cache_base import Cache
 from library.data.cache_entries import (
+    IDENTITY,
     CacheReport,
     Entry,
     FolderShares,
@@ -291,7 +292,8 @@ class DiskLatents:
         if flipped:
             latents, others = others, latents
         shapes = self.cache.shapes(self.entry)
-        arrays = npz.read_arrays_for_training(path, {name: shapes[name] for name in shapes if name != others})
+        wanted = {name: shapes[name] for name in shapes if name != others}
+        arrays = npz.read_arrays_for_training(path, wanted, f"{IDENTITY}{key}", self.cache.is_ours)
         require_finite_arrays(path, arrays)
         width, height = (int(side) for side in arrays[f"original_size{key}"])
         left, top, right, bottom = (float(edge) for edge in arrays[f"crop_ltrb{key}"])

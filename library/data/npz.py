@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,7 +23,7 @@ import numpy
 from numpy.lib import format as npy
 
 from library.errors import UserError
-from library.files import open_regular, writing
+from library.files import open_regular, write_once, writing
 
 # What reading a damaged archive raises.
 DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, RuntimeError)
@@ -85,25 +86,38 @@ def read_heads(path: Path) -> dict[str, ArrayHead]:
     return heads
 
 
-def read_arrays(path: Path, names: Iterable[str]) -> dict[str, numpy.ndarray]:
-    """The named arrays, their checksums verified.
+def read_arrays(path: Path, names: Iterable[str], if_there: str = "") -> dict[str, numpy.ndarray]:
+    """The named arrays, and that with the name ``if_there`` if there is one, their checksums verified.
 
     Raises one of DAMAGE (KeyError: there is no such array), and UserError for what is no regular file.
     """
     with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
+        names = [*names, if_there] if f"{if_there}.npy" in archive.NameToInfo else names
         encoded = {name: _content(archive, f"{name}.npy") for name in names}
     return {name: _decoded(data) for name, data in encoded.items()}
 
 
-def read_arrays_for_training(path: Path, wanted: Mapping[str, Shape | None]) -> dict[str, numpy.ndarray]:
-    """The ``wanted`` arrays, which must be numbers of these shapes (see ``fits``). Raises UserError naming the file."""
+def read_arrays_for_training(
+    path: Path, wanted: Mapping[str, Shape | None], mark: str = "", is_ours: Callable[[str], bool] = bool
+) -> dict[str, numpy.ndarray]:
+    """The ``wanted`` arrays, which must be numbers of these shapes (see ``fits``). Raises UserError naming the file.
+
+    So it does if there is a text under the name ``mark``, of which ``is_ours`` is false: another program, which shares
+    the folder, has made the arrays anew from something else.
+    """
     try:
-        arrays = read_arrays(path, wanted)
+        arrays = read_arrays(path, wanted, if_there=mark)
+        text = arrays.pop(mark, None)
     except FileNotFoundError:
         raise UserError(f"{path}: the cache file is gone; start again to have it made.") from None
     except DAMAGE as error:
         reason = str(error).split("\n")[0].strip("'\"")
         raise UserError(f"{path}: the cache file is damaged ({reason}); delete it and start again.") from None
+    if text is not None and not is_ours(str(text)):
+        raise UserError(
+            f"{path}: another training has made this cache file anew, with other encoders or options; give each of "
+            "them its own copy of the folder, or cache in memory."
+        )
     for name, array in arrays.items():
         if not fits(array.shape, array.dtype, wanted[name]):
             raise UserError(
@@ -151,24 +165,73 @@ def _decoded(data: bytes) -> numpy.ndarray:
 def update(path: Path, encoded: Mapping[str, bytes], keep: Callable[[str], bool]) -> None:
     """Write the encoded arrays into the archive, in one step; others in it stay when ``keep(name)`` says so.
 
-    Safe among the threads of one process. What is left of a damaged archive is given up. Raises UserError when the file
-    cannot be written.
+    Safe among threads, and among processes that share the folder. What is left of a damaged archive is given up. Raises
+    UserError when the file cannot be written.
     """
     try:
         with _LOCKS[hash(path) % len(_LOCKS)]:
-            kept = _readable_members(path, lambda name: name not in encoded and keep(name))
-            size = sum(map(len, {**kept, **encoded}.values()))
-            with writing(path, size) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, data in {**kept, **encoded}.items():
-                    archive.writestr(f"{name}.npy", data)
+            while not _update_once(path, encoded, keep):
+                pass
     except OSError as error:
         raise UserError(f"{path}: cannot write the cache file ({error.strerror}).") from None
 
 
+def _update_once(path: Path, encoded: Mapping[str, bytes], keep: Callable[[str], bool]) -> bool:
+    """False if another process has changed the file in the meantime. Raises OSError and UserError."""
+    with _held(path) as is_there:
+        kept = _readable_members(path, lambda name: name not in encoded and keep(name)) if is_there else {}
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in {**kept, **encoded}.items():
+                archive.writestr(f"{name}.npy", data)
+        if is_there or path.is_symlink():  # to nothing
+            with writing(path, buffer.tell()) as file:
+                file.write(buffer.getbuffer())
+            return True
+        try:
+            write_once(path, buffer.getvalue())
+        except FileExistsError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Let no other process change a file; gives whether there is one. Where files cannot be locked, it only looks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a file that is open could not be replaced either
+        yield path.exists()
+        return
+    while path.exists():
+        try:
+            file = _opened(path)
+        except FileNotFoundError:
+            continue
+        with file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                is_current = False
+            if is_current:  # and not the one that a process before this has replaced
+                yield True
+                return
+    yield False
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A regular file, open for writing if possible, as locks of network file systems need it. Raises UserError."""
+    open_regular(path).close()
+    try:
+        return open(path, "rb+")
+    except PermissionError:
+        return open(path, "rb")
+
+
 def _readable_members(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """The wanted members that are sound arrays."""
-    if not path.exists():
-        return {}
     found = {}
     try:
         with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:

@@ -12,7 +12,15 @@ import numpy
 
 from library.data import npz
 from library.data.cache_base import Cache
-from library.data.cache_entries import CacheReport, Entry, FolderShares, State, cache_stem, require_finite_arrays
+from library.data.cache_entries import (
+    IDENTITY,
+    CacheReport,
+    Entry,
+    FolderShares,
+    State,
+    cache_stem,
+    require_finite_arrays,
+)
 from library.data.captions import fixed_caption
 from library.data.dataset import DatasetGroup, Item
 from library.errors import NotFiniteError, UserError
@@ -134,7 +142,7 @@ class TextCache(Cache):
         )
 
     def _on_disk(self, entry: Entry) -> DiskText:
-        return DiskText(entry, self.format)
+        return DiskText(self, entry)
 
     def _made_arrays(self, entry: Entry) -> list[str]:
         return list(self.format.arrays)
@@ -201,8 +209,8 @@ class MemoryText:
 class DiskText:
     """Text encoder outputs read from a cache file each time; floating point comes as float32."""
 
-    def __init__(self, entry: Entry, format: TextFormat) -> None:
-        self.entry, self.shapes = entry, format.arrays
+    def __init__(self, cache: TextCache, entry: Entry) -> None:
+        self.cache, self.entry = cache, entry
 
     def read(self) -> dict[str, Tensor]:
         """Named tensors of one caption. Raises UserError naming the file."""
@@ -210,7 +218,7 @@ class DiskText:
 
         path = self.entry.path
         assert path is not None
-        arrays = npz.read_arrays_for_training(path, self.shapes)
+        arrays = npz.read_arrays_for_training(path, self.cache.format.arrays, IDENTITY, self.cache.is_ours)
         require_finite_arrays(path, arrays)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from library.training.finiteness import require_finite
 from library.training.network.saving import save_network
 from library.training.output.checkpoints import OutputFolder
 from library.training.output.hub import Uploads, fetch_state
+from library.training.output.name_lock import NameLock
 from library.training.output.newest_state import AUTOMATIC, choose_state
 from library.training.output.sample_images import Samples
 from library.training.output.state import SavedState
@@ -48,6 +50,9 @@ class RunOutputs:
         elif resume and not (from_hub and read_only):
             folder = fetch_state(options.hub, resume) if from_hub else Path(resume)
             self.saved = SavedState(folder)
+        is_main = os.environ.get("RANK", "0") == "0"  # a launcher's name for it
+        name = options.saving.output_name or "last"
+        self.name_lock = NameLock(self.files.folder, name) if is_main and not read_only else None
 
     def are_complete(self, max_steps: int) -> bool:
         """Whether the state that was chosen is the one with which a run of this length has ended."""

@@ -746,7 +746,7 @@ class NetworkTrainer(FamilyHooks):
     def look_before_training(self) -> None:
         """The samples of ``--sample_at_first``, and the validation loss that step validations are compared with.
 
-        A run that goes on does what was due at its state and did not come to its end.
+        A run that goes on does instead what was due at its state and was cut off.
         """
         if self.progress.step > 0:
             return self.catch_up()
@@ -757,13 +757,13 @@ class NetworkTrainer(FamilyHooks):
                 self.validate("step", 0)
 
     def catch_up(self) -> None:
-        """What the resumed run was to do after it had saved the state: remove old files, draw, validate."""
+        """What the resumed run was to do after it had saved the state: remove old files, draw."""
         progress, files, samples, step = self.progress, self.outputs.files, self.outputs.samples, self.progress.step
         epoch = progress.position.epoch if progress.position.batch == 0 else None
         if files.step_is_due(step):
-            self.remove_old(files.old_after_step(step), True)
+            self.remove_old(files.old_after_step(step), files.step_file(step).exists())
         if epoch is not None and files.epoch_is_due(epoch, self.plan.epochs):
-            self.remove_old(files.old_after_epoch(epoch), True)
+            self.remove_old(files.old_after_epoch(epoch), files.epoch_file(epoch).exists())
         moments: list[tuple[int, int | None]] = [(step, None)] if samples.due_after_step(step) else []
         moments += [(step, epoch)] if epoch is not None and samples.due_after_epoch(epoch) else []
         missing = [moment for moment in moments if len(samples.images(*moment)) < len(samples.prompts)]

@@ -8,6 +8,7 @@ from torch import nn
 
 from library.models.flux.checkpoint import DOUBLE, DOUBLE_NORMS, OUTER, SINGLE, SINGLE_NORMS
 from library.models.flux.transformer import FluxConfig, FluxTransformer
+from library.models.loading import on_meta
 from networks import lora_flux
 
 pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
@@ -117,7 +118,7 @@ def test_outputs_agree(models, tmp_path, alpha, split):
 def test_every_module_of_the_full_model_arrives_with_its_strength(tmp_path, split):
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
-    with torch.device("meta"):
+    with on_meta():
         ours = FluxTransformer(FluxConfig())
         theirs = FluxTransformer2DModel(guidance_embeds=True)
     network = lora_flux.create_network(1.0, 1, 0.5, None, [None, None], ours, split_qkv=split)

@@ -17,6 +17,7 @@ from library.models.flux.transformer import (
     SingleStreamBlock,
     image_ids,
 )
+from library.models.loading import on_meta
 from library.models.transformer_parts import LARGEST_FLOAT16, rope_rotations
 from tools.make_tiny_models import fill_randomly, transformer_config
 
@@ -89,7 +90,7 @@ def test_checkpointing_changes_no_gradient_of_an_adapter_on_frozen_weights(trans
 
 def test_the_names_are_those_of_the_original_checkpoints():
     for guidance, count in ((True, 780), (False, 776)):
-        with torch.device("meta"):
+        with on_meta():
             state = FluxTransformer(FluxConfig(guidance_embed=guidance)).state_dict()
         assert len(state) == count
     assert state["double_blocks.18.txt_attn.norm.query_norm.scale"].shape == (128,)
@@ -99,7 +100,7 @@ def test_the_names_are_those_of_the_original_checkpoints():
 
 
 def test_lora_target_classes_hold_the_known_linears():
-    with torch.device("meta"):
+    with on_meta():
         model = FluxTransformer(FluxConfig())
     blocks = [m for m in model.modules() if type(m).__name__ in ("DoubleStreamBlock", "SingleStreamBlock")]
     assert sum(isinstance(module, torch.nn.Linear) for block in blocks for module in block.modules()) == 304

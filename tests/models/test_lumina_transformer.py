@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.errors import UserError
 from library.models import transformer_parts
+from library.models.loading import on_meta
 from library.models.lumina import transformer as lumina
 from library.models.lumina.transformer import (
     JointTransformerBlock,
@@ -200,7 +201,7 @@ def test_sizes_that_contradict_each_other_are_refused(changes, words):
 
 
 def test_lora_target_classes_hold_the_known_linears():
-    with torch.device("meta"):
+    with on_meta():
         model = LuminaTransformer(LuminaConfig())
     targets = [m for m in model.modules() if type(m).__name__ in ("JointTransformerBlock", "FinalLayer")]
     assert sum(isinstance(module, torch.nn.Linear) for block in targets for module in block.modules()) == 180

@@ -108,12 +108,21 @@ def test_merged_models_do_what_the_files_do(tiny_flux, flux_loras, tmp_path):
     assert said["modelspec.architecture"] == "flux-1-dev" and "LoRA 1" in said["modelspec.merged_from"]
 
 
+@pytest.fixture(scope="module")
+def of_both(tiny_flux, flux_loras, tmp_path_factory) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the model draws with both files beside it, and the weights with both merged into it."""
+    merged = tmp_path_factory.mktemp("both") / "two.safetensors"
+    model = ["--flux_model", tiny_flux.transformer, "--save_to", merged]
+    run(merge, "--models", *flux_loras, "--ratios", *RATIOS, *model)
+    return applied(tiny_flux, flux_loras, RATIOS), load_file(merged)
+
+
 @pytest.mark.parametrize("form", [[], ["--concat"], ["--concat", "--shuffle"]], ids=" ".join)
-def test_one_file_of_two_does_what_both_do(tiny_flux, flux_loras, tmp_path, form):
+def test_one_file_of_two_does_what_both_do(tiny_flux, flux_loras, of_both, tmp_path, form):
     """Each ratio counts once, alphas are respected: in the network, and merged into a model."""
     both = tmp_path / "both.safetensors"
     run(merge, "--models", *flux_loras, "--ratios", *RATIOS, "--save_to", both, *form)
-    together = applied(tiny_flux, flux_loras, RATIOS)
+    together, merged = of_both
     torch.testing.assert_close(applied(tiny_flux, [both], (1.0,)), together, rtol=1e-5, atol=1e-5)
     said = metadata(both)
     assert said["ss_network_module"] == "networks.lora_flux" and said["ss_base_model_version"] == "flux1"
@@ -121,12 +130,11 @@ def test_one_file_of_two_does_what_both_do(tiny_flux, flux_loras, tmp_path, form
         assert ranks(both)["lora_unet_double_blocks_0_img_attn_proj"] == 5
         assert ranks(both)["lora_unet_single_blocks_0_linear1"] == 3 + 4 * 2
 
-    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    model = ["--flux_model", tiny_flux.transformer]
-    run(merge, "--models", both, "--ratios", 1, *model, "--save_to", one)
-    run(merge, "--models", *flux_loras, "--ratios", *RATIOS, *model, "--save_to", two)
-    for key, tensor in load_file(two).items():
-        torch.testing.assert_close(load_file(one)[key], tensor, rtol=1e-5, atol=1e-5)
+    one = tmp_path / "one.safetensors"
+    run(merge, "--models", both, "--ratios", 1, "--flux_model", tiny_flux.transformer, "--save_to", one)
+    found = load_file(one)
+    for key, tensor in merged.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
 
 
 def test_svd_merge_gives_the_best_sum_of_a_rank_under_any_names(flux_loras, tmp_path):

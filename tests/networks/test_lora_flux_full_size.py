@@ -6,12 +6,12 @@ import re
 from collections import Counter
 
 import pytest
-import torch
 
 from library.errors import UserError
 from library.models.clip import ClipConfig, ClipTextEncoder
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer
+from library.models.loading import on_meta
 from library.models.t5 import T5TextEncoder
 from networks import lora_flux
 
@@ -20,7 +20,7 @@ from networks import lora_flux
 def models():
     from transformers import T5Config
 
-    with torch.device("meta"):
+    with on_meta():
         return {
             "flux": FluxTransformer(FluxConfig()),
             "chroma": ChromaTransformer(ChromaConfig()),

@@ -6,10 +6,10 @@ import math
 import re
 
 import pytest
-import torch
 from torch import nn
 
 from library.errors import UserError
+from library.models.loading import on_meta
 from networks import lora
 from networks.adapters.lora_blocks import SD_BLOCKS, SDXL_BLOCKS
 from tests.networks.stable_diffusion import real_unet, shared_tiny_model, tiny_meta_module
@@ -186,7 +186,7 @@ def test_lists_of_the_wrong_length_are_refused():
 def test_other_topologies_are_refused_only_where_blocks_are_named(argument):
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
+    with on_meta():
         unet = UNet2DConditionModel(
             block_out_channels=(32, 64),
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -15,6 +15,7 @@ from torch import nn
 from library.errors import UserError
 from library.families import FLUX
 from library.models.flux.transformer import FluxTransformer
+from library.models.loading import on_meta
 from networks import lora_flux, oft_flux
 from networks.adapters.network_stack import NetworkStack
 
@@ -25,7 +26,7 @@ def choose(keys):
 
 @pytest.fixture
 def meta_module(transformer) -> FluxTransformer:
-    with torch.device("meta"):
+    with on_meta():
         return FluxTransformer(transformer.config)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.models.loading import on_meta
 from networks import oft
 from networks.adapters.lora_targets import Target
 from networks.adapters.oft_core import OFTModule
@@ -98,7 +99,7 @@ def test_a_new_network_changes_nothing_and_still_learns():
     assert torch.equal(tiny.predict(), before)
 
 
-@pytest.mark.parametrize(("variant", "autocast"), [("sd1", False), ("sd2", True), ("sdxl", False)])
+@pytest.mark.parametrize(("variant", "autocast"), [("sd1", True), ("sdxl", False)])
 def test_merged_loaded_and_applied_are_one(variant, autocast, randomise, tmp_path):
     tiny = tiny_model(variant)
     network = oft.create_network(
@@ -144,7 +145,7 @@ def test_modules_of_the_published_models(variant, attention, linear, with_conv):
     unet = real_unet(variant)
 
     def count(**arguments) -> int:
-        with torch.device("meta"):
+        with on_meta():
             return len(oft.create_network(1.0, 4, 1e-3, None, None, unet, **arguments).loras)
 
     assert count() == attention

@@ -13,6 +13,7 @@ from library.errors import UserError
 from library.memory.apply import apply_memory_plan
 from library.memory.plan import MemoryPlan
 from library.models.flux.transformer import FluxConfig, FluxTransformer
+from library.models.loading import on_meta
 from networks import lora_flux, oft_flux
 from networks.adapters.oft_core import OFTModule
 
@@ -183,7 +184,7 @@ def test_first_weights_and_their_misfits(transformer, randomise, messages, tmp_p
 
 
 def test_full_size_models_have_blocks_of_768_in_every_part():
-    with torch.device("meta"):
+    with on_meta():
         model = FluxTransformer(FluxConfig())
         attention = make(model)
         every = make(model, enable_all_linear="True")

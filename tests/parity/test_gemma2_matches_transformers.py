@@ -13,7 +13,7 @@ from library.memory.apply import apply_memory_plan
 from library.memory.plan import MemoryPlan
 from library.memory.storage import BlocksStoredAs
 from library.models.gemma2 import open_gemma2
-from library.models.loading import LoadSpec
+from library.models.loading import LoadSpec, on_meta
 from library.models.lumina.text import encode_gemma
 from library.safetensors_io import save_file
 from tests.full_size import write_hollow
@@ -250,7 +250,7 @@ def test_sizes_that_do_not_fit_are_one_sentence_before_anything_is_loaded(refere
 
 def test_the_published_sizes_are_found_without_metadata(tmp_path):
     published = Gemma2Config()
-    with torch.device("meta"):
+    with on_meta():
         expected = Gemma2Model(published).state_dict()
     path = tmp_path / "gemma_2_2b_fp16.safetensors"
     opened = open_gemma2(

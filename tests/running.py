@@ -6,12 +6,13 @@ import contextlib
 import importlib
 import io
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,25 @@ def run_in_process(script: str, *arguments: object) -> subprocess.CompletedProce
     from library.console import run_script
 
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    return _run(lambda: run_script(module.main), script, *arguments)
+
+
+def run_as_main(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same of the file itself, with what it does only when it is the program."""
+    from library import options
+
+    options._class_bodies.cache_clear()  # another file was the main module of this process before
+    return _run(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"), script, *arguments)
+
+
+def _run(program: Callable[[], object], script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     words = [script, *(str(argument) for argument in arguments)]
     printed, said, code = io.StringIO(), io.StringIO(), 0
     with like_a_new_process(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
             try:
-                run_script(module.main)
+                program()
             except SystemExit as ended:
                 code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return subprocess.CompletedProcess(words, code, printed.getvalue(), said.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from library.errors import UserError
 from networks import lora_flux
 from networks.convert_flux_lora import main
 from tests.networks.lora_tool_files import assert_same, deltas, independent_hashes, metadata, ranks, run
-from tests.running import launch, run_in_process
+from tests.running import run_as_main, run_in_process
 
 WIDTH, FEED_FORWARD, RANK = 16, 40, 4
 DOUBLE = "lora_unet_double_blocks_0"
@@ -250,8 +249,7 @@ def test_the_guides_name_for_the_script_runs(tmp_path):
     source = kohya_file(tmp_path / "kohya.safetensors")
     arguments = ("--src", "sd-scripts", "--dst", "ai-toolkit", "--src_path", source, "--dst_path")
     for script, name in (("convert_flux_lora.py", "a"), ("networks/convert_flux_lora.py", "b")):
-        start = partial(launch, accelerate=False) if name == "a" else run_in_process
-        done = start(script, *arguments, tmp_path / f"{name}.safetensors")
+        done = run_as_main(script, *arguments, tmp_path / f"{name}.safetensors")
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     done = run_in_process("networks/convert_flux_lora.py", *arguments[:4])

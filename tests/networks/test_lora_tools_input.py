@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from library.errors import UserError
 from networks import check_lora_weights, merge_lora, resize_lora, sdxl_merge_lora, svd_merge_lora
 from tests.networks.lora_tool_files import SD_LAYERS, SDXL_LAYERS, run, write_lora
-from tests.running import ROOT, like_a_new_process
+from tests.running import ROOT, run_as_main
 from tools import show_metadata
 
 FLUX_LAYERS = {"lora_unet_double_blocks_0_img_attn_qkv": (12, 4), "lora_unet_single_blocks_0_linear1": (12, 4)}
@@ -160,14 +159,11 @@ def test_every_tool_runs_from_any_folder_and_its_help_loads_no_torch(tmp_path):
     assert done.stdout.count("usage: ") == len(SCRIPTS)
 
 
-def test_a_mistake_ends_with_exit_code_2(tmp_path, monkeypatch, capsys):
-    script = str(ROOT / "networks" / "merge_lora.py")
-    words = [script, "--models", "no.safetensors", "--ratios", "1", "--save_to", "m.safetensors"]
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.chdir(tmp_path)
-    with like_a_new_process(), pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
-    assert ended.value.code == 2 and capsys.readouterr().err == "error: --models: no.safetensors does not exist.\n"
+def test_a_mistake_ends_with_exit_code_2(tmp_path):
+    missing = tmp_path / "no.safetensors"
+    words = ("--models", missing, "--ratios", "1", "--save_to", tmp_path / "m.safetensors")
+    done = run_as_main("networks/merge_lora.py", *words)
+    assert done.returncode == 2 and done.stderr == f"error: --models: {missing} does not exist.\n"
 
 
 def test_negative_ratios_are_numbers_and_not_options(a, tmp_path):

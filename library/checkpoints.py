@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any
 
 from library.errors import UserError, did_you_mean
@@ -313,6 +313,9 @@ def _files_of_index(index: Path) -> list[Path]:
         names = []
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{index} is not a valid index of shards.")
+    for name in names:
+        if name != PureWindowsPath(name).name or name in (".", ".."):  # knows the separators of every system
+            raise UserError(f"{index} is not a valid index of shards: {name} does not lie beside it.")
     return _existing([index.parent / name for name in names])
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import printable, say, warn
@@ -71,6 +71,10 @@ def check_logging_options(options: LoggingOptions, read_only: bool = False) -> N
             raise UserError(
                 f'Logging to {target} needs the package {target}, which is not installed: run "pip install {target}".'
             )
+    for option in ("log_prefix", "log_tracker_name"):
+        name = PureWindowsPath(getattr(options, option) or "")  # knows the separators and drives of every system
+        if name.anchor or ".." in name.parts:
+            raise UserError(f"--{option} must name a place within --logging_dir, not {name}.")
     if options.logging_dir and targets:
         require_writable_folder(Path(options.logging_dir), "--logging_dir", read_only)
     if options.log_tracker_config:

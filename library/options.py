@@ -233,7 +233,7 @@ def changed_options(options: Any) -> dict[str, Any]:
 def _refuse_unknown_options(arguments: Sequence[str], known: dict[str, Option]) -> None:
     switches = [name for name, option in known.items() if option.type is bool]
     names = set(_by_every_name(known)) | {f"no_{name}" for name in switches}
-    for name in filter(None, map(_named_option, arguments)):
+    for name in (name for name in map(_named_option, arguments) if name is not None):
         if name not in names:
             match = nearest(name, known)
             raise UserError(f"Unknown option --{name}." + (f" Did you mean --{match}?" if match else ""))

@@ -300,3 +300,9 @@ def test_an_option_is_understood_under_each_of_its_names(tmp_path):
     with pytest.raises(UserError, match="--weights must be"):
         parse("--strengths", "x")
     assert list(declared_options(Combined)).count("weights") == 1 and "strengths" not in declared_options(Combined)
+
+
+@pytest.mark.parametrize("word", ["--", "--=", "--=x", "---", "--no_", "-- "])
+def test_two_dashes_without_a_name_are_an_unknown_option(word):
+    with pytest.raises(UserError, match="Unknown option --"):
+        parse(word)

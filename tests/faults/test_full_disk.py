@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -291,3 +293,21 @@ def test_what_a_quota_does_not_allow_is_told_from_what_the_disk_lacks(tmp_path, 
     assert "3.9 KiB needed, 1000 B free, 2.9 KiB missing" in str(write(4000, errno.ENOSPC))
     assert "500 B needed, and 1000 B free: a quota" in str(write(500, errno.EDQUOT))
     assert "needed" not in str(write(500, errno.EIO)) and names(tmp_path) == []
+
+
+def test_a_disk_that_stalls_shows_the_older_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path, stalled, goes_on, flush = tmp_path / "file", threading.Event(), threading.Event(), os.fsync
+    path.write_text("older")
+
+    def wait(handle: int) -> None:
+        stalled.set()
+        assert goes_on.wait(60)
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", wait)
+    writer = threading.Thread(target=files.write_text, args=(path, "newer"))
+    writer.start()
+    assert stalled.wait(60) and path.read_text() == "older"
+    goes_on.set()
+    writer.join(60)
+    assert path.read_text() == "newer" and names(tmp_path) == ["file"]

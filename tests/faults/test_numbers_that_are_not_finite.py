@@ -16,9 +16,11 @@ import flux_train_network
 from library.errors import UserError
 from library.safetensors_io import read_header
 from library.training.finiteness import NonfiniteOptions, StepWatch
+from library.training.optim.optimization import Optimization
 from library.training.output.state import SavedState
 from library.training.progress import Progress
-from tests.running import no_weights_are_read
+from tests.families.families import TINY
+from tests.running import no_weights_are_read, run_in_process
 
 
 def is_finite(path: Path) -> bool:
@@ -247,3 +249,35 @@ def test_nan_in_a_given_lora_file_is_named_before_a_model_is_loaded(train, tmp_p
         assert train("--max_train_steps", 1, option, tmp_path / "broken.safetensors", output="other") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"{tmp_path / 'broken.safetensors'}: " in said and name.split(".")[0] in said and "not finite" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "part"), [("transformer", "double_blocks.0.img_attn"), ("autoencoder", "decoder.conv_in")]
+)
+def test_nan_in_the_base_model_is_named_when_an_image_is_drawn(tiny_flux, tmp_path, model, part):
+    sound = getattr(tiny_flux, model)
+    shutil.copytree(sound.parent, tmp_path / "model")
+    broken = tmp_path / "model" / sound.name
+    name = with_nan(sound, broken, part)
+    command = [broken if str(word) == str(sound) else word for word in TINY["flux"].drawing(tiny_flux)]
+    command += ["--prompt", "a circle", "--width", 64, "--height", 64, "--steps", 1, "--output_dir", tmp_path / "out"]
+    done = run_in_process("flux_minimal_inference.py", *command)
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert said.endswith(f'{broken}: "{name}" holds numbers that are not finite; the file is damaged.')
+
+
+def test_a_gradient_scaler_goes_on_after_a_step_without_update():
+    """That of fp16, which waits for the end of each step whose gradients it has seen."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu")
+    optimization = Optimization.__new__(Optimization)
+    optimization.optimizer, optimization.accelerator = optimizer, SimpleNamespace(scaler=scaler)
+    scaler.scale((weight * math.nan).sum()).backward()
+    scaler.unscale_(optimizer)
+    optimization.leave_out()
+    assert torch.equal(weight, torch.ones(2)) and weight.grad is None
+    scaler.scale(weight.sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert torch.equal(weight, torch.zeros(2))

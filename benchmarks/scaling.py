@@ -1,18 +1,17 @@
-"""Images per second of one process and of several that train together, on the CPUs of this machine.
+"""What several processes that train together cost, against one process, on the CPUs of this machine.
 
     python benchmarks/scaling.py
-    python benchmarks/scaling.py --processes 4 --steps 40 --fsdp
+    python benchmarks/scaling.py --processes 4 --fsdp
 
-A tiny FLUX.1 with everything cached; each process has one thread and a batch of its own, and their images per second
-are those that the script says at its end. ``--fsdp`` also spreads the base model over the processes. What several
-processes reach is divided by as many times what one reaches. On a GPU this says nothing: see docs/several_gpus.md.
+A tiny FLUX.1 with everything cached; each process has one thread and a batch of its own. Compared are processor seconds
+for each image, from two runs of different lengths, so that starting does not count and other programs disturb little;
+shown too is what the script itself says, images per second on the clock, which belongs on an idle machine. ``--fsdp``
+also spreads the base model over the processes. Of a GPU this says nothing: see docs/several_gpus.md.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,34 +19,27 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import ROOT, Measure, environment, parser, report
+from benchmarks.measuring import Measure, parser, report, run_measured
 from benchmarks.tiny_run import make_images, training_options, write_dataset
 
-LAUNCH = "-m accelerate.commands.accelerate_cli launch --num_cpu_threads_per_process 1"
+LAUNCH = "-m accelerate.commands.accelerate_cli launch --num_cpu_threads_per_process 1 --main_process_port 0"
+BATCH = 2
+WAYS = {"whole": ["--multi_gpu"], "spread": ["--use_fsdp", "--fsdp_version", "2"]}
 
 
-def images_per_second(options: list[str], processes: int, fsdp: bool = False) -> float:
-    """What the script reports when it has trained in so many processes."""
-    words = [*LAUNCH.split(), *(["--multi_gpu"] if processes > 1 and not fsdp else [])]
-    words += ["--num_processes", str(processes), "--main_process_port", "0"]
-    words += ["--use_fsdp", "--fsdp_version", "2"] if fsdp else []
-    done = subprocess.run(
-        [sys.executable, *words, "flux_train_network.py", *options],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    found = re.search(r"([\d.]+) images/s while training", done.stdout + done.stderr)
-    if done.returncode or found is None:
-        sys.exit(f"{done.stdout}\n{done.stderr}\nerror: the training ended with code {done.returncode}")
-    return float(found[1])
+def cost(options: list[str], processes: int, steps: int, way: str = "whole") -> tuple[float, float]:
+    """Processor seconds for each image, and images per second on the clock."""
+    words = [sys.executable, *LAUNCH.split(), "--num_processes", str(processes), *(WAYS[way] if processes > 1 else [])]
+    words += ["flux_train_network.py", *options, "--max_train_steps"]
+    short, long = (run_measured([*words, count]) for count in (steps // 4, steps))
+    said = re.search(r"([\d.]+) images/s while training", long.output)
+    return (long.cpu - short.cpu) / ((steps - steps // 4) * BATCH * processes), float(said[1]) if said else 0.0
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--processes", type=int, default=2, help="processes that train together")
-    arguments.add_argument("--steps", type=int, default=30, help="steps of each run")
+    arguments.add_argument("--steps", type=int, default=40, help="steps of the longer run")
     arguments.add_argument("--size", type=int, default=256, help="width and height of the images in pixels")
     arguments.add_argument("--fsdp", action="store_true", help="also with the base model spread")
     given = arguments.parse_args()
@@ -56,21 +48,20 @@ def main() -> None:
 
         folder = Path(temporary)
         images = make_images(folder / "images", count=16, size=given.size)
-        dataset = write_dataset(folder / "dataset.toml", images, size=given.size, batch_size=2, repeats=4)
-        models = make_tiny_flux(folder / "models")
-        options = training_options(models, dataset, folder / "output", steps=given.steps)
-        images_per_second([*options, "--max_train_steps", "1"], 1)  # fills the caches
-        one = images_per_second(options, 1)
-        several = images_per_second(options, given.processes)
-        measures = [
-            Measure("one process", one, "images/s"),
-            Measure(f"{given.processes} processes", several, "images/s"),
-            Measure("of as many times one", several / one / given.processes, ""),
-        ]
+        dataset = write_dataset(folder / "dataset.toml", images, size=given.size, batch_size=BATCH, repeats=4)
+        options = training_options(make_tiny_flux(folder / "models"), dataset, folder / "output", steps=1)
+        cost(options, 1, 4)  # fills the caches
+        runs = {"one process": (1, "whole"), f"{given.processes} processes": (given.processes, "whole")}
         if given.fsdp:
-            spread = images_per_second(options, given.processes, fsdp=True)
-            measures.append(Measure("with the base model spread", spread, "images/s"))
-    report(f"{given.processes} processes on {os.cpu_count()} cores", measures, given)
+            runs[f"{given.processes} processes, base model spread"] = (given.processes, "spread")
+        measures, alone = [], 0.0
+        for name, (processes, way) in runs.items():
+            seconds, speed = cost(options, processes, given.steps, way)
+            alone = alone or seconds
+            measures.append(Measure(name, 1000 * seconds, "ms of processor time per image"))
+            measures.append(Measure(f"{name}: efficiency", alone / seconds))
+            measures.append(Measure(f"{name}: on the clock", speed, "images/s"))
+    report("scaling", measures, given)
 
 
 if __name__ == "__main__":

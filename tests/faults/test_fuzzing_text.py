@@ -371,7 +371,19 @@ def test_states(tmp_path_factory, data):
     sound = {"format": "lora-training-state", "version": 1, "current_epoch": 1, "current_step": 0}
     sound |= {"position": {"epoch": 0, "batch": 0, "step": 0}, "identity": {"fixed": {}, "exact": {}}}
     sound |= {"optimizer": {"dict": []}, "rest": {"dict": [["a", {"list": [1]}]]}}
-    text = json_of({**sound, **data.draw(tables(list(sound), most=2))})
+    packed = st.recursive(
+        st.one_of(scalars, st.builds(lambda name: {"tensor": name}, texts)),
+        lambda inner: st.builds(
+            lambda kind, content: {kind: content},
+            st.sampled_from(("dict", "list", "tuple", "tensor", "x")),
+            st.one_of(inner, st.lists(inner, max_size=3), st.lists(st.lists(inner, max_size=3), max_size=2)),
+        ),
+        max_leaves=6,
+    )
+    known = {name: st.one_of(st.just(value), nested) for name, value in sound.items()}
+    known |= {"optimizer": packed, "rest": packed}
+    known |= {"position": st.fixed_dictionaries(dict.fromkeys(("epoch", "batch", "step"), scalars))}
+    text = json_of({**sound, **data.draw(tables(known, most=2))})
     written(
         folder,
         "train_state.json",

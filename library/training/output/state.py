@@ -28,9 +28,16 @@ from typing import Any
 from library.errors import UserError
 from library.files import explaining_full_disk, stale_temporaries, temporary_path, write_text
 from library.safetensors_io import read_header
+from library.text_files import parse_json, read_text
 
 FORMAT = "lora-training-state"
 VERSION = 1
+
+
+LARGEST_DOCUMENT = 1 << 30
+"""Bytes of train_state.json; the numbers of an optimizer take a few for each of its tensors."""
+NOT_WHAT_WAS_PACKED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What unpacking something else raises."""
 
 
 @dataclass
@@ -184,8 +191,8 @@ class SavedState:
         if not folder.is_dir():
             raise UserError(f"--resume: there is no state folder {folder}.")
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            document = parse_json(read_text(path, byte_limit=LARGEST_DOCUMENT), path)
+        except UserError:
             raise UserError(f"--resume: {folder} has no readable train_state.json; it is not a state folder.") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise UserError(
@@ -207,8 +214,10 @@ class SavedState:
             self.identity = RunIdentity(**document["identity"])
             self.rest = unpack(document["rest"], {})
             self.saved_at = float(document.get("saved_at", path.stat().st_mtime))
-        except (KeyError, TypeError, ValueError, OSError):
-            raise UserError(f"--resume: {folder} is damaged: its train_state.json is not what was written.") from None
+            if not all(type(count) is int and count >= 0 for count in vars(self.position).values()):
+                raise ValueError("positions are numbers of epochs, batches and steps")
+        except (*NOT_WHAT_WAS_PACKED, OSError):
+            raise self._damaged() from None
         """When it was written, in seconds since 1970."""
 
     @property
@@ -237,7 +246,14 @@ class SavedState:
 
     def optimizer_state(self) -> Any:
         """The optimizer's ``state_dict()`` as it was."""
-        return unpack(self.document["optimizer"], self._tensors("optimizer.safetensors"))
+        tensors = self._tensors("optimizer.safetensors")
+        try:
+            return unpack(self.document["optimizer"], tensors)
+        except NOT_WHAT_WAS_PACKED:
+            raise self._damaged() from None
+
+    def _damaged(self) -> UserError:
+        return UserError(f"--resume: {self.folder} is damaged: its train_state.json is not what was written.")
 
     def _tensors(self, name: str) -> dict[str, Any]:
         from library.checkpoints import open_checkpoint

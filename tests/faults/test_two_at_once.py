@@ -73,7 +73,7 @@ def _add(path: Path, process: int, count: int, begin: object) -> None:
 
 
 def test_processes_that_add_to_one_cache_file_lose_nothing_of_each_other(tmp_path):
-    path, count = tmp_path / "a.npz", 40
+    path, count = tmp_path / "a.npz", 15
     processes = multiprocessing.get_context("fork")
     begin = processes.Event()
     started = [processes.Process(target=_add, args=(path, number, count, begin)) for number in range(3)]

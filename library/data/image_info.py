@@ -16,11 +16,15 @@ from typing import Any
 
 from library.data.captions import caption_file_names
 from library.data.settings import SubsetSettings
+from library.errors import UserError
 from library.files import write_text
+from library.text_files import parse_json, read_text
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "metadata_cache.json"
+LARGEST_FILE = 1 << 31
+"""Bytes; some hundred for each image."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,11 @@ def read_image_info(subset: SubsetSettings, paths: Sequence[Path]) -> dict[str, 
     file = Path(subset.image_dir or "") / FILE_NAME
     try:
         written_at = file.stat().st_mtime_ns
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = parse_json(read_text(file, byte_limit=LARGEST_FILE), file)
         by_name = {Path(key).name: entry for key, entry in entries.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, UserError, AttributeError) as error:
         log.warning("%s cannot be used and is rebuilt (%s).", file, error)
         return {}
     known = {}

@@ -164,7 +164,7 @@ def _json(path: Path) -> dict[str, Any]:
     """The content of a tokenizer's file. Raises UserError where it isn't a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a valid tokenizer file.")
@@ -227,7 +227,7 @@ def _belongs_to_another(kind: TokenizerKind, folder: Path) -> bool:
     try:
         name = str(json.loads(config.read_text(encoding="utf-8"))["tokenizer_class"]).lower()
         return any(other in name for other in others)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
@@ -267,9 +267,11 @@ def _sentinels(folder: Path, vocabulary: int) -> int:
 
     config = folder / "tokenizer_config.json"
     if config.is_file():
-        configured = json.loads(config.read_text(encoding="utf-8")).get("extra_ids")
+        configured = _json(config).get("extra_ids")
+        if configured is not None and type(configured) is not int:
+            raise UserError(f"{config} is not a valid tokenizer file: extra_ids must be a whole number.")
         if configured is not None:
-            return int(configured)
+            return configured
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model")).vocab_size()
     return 100 if pieces + 100 <= vocabulary else 0
 

@@ -289,7 +289,7 @@ def _read_scheduler(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a valid scheduler configuration.")

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from library.console import warn
+from library.errors import UserError
+from library.files import open_regular
 from library.modelspec import modelspec_entries
 from library.training.optim.optimizers import CreatedOptimizer
 
@@ -211,9 +213,11 @@ def _data_url(image: str) -> str | None:
         return image
     kind = mimetypes.guess_type(image)[0] or "application/octet-stream"
     try:
-        content = Path(image).read_bytes()
-    except OSError as error:
-        warn(f"--metadata_thumbnail: {image} cannot be read ({error.strerror}); the file gets no thumbnail.")
+        with open_regular(image) as file:
+            content = file.read()
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or "not a regular file"
+        warn(f"--metadata_thumbnail: {image} cannot be read ({reason}); the file gets no thumbnail.")
         return None
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 

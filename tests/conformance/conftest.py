@@ -26,6 +26,14 @@ def tiny_files(request) -> Callable[[Family], Any]:
     return of
 
 
+ALIKE = {"sd2": "sd1", "chroma": "flux"}
+"""Models that go the way of another through the same script; what is slow is shown of both with ``--thorough``."""
+IN_TURN = [
+    pytest.param(family, id=family.name, marks=[pytest.mark.thorough] if family.name in ALIKE else [])
+    for family in FAMILIES
+]
+
+
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
 def family(request) -> Family:
     """Each family in turn."""

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conformance.conftest import IN_TURN
+from tests.families.family import Family
 from tests.running import ROOT, run_in_process, toml_value
 from tools import make_equality_table
 from tools.make_equality_table import CACHED, NEUTRAL, PAGE, TABLE, Neutral
@@ -31,6 +33,12 @@ class Done:
 
 
 Run = Callable[[str, Sequence[object]], Done]
+
+
+@pytest.fixture(scope="module", params=IN_TURN)
+def family(request) -> Family:
+    """Each family in turn, with ``--thorough`` each model."""
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -183,6 +183,15 @@ def forget_interrupt() -> None:
     _ctrl_c.pressed = False
 
 
+def raise_swallowed_interrupt() -> None:
+    """Raise KeyboardInterrupt again where Python could not raise it at the key's press.
+
+    That is so in finalizers and in callbacks of C code: what they raise is printed and forgotten.
+    """
+    if _ctrl_c.pressed:
+        raise KeyboardInterrupt
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a UserError becomes its sentence on stderr and its exit code, most often 2.
 

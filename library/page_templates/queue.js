@@ -6,7 +6,7 @@ function job(entry) {
   const links = Object.entries(LINKS).filter(([name]) => entry.links[name]);
   return element("li", {class: "card"},
     element("div", {class: "title"}, element("h2", {}, entry.name), element("span", {class: "pill " + entry.kind}, entry.state)),
-    element("p", {class: "soft small"}, [entry.script, entry.started && `started ${entry.started}`, entry.took && `took ${entry.took}`].filter(Boolean).join(" · ")),
+    element("p", {class: "soft small"}, [entry.script, entry.started && `started ${entry.started}`, entry.took && `took ${entry.took}`].filter(Boolean).join(", ")),
     entry.error ? element("p", {class: "problem mono"}, entry.error) : null,
     links.length ? element("p", {class: "links"}, ...links.map(([name, words]) => element("a", {href: entry.links[name]}, words))) : null);
 }

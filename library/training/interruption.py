@@ -9,7 +9,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from library.console import warn
+from library.console import raise_swallowed_interrupt, warn
 
 PASSED_ON = 2.0
 """Seconds in which a launcher passes a signal on."""
@@ -31,6 +31,7 @@ class Interruption:
         self._launcher = os.getppid() if launched else None
 
     def __enter__(self) -> Interruption:
+        raise_swallowed_interrupt()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note)

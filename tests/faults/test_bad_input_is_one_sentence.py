@@ -170,7 +170,6 @@ def test_unknown_network_argument(given):
         (["--keep_attention_outputs", "--gradient_checkpointing", "--torch_compile"], "are mutually exclusive"),
         (["--network_args", "train_t5xxl=True", "--cache_text_encoder_outputs"], "train_t5xxl"),
         (["--fused_backward_pass"], "Adafactor"),
-        (["--lr_scheduler", "constant", "--lr_warmup_steps", "10"], "constant"),
         (["--lr_scheduler", "cosin"], "cosine"),
         (["--optimizer_type", "AdamX"], "Adam"),
         (["--mixed_precision", "fp16"], "needs a CUDA device"),

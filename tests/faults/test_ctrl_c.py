@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Callable
 
 import pytest
 
+from library import console
+from library.training.interruption import Interruption
 from library.training.output.state import SavedState
 from tests.faults.killing import broken_files
 from tests.processes import ForkServer, Started
@@ -28,7 +31,8 @@ def start(fork_server: ForkServer, flux_command, few_blocks_sd1, dataset_toml, i
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --d 1\n", encoding="utf-8")
     out = tmp_path / "out"
-    data = ["--dataset_config", dataset_toml(subset={"num_repeats": 200})]
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    data = ["--dataset_config", dataset_toml(images, subset={"num_repeats": 200})]
     commands: dict[str, list[object]] = {
         "flux_train_network.py": [
             *(*flux_command, *data, "--output_dir", out, "--output_name", "lora", "--save_state"),
@@ -92,6 +96,22 @@ def test_one_ends_a_start_at_once(start, tmp_path, when):
     else:
         assert end_of(process) == "interrupted"
     assert broken_files(tmp_path) == []
+
+
+class WithFinalizer:
+    def __del__(self) -> None:
+        console._ctrl_c(signal.SIGINT, None)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_that_a_finalizer_swallows_ends_the_training_before_its_first_step():
+    console.forget_interrupt()
+    WithFinalizer()
+    with pytest.raises(KeyboardInterrupt), Interruption():
+        pass
+    console.forget_interrupt()
+    with Interruption() as interruption:
+        assert interruption.reason is None
 
 
 @pytest.mark.parametrize("script", ["gen_img.py", "tools/cache_latents.py"])

@@ -189,7 +189,7 @@ def test_a_disk_on_which_there_is_room_again_gets_the_last_file(train, small_dis
 def test_a_cache_that_has_no_room_is_named_and_the_next_start_goes_on(train, small_disk, image_folder, capsys, option):
     disk = small_disk(4_000_000)
     folder = disk / "images"
-    shutil.copytree(image_folder, folder)
+    shutil.copytree(image_folder, folder, ignore=shutil.ignore_patterns("*.npz"))
     filler = fill(disk, leave=30_000)
     images = names(folder)
     arguments = [option, "--network_train_unet_only", "--max_train_steps", 1]
@@ -209,7 +209,7 @@ def test_a_cache_that_has_no_room_is_named_and_the_next_start_goes_on(train, sma
 
 def test_caches_that_will_not_fit_are_named_before_they_are_made(train, small_disk, image_folder, capsys):
     disk = small_disk(1_000_000)
-    shutil.copytree(image_folder, disk / "images")
+    shutil.copytree(image_folder, disk / "images", ignore=shutil.ignore_patterns("*.npz"))
     fill(disk, leave=40_000)
     arguments = ["--cache_latents_to_disk", "--network_train_unet_only", "--max_train_steps", 1]
     train(*arguments, folder=disk / "images")

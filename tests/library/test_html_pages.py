@@ -16,7 +16,7 @@ from PIL import Image
 
 from library.html_pages import TEMPLATES, embedded_image, link_from, read_page_data, render_page
 
-PAGES = ("report.html", "contact_sheet.html", "image_report.html")
+PAGES = ("report.html", "contact_sheet.html", "image_report.html", "queue.html")
 TEXTS = st.text() | st.sampled_from(
     ["</script><script>alert(1)</script>", "<!--<script>", "{{data}}", "{{policy}}", "a&b\u2028"]
 )

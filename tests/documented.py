@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import tomli
+from _pytest.mark.structures import ParameterSet
 
 from tests.running import ROOT
 
@@ -34,6 +36,8 @@ class Entry:
     """Options whose effect the entry shows; those of prompts begin with ``--``. (gen_img_guide_walk.toml)"""
     test: str = ""
     """The test that shows it, where it is not the walk's own."""
+    thorough: bool = False
+    """Whether it is run with --thorough only: another entry, or another family's, goes the same way."""
 
 
 def _filled(value: Any, names: Mapping[str, str]) -> Any:
@@ -49,15 +53,23 @@ def _filled(value: Any, names: Mapping[str, str]) -> Any:
 def _read(path: Path) -> list[Entry]:
     entries, family = [], {"model": path.name.partition("_")[0]}
     for table in tomli.loads(path.read_text(encoding="utf-8"))["entry"]:
-        each = table.pop("each", None)
+        each, thorough = table.pop("each", None), table.pop("thorough", False)
         if each is None:
-            entries.append(Entry(**{**family, **_filled(table, {})}))
+            entries.append(Entry(**{**family, **_filled(table, {}), "thorough": thorough}))
             continue
+        assert thorough is True or set(thorough or ()) <= set(each), table["id"]
         patterns = each if isinstance(each, dict) else dict.fromkeys(each, "")
         for value, pattern in patterns.items():
             one = _filled(table, {"each": value, "pattern": pattern})
-            entries.append(Entry(**{**family, **one, "id": f"{one['id']}: {value}"}))
+            one |= {"id": f"{one['id']}: {value}", "thorough": thorough is True or value in (thorough or ())}
+            entries.append(Entry(**{**family, **one}))
     return entries
+
+
+def cases(entries: Iterable[Entry]) -> list[ParameterSet]:
+    """A case of a test for each entry, named after it."""
+    marks = {True: [pytest.mark.thorough], False: []}
+    return [pytest.param(entry, id=entry.id, marks=marks[entry.thorough]) for entry in entries]
 
 
 WALKS = {path.name.partition("_")[0]: _read(path) for path in sorted(LISTS.glob("*_guide_walk.toml"))}

@@ -2,8 +2,8 @@
 
 A family's test gives a ``Guide`` and the fixtures ``models`` (the files of each kind of model by the option that names
 them), ``named`` (the files that entries name in angle brackets) and ``place`` (see ``make_place``). Everything is as
-in the guide, but that resolutions are smaller, that a command trains two epochs, and that without a CUDA device bf16
-takes the place of fp16.
+in the guide, but that resolutions are smaller, that a command trains one or two epochs, and that without a CUDA device
+bf16 takes the place of fp16.
 """
 
 from __future__ import annotations

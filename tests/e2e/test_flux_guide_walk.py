@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.documented import WALKS
+from tests.documented import WALKS, cases
 from tests.guide_walk import (
     Guide,
     compared,
@@ -108,13 +108,13 @@ def place(tmp_path_factory, image_folder) -> Path:
 IN_PROCESS = [entry for entry in WALK if entry.kind not in ("command", "program")]
 
 
-@pytest.mark.parametrize("entry", IN_PROCESS, ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", cases(IN_PROCESS))
 def test_what_the_guide_says_works(entry, run, compared, models, named, place, tmp_path):
     walk_on(GUIDE, entry, tmp_path, run, compared, models, named, place)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", [e for e in WALK if e.kind == "command"], ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", cases(e for e in WALK if e.kind == "command"))
 def test_the_commands_of_the_guide(entry, models, place, compared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     require(entry, run_command(GUIDE, entry, models, place, tmp_path), compared)
@@ -134,7 +134,7 @@ def trained(run, models, named, tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("entry", [e for e in WALK if e.kind == "program"], ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", cases(e for e in WALK if e.kind == "program"))
 def test_other_programs_of_the_guide(entry, trained, console, tmp_path, monkeypatch, capsys):
     outcome = run_program(entry, trained, tmp_path / "out", monkeypatch)
     outcome.said = capsys.readouterr().out

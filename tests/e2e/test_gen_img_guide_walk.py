@@ -27,7 +27,7 @@ from library.models.stable_diffusion.pipeline import StableDiffusionFiles, Stabl
 from library.options import declared_options, parse_options
 from networks import lora
 from tests.docs.pages import Block, blocks, commands
-from tests.documented import WALKS, Entry
+from tests.documented import WALKS, Entry, cases
 from tests.e2e.test_every_option_is_exercised import source_of
 from tests.families.stable_diffusion import few_blocks, make_few_blocks
 from tests.generation.drawing import pixels, write_random_network
@@ -178,7 +178,7 @@ def require(entry: Entry, outcome: Outcome) -> None:
         assert name in ("image", "refused") or CHECKS[name](outcome, value), (name, value)
 
 
-@pytest.mark.parametrize("entry", RUNS, ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", cases(RUNS))
 def test_what_the_guides_say_works(entry, draw, compared, caplog):
     outcome = draw(entry, entry.text)
     outcome.said = caplog.text
@@ -221,7 +221,7 @@ def place(models, named, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", COMMANDS, ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", cases(COMMANDS))
 def test_the_commands_of_the_guides(entry, place, named, tmp_path, monkeypatch):
     """Word for word, but with smaller images and fewer steps; what a session asks for is typed."""
     monkeypatch.chdir(place)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented import WALKS
+from tests.documented import WALKS, cases
 from tests.guide_walk import (
     Guide,
     compared,
@@ -55,13 +55,13 @@ def place(tmp_path_factory, image_folder) -> Path:
     return make_place(tmp_path_factory.mktemp("walk"), GUIDE, image_folder)
 
 
-@pytest.mark.parametrize("entry", [e for e in WALK if e.kind != "command"], ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", cases(e for e in WALK if e.kind != "command"))
 def test_what_the_guide_says_works(entry, run, compared, models, named, place, tmp_path):
     walk_on(GUIDE, entry, tmp_path, run, compared, models, named, place)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", [e for e in WALK if e.kind == "command"], ids=lambda entry: entry.id)
+@pytest.mark.parametrize("entry", cases(e for e in WALK if e.kind == "command"))
 def test_the_commands_of_the_guide(entry, models, place, compared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     require(entry, run_command(GUIDE, entry, models, place, tmp_path), compared)

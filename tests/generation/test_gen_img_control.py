@@ -126,7 +126,13 @@ def test_clip_image_guidance_without_a_guide_leads_to_the_image_before(draw, fol
     assert pixels(draw("sd1", *second, *clip)) != pixels(draw("sd1", *second))
 
 
-@pytest.mark.parametrize("variant, names", [("sd1", ("control", "clip", "vgg")), ("sdxl", ("lllite", "vision"))])
+@pytest.mark.parametrize(
+    "variant, names",
+    [
+        ("sd1", ("control", "clip", "vgg")),
+        pytest.param("sdxl", ("lllite", "vision"), marks=pytest.mark.thorough),
+    ],
+)
 def test_models_of_features_are_counted_and_rest_in_system_ram(draw, folder, monkeypatch, variant, names):
     """--offload and --vram_budget with models beside the pipeline's parts"""
     guide = folder / "guide.png"

@@ -293,7 +293,9 @@ def image_in_diffusers(folder: Path, lora: Path | None) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["False", "True"], ids=["plain", "split_qkv"])
+@pytest.mark.parametrize(
+    "split", [pytest.param("False", id="plain", marks=pytest.mark.thorough), pytest.param("True", id="split_qkv")]
+)
 def test_a_trained_lora_draws_the_same_image_in_diffusers(flux_command, tiny_flux, dataset_toml, tmp_path, split):
     """Trained with CLIP-L, converted by the command line, loaded by ``load_lora_weights``."""
     from tools.make_tiny_models import make_tiny_flux

@@ -24,7 +24,7 @@ from tests.networks.lora_tool_files import run
 from tests.running import run_in_process
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("family", [pytest.param("sdxl", marks=pytest.mark.thorough), "flux"])
 def test_files_of_lycoris_merge_as_the_package_merges_them(bench, family, tmp_path):
     """Every layer that it trains by itself, convolutions too."""
     pytest.importorskip("lycoris")

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from networks import lora
-from tests.networks.stable_diffusion import UNETS
 
 pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
 
 
-@pytest.fixture(scope="module", params=list(UNETS))
+@pytest.fixture(scope="module", params=["sd1", pytest.param("sd2", marks=pytest.mark.thorough), "sdxl"])
 def pipe(request, tmp_path_factory):
     """diffusers' own pipeline of a tiny model."""
     from diffusers import DiffusionPipeline

@@ -99,7 +99,7 @@ def close(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize(("family", "algorithm"), PAIRS)
 def test_it_trains_saves_loads_again_and_merges(train, tmp_path, capsys, family, algorithm):
-    first = train(family, "--network_args", *ALGORITHMS[algorithm], output="first")
+    first = train(family, "--network_args", *ALGORITHMS[algorithm], steps=1, output="first")
     file = tmp_path / "first" / "last.safetensors"
     tensors = load_file(file)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -137,7 +137,7 @@ def test_a_file_is_continued_by_the_network_of_the_same_arguments(train, tmp_pat
         # Its files hold a product with the scalar, and the norm's limit works on that scalar.
         ("algo=lora", "use_scalar=True", "dora_wd=True", "--scale_weight_norms", 0.1),
         ("algo=lokr", "factor=2", "rank_dropout=0.3", "module_dropout=0.3"),
-        ("algo=full",),
+        pytest.param(("algo=full",), marks=pytest.mark.thorough),
     ],
 )
 def test_a_resumed_run_ends_in_the_same_bytes(train, tmp_path, arguments):

@@ -23,8 +23,19 @@ LIKE_SD1 = ("LoRA-FA", "LyCORIS", "convolutions")
 
 LIKE_FLUX = ("ranks", "alpha")
 """The same of Chroma and FLUX.1."""
+LIKE_OTHERS = {
+    ("sd1", "LoRA-FA, DyLoRA"),  # LoRA
+    ("sd1", "LyCORIS DoRA, `wd_on_output=False`"),
+    ("sd1", "LyCORIS LoHa, LoKr"),  # FLUX.1's
+    ("flux", "alpha left at 1, given, equal to the rank (0)"),
+}
+"""Rows whose keys and scales are those of other rows that are always tried."""
 CELLS = [
-    pytest.param(table, family, row, id=f"{family}-{row}")
+    pytest.param(
+        *(table, family, row),
+        id=f"{family}-{row}",
+        marks=[pytest.mark.thorough] if (family, row) in LIKE_OTHERS else [],
+    )
     for table in OURS
     for family in table.families
     for row in table.rows

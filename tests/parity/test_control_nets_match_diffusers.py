@@ -89,7 +89,7 @@ class Pair:
         ).images
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=["sd1", pytest.param("sd2", marks=pytest.mark.thorough), "sdxl"])
 def pair(request, tmp_path_factory) -> Pair:
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -88,7 +88,13 @@ def in_diffusers(
 
 
 @pytest.mark.parametrize(
-    ("pair", "case"), [*((None, case) for case in CASES), (0.7, "projected, quoting")], indirect=["pair"]
+    ("pair", "case"),
+    [
+        (0.7, "guided"),
+        (0.7, "projected, quoting"),
+        *(pytest.param(None, case, marks=pytest.mark.thorough) for case in CASES),
+    ],
+    indirect=["pair"],
 )
 def test_the_same_latents_and_image(pair, case):
     command, theirs = pair

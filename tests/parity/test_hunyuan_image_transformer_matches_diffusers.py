@@ -68,8 +68,19 @@ def run_diffusers(model: HunyuanImageTransformer2DModel, given: dict[str, torch.
         ).sample  # fmt: skip
 
 
-@pytest.mark.parametrize("texts", TEXTS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "texts"),
+    [
+        *(("tiny", texts) for texts in TEXTS),
+        *((size, "glyphs in one") for size in SIZES if size != "tiny"),
+        *(
+            pytest.param(size, texts, marks=pytest.mark.thorough)
+            for size in SIZES
+            for texts in TEXTS
+            if size != "tiny" and texts != "glyphs in one"
+        ),
+    ],
+)
 def test_our_weights_in_diffusers_give_the_same_velocity(size, texts):
     config = SIZES[size]
     ours = HunyuanImageTransformer(config)

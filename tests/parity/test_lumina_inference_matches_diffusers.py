@@ -124,7 +124,12 @@ TRUNCATED = (
 
 @pytest.mark.parametrize(
     ("pair", "ours", "diffusers"),
-    [(None, *UNGUIDED), (None, *GUIDED_ALWAYS), (None, *TRUNCATED), (0.7, *GUIDED_ALWAYS)],
+    [
+        pytest.param(None, *UNGUIDED, marks=pytest.mark.thorough),
+        pytest.param(None, *GUIDED_ALWAYS, marks=pytest.mark.thorough),
+        (None, *TRUNCATED),
+        (0.7, *GUIDED_ALWAYS),
+    ],
     indirect=["pair"],
     ids=["unguided", "guided", "truncated", "with a LoRA"],
 )

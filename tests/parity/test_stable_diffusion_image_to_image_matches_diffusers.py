@@ -146,15 +146,22 @@ def pairs(few_blocks_sd1, few_blocks_sd2, few_blocks_sdxl) -> Callable[[str], Pa
 FROM_NOISE = ("pndm", "lms", "heun", "dpmsolver", "dpmsingle")
 """The others are compared with whole pipelines in ``test_stable_diffusion_matches_diffusers.py``."""
 CASES = [
-    *(("sd1", "noise", sampler) for sampler in (*FROM_NOISE, "dpm_2", "dpm_2_a")),
-    *(("sd2", "noise", sampler) for sampler in ("pndm", "dpmsingle")),
+    *(("sd1", "noise", sampler) for sampler in FROM_NOISE),
+    ("sd2", "noise", "dpmsingle"),
     ("sdxl", "noise", "lms"),
     *(("sd1", "mask", sampler) for sampler in SCHEDULERS),
-    *(("sd2", "mask", sampler) for sampler in ("euler_a", "dpm_2")),
     ("sdxl", "mask", "euler"),
     # What is drawn within a mask is drawn as over an image.
     *(("sd1", "image", sampler) for sampler in ("ddim", "heun")),
-    ("sdxl", "image", "euler"),
+    *(
+        pytest.param(*case, marks=pytest.mark.thorough)
+        for case in (
+            *(("sd1", "noise", sampler) for sampler in ("dpm_2", "dpm_2_a")),
+            *(("sd2", "mask", sampler) for sampler in ("euler_a", "dpm_2")),
+            ("sd2", "noise", "pndm"),
+            ("sdxl", "image", "euler"),
+        )
+    ),
 ]
 
 
@@ -172,7 +179,7 @@ def test_latents_are_the_same(pairs, variant, way, sampler):
 BATCHES = [
     ("sd1", "noise", "ddim"),
     ("sdxl", "mask", "dpm_2_a"),
-    ("sd2", "mask", "euler_a"),
+    pytest.param("sd2", "mask", "euler_a", marks=pytest.mark.thorough),
 ]
 
 

@@ -80,7 +80,11 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(
     ("pair", "sampler"),
-    [*(("sd1", sampler) for sampler in SCHEDULERS), ("sd2", "euler"), *(("sdxl", s) for s in ("ddim", "euler_a"))],
+    [
+        *(("sd1", sampler) for sampler in SCHEDULERS),
+        ("sdxl", "euler_a"),
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in (("sd2", "euler"), ("sdxl", "ddim"))),
+    ],
     indirect=["pair"],
 )
 def test_latents_are_the_same(pair, sampler):
@@ -88,7 +92,9 @@ def test_latents_are_the_same(pair, sampler):
     assert_equal_to_scale(latents, pair.draw(SCHEDULERS[sampler](), output_type="latent"))
 
 
-@pytest.mark.parametrize(("pair", "sampler"), [("sd2", "ddim"), ("sdxl", "euler")], indirect=["pair"])
+@pytest.mark.parametrize(
+    ("pair", "sampler"), [("sd2", "ddim"), pytest.param("sdxl", "euler", marks=pytest.mark.thorough)], indirect=["pair"]
+)
 def test_latents_of_v_prediction_are_the_same(pair, sampler):
     ours = pair.open(v_parameterization=True)
     scheduler = SCHEDULERS[sampler](prediction_type="v_prediction")
@@ -110,6 +116,7 @@ def test_clipped_ddim_is_diffusers_default(pair):
     assert_equal_to_scale(latents, pair.draw(diffusers.DDIMScheduler(**SCHEDULE), output_type="latent"))
 
 
+@pytest.mark.parametrize("pair", ["sd1", pytest.param("sd2", marks=pytest.mark.thorough), "sdxl"], indirect=True)
 def test_the_image_is_the_same_from_the_same_folder(pair):
     ours = StableDiffusionPipeline(StableDiffusionFiles(pair.folder), torch.float32, "cpu")
     expected = pair.draw(diffusers.DDIMScheduler(**SCHEDULE, steps_offset=1), output_type="pt")

@@ -87,6 +87,7 @@ def test_the_text_encoders_of_a_single_file_are_those_that_diffusers_converts(va
         assert_same(numbers(file.source), state)
 
 
+@pytest.mark.parametrize("variant", ["sd1", pytest.param("sd2", marks=pytest.mark.thorough), "sdxl"], indirect=True)
 def test_both_layouts_load_to_the_same_modules(variant, original, folder):
     opened = open_stable_diffusion(folder)
     assert opened.variant == original.variant == variant
@@ -100,6 +101,7 @@ def test_both_layouts_load_to_the_same_modules(variant, original, folder):
             assert not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
 
 
+@pytest.mark.parametrize("variant", ["sd1", pytest.param("sd2", marks=pytest.mark.thorough), "sdxl"], indirect=True)
 def test_the_unet_predicts_what_diffusers_own_does_to_the_bit(original, folder):
     """Gradients too: our forwards of its blocks leave out only what changes nothing."""
     reference = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()

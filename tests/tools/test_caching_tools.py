@@ -95,7 +95,7 @@ def arrays(folder: Path) -> dict[tuple[str, str], numpy.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("family", SUFFIXES)
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.thorough), "sdxl", "flux"])
 def test_training_uses_the_files_as_they_are_and_loads_no_encoder(command, cache, train, folder, monkeypatch, family):
     given = command(family)
     for subject in ("latents", "text"):
@@ -123,7 +123,7 @@ def forbid(monkeypatch, owner: type, name: str) -> None:
     monkeypatch.setattr(owner, name, refuse)
 
 
-@pytest.mark.parametrize("family", SUFFIXES)
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.thorough), "flux"])
 def test_the_files_are_those_that_training_would_make(command, cache, train, folder, family):
     given = command(family)
     train(family, given)

@@ -20,6 +20,7 @@ from library.training.plan.dry_run import plan_of
 from library.training.plan.plan_report import Plan, plan_lines
 from library.training.plan.planned_files import kept
 from library.training.report.description import size_on_disk
+from tests.e2e.test_flux_training_options import SMALL
 from tests.running import make_trainer as begin
 from tests.running import no_weights_are_read, run_in_process
 
@@ -32,7 +33,7 @@ def make_trainer(tmp_path, dataset_toml):
 
     def make(family: tuple[type, type], *arguments: object, dataset: dict[str, object] | None = None) -> Any:
         given = [*arguments, "--output_dir", tmp_path / "out", "--max_data_loader_n_workers", "0"]
-        given += ["--dataset_config", dataset_toml(tmp_path / "images", **(dataset or {}))]
+        given += ["--dataset_config", dataset_toml(tmp_path / "images", **(SMALL | (dataset or {})))]
         return begin(family[0], *given)
 
     return make

@@ -77,6 +77,23 @@ def test_the_tests_named_exist_and_name_what_they_show(kind):
     assert missing == []
 
 
+def test_what_each_needs_is_shown_without_thorough():
+    only_there = []
+    for name, tests in {**shown("options"), **shown("dataset_keys")}.items():
+        wanted = [test for test, what in tests.items() if what == "effect"] or list(tests)
+        if all(is_thorough(test) for test in wanted):
+            only_there.append(name)
+    assert only_there == []
+
+
+def is_thorough(test: str) -> bool:
+    """Whether a test as a whole, not some of its rows, runs with ``--thorough`` only."""
+    file, _, name = test.partition("::")
+    node = definitions(ROOT / file)[name]
+    decorators = node.decorator_list if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+    return any(ast.unparse(decorator) == "pytest.mark.thorough" for decorator in decorators)
+
+
 # ---- the source of a test: the function, and what it uses of its own and other files of tests -----------------------
 
 

@@ -284,6 +284,16 @@ CASES = {
     ),
 }  # fmt: skip
 
+LIKE_OTHERS = {
+    *(f"{name}=0" for name in LAYERS if name not in ("img_mod_dim", "single_dim")),
+    *("alpha 0 is the rank", "in_dims=4,2,2,2,4", "blocks: all", "double blocks: empty"),
+    *("double blocks: 0-1", "single blocks: none", "train_blocks=all", "train_blocks=double", "split_qkv=False"),
+    *("split_qkv with rank_dropout", "loraplus_text_encoder_lr_ratio"),
+    *("train_t5xxl=False", "train_t5xxl with --network_train_unet_only", "guide 6.6: one rate"),
+    *("guide 6.6: FLUX.1, CLIP-L and T5-XXL", "the text encoders alone", "guide 6.4: one list"),
+}
+"""Cases that show little beside the others."""
+
 CHROMA_CASES = {
     "nothing": Case("--network_train_unet_only"),
     "no text encoder is trained": Case(""),
@@ -471,7 +481,9 @@ def check(case: Case, title: str, trainer: Any, file: Path, first: Path | None =
         assert given == dict(case.regularisation)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name in LIKE_OTHERS else name for name in CASES]
+)
 def test_the_modules_of_an_argument(name, run, tmp_path):
     case = CASES[name]
     check(case, name, run(case), tmp_path / "out" / "last.safetensors")

@@ -152,7 +152,7 @@ def test_gradient_checkpointing_of_encoders_changes_nothing(train, tmp_path):
     assert equal_files(tmp_path / "a" / "last.safetensors", tmp_path / "b" / "last.safetensors")
 
 
-@pytest.mark.parametrize("t5", ["False", "True"])
+@pytest.mark.parametrize("t5", [pytest.param("False", marks=pytest.mark.thorough), "True"])
 def test_no_encoder_drops_anything_in_training(train, t5):
     """Encoders come with dropouts of 0.1 in their configurations; all stay in eval mode, checkpointed or not."""
     seen = []
@@ -173,7 +173,7 @@ def test_no_encoder_drops_anything_in_training(train, t5):
 TO_DISK = "--cache_text_encoder_outputs_to_disk"
 
 
-@pytest.mark.parametrize("cache", ["--cache_text_encoder_outputs", TO_DISK])
+@pytest.mark.parametrize("cache", [pytest.param("--cache_text_encoder_outputs", marks=pytest.mark.thorough), TO_DISK])
 def test_a_trained_clip_is_encoded_at_every_step_beside_the_cache(train, cache):
     """T5's part is the cache's to the bit, and T5 is not even there; CLIP's is new with each update."""
     pooled = []
@@ -194,7 +194,7 @@ def test_a_trained_clip_is_encoded_at_every_step_beside_the_cache(train, cache):
     assert all((new - old.to(new)).abs().max() > 1e-3 for new, old in later)
 
 
-@pytest.mark.parametrize("cache", ["--cache_text_encoder_outputs", TO_DISK])
+@pytest.mark.parametrize("cache", ["--cache_text_encoder_outputs", pytest.param(TO_DISK, marks=pytest.mark.thorough)])
 def test_a_trained_clip_learns_the_same_with_and_without_a_cache(train, tmp_path, cache):
     captions = {"caption_prefix": "photo of", "caption_suffix": "in red"}
     for output, given in (("plain", ()), ("cached", (cache,))):
@@ -295,12 +295,19 @@ def test_a_network_without_text_encoders_needs_none(train, flux_command, caplog,
 
 
 @pytest.mark.slow
-def test_oft_trains_saves_and_goes_on_from_the_command_line(flux_command, dataset_toml, tmp_path):
+def test_oft_trains_saves_and_goes_on_from_the_command_line(flux_command, dataset_toml, small_images, tmp_path):
     """Four steps at once and two runs of two give the same file to the bit; the second takes the first's blocks."""
     from tests.running import run_in_process
 
     common = [*flux_command, "--network_module", "networks.oft_flux", "--network_alpha", "1e-2", "--no_report"]
-    common += ["--dataset_config", dataset_toml(), "--max_data_loader_n_workers", "0", "--learning_rate", "1e-2"]
+    common += [
+        "--dataset_config",
+        dataset_toml(small_images, resolution=64),
+        "--max_data_loader_n_workers",
+        "0",
+        "--learning_rate",
+        "1e-2",
+    ]
     common += ["--network_train_unet_only", "--network_args", "enable_all_linear=True", "--no_metadata"]
     runs = {
         "whole": ["--max_train_steps", "4"],

@@ -50,7 +50,9 @@ def weights(folder):
     return load_file(folder / "last.safetensors")
 
 
-@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing", "--scale_weight_norms", "0.1"]])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], marks=pytest.mark.thorough), ["--gradient_checkpointing", "--scale_weight_norms", "0.1"]]
+)
 def test_the_weights_are_those_of_ordinary_steps(train, tmp_path, more):
     """CLIP-L trains, too; the learning rate warms up and decays."""
     gradients: dict[str, set[bool]] = {"plain": set(), "fused": set()}

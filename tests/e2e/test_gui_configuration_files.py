@@ -78,7 +78,7 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-@pytest.mark.parametrize("family", GUI_FILES)
+@pytest.mark.parametrize("family", ["flux", pytest.param("sd1", marks=pytest.mark.thorough), "sdxl"])
 def test_it_trains_unchanged(train, gui_file, tmp_path, capsys, family):
     path = gui_file(family)
     assert 50 <= len(tomli.loads(path.read_text(encoding="utf-8"))) <= 75
@@ -103,12 +103,13 @@ def test_empty_strings_and_lists_are_as_if_the_keys_were_not_there(gui_file, fam
     assert read(gui_file(family)) == read(gui_file(family, **dict.fromkeys(EMPTY, "")))
 
 
+@pytest.mark.thorough
 def test_the_variant_with_empty_strings_trains(train, gui_file, tmp_path):
     train("sdxl", gui_file("sdxl", **dict.fromkeys(EMPTY, ""), sample_prompts="", text_encoder_lr=[]))
     assert (tmp_path / "output" / "my_lora.safetensors").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_it_trains_through_accelerate_launch(gui_file, tmp_path):
     # The launcher starts several processes in tests/scale/test_machines.py.
     result = launch("sdxl_train_network.py", "--config_file", gui_file("sdxl"))

@@ -95,12 +95,20 @@ def test_fused_steps_free_gradients_in_the_plan_too(make_trainer):
     ("command", "arguments"),
     [
         ("flux_command", "--cache_latents"),
-        ("flux_command", "--cache_latents --gradient_checkpointing --network_train_unet_only"),
-        ("flux_command", "--cache_latents --mixed_precision bf16 --cache_text_encoder_outputs"),
+        pytest.param(
+            "flux_command",
+            "--cache_latents --gradient_checkpointing --network_train_unet_only",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "flux_command",
+            "--cache_latents --mixed_precision bf16 --cache_text_encoder_outputs",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             "sd1_command", "--cache_latents --gradient_checkpointing --mixed_precision bf16", marks=pytest.mark.slow
         ),
-        pytest.param("sdxl_command", "--cache_latents --network_train_unet_only", marks=pytest.mark.slow),
+        pytest.param("sdxl_command", "--cache_latents --network_train_unet_only", marks=pytest.mark.thorough),
     ],
 )
 def test_the_peak_of_a_training_step(make_trainer, command, arguments):
@@ -132,7 +140,7 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
     ("command", "arguments"),
     [
         ("flux_command", "--keep_attention_outputs"),
-        ("sd1_command", ""),
+        pytest.param("sd1_command", "", marks=pytest.mark.thorough),
         ("sd1_command", "--network_train_unet_only --network_args conv_dim=2"),  # autocast keeps casts of its weights
     ],
 )
@@ -151,7 +159,12 @@ def test_a_block_of_each_kind_stands_for_all(make_trainer, command, arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "--gradient_checkpointing --fp8_scaled", "--gradient_checkpointing --blocks_to_swap 2"]
+    "arguments",
+    [
+        pytest.param("", marks=pytest.mark.thorough),
+        "--gradient_checkpointing --fp8_scaled",
+        "--gradient_checkpointing --blocks_to_swap 2",
+    ],
 )
 def test_the_peak_from_loading_to_the_first_gradients(make_trainer, arguments):
     """Weights on the device and in system RAM, which are the same here, the LoRA, and a step."""
@@ -179,7 +192,7 @@ def test_the_peak_from_loading_to_the_first_gradients(make_trainer, arguments):
     assert expected == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("command", ["flux_command", pytest.param("sd1_command", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["flux_command", pytest.param("sd1_command", marks=pytest.mark.thorough)])
 def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 128 --h 64 --s 2\n", encoding="utf-8")

@@ -111,7 +111,7 @@ def test_the_page_is_refreshed_at_samples_files_and_validation(trained):
 
 
 def test_a_page_is_written_or_not_as_asked(train, tmp_path):
-    train(tmp_path / "unwanted", "--validation_split", "0.2", "--no_report", steps=1)
+    train(tmp_path / "unwanted", "--no_report", steps=1)
     assert (tmp_path / "unwanted" / "zog.safetensors").is_file() and not list(tmp_path.rglob("*.html"))
     train(tmp_path / "wanted", "--report", steps=1)
     assert read_page_data(tmp_path / "wanted" / "zog.report.html")["curves"]["loss"]["x"] == [1]
@@ -251,20 +251,17 @@ def long_report(tmp_path_factory) -> Path:
 
 def check_page(browser: Browser, page: Path) -> None:
     """What holds for every page at every width: no error, no load from elsewhere, nothing hostile ran, no overflow."""
-    for size in (DESKTOP, PHONE):
-        for dark in (False, True):
-            browser.look_like(size, dark)
-            browser.open(page)
-            browser.wait_for("return document.getElementById('end').textContent")
-            assert browser.console() == []
-            assert browser.requests() == [page.resolve().as_uri()]
-            assert browser.run("return document.title") != "run"
-            widths = browser.run(
-                "const d = document.documentElement; return [d.scrollWidth, d.clientWidth, innerWidth]"
-            )
-            assert widths == [size[0]] * 3
-            paper, ink = browser.run("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
-            assert (lightness(paper) > lightness(ink)) is not dark
+    for size, dark in ((DESKTOP, False), (PHONE, True)):
+        browser.look_like(size, dark)
+        browser.open(page)
+        browser.wait_for("return document.getElementById('end').textContent")
+        assert browser.console() == []
+        assert browser.requests() == [page.resolve().as_uri()]
+        assert browser.run("return document.title") != "run"
+        widths = browser.run("const d = document.documentElement; return [d.scrollWidth, d.clientWidth, innerWidth]")
+        assert widths == [size[0]] * 3
+        paper, ink = browser.run("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
+        assert (lightness(paper) > lightness(ink)) is not dark
     assert browser.run("return document.querySelectorAll('body img[src=\"x\"], body script:not([id])').length") == 2
 
 

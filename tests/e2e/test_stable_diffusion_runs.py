@@ -27,7 +27,7 @@ DIFFERENT = """
 """.split()
 
 
-@pytest.fixture(params=["sd1", "sd2", "sdxl"])
+@pytest.fixture(params=["sd1", *(pytest.param(variant, marks=pytest.mark.thorough) for variant in ("sd2", "sdxl"))])
 def variant(request):
     return request.param
 

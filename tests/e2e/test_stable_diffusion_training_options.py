@@ -181,7 +181,12 @@ def test_latents_are_scaled_before_noise_is_added(prepare):
 @pytest.mark.parametrize(
     ("model", "arguments", "parts"),
     [
-        ("sd1", "--mem_eff_attn --highvram --lowram --vae_batch_size 3 --cache_latents", {"unet", "te"}),
+        pytest.param(
+            "sd1",
+            "--mem_eff_attn --highvram --lowram --vae_batch_size 3 --cache_latents",
+            {"unet", "te"},
+            marks=pytest.mark.thorough,
+        ),
         (
             "sd1",
             "--network_args conv_dim=2 conv_alpha=1 rank_dropout=0.1 module_dropout=0.1 --network_dropout 0.1"
@@ -190,9 +195,19 @@ def test_latents_are_scaled_before_noise_is_added(prepare):
         ),
         ("sd1", "--mixed_precision bf16 --full_bf16 --no_half_vae --save_precision fp16 --text_encoder_lr 0", {"unet"}),
         ("sd1", "--scale_weight_norms 0.5 --network_args loraplus_lr_ratio=4 --unet_lr 2e-3", {"unet", "te"}),
-        ("sd2", "--validation_split 0.2 --max_validation_steps 1 --optimizer_type Lion", {"unet", "te"}),
+        pytest.param(
+            "sd2",
+            "--validation_split 0.2 --max_validation_steps 1 --optimizer_type Lion",
+            {"unet", "te"},
+            marks=pytest.mark.thorough,
+        ),
         ("sd2", "--gradient_checkpointing --network_train_text_encoder_only --weighted_captions", {"te"}),
-        ("sdxl", "--mixed_precision bf16 --gradient_checkpointing --cpu_offload_checkpointing", {"unet", "te1", "te2"}),
+        pytest.param(
+            "sdxl",
+            "--mixed_precision bf16 --gradient_checkpointing --cpu_offload_checkpointing",
+            {"unet", "te1", "te2"},
+            marks=pytest.mark.thorough,
+        ),
         (
             "sdxl",
             "--network_train_text_encoder_only --text_encoder_lr 0 1e-3 --disable_mmap_load_safetensors",
@@ -201,14 +216,14 @@ def test_latents_are_scaled_before_noise_is_added(prepare):
     ],
 )
 def test_short_run(train, loras, tmp_path, model, arguments, parts):
-    trainer = train(*arguments.split(), "--logging_dir", tmp_path / "log", model=model, steps=2)
-    assert trainer.progress.step == 2
+    trainer = train(*arguments.split(), "--logging_dir", tmp_path / "log", model=model)
+    assert trainer.progress.step == 1
     (tensors,) = loras("out")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert trained_keys(tmp_path / "out" / "last.safetensors") == parts
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_compiled_unet_trains(train, loras, images):
     train("--torch_compile", "--dynamo_backend", "eager", "--network_train_unet_only", folder=images)
     (tensors,) = loras("out")
@@ -216,7 +231,7 @@ def test_a_compiled_unet_trains(train, loras, images):
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
 
 
-@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+@pytest.mark.parametrize("model", [pytest.param("sd1", marks=pytest.mark.thorough), "sdxl"])
 def test_cached_and_uncached_text_train_the_same(train, loras, model):
     arguments = ("--cache_latents", "--network_train_unet_only", "--max_token_length", "150")
     train(*arguments, model=model, output="a")
@@ -333,7 +348,7 @@ def test_sdxl_is_told_the_sizes_of_its_images(prepare, images):
     assert told == {(64, 96, 10, 0, 64, 64), (64, 64, 0, 0, 64, 64)}
 
 
-@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+@pytest.mark.parametrize("model", [pytest.param("sd1", marks=pytest.mark.thorough), "sdxl"])
 def test_only_marked_items_are_kept_at_the_base_model(train, images, model):
     trainer = train("--learning_rate", "1e-2", model=model, folder=images, steps=2)
     batch, draws = one_batch(trainer), ItemDraws(1, 0, [0, 1])
@@ -381,7 +396,10 @@ def test_a_sample_is_drawn_with_the_network_of_that_moment(train, tmp_path, imag
 # ---- learning ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["--network_train_unet_only", "--network_train_text_encoder_only"])
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param("--network_train_unet_only", marks=pytest.mark.thorough), "--network_train_text_encoder_only"],
+)
 def test_what_is_trained_learns(train, images, part):
     """The text encoder learns only through the U-Net's cross attention."""
     (images / "1.png").unlink()

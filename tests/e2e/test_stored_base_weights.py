@@ -71,7 +71,17 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert any(tensor.any() for name, tensor in one.items() if name.endswith("lora_up.weight"))
 
 
-@pytest.mark.parametrize("options", {storage: options for options, storage in OPTIONS.items()}.values())
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--fp8_scaled --fp8_scaled_granularity channel",
+        "--base_format nf4",
+        *(
+            pytest.param(options, marks=pytest.mark.thorough)
+            for options in ("--fp8_scaled", "--fp8_scaled --fp8_scaled_granularity tensor", "--base_format int8")
+        ),
+    ],
+)
 def test_a_lora_is_to_the_bit_that_of_the_rounded_weights(given, rounded, tmp_path, options):
     """Blocks are streamed, and one format of each width is tried without that, too.
 
@@ -103,10 +113,16 @@ def test_a_lora_is_to_the_bit_that_of_the_rounded_weights(given, rounded, tmp_pa
 @pytest.mark.parametrize(
     ("network", "options"),
     [
-        ("networks.oft_flux --network_args enable_all_linear=True", "--base_format nf4"),
+        pytest.param(
+            "networks.oft_flux --network_args enable_all_linear=True",
+            "--base_format nf4",
+            marks=pytest.mark.thorough,
+        ),
         ("networks.lora_flux --network_args ggpo_sigma=0.03 ggpo_beta=0.01", "--base_format int8"),
         ("lycoris.kohya --network_args algo=loha", "--fp8_scaled"),
-        ("lycoris.kohya --network_args algo=lora dora_wd=True", "--base_format nf4"),
+        pytest.param(
+            "lycoris.kohya --network_args algo=lora dora_wd=True", "--base_format nf4", marks=pytest.mark.thorough
+        ),
     ],
     ids=["oft", "ggpo", "loha", "dora"],
 )
@@ -123,7 +139,7 @@ def test_so_is_every_other_network(given, rounded, tmp_path, network, options):
     assert all(torch.equal(stored[name], plain[name]) for name in stored)
 
 
-@pytest.mark.parametrize("options", ["--fp8_scaled", "--base_format nf4"])
+@pytest.mark.parametrize("options", ["--fp8_scaled", pytest.param("--base_format nf4", marks=pytest.mark.thorough)])
 def test_a_lora_is_merged_into_the_base_model_beforehand_and_a_run_is_resumed(given, tiny_flux, tmp_path, options):
     """--base_weights: the sum of rounded weight and LoRA is rounded again. Then two steps and two more, which stream
     their blocks, are four."""

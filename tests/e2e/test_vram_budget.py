@@ -17,6 +17,7 @@ from library.memory.simulation import Simulation, module_bytes
 from library.training.plan import budget
 from library.training.plan.dry_run import plan_of
 from library.training.plan.expected_memory import expected_memory
+from tests.e2e.test_flux_training_options import SMALL
 from tests.running import make_trainer, no_weights_are_read, train
 
 GIB = 1 << 30
@@ -28,7 +29,7 @@ def words(flux_command, dataset_toml, tmp_path) -> list[object]:
     """A command line whose captions and latents are cached, and whose data lie in a folder of the test's own."""
     given = [*flux_command, "--network_train_unet_only", "--cache_latents", "--cache_text_encoder_outputs"]
     given += ["--mixed_precision", "bf16", "--output_dir", tmp_path, "--max_train_steps", "2"]
-    return [*given, "--dataset_config", dataset_toml(), "--max_data_loader_n_workers", "0"]
+    return [*given, "--dataset_config", dataset_toml(**SMALL), "--max_data_loader_n_workers", "0"]
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def words(flux_command, dataset_toml, tmp_path) -> list[object]:
     """A command line whose captions and latents are cached, and whose data lie in a folder of the test's own."""
     given = [*flux_command, "--network_train_unet_only", "--cache_latents", "--cache_text_encoder_outputs"]
     given += ["--mixed_precision", "bf16", "--output_dir", tmp_path, "--max_train_steps", "2"]
-    return [*given, "--dataset_config", dataset_toml(**SMALL), "--max_data_loader_n_workers", "0"]
+    return [*given, "--dataset_config", dataset_toml(), "--max_data_loader_n_workers", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -146,8 +146,8 @@ class TellsOnTheCpu(FluxNetworkTrainer):
         self.forecast, self.line = found
 
 
-def test_what_a_run_expects_at_its_start_is_what_its_plan_says_and_changes_no_result(words, tmp_path):
-    given = [*words, "--gradient_checkpointing", "--blocks_to_swap", "2"]
+def test_what_a_run_expects_at_its_start_is_what_its_plan_says_and_changes_no_result(words, dataset_toml, tmp_path):
+    given = [*words, "--dataset_config", dataset_toml(**SMALL), "--gradient_checkpointing", "--blocks_to_swap", "2"]
     with no_weights_are_read():
         phases = plan_of(opened(given)).phases
         phase = max((phase for phase in phases if not phase.name.startswith("(")), key=lambda phase: phase.total)

@@ -15,6 +15,7 @@ from library.training.plan import dry_run
 from library.training.plan.dry_run import plan_of
 from library.training.plan.plan_report import Plan, plan_lines
 from library.training.report.description import part_facts
+from tests.conformance.conftest import IN_TURN
 from tests.running import no_weights_are_read, run_in_process
 from tests.running import train as train_in_process
 from train_network import NetworkTrainer
@@ -52,6 +53,7 @@ class Reads(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("family", IN_TURN, indirect=True)
 def test_a_step_asks_for_values_of_tensors_once(train, tmp_path, monkeypatch):
     """However many micro-batches it has. What lies in system RAM need not be waited for, but is counted here: AdamW's
     step counters, which SGD does without, and the mask of Chroma's text; but not the positions of tokens."""
@@ -75,6 +77,7 @@ def test_a_step_asks_for_values_of_tensors_once(train, tmp_path, monkeypatch):
     assert reads.steps == [*expected * 2, 0]
 
 
+@pytest.mark.parametrize("family", IN_TURN, indirect=True)
 def test_a_lora_file_is_continued_where_it_ended(train, whole, tmp_path):
     """Ranks, alphas and weights come from the file; a step with a tiny learning rate writes them again."""
     again = ["--network_weights", whole / LORA, "--dim_from_weights", "--network_dim", "16", "--network_alpha", "3"]
@@ -100,6 +103,7 @@ def plans(monkeypatch) -> list[Plan]:
     return made
 
 
+@pytest.mark.parametrize("family", IN_TURN, indirect=True)
 def test_a_dry_run_announces_what_is_built_and_written_and_leaves_no_trace(
     family, command, train, plans, images, tmp_path
 ):

@@ -65,15 +65,17 @@ def kill_again_and_again(
 ) -> Iterator[tuple[Work, str]]:
     """Make ``kills`` kills: start a work, kill it, and start it again until it has ended by itself; then a new one.
 
-    ``begin(number)`` prepares a work in a folder of its own, ``length`` is how many seconds one takes. After each kill,
-    every file under its name must be whole. Gives each work that has ended well, and when it had been killed.
+    ``begin(number)`` prepares a work in a folder of its own, ``length`` is how many seconds one takes: a work that goes
+    on is killed within what is left of them, but at least a third. After each kill, every file under its name must be
+    whole. Gives each work that has ended well, and when it had been killed.
     """
     made, number = 0, 0
     while made < kills:
-        work, moments = begin(number), []
+        work, moments, left = begin(number), [], length
         while True:
-            process = work.start()
-            moment = kill_somewhere(process, chance, length, work.places) if made < kills else None
+            start, process = time.monotonic(), work.start()
+            moment = kill_somewhere(process, chance, left, work.places) if made < kills else None
+            left = max(left - (time.monotonic() - start), length / 3)
             assert broken_files(work.folder) == [], f"killed after {moments}, {moment}"
             if moment is None:
                 break

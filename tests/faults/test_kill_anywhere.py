@@ -20,6 +20,16 @@ from tests.processes import ForkServer, Started
 SEED = 14
 
 
+@pytest.fixture(scope="module")
+def few_images(image_folder, tmp_path_factory) -> Path:
+    """Six images of all shapes with captions: every kind of writing happens, and no more of it than needed."""
+    folder = tmp_path_factory.mktemp("few_images")
+    for number in range(6):
+        for suffix in (".png", ".txt"):
+            shutil.copy(image_folder / f"{number:02d}{suffix}", folder)
+    return folder
+
+
 def timed_run(work: Work) -> float:
     """Let a work be done undisturbed; the seconds that it took."""
     start = time.monotonic()
@@ -92,7 +102,7 @@ class Training:
 
 @pytest.mark.parametrize("family", ["flux", "sd1"])
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
-    request, family, fork_server, thorough, image_folder, tmp_path
+    request, family, fork_server, thorough, few_images, tmp_path
 ):
     kills = 100 if thorough else 5
     script = "flux_train_network.py" if family == "flux" else "train_network.py"
@@ -101,7 +111,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
 
     def training(name: str) -> Training:
         (tmp_path / name).mkdir()
-        return Training(fork_server, script, command, tmp_path / name, image_folder)
+        return Training(fork_server, script, command, tmp_path / name, few_images)
 
     whole = training("whole")
     length = timed_run(whole)
@@ -158,16 +168,16 @@ class Caching:
 
 @pytest.mark.parametrize("tool", ["cache_latents", "cache_text_encoder_outputs"])
 def test_caching_that_is_killed_goes_on_to_the_same_caches(
-    tool, flux_command, fork_server, thorough, image_folder, tmp_path
+    tool, flux_command, fork_server, thorough, few_images, tmp_path
 ):
     def caching(name: str) -> Caching:
         (tmp_path / name).mkdir()
-        return Caching(fork_server, f"tools/{tool}.py", flux_command, tmp_path / name, image_folder)
+        return Caching(fork_server, f"tools/{tool}.py", flux_command, tmp_path / name, few_images)
 
     whole = caching("whole")
     length = timed_run(whole)
     expected = whole.cached()
-    assert len(expected) == 12
+    assert len(expected) == 6
     chance, kills = random.Random(f"{SEED} {tool}"), 50 if thorough else 2
     for broken, how in kill_again_and_again(lambda number: caching(str(number)), kills, chance, length):
         assert broken.cached() == expected, how

@@ -363,6 +363,7 @@ def graphs() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
+@pytest.mark.thorough
 def test_blocks_of_a_kind_share_what_was_compiled_also_with_a_network_applied_later(graphs):
     others = ("txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "single_mod")
     case = make("flux", {f"{name}_dim": "0" for name in others}, depth=9, depth_single=1)
@@ -397,6 +398,7 @@ def test_an_epoch_of_many_sizes_takes_one_graph_of_a_kind_and_the_next_one_none(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_captions_of_every_length_take_one_graph_with_a_mask_and_one_without(graphs):
     """Of Lumina: a batch whose captions are equally long has no mask."""
     from torch._dynamo.utils import counters

@@ -145,7 +145,13 @@ def test_with_products_in_fp8_it_is_nearly_that(opened, granularity):
         assert 0 < (ours - reference).norm() < (0.06 if module is lora_flux else 0.2) * reference.norm()
 
 
-@pytest.mark.parametrize("stored", [Storage("fp8", "block"), Storage("fp8", fast=True), Storage("nf4")], ids=str)
+COMPILED = [
+    Storage("fp8", "block"),
+    *(pytest.param(stored, marks=pytest.mark.thorough) for stored in (Storage("fp8", fast=True), Storage("nf4"))),
+]
+
+
+@pytest.mark.parametrize("stored", COMPILED, ids=str)
 def test_a_compiled_block_has_no_graph_break_in_any_format(tiny_flux, stored):
     """Layers with a LoRA and layers without, under checkpointing."""
     from torch._dynamo.utils import counters

@@ -210,7 +210,7 @@ def read_keys(network):
     return list(state_dict_of({lora.lora_name: lora.file_weights() for lora in network.loras}))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_compiled_model_computes_and_trains_the_same(transformer, inputs, randomise):
     del transformer.double_blocks[:], transformer.single_blocks[1:]  # double blocks: tests/memory/test_memory_plan.py
     network = applied(transformer, randomise)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from subprocess import PIPE, Popen
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -68,6 +69,7 @@ def test_a_shared_folder_is_filled_by_all_machines_and_their_own_ones_by_each(
         assert not list((other / "out").iterdir()), "only the first machine writes"
 
 
+@pytest.mark.thorough
 def test_two_launchers_train_one_lora(tiny_flux, image_folder, tmp_path):
     """As documented: the same command on each machine, with another rank."""
     folders, dataset = two_folders(image_folder, tmp_path)

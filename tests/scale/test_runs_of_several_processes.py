@@ -45,7 +45,7 @@ def state_after_two_steps(options, run_together, processes: int, batch_size: int
     return given[given.index("--output_dir") + 1] / "lora-state"
 
 
-@pytest.mark.parametrize("before", [2, 1])
+@pytest.mark.parametrize("before", [2, pytest.param(1, marks=pytest.mark.thorough)])
 def test_the_same_batches_on_other_processes_continue_inside_the_epoch(options, run_together, tmp_path, before):
     """Two processes with batch size 2 and one with 4 have the same batches: all buckets divide evenly."""
     now = 3 - before

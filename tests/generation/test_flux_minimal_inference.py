@@ -48,7 +48,7 @@ def test_dev_has_fifty_steps(inference):
     assert run.default_prompt().sample_steps == 50
 
 
-@pytest.mark.parametrize("negative", ["a blue dog", ""])
+@pytest.mark.parametrize("negative", ["a blue dog", pytest.param("", marks=pytest.mark.thorough)])
 def test_classifier_free_guidance_leads_away_from_the_negative_prompt(inference, negative, plain):
     """v = v_neg + c (v_pos - v_neg) in each step; an empty negative prompt is one, too."""
     run = inference("--seed", 3, "--cfg_scale", "3", "--negative_prompt", negative)

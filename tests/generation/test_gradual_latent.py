@@ -45,7 +45,7 @@ def draw(
     return pipeline.generate_latents(request, hooks=hooks)
 
 
-@pytest.mark.parametrize("v_prediction", [False, True])
+@pytest.mark.parametrize("v_prediction", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_a_ratio_of_1_is_the_plain_sampler(pipeline, v_prediction):
     """``--gradual_latent_ratio`` (``--glr``)."""
     pipeline.v_parameterization = v_prediction

@@ -191,10 +191,11 @@ def test_of_two_formats_in_8_bits_the_more_exact_one_is_taken(inference):
 
 def test_a_name_that_ends_in_png_is_the_image(draw, tmp_path):
     wanted = tmp_path / "penguin.png"
-    assert [path.name for path in draw("--save_path", wanted)] == ["penguin.png"]
-    assert [path.name for path in draw("--save_path", wanted)] == ["penguin_001.png"], "nothing is written over"
+    quick = ("--infer_steps", 1, "--guidance_scale", 1)
+    assert [path.name for path in draw(*quick, "--save_path", wanted)] == ["penguin.png"]
+    assert [path.name for path in draw(*quick, "--save_path", wanted)] == ["penguin_001.png"], "nothing is written over"
     (folder := tmp_path / "folder.png").mkdir()
-    assert [path.name for path in draw("--save_path", folder)] == [] and len(list(folder.glob("*_7_.png"))) == 1
+    assert [path.name for path in draw(*quick, "--save_path", folder)] == [] and len(list(folder.glob("*_7_.png"))) == 1
 
 
 def test_latents_are_written_and_decoded_later(draw, inference, tmp_path):

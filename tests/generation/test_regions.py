@@ -193,7 +193,9 @@ def test_images_of_a_batch_are_drawn_as_alone(pipelines, mask, networks):
         assert error(together[row], drawing.latents(each)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("pre_calc", [False, True], ids=["beside", "pre-calculated"])
+@pytest.mark.parametrize(
+    "pre_calc", [pytest.param(False, id="beside", marks=pytest.mark.thorough), pytest.param(True, id="pre-calculated")]
+)
 def test_afterwards_the_model_is_as_before(pipelines, mask, networks, pre_calc):
     """Also the networks: --network_pre_calc is off while they act in regions."""
     pipeline = pipelines("sd1")
@@ -226,7 +228,7 @@ def test_a_network_acts_in_its_region(pipelines, mask, networks):
     )
 
 
-@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+@pytest.mark.parametrize("variant", [pytest.param("sd1", marks=pytest.mark.thorough), "sdxl"])
 def test_one_network_for_the_whole_image_is_the_network_itself(pipelines, mask, networks, variant):
     pipeline, stack = pipelines(variant), networks(1, variant)
     everywhere = Drawing(pipeline).latents(prompt(FIRST), scale=1.0)

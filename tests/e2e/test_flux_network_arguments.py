@@ -291,6 +291,7 @@ LIKE_OTHERS = {
     *("split_qkv with rank_dropout", "loraplus_text_encoder_lr_ratio"),
     *("train_t5xxl=False", "train_t5xxl with --network_train_unet_only", "guide 6.6: one rate"),
     *("guide 6.6: FLUX.1, CLIP-L and T5-XXL", "the text encoders alone", "guide 6.4: one list"),
+    "guide 6.5: network_reg_lrs",
 }
 """Cases that show little beside the others."""
 

@@ -145,6 +145,7 @@ def test_gradients_are_those_of_peft(kind, masked, pipeline):
         torch.testing.assert_close(found[key].grad, parameter.grad, rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.thorough
 def test_gradient_checkpointing_of_encoders_changes_nothing(train, tmp_path):
     both = ("--network_args", "train_t5xxl=True", "--text_encoder_lr", "1e-3", "1e-4", "--cache_latents")
     train(*both, output="a")

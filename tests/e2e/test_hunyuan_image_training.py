@@ -74,7 +74,15 @@ def plain(train, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("option", ["--text_encoder_cpu", "--vae_chunk_size 4", "--split_attn", "--split_attn --sdpa"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--text_encoder_cpu",
+        "--vae_chunk_size 4",
+        "--split_attn",
+        pytest.param("--split_attn --sdpa", marks=pytest.mark.thorough),
+    ],
+)
 def test_how_it_is_computed_changes_nothing(train, plain, tmp_path, option):
     train(tmp_path, *option.split())
     assert differences(tmp_path, plain) < 1e-6

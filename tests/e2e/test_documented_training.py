@@ -7,6 +7,7 @@ the users' guide runs (test_flux_guide_walk.py) are not run a second time.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import shutil
@@ -59,11 +60,11 @@ DRAWINGS = [
 
 SMALL = {
     "max_train_epochs": "1",
-    "max_train_steps": "2",
+    "max_train_steps": "1",
     "lr_warmup_steps": "1",
     "save_every_n_steps": "1",
     "validate_every_n_steps": "1",
-    "validation_split": "0.5",
+    "validation_split": "0.25",
     "blocks_to_swap": "2",
     "resolution": "64",
 }
@@ -71,7 +72,7 @@ SMALL = {
 SMALL_TOML = {
     "resolution": "64\nmin_bucket_reso = 64",
     "num_repeats": "1",
-    "max_train_epochs": "2",
+    "max_train_epochs": "1",
     "lr_warmup_steps": "1",
 }
 SMALL_PROMPT = {r"--([wh]) \d+": r"--\1 64", r"--d (\d+)": r"--d \1 --s 2"}
@@ -114,30 +115,48 @@ def models(request):
     return named
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder that holds what the documentation's commands name, apart from models."""
+SHOWN_FILES = blocks("toml", "text")
+IMAGES_AT = re.compile(r'(?:image_dir|conditioning_data_dir) = "(.+?)"')
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Four images with captions."""
     from PIL import Image
 
-    shown = [block for block in blocks("toml", "text") if block.page.stem in GUIDES]
-    folders = set(re.findall(r'(?:image_dir|conditioning_data_dir) = "(.+?)"', "".join(block.text for block in shown)))
-    for name in {*folders, "dreambooth/10_sks girl", "regularisation/1_girl"}:
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        for number, size in enumerate([(64, 64), (96, 64), (65, 65), (80, 80)]):
-            image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20 + number)
-            image.convert("RGB").save(folder / f"{number}.png")
-            (folder / f"{number}.txt").write_text(f"a photo of sks girl, number {number}", encoding="utf-8")
-    for block in shown:
-        if block.name:
+    folder = tmp_path_factory.mktemp("images")
+    for number, size in enumerate([(64, 64), (96, 64), (65, 65), (80, 80)]):
+        image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20 + number)
+        image.convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a photo of sks girl, number {number}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder that holds the files that the guides show; ``run`` adds the images that a command needs."""
+    for block in SHOWN_FILES:
+        if block.name and block.page.stem in GUIDES:
             (tmp_path / block.name).write_text(smaller(block), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
 
+def folders_of_images(words: list[str]) -> set[str]:
+    """The folders whose images a command needs, by its own words and by the TOML files that it names."""
+    text = " ".join(words)
+    found = {"dreambooth": "dreambooth/10_sks girl", "regularisation": "regularisation/1_girl"}
+    folders = {folder for name, folder in found.items() if name in words}
+    for name in re.findall(r"[\w./-]+\.toml", text):
+        file = Path(name).read_text(encoding="utf-8")
+        further = re.search(r'^dataset_config = "(.+)"', file, flags=re.MULTILINE)
+        folders |= {*IMAGES_AT.findall(file)} | (folders_of_images([further[1]]) if further else set())
+    return folders
+
+
 def write_own_files(place: Path, page: Path) -> None:
     """Several pages show a file of the same name; the commands of a page mean its own."""
-    for block in blocks("toml", "text"):
+    for block in SHOWN_FILES:
         if block.name and block.page == page:
             (place / block.name).write_text(smaller(block), encoding="utf-8")
 
@@ -157,17 +176,21 @@ def smaller(block: Block) -> str:
 def small_options(words: list[str]) -> list[str]:
     """Options for the end of a command line: those that it gives, with small numbers."""
     given = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
-    wanted = [f"--{name}={SMALL[name]}" for name in given if name in SMALL]
+    small = SMALL | ({"max_train_steps": "2"} if "lr_warmup_steps" in given else {})  # the first step's rate is zero
+    wanted = [f"--{name}={small[name]}" for name in given if name in small]
     return [*wanted, "--min_bucket_reso=64"] if "resolution" in given else wanted
 
 
 @pytest.fixture
-def run(models, capfd):
+def run(models, images, capfd):
     """Run a script of the project in this process, as ``python script ...`` does; returns what it said."""
     handlers, level, propagates = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
 
     def in_this_process(script: str, words: list[str]) -> str:
         forget_accelerator()
+        for folder in folders_of_images(words):
+            if not Path(folder).exists():
+                shutil.copytree(images, folder, copy_function=os.link)
         given = [script, *words, *models(script, words), *small_options(words)]
         if script not in IMAGE and any(word.startswith("--output_dir") for word in words):
             given.append("--output_dir=output")

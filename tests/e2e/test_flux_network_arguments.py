@@ -490,7 +490,13 @@ def test_the_modules_of_an_argument(name, run, tmp_path):
     check(case, name, run(case), tmp_path / "out" / "last.safetensors")
 
 
-@pytest.mark.parametrize("name", CHROMA_CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.thorough) if name in ("train_t5xxl=False", "blocks", "patterns") else name
+        for name in CHROMA_CASES
+    ],
+)
 def test_the_modules_of_an_argument_in_chroma(name, run, tmp_path):
     case = replace(CHROMA_CASES[name], model="chroma")
     check(case, name, run(case), tmp_path / "out" / "last.safetensors")
@@ -500,8 +506,8 @@ def test_the_modules_of_an_argument_in_chroma(name, run, tmp_path):
     "name",
     [
         "guide 6.6: two rates",
-        pytest.param("the last matching learning rate", marks=pytest.mark.slow),
-        pytest.param("LoRA+, the special ratio and the general one", marks=pytest.mark.slow),
+        pytest.param("the last matching learning rate", marks=pytest.mark.thorough),
+        pytest.param("LoRA+, the special ratio and the general one", marks=pytest.mark.thorough),
     ],
 )
 def test_the_same_from_the_command_line(name, command, tmp_path):

@@ -75,16 +75,6 @@ def test_short_run(train, tmp_path, arguments):
     assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
 
 
-def test_adafactor_as_documented(train, tmp_path):
-    arguments = ["--optimizer_type", "adafactor", "--lr_scheduler", "constant_with_warmup", "--max_grad_norm", "0.0"]
-    train(*arguments, "--optimizer_args", "relative_step=False", "scale_parameter=False", "warmup_init=False")
-    fused = [*arguments, "--fused_backward_pass", "--optimizer_args", "relative_step=False", "scale_parameter=False"]
-    train(*fused, "warmup_init=False", output="fused")
-    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("out", "fused"))
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

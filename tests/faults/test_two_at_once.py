@@ -45,17 +45,18 @@ def test_two_trainings_that_fill_the_same_caches_end_as_alone(fork_server, flux_
             *("--output_dir", place / "out", "--output_name", name, "--no_report", "--seed", 3),
         )
 
+    some = shutil.ignore_patterns("0[6-9].*", "1*")
     expected = {}
     for resolution in (64, 128):
         place = tmp_path / str(resolution)
         place.mkdir()
-        shutil.copytree(image_folder, place / "images")
+        shutil.copytree(image_folder, place / "images", ignore=some)
         process = start(place, "lora", resolution)
         assert process.wait() == 0, process.output[-3000:]
         expected[resolution] = contents(place / "out" / "lora.safetensors")[1]
     shared = tmp_path / "shared"
     shared.mkdir()
-    shutil.copytree(image_folder, shared / "images")
+    shutil.copytree(image_folder, shared / "images", ignore=some)
     resolutions = {"small": 64, "again": 64, "large": 128}
     processes = [start(shared, name, resolution) for name, resolution in resolutions.items()]
     for process in processes:

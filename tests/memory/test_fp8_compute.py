@@ -39,7 +39,9 @@ def bound(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)]
+)
 def test_outputs_and_input_gradients_differ_by_the_rounding_of_activations_alone(granularity, dtype):
     layer = layer_of(granularity, dtype)
     assert isinstance(layer, FastScaledLinear)

@@ -115,7 +115,11 @@ def make(family: str, network_args: Mapping[str, str] | None = None, **sizes: in
     return Case(model, inputs, blocks, network)
 
 
-@pytest.fixture(params=["flux", "chroma", "lumina", "hunyuan_image", "sd1", "sdxl"], scope="module")
+ALIKE = [pytest.param(name, marks=pytest.mark.thorough) for name in ("chroma", "sd1")]
+"""Their blocks are those of FLUX.1 and of Stable Diffusion XL."""
+
+
+@pytest.fixture(params=["flux", "lumina", "hunyuan_image", "sdxl", *ALIKE], scope="module")
 def case(request) -> Case:
     """The tests leave it as they found it."""
     case = make(request.param)

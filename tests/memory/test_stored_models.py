@@ -76,7 +76,13 @@ STORAGES = [*(Storage("fp8", granularity) for granularity in ("tensor", "channel
 STORAGES += [Storage("int8"), Storage("nf4")]
 
 
-@pytest.fixture(params=STORAGES, ids=str)
+SCALED_ALIKE = pytest.param(Storage("fp8", "channel"), marks=pytest.mark.thorough)
+"""By row of the weight, as int8."""
+
+
+@pytest.fixture(
+    params=[SCALED_ALIKE if stored == Storage("fp8", "channel") else stored for stored in STORAGES], ids=str
+)
 def storage(request):
     return request.param
 

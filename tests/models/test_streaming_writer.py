@@ -55,7 +55,7 @@ def assert_way_back(source: TensorSource) -> None:
             assert torch.equal(source.checkpoint.load(key)[rows], values), name
 
 
-@pytest.mark.parametrize("variant", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("variant", [pytest.param("sd1", marks=pytest.mark.thorough), "sd2", "sdxl"])
 def test_the_way_back_of_stable_diffusion(variant, request):
     """Fused query, key and value of OpenCLIP, its transposed projection, reshaped convolutions of the VAE."""
     model = open_stable_diffusion(request.getfixturevalue(f"tiny_{variant}"))

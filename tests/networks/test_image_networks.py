@@ -192,6 +192,7 @@ def test_lycoris_acts_as_in_training(pipelines, files, networks, algorithm):
     assert error(prediction(pipeline), half) < 1e-3
 
 
+@pytest.mark.thorough
 def test_lycoris_of_xl(pipelines, files, networks):
     pipeline = pipelines("sdxl")
     plain = prediction(pipeline)

@@ -22,7 +22,7 @@ from tests.published import make_published
 RATIOS = (0.7, -0.4)
 
 
-@pytest.fixture(scope="session", params=["sd2", "sdxl"])
+@pytest.fixture(scope="session", params=[pytest.param("sd2", marks=pytest.mark.thorough), "sdxl"])
 def variant(request):
     return request.param
 

@@ -271,15 +271,16 @@ def our_place(place, named) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("block", "words"), OURS, ids=lambda value: str(value) if isinstance(value, Block) else "")
 def test_the_commands_of_our_own_guide(block, words, our_place, named, tmp_path, monkeypatch):
-    """With smaller images, fewer steps and tiny models; nothing is warned about."""
+    """With fewer and smaller images, fewer steps and tiny models; nothing is warned about."""
     monkeypatch.chdir(our_place)
     monkeypatch.setattr("sys.stdin", io.StringIO("a red cat\n"))
     _, script, *given = words
     instead = {"--clip_model": "<clip>", "--vgg16_weights": "<vgg16>", "--ds_depth_1": "1", "--steps": "2"}
+    instead |= {"--images_per_prompt": "2"}
     end = [] if script != "gen_img.py" else [*shlex.split(SMALL), "--no_half_vae"]
     end += [word for name in instead if name in given for word in (name, *with_files(instead[name], named))]
     end += ["--W", "128", "--H", "128", "--highres_fix_steps", "2"] if "--highres_fix_scale" in given else []
-    end += ["--steps", "20"] if "--gradual_latent_timesteps" in given else []  # time to grow
+    end += ["--steps", "16"] if "--gradual_latent_timesteps" in given else []  # time to grow
     end += ["--no_preview"] if "--interactive" in given else []
     result = run_in_process(script, *given, *end, "--outdir" if end else "--output_dir", str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]

@@ -110,7 +110,7 @@ def test_the_variant_with_empty_strings_trains(train, gui_file, tmp_path):
 
 
 def test_it_trains_through_accelerate_launch(gui_file, tmp_path):
-    """The one run of the ordinary set that the real launcher starts; several processes: tests/scale/test_machines.py."""
+    """The one run of the ordinary set that the real launcher starts; several processes are in tests/scale."""
     result = launch("sdxl_train_network.py", "--config_file", gui_file("sdxl"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "output" / "my_lora.safetensors").is_file()

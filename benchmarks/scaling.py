@@ -37,6 +37,7 @@ def cost(options: list[str], processes: int, steps: int, way: str = "whole") -> 
 
 
 def main() -> None:
+    """Measure and report."""
     arguments = parser(__doc__)
     arguments.add_argument("--processes", type=int, default=2, help="processes that train together")
     arguments.add_argument("--steps", type=int, default=40, help="steps of the longer run")

@@ -34,10 +34,12 @@ class Checkpoint(ABC):
     metadata: dict[str, str]
 
     @abstractmethod
-    def keys(self) -> Collection[str]: ...
+    def keys(self) -> Collection[str]:
+        """The names of its tensors."""
 
     @abstractmethod
-    def shape(self, key: str) -> tuple[int, ...]: ...
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor, from the header alone."""
 
     @abstractmethod
     def dtype(self, key: str) -> torch.dtype:

@@ -55,13 +55,15 @@ class CachedLatent:
 class LatentSource(Protocol):
     """Where the latents of one item come from."""
 
-    def read(self, *, flipped: bool) -> CachedLatent: ...
+    def read(self, *, flipped: bool) -> CachedLatent:
+        """The latents, those of the mirrored image if ``flipped``. Raises UserError for a file that cannot be read."""
 
 
 class TextSource(Protocol):
     """Where the text encoder outputs of one item come from."""
 
-    def read(self) -> dict[str, Tensor]: ...
+    def read(self) -> dict[str, Tensor]:
+        """The outputs by name, without a batch dimension. Raises UserError for a file that cannot be read."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
-from library.console import say
+from library.console import say, warn
 from library.errors import UserError
 from library.families import Family
 from library.files import require_writable_folder
@@ -28,6 +28,7 @@ from library.memory.streaming_options import check_streaming_options
 from library.models.streamed_parts import stream_blocks
 from library.prompt_options import check_prompt_values
 from library.safetensors_io import legacy_hash
+from library.torch_build import missing_cuda
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,8 @@ class InferenceRun(ABC, Generic[Prompt]):
 
     def __init__(self, options: Any):
         self.options = options
+        if options.device.device is None and (message := missing_cuda()):
+            warn(message)
         self.check_sources()
         self.lora_files: list[LoraFile] = self.read_lora_files()
         self.check_options()

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.console import warn
 from library.errors import UserError, in_one_line
 from library.files import temporary_path
+from library.torch_build import missing_cuda
 from library.training.launch import without_engine
 from library.training.run_options import DistributionOptions, PrecisionOptions
 
@@ -34,6 +36,8 @@ def make_accelerator(precision: PrecisionOptions, distribution: DistributionOpti
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    if os.environ.get("RANK", "0") == "0" and (message := missing_cuda()):
+        warn(message)
     if precision.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a CUDA device; use bf16 or no on this machine.")
     handlers = []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from library.checkpoints import load_tensors
 from library.console import LOGGER, say, warn
 from library.errors import UserError, did_you_mean
+from library.generation.lora_files import left_out
 from library.safetensors_io import json_object
 
 if TYPE_CHECKING:
@@ -165,11 +166,11 @@ class LycorisModule:
         if network is None:
             network = self._from_tensors(multiplier, file, weights_sd, vae, text_encoder, unet)
         in_file = {key.partition(".")[0] for key in weights_sd}
-        left_out = sorted(in_file - {lora.lora_name for lora in network.loras})
-        if len(left_out) == len(in_file):
+        absent = sorted(in_file - {lora.lora_name for lora in network.loras})
+        if len(absent) == len(in_file):
             raise UserError(f"{file}: none of its {len(in_file)} modules belongs to this model.")
-        if left_out:
-            warn(f"{file}: {len(left_out)} modules fit nothing here and are left out, such as {left_out[0]}")
+        if absent:
+            warn(f"{file}: {left_out(absent, in_file)}")
         _switch_off_at_zero(network)
         return network, weights_sd
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+
+MOST_NAMES = 3
+"""Modules that a message names."""
 
 
 @dataclass
@@ -48,6 +51,16 @@ def module_of(key: str) -> str:
     if first.startswith(("lora_", "lycoris_", "oft_")):
         return first
     return re.sub(r"\.(lora|lora_\w+|alpha|dora_scale)(\..*)?$", "", key)
+
+
+def left_out(names: Iterable[str], of: Iterable[str]) -> str:
+    """What is said of modules ``names`` that find no layer in a model, of a file that holds the modules ``of``."""
+    absent = list(dict.fromkeys(names))
+    more = f" and {len(absent) - MOST_NAMES} more" if len(absent) > MOST_NAMES else ""
+    return (
+        f"{len(absent)} of its {len(set(of))} modules fit no layer of this model or lack a tensor, and are left out, "
+        f"so that the file acts only in part: {', '.join(absent[:MOST_NAMES])}{more}"
+    )
 
 
 def check_pattern(pattern: str, place: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from library.console import say, warn
 from library.errors import UserError
+from library.generation.lora_files import left_out, module_of
 from networks.adapters.adapter_network import AdapterNetwork, LoadInfo
 from networks.adapters.lora_arguments import LEARNING_ARGUMENTS, Parser, parse_arguments
 from networks.adapters.lora_file import read_file
@@ -124,12 +125,13 @@ class NetworkKind(ABC, Generic[Network]):
             raise UserError(f"{source}: {error}") from None
         network.set_multiplier(multiplier)
         say(network.summary)
-        for keys, fault in (
-            (info.unexpected_keys, "fit no module here and are left out"),
-            (info.missing_keys, "are not in it, so that these parts stay as they are"),
-        ):
-            if keys:
-                warn(f"{source}: {len(keys)} tensors {fault}, such as {keys[0]}")
+        if info.unexpected_keys:
+            warn(f"{source}: {left_out(map(module_of, info.unexpected_keys), map(module_of, weights_sd))}")
+        if info.missing_keys:
+            warn(
+                f"{source}: {len(info.missing_keys)} tensors are not in it, so that these parts stay as they are, such "
+                f"as {info.missing_keys[0]}"
+            )
         if for_inference:
             network.requires_grad_(False).eval()
         return network, tensors

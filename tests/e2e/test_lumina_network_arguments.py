@@ -117,4 +117,4 @@ def test_training_goes_on_from_a_file_with_other_names(train, tmp_path):
     after = load_file(second)
     assert after.keys() == before.keys()
     assert all((after[key] - before[key]).abs().max() < 1e-20 for key in before)
-    assert "fit no module" not in said
+    assert "fit no layer" not in said

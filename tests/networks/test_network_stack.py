@@ -148,6 +148,28 @@ def test_comfyuis_names(stack, file, transformer, inputs, tmp_path):
     assert torch.equal(*outputs)
 
 
+def test_a_file_that_fits_in_part_acts_in_part_and_is_counted_and_named(
+    stack, file, transformer, inputs, tmp_path, messages
+):
+    whole = file("whole")
+    tensors = load_file(whole)
+    names = [f"lora_unet_double_blocks_{number}_img_mod_lin" for number in (5, 6, 7, 8)]
+    for name in names:
+        tensors |= {f"{name}.lora_down.weight": torch.ones(4, 64), f"{name}.lora_up.weight": torch.ones(384, 4)}
+    save_file(tensors, tmp_path / "other.safetensors")
+    first = stack((whole, 1.0))
+    first.enter("transformer", transformer, "cpu")
+    expected = output(transformer, inputs)
+    assert not any("left out" in said for said in messages)
+    first.leave("transformer")
+    stack((tmp_path / "other.safetensors", 1.0)).enter("transformer", transformer, "cpu")
+    assert torch.equal(output(transformer, inputs), expected)
+    (said,) = (said for said in messages if "left out" in said)
+    modules = len({key.partition(".")[0] for key in tensors})
+    assert said.startswith(f"{tmp_path / 'other.safetensors'}: 4 of its {modules} modules fit no layer of this model")
+    assert said.endswith(f": {', '.join(names[:3])} and 1 more")
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

@@ -227,14 +227,9 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     # ---- samples and metadata ---------------------------------------------------------------------------------------
 
-    def draw_samples(self, step: int, epoch: int | None) -> None:
-        """As for every family, with the attention of sample images."""
-        with self.attention_of_samples():
-            super().draw_samples(step, epoch)
-
     @contextmanager
-    def attention_of_samples(self) -> Iterator[None]:
-        """While it is active, the transformer's attention is that of sample images."""
+    def while_sampling(self) -> Iterator[None]:
+        """The transformer's attention is that of sample images."""
         self.pipeline.load_transformer().set_attention_backend(self.sampling_attention)
         try:
             yield

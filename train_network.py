@@ -1,30 +1,28 @@
 """Train a network such as a LoRA inside a frozen Stable Diffusion 1.x or 2.x model.
 
-``NetworkTrainer`` is the loop that every model family shares, over the parts of a run, which stand in
-``library/training/``. A family's script subclasses it and gives its options, its pipeline, its objective, how its model
-is called, and what its metadata says. Stable Diffusion's own such subclass stands below it.
+``NetworkTrainer`` is the run that every model family shares: it builds the parts of a run, which stand in
+``library/training/``, in their order, and lets the loop train. A family's script subclasses it and gives its options,
+its pipeline, its objective, how its model is called, and what its metadata says. Stable Diffusion's own such subclass
+stands below it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.console import messages_above_progress, run_script, say, set_up_console, warn
+from library.console import run_script, say, set_up_console, warn
 from library.data.debug import show_dataset
-from library.data.loader import BatchLoader
 from library.data.options import TextCacheOptions
 from library.devices import parse_dtype
-from library.errors import UnsavedError, UserError, in_one_line
+from library.errors import UnsavedError, UserError
 from library.models.streamed_parts import spread_blocks, stream_blocks
 from library.modelspec import standard_entries
 from library.options import all_values, changed_options, parse_options
 from library.prompt_options import PromptOptions
 from library.randomness import seed_global_torch
-from library.training import validation
 from library.training.adjustments import adjust_options
 from library.training.caching import caches_text, latent_caching, text_caching
 from library.training.checks import check_training_options
@@ -35,28 +33,27 @@ from library.training.distribution import (
     in_turn,
     make_accelerator,
     naming_lost_processes,
-    of_main_process,
     processes_per_machine,
     require_agreement,
     require_same_state,
     shared_facts,
 )
+from library.training.evaluation import Evaluation
 from library.training.family_hooks import FamilyHooks
-from library.training.finiteness import StepNumbers, StepWatch
 from library.training.interruption import Interruption
 from library.training.latents import Latents
 from library.training.launch import requested_sharding, unused_answers
+from library.training.milestones import Milestones
 from library.training.network.building import build_network, place_network
 from library.training.network.contract import import_network_module, merge_base_weights
-from library.training.objective.losses import batch_loss
 from library.training.objective.noise_options import NEEDS, check_stable_diffusion_noise_options
-from library.training.objective.step_inputs import ItemDraws, NoisyInput
+from library.training.objective.step_inputs import NoisyInput
 from library.training.optim.optimization import Optimization
-from library.training.output.attempts import write_at_any_cost, write_or_warn
 from library.training.output.file_metadata import FileMetadata, ModelFacts
 from library.training.output.name_lock import gives_back_the_name
 from library.training.output.run_outputs import RunOutputs
-from library.training.output.run_state import check_saved_state, earlier_position, restore_run_state, write_run_state
+from library.training.output.run_state import check_saved_state, earlier_position, restore_run_state
+from library.training.output.saver import Saver
 from library.training.output.state import Position, SavedState
 from library.training.part_dtypes import part_dtypes
 from library.training.plan.lengths import plan_run, start_position
@@ -64,20 +61,19 @@ from library.training.plan.unused_options import unused_options
 from library.training.progress import Progress
 from library.training.report.description import end_facts, start_facts
 from library.training.report.page import open_report
-from library.training.report.timing import RunClock, timed
+from library.training.report.timing import RunClock
 from library.training.report.wording import Forecast, end_lines, start_lines
 from library.training.run_facts import RunFacts
 from library.training.run_options import memory_plans
-from library.training.spilling import SpillWatch, used_share
 from library.training.step_loss import StepLoss
 from library.training.text_conditioning import TextConditioning
-from library.training.tracking import Tracker, learning_rate_scalars, norm_scalars
+from library.training.tracking import Tracker
+from library.training.training_loop import TrainingLoop
 from library.training.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.data.batch import Batch
     from library.data.cache import CacheReport, LatentFormat, TextFormat
     from library.models.pipeline import ImageRequest
     from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
@@ -87,6 +83,8 @@ if TYPE_CHECKING:
 class NetworkTrainer(FamilyHooks):
     """Trains a network inside a frozen base model. ``train()`` is the whole run; families override the hooks."""
 
+    loop_class: ClassVar[type[TrainingLoop]] = TrainingLoop
+
     def __init__(self, options: Any) -> None:
         self.options = options
         self.how_else: Callable[[str], str] = "train it with {}".format
@@ -95,14 +93,10 @@ class NetworkTrainer(FamilyHooks):
         """Names of the given options that change nothing in this run."""
         self.progress = Progress()
         self.clock = RunClock()
-        self.step_watch = StepWatch(options.nonfinite)
         self.saved: SavedState | None = None
         """The state of ``--resume``."""
-        self.spill_watch = SpillWatch(lambda: used_share(self.accelerator.device))
         self.forecast: Forecast | None = None
         """The memory that the run is expected to take, where options were chosen by it."""
-        self.norms: Any = None
-        """What ``--scale_weight_norms`` last found."""
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -138,9 +132,7 @@ class NetworkTrainer(FamilyHooks):
             self.check_disk_space()
         self.start_reports()
         with self.report:
-            with Interruption() as interruption, self.batch_loader() as self.loader, self.saving_on_error():
-                self.look_before_training()
-                self.run_epochs(interruption)
+            self.run_loop()
             self.finish()
 
     # ---- before anything heavy --------------------------------------------------------------------------------------
@@ -442,354 +434,27 @@ class NetworkTrainer(FamilyHooks):
         options, run = self.options, self.facts()
         self.tracker = Tracker(options.logging, all_values(options), is_main=run.is_main)
         model = ModelFacts(self.family_metadata(), *self.architecture(), self.prediction_type, self.default_resolution)
-        self.metadata = FileMetadata(run, model)
         self.progress.first_step = self.progress.step
         say("\n".join(start_lines(start_facts(run))))
         self.report = open_report(run, self.clock)
+        self.saver = Saver(run, FileMetadata(run, model), self.report, self.clock, self.accelerator.scaler)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
-    def run_epochs(self, interruption: Interruption) -> None:
-        """Train until the last step, or until someone wishes to end."""
-        from tqdm import tqdm
+    def run_loop(self) -> None:
+        """Train, with everything that is due before, between and after the steps.
 
-        self.bar = tqdm(
-            total=self.plan.max_steps,
-            initial=self.progress.step,
-            disable=not self.accelerator.is_local_main_process,
-            smoothing=0.1,
-            desc="steps",
-            ascii=True,
+        An error in it saves what was trained, as Ctrl-C does, before it goes on its way.
+        """
+        run, report, tracker, clock = self.facts(), self.report, self.tracker, self.clock
+        evaluation = Evaluation(self, run, report, tracker, clock)
+        milestones = Milestones(run, self.saver, evaluation, report, tracker, self.accelerator)
+        loop = self.loop_class(
+            run, self.step_loss, milestones, self.text_encoders, self.accelerator, report, tracker, clock
         )
-        with self.bar, messages_above_progress(), self.clock.part("training"):
-            if self.progress.step == self.plan.max_steps and self.progress.position.batch:
-                self.after_epoch(
-                    self.progress.position.epoch
-                )  # what was due when the run was killed after its last step
-            while self.progress.step < self.plan.max_steps and not self.progress.ended_by:
-                self.train_epoch(interruption)
-
-    def train_epoch(self, interruption: Interruption) -> None:
-        """Train the rest of the present epoch and do what is due at its end."""
-        progress, epoch = self.progress, self.progress.position.epoch
-        self.network.train()
-        self.network.on_epoch_start(self.text_encoders, self.pipeline.load_transformer())
-        self.step_watch.begin()
-        for index, batch in self.epoch_batches():
-            self.train_batch(epoch, index, batch)
-            progress.position.batch = index + 1
-            if self.plan.ends_step(index):
-                self.end_step(index)
-                progress.mark_resumable()
-                self.step_watch.begin()
-                self.after_step(interruption)
-            if progress.step >= self.plan.max_steps or progress.ended_by:
-                break
-        if not progress.ended_by:
-            self.after_epoch(epoch)
-
-    def batch_loader(self) -> BatchLoader:
-        """The threads that prepare training batches; they live as long as the run."""
-        pin_memory = self.accelerator.device.type == "cuda"
-        workers = self.options.dataset.max_data_loader_n_workers
-        return BatchLoader(self.data.train, workers=workers, pin_memory=pin_memory)
-
-    def epoch_batches(self) -> Iterator[tuple[int, Batch]]:
-        """The micro-batches of the present epoch, prepared ahead by the loader's threads."""
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        batches = self.data.batches(self.loader, self.plan, self.progress, process, processes)
-        return self.clock.each("waiting for data", batches)
-
-    def train_batch(self, epoch: int, index: int, batch: Batch) -> None:
-        """Forward and backward of one micro-batch; nothing here waits for the device."""
-        seed_global_torch(self.seed, "modules", epoch, index, self.accelerator.process_index)
-        if hasattr(self.network, "on_step_start"):
-            self.network.on_step_start(self.text_encoders, self.pipeline.load_transformer())
-        self.network.set_multiplier(batch.network_multipliers[0])
-        noise_device = self.accelerator.device if self.options.noise.noise_on_device else "cpu"
-        losses = self.step_loss(batch, ItemDraws(self.seed, epoch, batch.item_ids, noise_device))
-        loss = batch_loss(losses, batch.loss_weights, batch.group_size, self.accelerator.num_processes)
-        self.step_watch.add(loss, batch.image_keys)
-        if self.optimization.fused is not None:  # its updates happen during the backward pass
-            if self.read_step(None).problem:
-                return
-            self.progress.resumable = None
-        self.accelerator.backward(loss / self.plan.batches_in_step(index))
-        self.progress.images += batch.group_size
-
-    def read_step(self, norm: Tensor | None) -> StepNumbers:
-        """The losses of the step in hand, and what is not finite in them or in its gradients' ``norm``."""
-        return self.step_watch.read(norm, self.accelerator)
-
-    def end_step(self, index: int) -> None:
-        """The update that follows micro-batch ``index``, if every number of the step is finite, and its log.
-
-        Raises UserError when one is not and the run has to end for that, with the damaged tensor of the model's files
-        where that is the reason.
-        """
-        optimization = self.optimization
-        numbers = self.read_step(None if optimization.fused is not None else optimization.clip_gradients())
-        problem = numbers.problem
-        if not problem and optimization.fused is not None and not optimization.fused.was_finite():
-            problem = "a gradient is not finite (weights with finite ones were updated)"
-        if problem and not self.progress.has_updated:
-            self.pipeline.require_finite_files(*self.pipeline.parts)
-        if problem:
-            self.step_watch.leave_out(problem, self.progress)
-        *earlier, last = numbers.losses
-        for number, loss in enumerate(earlier, index - len(earlier)):
-            self.log_batch(number, loss)
-        if problem:
-            optimization.leave_out()
-            self.count_step()
-        else:
-            self.update()
-        self.log_batch(index, last)
-
-    def update(self) -> None:
-        """One optimizer step with the gradients of all micro-batches and processes."""
-        self.progress.has_updated = True
-        if self.optimization.fused is None:
-            self.progress.resumable = None
-            self.optimization.step()
-        self.count_step()
-
-    def count_step(self) -> None:
-        """Go on to the next step, whose learning rates are taken."""
-        progress = self.progress
-        self.optimization.step_schedule(progress.record.average)
-        limit = self.options.network.scale_weight_norms
-        self.norms = self.network.apply_max_norm_regularization(limit, self.accelerator.device) if limit else None
-        progress.position.step += 1
-        self.bar.update(1)
-        slow = self.spill_watch.step()
-        if slow is not None:
-            warn(slow)
-
-    def log_batch(self, index: int, loss: float) -> None:
-        """Note a micro-batch's loss and log it with the learning rates and norms."""
-        progress = self.progress
-        progress.record.add(index, loss)
-        average, ends_step = progress.record.average, self.plan.ends_step(index)
-        self.report.add_loss(progress.step, loss, ends_step, self.learning_rates)
-        self.bar.set_postfix(avr_loss=f"{average:.4f}", refresh=False)
-        if self.tracker.active:
-            scalars = {"loss/current": loss, "loss/average": average, **self.learning_rates()}
-            scalars |= norm_scalars(self.network, self.norms)
-            self.tracker.log(scalars, progress.step, epoch=progress.position.epoch + 1)
-
-    def learning_rates(self) -> dict[str, float]:
-        """The learning rate of every parameter group, by the name it is logged under."""
-        optimization, unet_only = self.optimization, self.options.network.network_train_unet_only
-        return learning_rate_scalars(
-            optimization.optimizer, optimization.scheduler, optimization.group_names, unet_only
-        )
-
-    # ---- what is due ------------------------------------------------------------------------------------------------
-
-    def after_step(self, interruption: Interruption) -> None:
-        """What is due after an optimizer step: files, then samples and validation, and a wish to end."""
-        progress, files, step = self.progress, self.outputs.files, self.progress.step
-        if interruption.wished(self.accelerator) and step < self.plan.max_steps:
-            progress.ended_by = interruption.reason or "asked by another process"
-        due_samples = self.outputs.samples.due_after_step(step)
-        due_file = files.step_is_due(step) or bool(progress.ended_by)
-        due_validation = bool(self.data.validation) and validation.due_after_step(self.options.validation, step)
-        if not (due_samples or due_file or due_validation):
-            return
-        if due_file:
-            save = self.save_last if progress.ended_by else self.save_due
-            saved = save(files.step_file(step), files.step_state(step), progress.position.epoch)
-            self.remove_old(files.old_after_step(step), saved)
-        if due_samples or due_validation:
-            with self.optimization.evaluating(exact=due_file):
-                if due_samples:
-                    self.draw_samples(step, None)
-                if due_validation:
-                    self.validate("step", step)
-        if progress.ended_by:
-            say(f"ended at step {step}: {progress.ended_by}")
-            self.report.end("interrupted", interruption.reason or "")
-        else:
-            self.report.write()
-
-    def after_epoch(self, epoch: int) -> None:
-        """What is due at the end of an epoch (or of the run inside one): files, then validation and samples."""
-        progress, files, number = self.progress, self.outputs.files, epoch + 1
-        if progress.position.batch >= self.plan.batches_per_epoch:
-            progress.position = Position(number, 0, progress.step)
-            if progress.resumable is not None:
-                progress.mark_resumable()
-        average = progress.record.average
-        self.report.add_epoch_average(progress.step, average)
-        self.tracker.log({"loss/epoch_average": average}, number, epoch=number, global_step=progress.step)
-        due_validation = bool(self.data.validation) and validation.due_after_epoch(self.options.validation, number)
-        due_file = files.epoch_is_due(number, self.plan.epochs)
-        due_samples = self.outputs.samples.due_after_epoch(number)
-        if not (due_validation or due_file or due_samples):
-            return
-        if due_file:
-            saved = self.save_due(files.epoch_file(number), files.epoch_state(number), number)
-            self.remove_old(files.old_after_epoch(number), saved)
-        if due_samples or due_validation:
-            with self.optimization.evaluating(exact=due_file):
-                if due_validation:
-                    self.validate("epoch", number)
-                if due_samples:
-                    self.draw_samples(progress.step, number)
-        self.report.write()
-
-    @timed("validation")
-    def validate(self, kind: str, x: int) -> None:
-        """Log the mean loss over the validation items at fixed noise levels; ``kind`` is step or epoch."""
-        progress, noise = self.progress, self.options.noise
-        limit = self.options.validation.max_validation_steps
-        workers = self.options.dataset.max_data_loader_n_workers
-        timesteps = validation.validation_timesteps(noise.min_timestep, noise.max_timestep)
-        average = validation.average_loss(self.data, self.step_loss, timesteps, limit, workers, self.accelerator)
-        name = f"loss/validation/{kind}"
-        values = {f"{name}_average": average}
-        if progress.record.losses:
-            values[f"{name}_divergence"] = average - progress.record.average
-        self.tracker.log(values, x, epoch=progress.position.epoch + 1, global_step=progress.step)
-        self.report.add_validation(kind, progress.step, average)
-        progress.validation_losses[f"validation ({kind})"] = average
-        say(f"{kind} {x}: validation loss {average:.5f}")
-
-    @timed("sample images")
-    def draw_samples(self, step: int, epoch: int | None) -> None:
-        """Draw the sample prompts, dealt to the processes, with the network at full strength.
-
-        A base model that is spread works in all processes at once: each draws all of them, and the main one writes.
-        """
-        samples, accelerator = self.outputs.samples, self.accelerator
-        process, processes = (0, 1) if self.sharding else (accelerator.process_index, accelerator.num_processes)
-        self.network.set_multiplier(1.0)
-        with accelerator.autocast():
-            samples.draw(
-                self.draw_sample_batch,
-                step,
-                epoch,
-                process,
-                processes,
-                self.tracker.log_image,
-                lambda prompt: self.sample_request(prompt).common(),
-                writes=accelerator.is_main_process or not self.sharding,
-            )
-        if self.latents.caching:
-            self.pipeline.release("autoencoder")
-        accelerator.wait_for_everyone()
-        self.report.add_samples(step, epoch, samples)
-        self.outputs.sample_files += samples.images(step, epoch).values()
-
-    def draw_sample_batch(self, prompts: Sequence[PromptOptions]) -> Sequence[Any]:
-        """The PIL images of sample prompts that are drawn together; their texts are encoded as in training."""
-        requests = [self.sample_request(prompt) for prompt in prompts]
-        for request in requests:
-            self.text.add_to(request)
-        return self.pipeline.generate_batch(requests)
-
-    def save_due(self, path: Path, folder: Path, epoch: int) -> bool:
-        """Write the network's file, and with ``--save_state`` the state ``folder``; returns whether both are there.
-
-        What cannot be written, as on a full disk, is named in a warning: the run goes on to the next saving.
-        """
-        return not self.try_saving(write_or_warn, path, folder if self.options.saving.save_state else None, epoch)
-
-    def save_last(self, path: Path, folder: Path | None, epoch: int, wait: bool = False) -> bool:
-        """As ``save_due``, for what is not saved again: what cannot be written is tried again, and then elsewhere.
-
-        ``folder`` None: no state; ``wait`` for the upload. What is elsewhere is noted in ``outputs.problems``.
-        """
-        problems = self.try_saving(write_at_any_cost, path, folder, epoch, wait)
-        self.outputs.problems += problems
-        return not problems
-
-    def try_saving(
-        self,
-        attempt: Callable[[Callable[[Path], None], Path], str | None],
-        path: Path,
-        folder: Path | None,
-        epoch: int,
-        wait: bool = False,
-    ) -> list[str]:
-        """Let ``attempt`` write the network's file and the state ``folder``, if there is to be one; its problems."""
-        with self.optimization.evaluating():
-            problems = [attempt(lambda place: self.save_model(place, epoch, wait), path)]
-        if folder is not None:
-            problems.append(attempt(self.save_state, folder))
-        return [problem for problem in problems if problem]
-
-    def remove_old(self, old: Sequence[Path], saved: bool) -> None:
-        """Remove files and states that are due to go (main process)."""
-        if self.accelerator.is_main_process:
-            self.outputs.files.remove_old(old, saved)
-
-    @timed("saving")
-    def save_model(self, path: Path, epoch: int, wait: bool = False) -> None:
-        """Write the network's file with its metadata (main process)."""
-        if self.accelerator.is_main_process:
-            step = self.progress.step
-            self.outputs.write_network(self.network, path, self.metadata.at(step, epoch), wait)
-            self.report.add_file(path, step)
-
-    @timed("saving")
-    def save_state(self, folder: Path) -> None:
-        """Write a resumable state (main process)."""
-        if self.accelerator.is_main_process:
-            run, scaler = self.facts(), self.accelerator.scaler
-            if self.outputs.write_state(self.network, folder, lambda path: write_run_state(run, path, scaler)):
-                self.report.add_file(folder, self.progress.step)
-
-    # ---- before and after the loop ----------------------------------------------------------------------------------
-
-    def look_before_training(self) -> None:
-        """The samples of ``--sample_at_first``, and the validation loss that step validations are compared with.
-
-        A run that goes on does instead what was due at its state and was cut off.
-        """
-        if self.progress.step > 0:
-            return self.catch_up()
-        with self.optimization.evaluating():
-            if self.outputs.samples.due_at_start():
-                self.draw_samples(0, 0)
-            if self.data.validation is not None and self.options.validation.validate_every_n_steps:
-                self.validate("step", 0)
-
-    def catch_up(self) -> None:
-        """What the resumed run was to do after it had saved the state: remove old files, draw."""
-        progress, files, samples, step = self.progress, self.outputs.files, self.outputs.samples, self.progress.step
-        epoch = progress.position.epoch if progress.position.batch == 0 else None
-        if files.step_is_due(step):
-            self.remove_old(files.old_after_step(step), files.step_file(step).exists())
-        if epoch is not None and files.epoch_is_due(epoch, self.plan.epochs):
-            self.remove_old(files.old_after_epoch(epoch), files.epoch_file(epoch).exists())
-        moments: list[tuple[int, int | None]] = [(step, None)] if samples.due_after_step(step) else []
-        moments += [(step, epoch)] if epoch is not None and samples.due_after_epoch(epoch) else []
-        missing = [moment for moment in moments if len(samples.images(*moment)) < len(samples.prompts)]
-        for moment in of_main_process(missing):
-            with self.optimization.evaluating(exact=True):
-                self.draw_samples(*moment)
-
-    @contextmanager
-    def saving_on_error(self) -> Iterator[None]:
-        """Around the loop: an error saves what was trained, as Ctrl-C does, before it goes on its way."""
-        try:
-            yield
-        except Exception:
-            progress, step = self.progress, self.progress.step
-            path = self.outputs.files.step_file(step)
-            if step > progress.first_step and path not in self.outputs.written:
-                warn(f"an error ends the training at step {step}; what it has trained is saved first")
-                try:
-                    progress.position = progress.resumable or progress.position
-                    can_resume = self.options.saving.save_state and progress.resumable is not None
-                    state = self.outputs.files.step_state(step) if can_resume else None
-                    if self.save_last(path, state, progress.position.epoch) and state is not None:
-                        say(f"continue from there with --resume {state}")
-                except Exception as second:
-                    warn(f"{path} could not be saved: {in_one_line(second)}")
-            raise
+        with Interruption() as interruption, self.saver.saving_on_error():
+            milestones.at_start()
+            loop.train(interruption)
 
     def finish(self) -> None:
         """Write the final file and state, close the trackers, wait for uploads, and say where time and memory went.
@@ -799,7 +464,7 @@ class NetworkTrainer(FamilyHooks):
         if not self.progress.ended_by:
             saving, files = self.options.saving, self.outputs.files
             state = files.final_state() if saving.save_state or saving.save_state_on_train_end else None
-            self.save_last(files.final_file(), state, self.plan.epochs, wait=True)
+            self.saver.save_last(files.final_file(), state, self.plan.epochs, wait=True)
             self.report.end("finished")
         self.tracker.finish()
         self.outputs.uploads.finish()

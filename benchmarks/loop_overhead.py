@@ -116,21 +116,23 @@ class Clock:
 
 
 def timed_trainer(clock: Clock, trainer_class: Any) -> Any:
-    """A family's trainer with clocks around its methods."""
+    """A family's trainer with clocks around its methods and those of its loop."""
     import torch
 
-    class TimedTrainer(trainer_class):
-        def run_epochs(self, *arguments: Any) -> None:
+    from library.training.training_loop import TrainingLoop
+
+    class TimedLoop(TrainingLoop):
+        def train(self, *arguments: Any) -> None:
             self.accelerator.backward = clock.timed("backward", self.accelerator.backward)
-            optimizer, loss = self.optimization.optimizer, self.step_loss
+            optimizer, trainer = self.optimization.optimizer, self.step_loss.model
             optimizer.step = clock.timed("optimizer", optimizer.step)
             optimizer.zero_grad = clock.timed("optimizer", optimizer.zero_grad)
-            self.latents.of = clock.timed("to device", self.latents.of)
-            objective = type(self.objective)
+            trainer.latents.of = clock.timed("to device", trainer.latents.of)
+            objective = type(trainer.objective)
             objective.noisy_input = timed_method(clock, "noise", objective.noisy_input)
-            self.step_loss = clock.timed("loss", loss)
+            self.step_loss = clock.timed("loss", self.step_loss)
             clock.start()
-            super().run_epochs(*arguments)
+            super().train(*arguments)
 
         def epoch_batches(self, *arguments: Any) -> Iterator[Any]:
             batches = iter(super().epoch_batches(*arguments))
@@ -147,15 +149,19 @@ def timed_trainer(clock: Clock, trainer_class: Any) -> Any:
                 super().after_step(*arguments)
             clock.end_step()
 
-    methods = {
+    class TimedTrainer(trainer_class):
+        loop_class = TimedLoop
+
+    of_loop = {
         "train_batch": "micro-batch",
         "read_step": "read losses",
-        "conditioning": "to device",
-        "predict": "forward",
         "update": "schedule",
+        "count_step": "schedule",
         "log_batch": "logging",
     }
-    for method, name in methods.items():
+    for method, name in of_loop.items():
+        setattr(TimedLoop, method, timed_method(clock, name, getattr(TrainingLoop, method)))
+    for method, name in {"conditioning": "to device", "predict": "forward"}.items():
         setattr(TimedTrainer, method, timed_method(clock, name, getattr(trainer_class, method)))
     torch.nn.utils.clip_grad_norm_ = clock.timed("clip gradients", torch.nn.utils.clip_grad_norm_)
     return TimedTrainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.prompt_options import PromptOptions
@@ -113,6 +114,10 @@ class FamilyHooks(ABC):
     @abstractmethod
     def sample_request(self, prompt: PromptOptions) -> ImageRequest:
         """The image that a sample prompt asks for."""
+
+    def while_sampling(self) -> AbstractContextManager[Any]:
+        """Around the drawing of sample images: what the model does otherwise then than in training."""
+        return nullcontext()
 
     @abstractmethod
     def family_metadata(self) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from library.training.plan import dry_run
 from library.training.plan.dry_run import plan_of
 from library.training.plan.plan_report import Plan, plan_lines
 from library.training.report.description import part_facts
+from library.training.training_loop import TrainingLoop
 from tests.conformance.conftest import IN_TURN
 from tests.running import no_weights_are_read, run_in_process
 from tests.running import train as train_in_process
-from train_network import NetworkTrainer
 
 LORA = "lora.safetensors"
 CACHED = ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")
@@ -57,20 +57,20 @@ class Reads(TorchFunctionMode):
 def test_a_step_asks_for_values_of_tensors_once(train, tmp_path, monkeypatch):
     """However many micro-batches it has. What lies in system RAM need not be waited for, but is counted here: AdamW's
     step counters, which SGD does without, and the mask of Chroma's text; but not the positions of tokens."""
-    reads, run_epochs, after_step = Reads(), NetworkTrainer.run_epochs, NetworkTrainer.after_step
+    reads, train_loop, after_step = Reads(), TrainingLoop.train, TrainingLoop.after_step
     expected = []
 
-    def counted(self: NetworkTrainer, *arguments: Any) -> None:
-        expected.append(1 + 2 * len(self.pipeline.read_on_host - {"txt_ids"}))
+    def counted(self: TrainingLoop, *arguments: Any) -> None:
+        expected.append(1 + 2 * len(self.run.pipeline.read_on_host - {"txt_ids"}))
         with reads:
-            run_epochs(self, *arguments)
+            train_loop(self, *arguments)
 
-    def next_step(self: NetworkTrainer, *arguments: Any) -> None:
+    def next_step(self: TrainingLoop, *arguments: Any) -> None:
         after_step(self, *arguments)
         reads.steps.append(0)
 
-    monkeypatch.setattr(NetworkTrainer, "run_epochs", counted)
-    monkeypatch.setattr(NetworkTrainer, "after_step", next_step)
+    monkeypatch.setattr(TrainingLoop, "train", counted)
+    monkeypatch.setattr(TrainingLoop, "after_step", next_step)
     command = ["--max_train_steps", "2", "--gradient_accumulation_steps", "2", "--optimizer_type", "SGD"]
     command += ["--max_data_loader_n_workers", "2"]  # so that batches are put together in other threads
     train(tmp_path, *command, *CACHED, "--logging_dir", tmp_path / "logs")

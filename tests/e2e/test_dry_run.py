@@ -20,6 +20,7 @@ from library.training.plan.dry_run import plan_of
 from library.training.plan.plan_report import Plan, plan_lines
 from library.training.plan.planned_files import kept
 from library.training.report.description import size_on_disk
+from library.training.training_loop import TrainingLoop
 from tests.e2e.test_flux_training_options import SMALL
 from tests.running import make_trainer as begin
 from tests.running import no_weights_are_read, run_in_process
@@ -104,17 +105,15 @@ def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_comman
     arguments += ["--network_args", "loraplus_lr_ratio=4"]
     plan = plan_only(FLUX, *arguments)
 
-    class Recording(FluxNetworkTrainer):
+    class RecordingLoop(TrainingLoop):
         rates: list[list[float]] = []
-        drawn = 0
 
         def update(self) -> None:
             self.rates.append([group["lr"] for group in self.optimization.optimizer.param_groups])
             super().update()
 
-        def draw_sample_batch(self, prompts: Any) -> Any:
-            Recording.drawn += len(prompts)
-            return super().draw_sample_batch(prompts)
+    class Recording(FluxNetworkTrainer):
+        loop_class = RecordingLoop
 
         def fill_caches(self) -> Any:
             self.cached = super().fill_caches()
@@ -130,9 +129,9 @@ def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_comman
     assert plan.start.modules == {"transformer": 26, "text encoder": 12}
     for name, index in zip(plan.rates, range(4)):
         assert [rate for _, rate in plan.rates[name]] == pytest.approx(
-            [trainer.rates[step - 1][index] for step, _ in plan.rates[name]]
+            [RecordingLoop.rates[step - 1][index] for step, _ in plan.rates[name]]
         )
-    check_files(plan, tmp_path / "out", Recording.drawn)
+    check_files(plan, tmp_path / "out", len(trainer.outputs.sample_files))
     training = next(phase for phase in plan.phases if phase.name.startswith("training"))
     assert training.optimizer == state_bytes(trainer)
     assert training.network == sum(p.numel() * 4 for p in trainer.network.parameters())

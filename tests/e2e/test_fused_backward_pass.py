@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.options import parse_options
+from library.training.training_loop import TrainingLoop
 from tests.e2e.test_flux_training_options import SMALL
 from tests.running import forget_accelerator
 
@@ -22,11 +23,6 @@ def train(flux_command, dataset_toml, tmp_path):
     """Train for some steps with more options into a folder; ``watch`` is called with the trainer after each backward
     pass. Returns the trainer when it is done."""
 
-    class Watched(FluxNetworkTrainer):
-        def update(self) -> None:
-            self.watch(self)
-            super().update()
-
     def run(output: str, *arguments: object, watch=lambda trainer: None) -> FluxNetworkTrainer:
         forget_accelerator()
         given = [
@@ -38,8 +34,14 @@ def train(flux_command, dataset_toml, tmp_path):
             *arguments,
         ]
         given += ["--max_train_steps", "4", "--max_data_loader_n_workers", "0", "--cache_latents"]
-        trainer = Watched(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
-        trainer.watch = watch
+        trainer = FluxNetworkTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
+
+        class WatchedLoop(TrainingLoop):
+            def update(self) -> None:
+                watch(trainer)
+                super().update()
+
+        trainer.loop_class = WatchedLoop
         trainer.train()
         return trainer
 

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.memory.simulation import PeakMemory, Simulation
 from library.options import parse_options
+from library.training.evaluation import Evaluation
 from library.training.objective.step_inputs import ItemDraws
 from library.training.optim.optimizers import OptimizerOptions, create_optimizer
 from library.training.plan import memory_estimate
@@ -211,10 +212,11 @@ def test_the_peaks_of_encoding_and_of_samples(make_trainer, command, tmp_path):
     # Convolutions take memory of their own while they run, which no tensor shows.
     assert 0.98 * expected <= measured_peak(lambda: trainer.latents.encode(pixels, generators)) <= 1.6 * expected
     trainer.network.eval()
+    evaluation = Evaluation(trainer, trainer.facts(), report=None, tracker=None, clock=trainer.clock)
 
     def draw() -> None:
         with torch.no_grad():
-            trainer.draw_sample_batch(trainer.outputs.samples.prompts[:1])
+            evaluation.draw_batch(trainer.outputs.samples.prompts[:1])
 
     # What is expected is for a batch of two, which FLUX.1 has only with a negative prompt.
     assert 0.5 * image <= measured_peak(draw) <= 1.6 * image

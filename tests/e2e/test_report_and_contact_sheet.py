@@ -25,6 +25,7 @@ from library.html_pages import read_page_data
 from library.options import parse_options
 from library.training.output.sample_images import SampleOptions, Samples
 from library.training.report.page import ReportHead, RunReport, describe_settings
+from library.training.training_loop import TrainingLoop
 from tests.browser import DESKTOP, PHONE, Browser, browser_program
 from tests.running import forget_accelerator, toml_value
 
@@ -34,14 +35,19 @@ NASTY = '<script>document.title="run"</script><img src=x onerror=\'document.titl
 class WatchingTrainer(FluxNetworkTrainer):
     """Notes what the page says after every step; ``signal_at`` sends a Ctrl-C to this process at that step."""
 
-    signal_at = 0
+    def __init__(self, options, signal_at):
+        super().__init__(options)
+        self.seen = seen = []
 
-    def after_step(self, interruption):
-        if self.progress.step == self.signal_at:
-            signal.raise_signal(signal.SIGINT)
-        super().after_step(interruption)
-        page = read_page_data(self.outputs.files.folder / "zog.report.html")
-        self.seen = [*getattr(self, "seen", []), None if page is None else page["status"]["step"]]
+        class WatchedLoop(TrainingLoop):
+            def after_step(self, interruption):
+                if self.progress.step == signal_at:
+                    signal.raise_signal(signal.SIGINT)
+                super().after_step(interruption)
+                page = read_page_data(self.run.outputs.files.folder / "zog.report.html")
+                seen.append(None if page is None else page["status"]["step"])
+
+        self.loop_class = WatchedLoop
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +68,9 @@ def train(flux_command, image_folder, tmp_path_factory):
         given = [*flux_command, "--max_train_steps", steps, "--output_dir", folder, "--output_name", "zog"]
         given += ["--dataset_config", dataset, "--max_data_loader_n_workers", "0", "--network_train_unet_only"]
         given += ["--cache_latents", "--cache_text_encoder_outputs", *arguments]
-        trainer = WatchingTrainer(parse_options(FluxTrainingOptions, "test", [str(value) for value in given]))
-        trainer.signal_at = signal_at
+        trainer = WatchingTrainer(
+            parse_options(FluxTrainingOptions, "test", [str(value) for value in given]), signal_at
+        )
         trainer.train()
         return trainer
 

@@ -13,6 +13,7 @@ import pytest
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.options import parse_options
 from library.training.report.description import end_facts, start_facts
+from library.training.training_loop import TrainingLoop
 from tests.e2e.test_flux_training_options import SMALL
 from tests.running import forget_accelerator
 
@@ -84,11 +85,14 @@ def first_batches(trainer: Any, count: int) -> list[Any]:
 def test_an_interrupted_run_reports_too(train, caplog, number, reason):
     caplog.set_level("INFO")
 
-    class Interrupted(FluxNetworkTrainer):
-        def update(self) -> None:
-            super().update()
+    class InterruptedLoop(TrainingLoop):
+        def count_step(self) -> None:
+            super().count_step()
             if self.progress.step == 2:
                 signal.raise_signal(number)
+
+    class Interrupted(FluxNetworkTrainer):
+        loop_class = InterruptedLoop
 
     trainer = train(trainer_class=Interrupted, steps=50)
     assert trainer.progress.step == 2

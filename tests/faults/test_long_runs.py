@@ -15,6 +15,7 @@ from benchmarks.many_images import link_images, write_datasets
 from benchmarks.measuring import present_memory
 from library.data.build import build_dataset_groups
 from library.data.options import DatasetOptions
+from library.training.training_loop import TrainingLoop
 
 MIB = 1 << 20
 
@@ -36,7 +37,7 @@ def test_memory_files_and_threads_do_not_grow(train, prompts, thorough, tmp_path
     steps, every = (2000, 20) if thorough else (40, 4)
     process, used = psutil.Process(), []
 
-    class Watched(flux_train_network.FluxNetworkTrainer):
+    class WatchedLoop(TrainingLoop):
         def after_step(self, interruption: object) -> None:
             super().after_step(interruption)
             if self.progress.step % every == every - 1:
@@ -45,7 +46,7 @@ def test_memory_files_and_threads_do_not_grow(train, prompts, thorough, tmp_path
                 counts = (process.num_fds(), process.num_threads(), len(gc.get_objects()))
                 used.append(Usage(self.progress.step, memory, *counts))
 
-    monkeypatch.setattr(flux_train_network, "FluxNetworkTrainer", Watched)
+    monkeypatch.setattr(flux_train_network.FluxNetworkTrainer, "loop_class", WatchedLoop)
     prompts.write_text("a circle --w 64 --h 64 --s 1 --d 3", encoding="utf-8")
     small = dataset_toml(resolution=64, min_bucket_reso=32, max_bucket_reso=96, batch_size=1)
     arguments = ["--dataset_config", small, "--sample_prompts", prompts, "--sample_every_n_steps", every]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from library.console import warn
 from library.errors import UserError, did_you_mean
@@ -60,6 +60,9 @@ LINE_OPTIONS = {
     "fs": ("flow_shift", float),
 }
 FIELD_TYPES = {field: kind for field, kind in LINE_OPTIONS.values()} | {"prompt": str}
+TRIGGER = "[trigger]"
+"""What stands for the trigger word in captions and prompts."""
+Prompt = TypeVar("Prompt", bound=PromptOptions)
 
 
 def parse_prompt_line(line: str, place: str = "prompt") -> PromptOptions:
@@ -91,6 +94,28 @@ def prompt_options(values: Mapping[str, Any]) -> PromptOptions:
     options = PromptOptions(**values)
     steps = options.sample_steps
     return options if steps is None else dataclasses.replace(options, sample_steps=min(max(steps, 1), 1000))
+
+
+def name_trigger(text: str, word: str | None) -> str:
+    """``text`` with the trigger word in the place of ``[trigger]``; as it is if there is no such word."""
+    return text.replace(TRIGGER, word) if word else text
+
+
+def names_trigger(prompt: PromptOptions) -> bool:
+    """Whether ``[trigger]`` stands in the prompt or its negative one."""
+    return TRIGGER in f"{prompt.prompt} {prompt.negative_prompt}"
+
+
+def with_trigger(prompt: Prompt, word: str | None) -> Prompt:
+    """``prompt`` with the trigger word in the place of ``[trigger]``."""
+    if not word or not names_trigger(prompt):
+        return prompt
+    negative = prompt.negative_prompt
+    return dataclasses.replace(
+        prompt,
+        prompt=name_trigger(prompt.prompt, word),
+        negative_prompt=None if negative is None else name_trigger(negative, word),
+    )
 
 
 def check_prompt_values(prompt: PromptOptions, place: str = "") -> None:

@@ -29,6 +29,7 @@ from library.data.options import CacheOptions, DatasetOptions
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.transforms import face_in_name
 from library.errors import UserError
+from library.prompt_options import TRIGGER
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,8 @@ def _read_all(
     """
     subsets = [(subset, entry) for entry in settings for subset in entry.subsets]
     found = {id(subset): read_subset(subset, entry.kind, notes) for subset, entry in subsets}
+    for subset, _ in subsets:
+        _note_unnamed_triggers(subset, found[id(subset)], notes)
     records = [record for part in found.values() for record in part]
     conditioning = [record.conditioning for record in records if record.conditioning]
     check = check_images([record.path for record in records if record.exists and not record.checked], conditioning)
@@ -156,6 +159,15 @@ def _read_all(
         if subset.cache_info and not read_only and not all(record.checked for record in part):
             write_image_info(subset, [(record.path, _size(record), record.caption) for record in part])
     return found
+
+
+def _note_unnamed_triggers(subset: SubsetSettings, records: Records, notes: list[str]) -> None:
+    count = sum(TRIGGER in record.caption for record in records)
+    if count and not subset.captions.trigger_word:
+        notes.append(
+            f"{subset.place}: {count} caption{'s contain' if count > 1 else ' contains'} {TRIGGER}, but there is no "
+            "trigger_word for it to stand for: it is trained as it is written."
+        )
 
 
 def _compare_sizes(records: Records, sizes: dict, caching: bool, notes: list[str]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import UserError
+from library.prompt_options import name_trigger
 from library.text_files import read_text
 
 WILDCARD = re.compile(r"\{([^}]+)\}")
@@ -41,6 +42,7 @@ class CaptionRules:
     token_warmup_step: float = 0.0
     caption_tag_dropout_rate: float = 0.0
     secondary_separator: str | None = None
+    trigger_word: str | None = None
 
     def changing_options(self) -> list[str]:
         """The options in use which give a caption more than one outcome (wildcards aside: they depend on the text)."""
@@ -69,9 +71,12 @@ def make_caption(
         caption = _choose(caption, rng)
     else:
         caption = caption.split("\n")[0]
+    caption = name_trigger(caption, rules.trigger_word)
+    separator = rules.caption_separator
     if rules.shuffle_caption or rules.token_warmup_step > 0 or rules.caption_tag_dropout_rate > 0:
-        caption = _vary_tags(caption, rules, rng, step, max_train_steps)
-    return _replace_secondary_separator(caption, rules)
+        caption, separator = _vary_tags(caption, rules, rng, step, max_train_steps), ","
+    caption = _replace_secondary_separator(caption, rules)
+    return put_trigger_word(caption, rules.trigger_word, separator)
 
 
 _OF_ONE = random.Random(0)
@@ -91,6 +96,29 @@ def fixed_caption(caption: str, rules: CaptionRules) -> str:
             "each use of the image may choose another text."
         )
     return make_caption(caption, rules, rng=_OF_ONE, epoch=0, step=0, max_train_steps=1)
+
+
+def has_trigger_word(text: str, word: str) -> bool:
+    """Whether ``word`` stands in ``text``, in the same case and not as a part of another word."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+
+
+def put_trigger_word(text: str, word: str | None, separator: str = ",") -> str:
+    """``text``, with the trigger word and the separator before it if it lacks the word."""
+    if not word or has_trigger_word(text, word):
+        return text
+    return f"{word}{separator.rstrip()} {text}" if text.strip() else word
+
+
+def lacks_trigger_word(caption: str, rules: CaptionRules) -> bool:
+    """Whether the trigger word is put before ``caption``, or before some outcome of its lines and wildcards."""
+    word = rules.trigger_word
+    if not word:
+        return False
+    lines = name_trigger(_add_prefix_and_suffix(caption, rules), word).split("\n")
+    if not rules.enable_wildcard:
+        return not has_trigger_word(lines[0], word)
+    return any(not has_trigger_word(WILDCARD.sub("", line), word) for line in lines)
 
 
 def _add_prefix_and_suffix(caption: str, rules: CaptionRules) -> str:
@@ -138,7 +166,18 @@ def _vary_tags(caption: str, rules: CaptionRules, rng: random.Random, step: int,
 
 
 def _split_tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
-    """Tags that stay in front, tags that may vary, tags that stay at the end."""
+    """Tags that stay in front, tags that may vary, tags that stay at the end.
+
+    Those with the trigger word are the last ones of the first kind.
+    """
+    fixed, flexible, suffix = _split_by_place(caption, rules)
+    if word := rules.trigger_word:
+        fixed += [tag for tag in flexible if has_trigger_word(tag, word)]
+        flexible = [tag for tag in flexible if not has_trigger_word(tag, word)]
+    return fixed, flexible, suffix
+
+
+def _split_by_place(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
     if rules.keep_tokens_separator and rules.keep_tokens_separator in caption:
         parts = [*caption.split(rules.keep_tokens_separator, 2), ""]
         tags = [[tag.strip() for tag in part.split(rules.caption_separator) if tag.strip()] for part in parts]

@@ -7,6 +7,7 @@ subset, its dataset, [general], the command line, in this order.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from library.data.options import DatasetOptions
 from library.data.settings import DatasetSettings, Kind, SubsetSettings
 from library.data.unused_keys import KEY_OF_OPTION, say_unused_keys
 from library.errors import UserError
+from library.text_files import shown
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +292,20 @@ def _subsets(
     return tuple(kept.values())
 
 
+def _caption_rules(value: Callable[[str], Any], table: SubsetTable, place: str) -> CaptionRules:
+    """The caption options of a subset; regularisation images have a trigger word only if their own table gives one."""
+    values = {name: value(name) for name in CaptionRules.__dataclass_fields__}
+    if table.is_reg and table.trigger_word is None:
+        values["trigger_word"] = None
+    word, separator = (values["trigger_word"] or "").strip(), values["caption_separator"]
+    if separator in word or "\n" in word:
+        raise UserError(
+            f'{place}: trigger_word must be one tag, without a line end or the caption separator "{separator}", not '
+            f"{shown(word)}."
+        )
+    return CaptionRules(**{**values, "trigger_word": word or None})
+
+
 def _subset(
     general: GeneralTable,
     dataset: DatasetTable,
@@ -321,7 +337,7 @@ def _subset(
         class_tokens=value("class_tokens") if kind == "dreambooth" else None,
         num_repeats=value("num_repeats"),
         caption_extension=extension if extension.startswith(".") else f".{extension}",
-        captions=CaptionRules(**{name: value(name) for name in CaptionRules.__dataclass_fields__}),
+        captions=_caption_rules(value, table, place),
         cache_info=value("cache_info") and kind != "fine_tuning",
         color_aug=value("color_aug"),
         rotate_aug=value("rotate_aug"),

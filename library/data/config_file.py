@@ -103,6 +103,7 @@ class SubsetKeys(_Table):
     keep_tokens_separator: str | None = None
     secondary_separator: str | None = None
     enable_wildcard: bool | None = None
+    trigger_word: str | None = None
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     color_aug: bool | None = None

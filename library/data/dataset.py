@@ -258,6 +258,12 @@ class DatasetGroup:
         return [item for dataset in self.datasets for item in dataset.used_items]
 
     @property
+    def trigger_words(self) -> list[str]:
+        """The trigger words of subsets in use, each once."""
+        words = [item.subset.captions.trigger_word for item in self.items]
+        return list(dict.fromkeys(word for word in words if word))
+
+    @property
     def train_image_count(self) -> int:
         """Images with repeats, without regularisation images (``ss_num_train_images``)."""
         return sum(dataset.train_image_count for dataset in self.datasets)

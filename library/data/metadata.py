@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from library.data.captions import count_tags
+from library.data.captions import count_tags, put_trigger_word
 from library.data.dataset import Dataset, DatasetGroup
 from library.data.options import DatasetOptions
 from library.data.settings import SubsetSettings
+from library.prompt_options import name_trigger
 
 
 def dataset_metadata(group: DatasetGroup, options: DatasetOptions, *, world_size: int = 1) -> dict[str, Any]:
@@ -16,8 +17,10 @@ def dataset_metadata(group: DatasetGroup, options: DatasetOptions, *, world_size
 
     Values are as they are printed into the file with ``str`` (dictionaries are JSON text already).
     """
+    trigger = {"ss_trigger_word": trigger_phrase(group)} if group.trigger_words else {}
     if options.dataset_config:
         return {
+            **trigger,
             "ss_datasets": json.dumps([_describe_dataset(dataset) for dataset in group.datasets]),
             "ss_tag_frequency": json.dumps(_merged_tag_frequency(group)),
             "ss_dataset_dirs": json.dumps(_dataset_dirs(group)),
@@ -26,6 +29,7 @@ def dataset_metadata(group: DatasetGroup, options: DatasetOptions, *, world_size
     dirs = {subset.folder_name: _counts(dataset, subset) for subset in dataset.settings.subsets if not subset.is_reg}
     reg = {subset.folder_name: _counts(dataset, subset) for subset in dataset.settings.subsets if subset.is_reg}
     return {
+        **trigger,
         "ss_batch_size_per_device": options.train_batch_size,
         "ss_total_batch_size": options.train_batch_size * world_size,
         "ss_resolution": dataset.settings.resolution,
@@ -45,11 +49,21 @@ def dataset_metadata(group: DatasetGroup, options: DatasetOptions, *, world_size
     }
 
 
+def trigger_phrase(group: DatasetGroup) -> str | None:
+    """The trigger words of the data, separated by commas; None if there are none."""
+    return ", ".join(group.trigger_words) or None
+
+
 def tag_frequency(dataset: Dataset) -> dict[str, dict[str, int]]:
-    """{folder or metadata file: {tag: count}}; each image counts once, whatever its repeats."""
+    """{folder or metadata file: {tag: count}}; each image counts once, whatever its repeats.
+
+    A trigger word counts where it is trained.
+    """
     found: dict[str, dict[str, int]] = {}
     for subset in dataset.settings.subsets:
-        counts = count_tags([item.tags for item in dataset.subset_items(subset)])
+        word = subset.captions.trigger_word
+        tags = [name_trigger(item.tags, word) for item in dataset.subset_items(subset)]
+        counts = count_tags([put_trigger_word(text, word) for text in tags])
         folder = found.setdefault(subset.folder_name, {})
         for tag, count in counts.items():
             folder[tag] = folder.get(tag, 0) + count
@@ -93,6 +107,7 @@ def _describe_subset(dataset: Dataset, subset: SubsetSettings) -> dict[str, Any]
     varied = ("rotate_aug", "brightness_aug", "contrast_aug")  # other programs have none of them
     described: dict[str, Any] = {
         **{name: getattr(subset, name) for name in varied if getattr(subset, name)},
+        **({"trigger_word": word} if (word := subset.captions.trigger_word) else {}),
         "img_count": len(dataset.subset_items(subset)),
         "num_repeats": subset.num_repeats,
         "color_aug": subset.color_aug,

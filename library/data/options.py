@@ -76,6 +76,10 @@ class DatasetOptions:
     enable_wildcard: bool = False
     """Choose one of {a|b|c}, and one line of a caption with several lines, each time."""
 
+    trigger_word: str | None = None
+    """Word put before each caption that lacks it, but those of regularisation images; [trigger] in captions and sample
+    prompts stands for it."""
+
     caption_prefix: str | None = None
     """Text put before each caption."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from library.data.captions import lacks_trigger_word
 from library.data.dataset import Dataset, DatasetGroup
+from library.data.settings import SubsetSettings
 
 
 def summarize(group: DatasetGroup, title: str = "Training data", world_size: int = 1) -> str:
@@ -30,12 +32,21 @@ def _dataset_lines(dataset: Dataset, number: int) -> list[str]:
         if count:
             name = subset.metadata_file or subset.image_dir
             role = " (regularisation)" if subset.is_reg else ""
-            lines.append(f"  {name}{role}: {count} images x {subset.num_repeats} repeats")
+            lines.append(f"  {name}{role}: {count} images x {subset.num_repeats} repeats{_trigger(dataset, subset)}")
     if settings.enable_bucket:
         buckets = dataset.bucket_samples()
         counts = ", ".join(f"{size[0]}x{size[1]}: {len(samples)}" for size, samples in buckets.items())
         lines.append(f"  {len(buckets)} bucket{'s' if len(buckets) != 1 else ''}: {counts}")
     return lines
+
+
+def _trigger(dataset: Dataset, subset: SubsetSettings) -> str:
+    """What is done about the trigger word, if the subset has one."""
+    rules, items = subset.captions, dataset.subset_items(subset)
+    if not rules.trigger_word:
+        return ""
+    lacking = sum(lacks_trigger_word(item.caption, rules) for item in items)
+    return f', trigger word "{rules.trigger_word}" put before {lacking} of {len(items)} captions'
 
 
 def group_facts(group: DatasetGroup, title: str, world_size: int = 1) -> dict[str, Any]:
@@ -56,6 +67,7 @@ def group_facts(group: DatasetGroup, title: str, world_size: int = 1) -> dict[st
                         "images": count,
                         "repeats": subset.num_repeats,
                         "regularisation": subset.is_reg,
+                        "trigger": _trigger(dataset, subset),
                     }
                     for subset in dataset.settings.subsets
                     if (count := len(dataset.subset_items(subset)))

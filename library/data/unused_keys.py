@@ -40,7 +40,8 @@ def _about_captions(settings: Sequence[DatasetSettings]) -> Iterator[Rule]:
     rules = [subset.captions for entry in settings for subset in entry.subsets]
     grows = any(rule.token_warmup_step > 0 for rule in rules)
     varies = grows or any(rule.shuffle_caption or rule.caption_tag_dropout_rate > 0 for rule in rules)
-    joins = any(rule.secondary_separator for rule in rules) or any(entry.kind == "fine_tuning" for entry in settings)
+    joins = any(rule.secondary_separator or rule.trigger_word for rule in rules)
+    joins = joins or any(entry.kind == "fine_tuning" for entry in settings)
     keys = ["keep_tokens", "keep_tokens_separator"] + ([] if joins else ["caption_separator"])
     yield not varies, "without shuffle_caption, token_warmup_step or caption_tag_dropout_rate", keys
     yield not grows, "without token_warmup_step", ["token_warmup_min"]

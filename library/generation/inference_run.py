@@ -18,15 +18,21 @@ from library.errors import UserError
 from library.families import Family
 from library.files import require_writable_folder
 from library.generation.image_files import ImageRecord, UsedLora, lora_hash, save_image
-from library.generation.lora_files import LoraFile, check_not_merged, parse_lora_files, parse_multipliers
+from library.generation.lora_files import (
+    LoraFile,
+    check_not_merged,
+    parse_lora_files,
+    parse_multipliers,
+    trigger_word,
+)
 from library.generation.part_dtypes import PartDtype, resolve_part_dtypes
 from library.generation.parts import Parts, computing_in
-from library.generation.prompts import Prompt, check_sources, read_prompts, with_seed
+from library.generation.prompts import check_sources, read_prompts, with_seed
 from library.generation.session import Session, SessionGrammar
 from library.memory.budget import check_budget
 from library.memory.streaming_options import check_streaming_options
 from library.models.streamed_parts import stream_blocks
-from library.prompt_options import check_prompt_values
+from library.prompt_options import TRIGGER, Prompt, check_prompt_values, names_trigger, with_trigger
 from library.safetensors_io import legacy_hash
 from library.torch_build import missing_cuda
 
@@ -111,10 +117,22 @@ class InferenceRun(ABC, Generic[Prompt]):
         """The prompts that are known ahead, checked. Raises UserError."""
         sources = self.options.sources
         given: Any = read_prompts(sources, self.defaults)
-        prompts = [self.as_meant(prompt) for prompt in given]
+        prompts = [self.with_trigger(self.as_meant(prompt)) for prompt in given]
         for number, prompt in enumerate(prompts, 1):
             self.check_prompt(prompt, "" if sources.from_file is None else f"{sources.from_file}, prompt {number}: ")
         return prompts
+
+    def with_trigger(self, prompt: Prompt) -> Prompt:
+        """``prompt`` with the LoRA files' trigger word in the place of ``[trigger]``.
+
+        Logs a warning when no file says one.
+        """
+        if not names_trigger(prompt):
+            return prompt
+        word = trigger_word(self.lora_files)
+        if word is None:
+            warn(f"no {self.lora_option} file names a trigger word in its metadata: {TRIGGER} stays as it is written.")
+        return with_trigger(prompt, word)
 
     def read_lora_files(self) -> list[LoraFile]:
         """The LoRA files that the options name. Raises UserError for one that is missing."""
@@ -255,6 +273,7 @@ class InferenceRun(ABC, Generic[Prompt]):
 
     def draw_line(self, prompt: Any, multipliers: str | None) -> None:
         """Draw one prompt of a session. Raises UserError for values that cannot be."""
+        prompt = self.with_trigger(prompt)
         self.check_prompt(prompt)
         if multipliers is not None:
             check_not_merged(self.options.lora, "--m")

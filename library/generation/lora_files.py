@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.safetensors_io import read_header
 
 MOST_NAMES = 3
 """Modules that a message names."""
@@ -91,6 +92,19 @@ def parse_lora_files(options: LoraFileOptions) -> list[LoraFile]:
             raise UserError(f"--lora_weights: there is no file {path}.")
         files.append(LoraFile(path, strength))
     return files
+
+
+def trigger_word(files: Sequence[LoraFile]) -> str | None:
+    """The words that call up what these files were trained on, as their metadata says; None if none of them does.
+
+    Raises UserError for a file that cannot be read.
+    """
+    found: dict[str, None] = {}
+    for file in files:
+        metadata = read_header(file.path).metadata if file.path.suffix == ".safetensors" else {}
+        if word := metadata.get("ss_trigger_word") or metadata.get("modelspec.trigger_phrase"):
+            found[word] = None
+    return ", ".join(found) or None
 
 
 def parse_multipliers(text: str, count: int, place: str) -> list[float]:

@@ -6,12 +6,9 @@ import dataclasses
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from library.errors import UserError
-from library.prompt_options import PromptOptions, read_prompt_file
-
-Prompt = TypeVar("Prompt", bound=PromptOptions)
+from library.prompt_options import Prompt, PromptOptions, read_prompt_file
 
 
 @dataclass

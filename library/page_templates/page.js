@@ -117,7 +117,7 @@ function dataSummary(groups) {
     for (const dataset of group.datasets) {
       const subsets = dataset.subsets.map((subset) => element("li", {},
         element("span", {class: "mono"}, subset.name), ` ${subset.regularisation ? "(regularisation) " : ""}`,
-        element("span", {class: "soft"}, `${count(subset.images, "image")} x ${count(subset.repeats, "repeat")}`)));
+        element("span", {class: "soft"}, `${count(subset.images, "image")} x ${count(subset.repeats, "repeat")}${subset.trigger || ""}`)));
       const most = Math.max(...dataset.buckets.map((bucket) => bucket.samples), 1);
       const buckets = dataset.buckets.map((bucket) => {
         const bar = element("span", {class: "bar"});

@@ -45,6 +45,7 @@ SAME = {
     "--keep_tokens_separator |||": "keep_tokens_separator = '|||'",
     "--secondary_separator ;;;": "secondary_separator = ';;;'",
     "--enable_wildcard": "enable_wildcard = true",
+    "--trigger_word sks": "trigger_word = 'sks'",
     "--caption_prefix photo": "caption_prefix = 'photo'",
     "--caption_suffix blurred": "caption_suffix = 'blurred'",
     "--caption_dropout_rate 0.1": "caption_dropout_rate = 0.1",

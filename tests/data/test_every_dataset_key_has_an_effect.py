@@ -37,6 +37,7 @@ SUBSET = {
     "keep_tokens_separator = '|||'": BUCKETS + TAGS,
     "secondary_separator = ';'": BUCKETS,
     "enable_wildcard = true": BUCKETS,
+    "trigger_word = 'sks'": BUCKETS,
     "caption_prefix = 'photo'": BUCKETS,
     "caption_suffix = 'blurred'": BUCKETS,
     "caption_dropout_rate = 1": BUCKETS,

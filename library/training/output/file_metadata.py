@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.data.metadata import dataset_metadata
+from library.data.metadata import dataset_metadata, trigger_phrase
 from library.options import all_values
 from library.training.network.contract import parse_network_args
 from library.training.output.metadata import (
@@ -44,6 +44,7 @@ class FileMetadata:
         self.hashes = BackgroundHashes(
             sd_model=run.options.model.pretrained_model_name_or_path, vae=run.options.vae.vae
         )
+        self.trigger_phrase = trigger_phrase(run.data.train)
         dataset = dataset_metadata(run.data.train, run.options.dataset, world_size=run.processes)
         self.entries = training_metadata(all_values(run.options), session_facts(run), dataset, model.entries)
 
@@ -59,6 +60,7 @@ class FileMetadata:
             prediction_type=self.model.prediction_type,
             timestep_range=(options.noise.min_timestep, options.noise.max_timestep),
             clip_skip=options.clip_skip.clip_skip,
+            trigger_phrase=self.trigger_phrase,
         )
         entries = {**self.entries, **self.hashes.entries()}
         return at_step(entries, step, epoch, options.metadata.no_metadata, modelspec)

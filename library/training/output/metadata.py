@@ -168,12 +168,13 @@ def modelspec_metadata(
     prediction_type: str | None = None,
     timestep_range: tuple[int | None, int | None] = (None, None),
     clip_skip: int | None = None,
+    trigger_phrase: str | None = None,
     date: datetime.datetime | None = None,
 ) -> dict[str, str]:
     """The ``modelspec.*`` entries of a LoRA for ``architecture`` (``flux-1-dev``); ``resolution`` is (width, height).
 
-    ``timestep_range`` holds --min_timestep and --max_timestep. A thumbnail that cannot be read is left out with a
-    warning.
+    ``timestep_range`` holds --min_timestep and --max_timestep; ``trigger_phrase`` counts where no option gives one. A
+    thumbnail that cannot be read is left out with a warning.
     """
     date = date or datetime.datetime.now()
     title = options.metadata_title or output_name or f"LoRA@{date.timestamp()}"
@@ -185,6 +186,8 @@ def modelspec_metadata(
         others["timestep_range"] = f"{0 if low is None else low},{1000 if high is None else high}"
     if clip_skip is not None:
         others["encoder_layer"] = str(clip_skip)
+    if trigger_phrase is not None:
+        others["trigger_phrase"] = trigger_phrase
     for name in _DESCRIPTIVE:
         value = getattr(options, f"metadata_{name}")
         if value is not None:

@@ -12,7 +12,14 @@ from typing import Any
 from library.console import say, warn
 from library.errors import UserError, in_one_line
 from library.files import writing
-from library.prompt_options import PromptOptions, check_prompt_values, read_prompt_file
+from library.prompt_options import (
+    TRIGGER,
+    PromptOptions,
+    check_prompt_values,
+    names_trigger,
+    read_prompt_file,
+    with_trigger,
+)
 
 
 @dataclass
@@ -65,6 +72,21 @@ class Samples:
         """The largest number of images that are drawn together."""
         if wanted and not self.prompts:
             say(f"{options.sample_prompts} contains no prompts; sampling is skipped.")
+
+    def name_trigger(self, word: str | None, words: Sequence[str]) -> None:
+        """Put the trigger word in the place of ``[trigger]``: ``word``, or else the only one of ``words``.
+
+        Raises UserError when a prompt needs one and there are several; logs a warning when there is none.
+        """
+        for number, prompt in enumerate(self.prompts, 1):
+            if not names_trigger(prompt):
+                continue
+            place = f"{self.options.sample_prompts}, prompt {number}"
+            if not word and len(words) > 1:
+                raise UserError(f"{place}: {TRIGGER} may stand for {' or '.join(words)}; write the word itself.")
+            if not word and not words:
+                warn(f"{place}: {TRIGGER} stands for nothing without --trigger_word; it is drawn as it is written.")
+            self.prompts[number - 1] = with_trigger(prompt, word or "".join(words))
 
     def due_at_start(self) -> bool:
         """Whether samples are drawn before the first step."""

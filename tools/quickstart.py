@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from library.console import run_script  # noqa: E402
+from library.torch_build import missing_cuda  # noqa: E402
 from tools import environment  # noqa: E402
 
 if TYPE_CHECKING:
@@ -65,8 +67,8 @@ class Family:
     network_module: str
     files: dict[str, Path]
     """The files of the tiny model by the options that name them."""
-    real_files: tuple[str, ...]
-    """What those of the real model are called."""
+    preset: str
+    """The beginning of the names of the real model's files in ``configs/``."""
     settings: dict[str, object]
     """Further training options, as the family's guide recommends them."""
     samples: str
@@ -75,7 +77,6 @@ class Family:
     flags: tuple[str, ...] = ("cache_text_encoder_outputs",)
     only_tiny: dict[str, object] = field(default_factory=dict)
     """Options that the real model does without."""
-    real_resolution: int = 1024
     drawn_by: str | None = None
     """The script that draws the images before and after the training; None: the training does."""
 
@@ -90,7 +91,7 @@ FAMILIES = {
             "t5xxl": FLUX / "t5xxl.safetensors",
             "ae": FLUX / "ae.safetensors",
         },
-        real_files=("flux1-dev.safetensors", "clip_l.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors"),
+        preset="flux",
         settings={
             "learning_rate": 2e-3,
             "guidance_scale": 1.0,
@@ -108,7 +109,7 @@ FAMILIES = {
             "t5xxl": CHROMA / "t5xxl.safetensors",
             "ae": FLUX / "ae.safetensors",
         },
-        real_files=("Chroma.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors"),
+        preset="chroma",
         settings={
             "model_type": "chroma",
             "learning_rate": 4e-3,
@@ -128,7 +129,7 @@ FAMILIES = {
             "gemma2": LUMINA / "gemma2.safetensors",
             "ae": FLUX / "ae.safetensors",
         },
-        real_files=("lumina-image-2.safetensors", "gemma-2-2b.safetensors", "ae.safetensors"),
+        preset="lumina",
         settings={
             "learning_rate": 4e-3,
             "timestep_sampling": "nextdit_shift",
@@ -148,12 +149,7 @@ FAMILIES = {
             "byt5": HUNYUAN_IMAGE / "byt5_glyph.safetensors",
             "vae": HUNYUAN_IMAGE / "vae.safetensors",
         },
-        real_files=(
-            "hunyuanimage2.1.safetensors",
-            "qwen_2.5_vl_7b.safetensors",
-            "byt5_small_glyphxl_fp16.safetensors",
-            "hunyuan_image_2.1_vae_fp16.safetensors",
-        ),
+        preset="hunyuan_image",
         settings={"learning_rate": 4e-3, "model_prediction_type": "raw", "discrete_flow_shift": 5.0},
         samples="--l 1.0",
         steps=300,
@@ -162,7 +158,7 @@ FAMILIES = {
         script="train_network.py",
         network_module="networks.lora",
         files={"pretrained_model_name_or_path": SD15 / "sd15-tiny.safetensors"},
-        real_files=("v1-5-pruned-emaonly.safetensors",),
+        preset="sd1",
         settings={
             "learning_rate": 8e-3,
             "network_args": ("conv_dim=16", "conv_alpha=16"),
@@ -170,7 +166,6 @@ FAMILIES = {
         samples="--l 3.0",
         steps=400,
         flags=("debiased_estimation_loss",),
-        real_resolution=512,
         drawn_by="gen_img.py",
     ),
 }
@@ -261,6 +256,7 @@ def quickstart(folders: Folders, steps: int, seed: int, threads: int) -> int:
     if folders.family.drawn_by:
         commands = [drawing_command(folders, "before"), *commands, drawing_command(folders, "after")]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    variables["CUDA_VISIBLE_DEVICES"] = ""  # the tiny model trains on the CPU
     for command in commands:
         print("\n" + readable(command) + "\n", flush=True)
         code = environment.run_to_its_end(command, variables)
@@ -395,7 +391,9 @@ def sample_interval(steps: int) -> int:
 
 
 def readable(command: list[str]) -> str:
-    """The command with one option on a line."""
+    """The command with one option on a line, or on Windows, whose two shells join lines in different ways, on one."""
+    if sys.platform == "win32":
+        return subprocess.list2cmdline(command).replace(str(ROOT) + os.sep, "")
     script = next(index for index, part in enumerate(command) if part.endswith(".py"))
     head = " ".join(command[: script + 1])
     head = head.replace(f"{sys.executable} -m accelerate.commands.launch", "accelerate launch")
@@ -487,18 +485,53 @@ def report_lines(
         lines.append(f"| validation loss (steps {first[0]} and {last[0]}) | {first[1]:.4f} | {last[1]:.4f} |")
     if loss:
         lines += ["", f"training loss {loss[0][1]:.3f} {sparkline([value for _, value in loss])} {loss[-1][1]:.3f}"]
-    family = folders.family
-    names = [f"`{name}`" for name in family.real_files]
-    paths = " and ".join((", ".join(names[:-1]), names[-1])) if names[1:] else names[0]
-    omitted = [f"`--{name}`" for name in (*family.only_tiny, "cpu")]
-    lines += [
+    return [*lines, "", *next_lines(folders.family)]
+
+
+def next_lines(family: Family) -> list[str]:
+    """How to train the real model: the command, where its files go, and a torch that can do it."""
+    import tomli
+
+    presets = presets_of(family)
+    chosen = presets[preset_size(list(presets))]
+    given = tomli.loads(chosen.read_text(encoding="utf-8"))["files"]
+    files = ", ".join(Path(name).name for name in given.values() if name.startswith("models/"))
+    sizes = ", ".join(map(str, presets))
+    guide = f"docs/{Path(family.script).stem}.md"
+    lines = [
+        "Now the real model:",
         "",
-        f"To continue with real weights: put the path{'s' if names[1:] else ''} of {paths} in the place of the",
-        f"tiny file{'s' if names[1:] else ''}, leave out {', '.join(omitted)}, point the dataset TOML at your own",
-        f"images with `resolution = {family.real_resolution}`, and use `--mixed_precision bf16",
-        "--gradient_checkpointing`.",
+        f"1. Put its files into models/: {files} ({guide} tells where they are).",
+        "2. Put your images and their captions (cat1.png, cat1.txt) into images/.",
+        "3. Run",
+        "",
+        "    .venv\\Scripts\\activate" if os.name == "nt" else "    source .venv/bin/activate",
+        f"    accelerate launch {family.script} --config_file {chosen.relative_to(ROOT).as_posix()}",
+        "",
+        f"The LoRA is written to output/. configs/ has such files for GPUs with {sizes} GB.",
+        "With --dry_run at its end, the command checks everything and trains nothing.",
     ]
-    return lines
+    message = missing_cuda()
+    return [*lines, "", message] if message else lines
+
+
+def presets_of(family: Family) -> dict[int, Path]:
+    """The real model's files in ``configs/`` by the size of the GPU in GB, the smallest first."""
+    paths = {int(path.stem.rpartition("_")[2][:-2]): path for path in ROOT.glob(f"configs/{family.preset}_*gb.toml")}
+    return dict(sorted(paths.items()))
+
+
+def preset_size(sizes: list[int]) -> int:
+    """The largest of ``sizes`` (in GB) that this machine's GPU has; where torch sees none, that for 12 GB, if there is.
+
+    A GPU that is smaller than all of them gets the smallest.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return 12 if 12 in sizes else sizes[0]
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return max((size for size in sizes if size <= 1.06 * memory), default=sizes[0])  # 7.6 GiB are sold as 8 GB
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -41,7 +41,8 @@ TOOLS = [shown for shown in RUNS if shown not in TRAININGS]
 
 @pytest.fixture
 def named_files(tmp_path, monkeypatch):
-    """The TOML files that the documentation shows under a name, in the present folder."""
+    """The TOML files that the documentation shows under a name, and the project's own, in the present folder."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     for block in blocks("toml"):
         if block.name:
             (tmp_path / block.name).parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,38 @@ def test_a_preset_is_taken_whole(path):
     assert set(read_config_file(path, known)) == keys  # none of them without effect
     text = path.read_text(encoding="utf-8")
     script = by_model(path.stem.rpartition("_")[0]).file
-    assert f"accelerate launch {script} --config_file configs/{path.name}" in text and "<" in text
+    assert f"accelerate launch {script} --config_file configs/{path.name}" in text
     device, host = expected(path)
     assert re.search(rf"`{path.name}`.*\| {device:g} GiB \| {host:g} GiB \|", GUIDE), f"{path.name} in docs/memory.md"
+
+
+@pytest.mark.parametrize("name", ["flux_12gb", "sd1_8gb"])
+def test_a_preset_trains_what_lies_in_its_folders(name, request, tmp_path, image_folder, monkeypatch):
+    """Nothing is filled in: the model is in models/, images and captions are in images/, the LoRA goes to output/."""
+    family = name.partition("_")[0]
+    shutil.copytree(image_folder, tmp_path / "images")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "models").mkdir()
+    preset = toml.loads((tmp_path / "configs" / f"{name}.toml").read_text(encoding="utf-8"))
+    files = {key: value for key, value in preset["files"].items() if value.startswith("models/")}
+    if family == "sd1":
+        sources = {"pretrained_model_name_or_path": request.getfixturevalue("few_blocks_sd1")}
+    else:
+        tiny = request.getfixturevalue(f"tiny_{family}")
+        sources = {"pretrained_model_name_or_path": tiny.transformer, "ae": tiny.autoencoder}
+        sources |= {key: getattr(tiny, key) for key in files.keys() - sources}
+    for key, target in files.items():
+        (tmp_path / target).symlink_to(sources[key])
+    monkeypatch.chdir(tmp_path)
+    few_blocks = ["--blocks_to_swap", "0"] if family == "flux" else []
+    words = ["--config_file", f"configs/{name}.toml", "--optimizer_type", "AdamW", *few_blocks]
+    trainer = make_trainer(family, *words)
+    for step in ("check_options", "prepare_output", "check_network", "start_processes", "read_data", "plan_steps"):
+        getattr(trainer, step)()
+    with no_weights_are_read():
+        trainer.open_pipeline()
+    assert trainer.data.train.batches_per_epoch(1) == 10 * len(list((tmp_path / "images").glob("*.png")))
+    assert (tmp_path / "output").is_dir()
 
 
 def test_every_family_has_presets():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomli
@@ -19,6 +23,7 @@ from tools.quickstart import (
     before_after_image,
     loss_image,
     may_overwrite,
+    next_lines,
     parse_arguments,
     prepare,
     quickstart,
@@ -94,6 +99,48 @@ def test_every_option_of_the_command_is_known_to_the_trainer(tmp_path: Path, nam
         assert path.is_file()
     shown = shlex.split(readable(command).replace("\\\n", " "))
     assert shown[-len(command[script + 1 :]) :] == [part.replace(f"{ROOT}/", "") for part in command[script + 1 :]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_ends_with_the_command_that_trains_the_real_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the tiny model is in it, and the file that it names has the options of a real training."""
+    from library.families import FAMILIES as FAMILY_ROWS
+    from library.options import parse_options
+
+    monkeypatch.chdir(ROOT)
+    text = "\n".join(next_lines(FAMILIES[name]))
+    (words,) = (line.split() for line in text.splitlines() if "accelerate launch" in line)
+    assert words[2] == FAMILIES[name].script and words[3] == "--config_file"
+    row = next(row for row in FAMILY_ROWS if row.file == words[2])
+    options = parse_options(row.options_class(), "", words[3:])
+    assert options.optimizer.learning_rate == 1e-4 and options.precision.mixed_precision == "bf16"
+    assert options.network.network_module == FAMILIES[name].network_module
+    files = re.findall(r"[\w.-]+\.safetensors", text)
+    model = options.model.pretrained_model_name_or_path
+    assert model == f"models/{files[0]}" and len(files) == len(FAMILIES[name].files)
+
+
+@pytest.mark.parametrize(
+    ("gib", "size"), [(None, 12), (5.8, 8), (7.6, 8), (10.9, 10), (11.76, 12), (23.6, 24), (79.3, 24)]
+)
+def test_the_file_is_that_for_the_gpu(gib: float | None, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gib is not None)
+    properties = SimpleNamespace(total_memory=int((gib or 0) * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert f"configs/flux_{size}gb.toml" in "\n".join(next_lines(FAMILIES["flux"]))
+
+
+def test_it_ends_with_a_word_about_a_torch_that_cannot_use_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.quickstart.missing_cuda", lambda: "torch has no CUDA support")
+    assert next_lines(FAMILIES["flux"])[-1] == "torch has no CUDA support"
+
+
+def test_on_windows_the_command_is_one_line_that_both_shells_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["python", "-m", "accelerate.commands.launch", f"{ROOT}{os.sep}x.py", "--system_prompt=You are."]
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert readable(command) == 'python -m accelerate.commands.launch x.py "--system_prompt=You are."'
 
 
 def test_samples_are_found_by_moment_in_the_order_of_the_prompts(tmp_path: Path) -> None:

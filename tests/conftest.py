@@ -34,6 +34,7 @@ hypothesis.settings.load_profile("ordinary")
 
 BlockStream.poisons = True  # a streamed weight that is used where it isn't there makes every result NaN
 OffloadedInputs.smallest = 1  # the inputs of tiny models are worth the way too
+os.fsync = lambda descriptor: None  # no test cuts the power, and to wait for the disk takes a tenth of the time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,9 +101,10 @@ def thorough(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def fork_server() -> Iterator[ForkServer]:
-    """Starts scripts as processes of their own in a fraction of a second."""
-    with ForkServer() as server:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts scripts as processes of their own in a fraction of a second; all workers share it."""
+    folder = tmp_path_factory.getbasetemp()
+    with ForkServer(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as server:
         yield server
 
 

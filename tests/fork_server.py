@@ -1,10 +1,13 @@
 """The process that ``tests/processes.py`` forks scripts from: it has imported once what every script imports.
 
-Each line on its input is a script to start, as JSON; each line on its output says that one has started or ended.
+It serves whoever connects, all test workers alike, and ends with the last of them. Each line of a connection is a
+script to start, as JSON; each line of an answer says that the server is ready, or that a script has started or ended.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import io
 import json
@@ -12,8 +15,10 @@ import os
 import runpy
 import selectors
 import signal
+import socket
 import sys
 import traceback
+from dataclasses import dataclass, field
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
@@ -25,7 +30,8 @@ DIFFUSERS_CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler", "
 
 
 def import_what_scripts_use() -> None:
-    """All that costs seconds and is the same for every run."""
+    """All that costs seconds and is the same for every run; nobody waits for the disk."""
+    os.fsync = lambda descriptor: None
     import torch
 
     torch.set_num_threads(1)
@@ -45,7 +51,6 @@ def import_what_scripts_use() -> None:
 
 def fork_script(request: dict) -> int:
     """Start a script in a child, with a session of its own; returns its process number."""
-    sys.stdout.flush()
     child = os.fork()
     if child:
         return child
@@ -53,6 +58,7 @@ def fork_script(request: dict) -> int:
     try:
         os.setsid()
         signal.set_wakeup_fd(-1)
+        os.closerange(3, max(map(int, os.listdir("/dev/fd"))) + 1)
         for number in (signal.SIGCHLD, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.default_int_handler)
         nothing = os.open(os.devnull, os.O_RDONLY)
@@ -65,6 +71,7 @@ def fork_script(request: dict) -> int:
             for number in (1, 2)
         )
         os.chdir(request["cwd"])
+        os.environ.clear()
         os.environ.update(request["environment"])
         for limit, value in request["limits"].items():
             import resource
@@ -103,48 +110,82 @@ def _end(code: int) -> None:
         os._exit(code & 0xFF)
 
 
-def tell(**event: int | str) -> None:
-    sys.__stdout__.write(json.dumps(event) + "\n")
-    sys.__stdout__.flush()
+@dataclass
+class Client:
+    """A connection, and what was started for it."""
+
+    connection: socket.socket
+    running: set[int] = field(default_factory=set)
+    unread: bytes = b""
+
+    def tell(self, **event: int) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.sendall(json.dumps(event).encode() + b"\n")
+
+    def serve(self) -> bool:
+        """Start what it asks for; returns whether it is still there."""
+        read = self.connection.recv(65536)
+        *lines, self.unread = (self.unread + read).split(b"\n")
+        for line in lines:
+            child = fork_script(json.loads(line))
+            self.running.add(child)
+            self.tell(started=child)
+        return bool(read)
+
+    def look(self) -> None:
+        """Say what has ended."""
+        for child in list(self.running):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                self.running.remove(child)
+                self.tell(ended=child, code=os.waitstatus_to_exitcode(status))
+
+    def close(self) -> None:
+        """End what still runs."""
+        for child in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            self.tell(ended=child, code=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        self.connection.close()
 
 
-def main() -> None:
-    """Serve until the input ends, then end what still runs."""
+def main(listening: int, address: str) -> None:
+    """Serve on a listening socket until the last client has gone."""
+    listener = socket.socket(fileno=listening)
     import_what_scripts_use()
+    gc.collect()
+    gc.freeze()  # a child's collections of garbage leave alone, and so uncopied, what it shares with all others
     readable, written = os.pipe()
     for end in (readable, written):
         os.set_blocking(end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     selector = selectors.DefaultSelector()
-    selector.register(0, selectors.EVENT_READ)
+    selector.register(listener, selectors.EVENT_READ)
     selector.register(readable, selectors.EVENT_READ)
-    running: set[int] = set()
-    unread = b""
-    tell(ready=os.getpid())
+    clients: dict[int, Client] = {}
+    reachable = True
     while True:
-        for key, _ in selector.select():
+        for key, _ in selector.select(None if clients or reachable else 0):
             if key.fd == readable:
                 os.read(readable, 4096)
-                continue
-            read = os.read(0, 65536)
-            if not read:
-                for child in running:
-                    os.killpg(child, signal.SIGKILL)
-                os._exit(0)
-            *lines, unread = (unread + read).split(b"\n")
-            for line in lines:
-                request = json.loads(line)
-                child = fork_script(request)
-                running.add(child)
-                tell(started=child, number=request["number"])
-        for child in list(running):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                running.remove(child)
-                tell(ended=child, code=os.waitstatus_to_exitcode(status))
+            elif key.fd == listener.fileno():
+                client = Client(listener.accept()[0])
+                clients[client.connection.fileno()] = client
+                selector.register(client.connection, selectors.EVENT_READ)
+                client.tell(ready=os.getpid())
+            elif not clients[key.fd].serve():
+                selector.unregister(key.fd)
+                clients.pop(key.fd).close()
+        for client in clients.values():
+            client.look()
+        if not clients and reachable:
+            os.unlink(address)  # who has connected before is still served, who comes later starts a server anew
+            reachable = False
+        elif not clients:
+            os._exit(0)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, ROOT)
-    main()
+    main(int(sys.argv[1]), sys.argv[2])

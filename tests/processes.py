@@ -1,6 +1,6 @@
 """True processes of the scripts without the seconds that each spends on imports.
 
-A fork server, one for each test worker, has imported them; every script that it starts is a child of it with its own
+A fork server, one for all test workers, has imported them; every script that it starts is a child of it with its own
 process number, signals, files and exit code. What ``accelerate launch`` itself does is tested with ``running.launch``.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -71,24 +72,22 @@ class Started:
 
 
 class ForkServer:
-    """Starts scripts as children of a process that has imported what they need. A context manager."""
+    """Starts scripts as children of a process that has imported what they need. A context manager.
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="fork_server_")
+    Who gives the same ``folder`` shares that process: the first one starts it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._outputs = tempfile.TemporaryDirectory(prefix="fork_server_")
         self._numbers = itertools.count()
         self._answers: queue.Queue[int | None] = queue.Queue()
         self._running: dict[int, Started] = {}
         self._ended: dict[int, int] = {}
         self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._connection = _connect(folder)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self._answer()
 
     def start(
@@ -105,11 +104,9 @@ class ForkServer:
         ``environment`` is added to this process's own, ``output`` is the file that it prints to, and ``limits`` are
         resource limits by name (``{"RLIMIT_FSIZE": 1000}``).
         """
-        number = next(self._numbers)
         words = [str(argument) for argument in arguments]
-        file = output or Path(self._folder.name) / f"{number}.txt"
+        file = output or Path(self._outputs.name) / f"{next(self._numbers)}.txt"
         request = {
-            "number": number,
             "script": script,
             "arguments": words,
             "cwd": str(cwd),
@@ -117,9 +114,7 @@ class ForkServer:
             "output": str(file),
             "limits": dict(limits or {}),
         }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
         started = Started(self._answer(), [script, *words], file)
         with self._lock:
             self._running[started.pid] = started
@@ -134,11 +129,11 @@ class ForkServer:
         return started
 
     def close(self) -> None:
-        """End the server and whatever still runs."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._folder.cleanup()
+        """End whatever still runs, and the server if nobody else uses it."""
+        self._connection.shutdown(socket.SHUT_WR)
+        self._listener.join(60)
+        self._connection.close()
+        self._outputs.cleanup()
 
     def __enter__(self) -> ForkServer:
         return self
@@ -153,18 +148,47 @@ class ForkServer:
         return answer
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            event = json.loads(line)
-            if "ended" in event:
-                with self._lock:
-                    if event["ended"] in self._running:
-                        self._finish(event["ended"], event["code"])
-                    else:
-                        self._ended[event["ended"]] = event["code"]
-            else:
-                self._answers.put(event.get("started", 0))
+        with contextlib.suppress(OSError), self._connection.makefile("r", encoding="utf-8") as lines:
+            for line in lines:
+                event = json.loads(line)
+                if "ended" in event:
+                    with self._lock:
+                        if event["ended"] in self._running:
+                            self._finish(event["ended"], event["code"])
+                        else:
+                            self._ended[event["ended"]] = event["code"]
+                else:
+                    self._answers.put(event.get("started", 0))
         self._answers.put(None)
 
     def _finish(self, pid: int, code: int) -> None:
         self._running.pop(pid)._end(code)
+
+
+def _connect(folder: Path) -> socket.socket:
+    """A connection to the server of this folder, which is started if there is none."""
+    import fcntl
+
+    address = str(folder / "fork_server")
+    connection = socket.socket(socket.AF_UNIX)
+    with open(f"{address}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            connection.connect(address)
+            return connection
+        except OSError:
+            Path(address).unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            connection.connect(address)
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(listener.fileno()), address],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+    return connection

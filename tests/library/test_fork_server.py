@@ -31,7 +31,8 @@ def program(tmp_path) -> Path:
     path.write_text(
         "import atexit, json, os, sys, threading, time\n"
         "atexit.register(lambda: print('at the end'))\n"
-        "print(json.dumps([sys.argv, os.getcwd(), os.environ.get('OWN'), os.getpid(), __name__]), flush=True)\n"
+        "known = [sys.argv, os.getcwd(), os.environ.get('OWN'), os.getpid(), os.getppid(), __name__]\n"
+        "print(json.dumps(known), flush=True)\n"
         "if sys.argv[1] == 'sleep':\n    time.sleep(100)\n"
         "if sys.argv[1] == 'thread':\n"
         "    threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
@@ -45,7 +46,7 @@ def program(tmp_path) -> Path:
 def test_a_child_is_a_process_of_its_own(fork_server: ForkServer, program, tmp_path):
     started = fork_server.start(str(program), "7", "b c", cwd=tmp_path, environment={"OWN": "yes"})
     assert started.wait() == 7
-    words, folder, own, pid, name = json.loads(started.output.splitlines()[0])
+    words, folder, own, pid, _, name = json.loads(started.output.splitlines()[0])
     assert words == [str(program), "7", "b c"] and Path(folder) == tmp_path and own == "yes" and name == "__main__"
     assert pid == started.pid != os.getpid() and "at the end" in started.output
     assert "OWN" not in os.environ
@@ -69,3 +70,12 @@ def test_a_script_prints_what_it_prints_when_started_by_hand(fork_server: ForkSe
     forked = fork_server.run("tools/show_metadata.py", tmp_path / "absent.safetensors")
     assert (forked.returncode, forked.output) == (by_hand.returncode, by_hand.stdout + by_hand.stderr)
     assert forked.returncode == 2
+
+
+def test_clients_share_the_process_and_end_only_what_they_started(fork_server: ForkServer, program):
+    with ForkServer(fork_server.folder) as other:
+        left, kept = other.start(str(program), "sleep"), fork_server.start(str(program), "sleep")
+        assert waits(left, "__main__") and waits(kept, "__main__")
+        assert len({json.loads(started.output)[-2] for started in (left, kept)}) == 1
+    assert left.returncode == -signal.SIGKILL and kept.poll() is None
+    kept.kill()

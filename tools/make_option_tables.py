@@ -76,9 +76,15 @@ def tool_page(options: str) -> Page:
     return Page("docs/lora_tools.md", options, part=f"{script}.py")
 
 
+PREPARING = ("tools.caption_images:CaptionImagesOptions",)
+"""Options of the tools that make captions and masks."""
 PAGES = (
     *dict.fromkeys(page for family in FAMILIES for page in family_pages(family)),
     tool_page("networks.resize_lora:ResizeLoraOptions"),
+    *(
+        Page("docs/captions_and_masks.md", options, part=f"{options.partition(':')[0].replace('.', '/')}.py")
+        for options in PREPARING
+    ),
 )
 HEAD = "| option | value | default | meaning |\n|---|---|---|---|"
 

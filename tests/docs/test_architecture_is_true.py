@@ -27,6 +27,10 @@ FORBIDDEN = {
         # gen_img.py's features are Stable Diffusion's
         *(f"library.models.{family}" for family in FAMILIES if family != "stable_diffusion"),
     ],
+    "library/annotation": [
+        *("library.generation", "library.memory", "library.training"),
+        *(f"library.models.{family}" for family in FAMILIES),
+    ],
     "library/memory": ["library.data", "library.models", "library.training"],
     "networks": [*ENTRY_SCRIPTS, "library.data", "library.training", "tools", "tests"],
 }

@@ -1,0 +1,1 @@
+"""What models say about images that a dataset lacks: captions, and masks for the loss."""

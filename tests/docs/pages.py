@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.families import FAMILIES
+from tests.docs.windows_shells import cmd_commands, powershell_commands
 from tests.running import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -52,8 +53,16 @@ def blocks(*languages: str) -> list[Block]:
     return found
 
 
+SHELLS = ("bash", "bat", "powershell")
+"""Languages of blocks with commands. What stands in a bash block without joined lines is for all three."""
+
+
 def commands(block: Block) -> list[list[str]]:
-    """The words of each command of a block; lines that end in a backslash are one."""
+    """The words of each command of a block, as its shell reads them."""
+    if block.language == "bat":
+        return cmd_commands(block.text)
+    if block.language == "powershell":
+        return powershell_commands(block.text)
     lines = block.text.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=False) for line in lines if line.strip() and not line.startswith("#")]
 

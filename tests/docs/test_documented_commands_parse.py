@@ -6,27 +6,33 @@ import argparse
 import importlib
 import re
 import sys
+from pathlib import Path
 
 import pytest
+import tomli
 from accelerate.commands.launch import launch_command_parser
 
 from flux_minimal_inference import SESSION
 from library.errors import UserError
 from library.families import FAMILIES
 from library.generation.image_prompts import LETTERS
+from library.models.tokenizer_files import T5_XXL
 from library.options import declared_options, parse_options
 from library.prompt_options import LINE_OPTIONS
 from library.training.network.contract import import_network_module
-from tests.docs.pages import PAGES, TRAINERS, blocks, commands, launched
+from tests.docs.pages import PAGES, SHELLS, TRAINERS, blocks, commands, launched
+from tests.docs.windows_shells import cmd_commands, powershell_commands
 from tests.running import ROOT
 from tools import cache_run
 from tools.latent_upscaler import LatentUpscalerOptions
 from tools.make_option_tables import PAGES as OPTION_PAGES
 
-SHOWN = [pytest.param(block, words, id=str(block)) for block in blocks("bash") for words in commands(block)]
+SHOWN = [pytest.param(block, words, id=str(block)) for block in blocks(*SHELLS) for words in commands(block)]
 LAUNCHES = [shown for shown in SHOWN if launched(shown.values[1]) is not None]
 FRAGMENTS = [shown for shown in SHOWN if shown.values[1][0].startswith("--")]
 INSTALLS = [shown for shown in SHOWN if shown.values[1][:2] == ["pip", "install"]]
+HUB = [shown for shown in SHOWN if shown.values[1][0] == "hf"]
+AROUND = [shown for shown in SHOWN if shown.values[1][0] in ("git", "cd", r".venv\Scripts\activate")]
 
 
 def program(words: list[str]) -> list[str]:
@@ -53,7 +59,7 @@ def named_files(tmp_path, monkeypatch):
 def test_every_block_is_understood():
     assert len(TRAININGS) > 12 and len(FRAGMENTS) > 20 and len(TOOLS) > 15
     assert {program(shown.values[1])[0] for shown in TRAININGS} == set(TRAINERS)
-    assert len(RUNS) + len(FRAGMENTS) + len(INSTALLS) == len(SHOWN)
+    assert len(RUNS) + len(FRAGMENTS) + len(INSTALLS) + len(HUB) + len(AROUND) == len(SHOWN)
 
 
 @pytest.mark.parametrize(("block", "words"), TRAININGS)
@@ -82,6 +88,44 @@ def test_options_on_their_own(block, words):
     if options.network.network_module is None:
         options.network.network_module = next(row.networks[0] for row in FAMILIES if row.file == block.script)
     import_network_module(options.network)
+
+
+@pytest.mark.parametrize(("block", "words"), HUB)
+def test_the_hub_s_program_takes_what_it_is_given(block, words):
+    app = importlib.import_module("huggingface_hub.cli.hf").app
+    command = app if hasattr(app, "resolve_command") else importlib.import_module("typer.main").get_command(app)
+    context, rest = None, words[1:]
+    while hasattr(command, "resolve_command"):
+        context = command.make_context(command.name, [rest[0]], parent=context, resilient_parsing=True)
+        _, command, _ = command.resolve_command(context, [rest[0]])
+        rest = rest[1:]
+    assert command.make_context(command.name, rest, parent=context).command is command
+
+
+def test_files_that_are_downloaded_are_those_that_the_preset_reads():
+    """README's lines from the hub bring every file of the FLUX.1 preset, and what its text encoder needs beside it."""
+    preset = tomli.loads((ROOT / "configs" / "flux_12gb.toml").read_text(encoding="utf-8"))["files"]
+    lines = [shown.values[1] for shown in HUB if shown.values[0].page.name == "README.md"]
+    assert all(words[-2:] == ["--local-dir", "models"] for words in lines if words[1] == "download")
+    brought = {name: words[2] for words in lines if words[1] == "download" for name in words[3:-2]}
+    needed = {Path(value).name for value in preset.values() if value.startswith("models/")}
+    assert brought.keys() == needed | set(T5_XXL.files) and {brought[name] for name in T5_XXL.files} == {T5_XXL.hub_id}
+
+
+@pytest.mark.parametrize("language", ["bat", "powershell"])
+def test_windows_blocks_say_the_same_as_the_bash_block_before_them(language):
+    shown = blocks(*SHELLS)
+    translated = [block for block in shown if block.language == language and "launch" in block.text]
+    assert translated
+    for block in translated:
+        before = [other for other in shown if other.page == block.page and other.line < block.line]
+        assert commands(block) == commands([other for other in before if other.language == "bash"][-1]), str(block)
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("bash") if "\\\n" not in block.text], ids=str)
+def test_commands_on_one_line_are_the_same_in_every_shell(block):
+    """They have no quoting that only one shell understands."""
+    assert cmd_commands(block.text) == powershell_commands(block.text) == commands(block)
 
 
 class Understood(Exception):
@@ -150,6 +194,7 @@ def test_every_option_named_in_the_text_exists():
     known |= {*LINE_OPTIONS, *SESSION.letters, *LETTERS}
     known |= {"help", "show_all_keys", "reverse"}
     known |= {word.removeprefix("--") for word in launch_command_parser()._option_string_actions}
+    known |= {"index"}  # pip's --index-url
     known |= {"name"}  # stands for any option
     known |= {"family", "thorough"}  # of tools/quickstart.py and tools/run_tests.py
     known |= {"script", "queue_dir", "retry_failed", "afresh", "launch_args"}  # of tools/run_queue.py

@@ -26,7 +26,7 @@ from library.prompt_options import read_prompt_file
 from tests.docs.pages import TRAINERS, Block, blocks, commands, launched
 from tests.documented import WALKS
 from tests.families.families import TINY
-from tests.running import forget_accelerator, launched_script
+from tests.running import ROOT, forget_accelerator, launched_script
 
 GUIDES = (
     *("train_network", "sdxl_train_network", "train_network_advanced", "validation", "config_README-en"),
@@ -74,6 +74,7 @@ SMALL_TOML = {
     "num_repeats": "1",
     "max_train_epochs": "1",
     "lr_warmup_steps": "1",
+    "blocks_to_swap": "2",
 }
 SMALL_PROMPT = {r"--([wh]) \d+": r"--\1 64", r"--d (\d+)": r"--d \1 --s 2"}
 """The first of repeated options counts."""
@@ -138,6 +139,10 @@ def place(tmp_path, monkeypatch):
     for block in SHOWN_FILES:
         if block.name and block.page.stem in GUIDES:
             (tmp_path / block.name).write_text(smaller(block), encoding="utf-8")
+    for path in (ROOT / "configs").rglob("*.toml"):
+        preset = tmp_path / path.relative_to(ROOT)
+        preset.parent.mkdir(parents=True, exist_ok=True)
+        preset.write_text(smaller(Block(path, "toml", 1, path.read_text(encoding="utf-8"))), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 

@@ -12,13 +12,15 @@ import toml
 
 from library.families import by_model
 from library.memory.budget import GIB, usable
-from library.options import declared_options, read_config_file
+from library.options import changed_options, declared_options, parse_options, read_config_file
 from library.training.plan.budget import Needs, StoredModel, needs_of, stored_model
+from tests.docs.pages import blocks, commands, launched
 from tests.full_size import full_flux, full_hunyuan_image, full_lumina, full_stable_diffusion
 from tests.running import ROOT, make_trainer, no_weights_are_read, trainer_class
 
 PRESETS = sorted((ROOT / "configs").glob("*.toml"))
 FAMILIES = sorted({path.stem.rpartition("_")[0] for path in PRESETS})
+FILES = ("pretrained_model_name_or_path", "clip_l", "t5xxl", "ae", "dataset_config", "output_dir")
 GUIDE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 
 
@@ -97,6 +99,35 @@ def test_a_preset_trains_what_lies_in_its_folders(name, request, tmp_path, image
         trainer.open_pipeline()
     assert trainer.data.train.batches_per_epoch(1) == 10 * len(list((tmp_path / "images").glob("*.png")))
     assert (tmp_path / "output").is_dir()
+
+
+def test_the_tables_for_newcomers_say_the_same():
+    """README and the FLUX.1 guide name each of its files with its GPU and what is predicted."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "flux_train_network.md"]
+    for path, size in presets_of("flux"):
+        device, host = expected(path)
+        for page in pages:
+            (row,) = re.findall(rf"^\| {size} GB \| .*{path.name}.*$", page.read_text(encoding="utf-8"), re.M)
+            assert [float(number) for number in re.findall(r"([\d.]+) GiB", row)[:2]] == [
+                pytest.approx(device, abs=0.051),
+                pytest.approx(host, abs=0.051),
+            ], (page, row)
+
+
+def test_the_guide_spells_a_preset_out():
+    """The long command of the FLUX.1 guide has the options of configs/flux_12gb.toml."""
+    shown = [block for block in blocks("bash") if block.page.stem == "flux_train_network" and "--clip_l=" in block.text]
+    (words,) = commands(shown[0])
+    options_class = trainer_class("flux").options_class
+    preset = parse_options(options_class, "", ["--config_file", str(ROOT / "configs" / "flux_12gb.toml")])
+    spelled, read = (
+        {name: value for name, value in changed_options(options).items() if name not in own}
+        for options, own in (
+            (parse_options(options_class, "", words[launched(words) + 1 :]), {*FILES, "sdpa"}),
+            (preset, {*FILES, "config_file"}),
+        )
+    )
+    assert spelled == read and len(read) > 15
 
 
 def test_every_family_has_presets():

@@ -157,4 +157,9 @@ def test_image_generation_says_it_unless_a_device_is_named(machine):
 
 
 def test_it_installs_the_release_of_the_requirements():
+    """So does what README says about the builds."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for build in (torch_build.NEWER, torch_build.OLDER):
+        assert f"torch=={TORCH}+{build} --index-url https://download.pytorch.org/whl/{build}" in readme
+    assert f"a driver older than {torch_build.DRIVER}" in readme
     assert f"\ntorch=={TORCH} " in (ROOT / "requirements.txt").read_text(encoding="utf-8")

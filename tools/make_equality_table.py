@@ -56,7 +56,7 @@ NEUTRAL = (
         "beside",
     ),
     Neutral("`--lowram`, `--highvram`", "--lowram --highvram", "beside"),
-    Neutral("samples", "--sample_at_first --sample_every_n_steps 1 --sample_prompts {folder}/prompts.txt", "beside"),
+    Neutral("samples", "--sample_at_first --sample_every_n_steps 2 --sample_prompts {folder}/prompts.txt", "beside"),
     Neutral("when validation happens", "--validate_every_n_steps 1 --max_validation_steps 1", "beside"),
     Neutral(
         "logs, curves and the report",

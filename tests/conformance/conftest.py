@@ -26,12 +26,22 @@ def tiny_files(request) -> Callable[[Family], Any]:
     return of
 
 
+FAMILY_NAMES = {family.name for family in FAMILIES}
 ALIKE = {"sd2": "sd1", "chroma": "flux"}
 """Models that go the way of another through the same script; what is slow is shown of both with ``--thorough``."""
 IN_TURN = [
     pytest.param(family, id=family.name, marks=[pytest.mark.thorough] if family.name in ALIKE else [])
     for family in FAMILIES
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to ``--thorough`` the rows of a table that a module shows of some families (its ``SHOWN_OF``) only."""
+    for item in items:
+        shown_of = getattr(getattr(item, "module", None), "SHOWN_OF", None)
+        params = item.callspec.params if shown_of and hasattr(item, "callspec") else {}
+        if "rows" in params and params["family"].name not in shown_of.get(params["rows"][0].group, FAMILY_NAMES):
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)

@@ -14,8 +14,8 @@ from tests.running import run_in_process
 DRAWING = [family for family in FAMILIES if family.inference]
 SIMILAR = {("sd2", "bf16"), ("sdxl", "fp32")}
 """Cases that differ too little from others."""
-ENOUGH = {("flux", "fp32"), ("sd1", "fp32"), ("sd2", "fp32")}
-"""Of float32; the others take the same way in bfloat16."""
+ENOUGH = {"fp32": {"flux", "sd2"}, "bf16": {"flux", "lumina", "hunyuan_image", "sd1", "sdxl"}}
+"""Whose images an ordinary run of the tests compares; the others take the same way in the other dtype."""
 
 PROMPTS = """a red cat --w 96 --h 64 --s 3 {guidance} 2.5 --d 5
 # the next ones are guided away from another text, and from the empty one
@@ -43,7 +43,7 @@ def pixels(folder: Path, beginning: str = "") -> list[tuple[tuple[int, int], byt
             family,
             dtype,
             id=f"{family.name}-{dtype}",
-            marks=[pytest.mark.thorough] if dtype == "fp32" and (family.name, dtype) not in ENOUGH else [],
+            marks=[] if family.name in ENOUGH[dtype] else [pytest.mark.thorough],
         )
         for family, dtype in itertools.product(DRAWING, FORMATS)
         if (family.name, dtype) not in SIMILAR

@@ -22,6 +22,13 @@ from tools.page_tables import updated
 
 LENGTH = ("--max_train_steps", "3", "--lr_scheduler", "cosine", "--validation_split", "0.25")
 LORA = "lora.safetensors"
+SHOWN_OF = {
+    "command line": {"flux"},
+    "recomputed alone": {"flux", "sdxl"},
+    "texts": {"flux", "sdxl"},
+    "batches": {"sd1", "lumina"},
+}
+"""Groups of options that go one way in all families, and of whom an ordinary run of the tests shows them."""
 
 
 @dataclass(frozen=True)

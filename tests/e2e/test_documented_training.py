@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from safetensors.torch import load_file, save_file
 
 from library.console import LOGGER
@@ -35,6 +36,8 @@ GUIDES = (
     "hunyuan_image_minimal_inference",
 )
 WALKED = [shlex.split(entry.text) for walk in WALKS.values() for entry in walk if entry.kind == "options"]
+Fragment = tuple[Block, list[str]]
+"""Options of a page."""
 SHOWN = [(block, words) for block in blocks("bash") if block.page.stem in GUIDES for words in commands(block)]
 LAUNCHES = [
     pytest.param(block, words, id=str(block), marks=[pytest.mark.slow] if "--dry_run" in words else [])
@@ -43,20 +46,14 @@ LAUNCHES = [
 ]
 IN_ONE_PROCESS = [shown for shown in LAUNCHES if "--multi_gpu" not in shown.values[1]]
 IN_SEVERAL = [shown for shown in LAUNCHES if shown not in IN_ONE_PROCESS]
-FRAGMENTS = [
-    pytest.param(block, words, id=str(block))
-    for block, words in SHOWN
-    if words[0].startswith("--") and words not in WALKED
-]
+FRAGMENTS = [(block, words) for block, words in SHOWN if words[0].startswith("--") and words not in WALKED]
 IMAGE = {
     "flux_minimal_inference.py": ["--width=64", "--height=64", "--steps=2"],
     "lumina_minimal_inference.py": ["--image_width=64", "--image_height=64", "--steps=2"],
     "hunyuan_image_minimal_inference.py": ["--image_size", "64", "64", "--infer_steps=2"],
 }
 """The scripts that draw, and how each is told a small size and few steps."""
-DRAWINGS = [
-    pytest.param(block, words, id=str(block)) for block, words in SHOWN if words[0] == "python" and words[1] in IMAGE
-]
+DRAWINGS = [(block, words) for block, words in SHOWN if words[0] == "python" and words[1] in IMAGE]
 
 SMALL = {
     "max_train_epochs": "1",
@@ -122,11 +119,11 @@ IMAGES_AT = re.compile(r'(?:image_dir|conditioning_data_dir) = "(.+?)"')
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Four images with captions."""
+    """Four images with captions, of two shapes."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("images")
-    for number, size in enumerate([(64, 64), (96, 64), (65, 65), (80, 80)]):
+    for number, size in enumerate([(64, 64), (96, 64), (65, 65), (97, 65)]):
         image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 20 + number)
         image.convert("RGB").save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a photo of sks girl, number {number}", encoding="utf-8")
@@ -270,10 +267,55 @@ def base_command(words: list[str], script: str = "train_network.py") -> list[str
     return [*data, *network, "--learning_rate", "1e-3", "--max_train_steps", "1", "--output_dir", "output"]
 
 
-@pytest.mark.parametrize(("block", "words"), FRAGMENTS)
-def test_options(block, words, place, run):
-    write_own_files(place, block.page)
-    said = run(block.script, [*base_command(words, block.script), *words])
+def by_option(words: list[str]) -> dict[str, list[str]]:
+    """The values of each option."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            found[word] = []
+        else:
+            found[list(found)[-1]].append(word)
+    return found
+
+
+def agree(one: list[str], two: list[str]) -> bool:
+    """Whether no subject of options (``--optimizer_...``) is given in both, unless it is in the same words."""
+    a, b = ({(name.split("_")[0], name): given for name, given in by_option(words).items()} for words in (one, two))
+    shared = {subject for subject, _ in a} & {subject for subject, _ in b}
+    return all(a.get(key) == b.get(key) for key in {**a, **b} if key[0] in shared)
+
+
+def together(fragments: list[Fragment]) -> list[list[Fragment]]:
+    """Fragments for one script, in as few runs as their subjects let them be; another model is a run of its own."""
+    runs: list[list[Fragment]] = []
+    for block, words in fragments:
+        alike = (run for run in runs if run[0][0].script == block.script and "--model_type" not in words)
+        for run in alike:
+            if all(agree(words, others) for _, others in run):
+                run.append((block, words))
+                break
+        else:
+            runs.append([(block, words)])
+    return runs
+
+
+def names_of(fragments: list[Fragment]) -> str:
+    return ", ".join(str(block) for block, _ in fragments)
+
+
+EACH = [[fragment] for fragment in FRAGMENTS]
+AT_ONCE = together(FRAGMENTS)
+ALONE = [pytest.param(one, id=names_of(one), marks=pytest.mark.thorough) for one in EACH if one not in AT_ONCE]
+
+
+@pytest.mark.parametrize("fragments", [*(pytest.param(several, id=names_of(several)) for several in AT_ONCE), *ALONE])
+def test_options(fragments, place, run):
+    """Several blocks in one run where they do not contradict each other, each alone with ``--thorough``."""
+    words = [word for _, given in fragments for word in given]
+    script = fragments[0][0].script
+    for block, _ in fragments:
+        write_own_files(place, block.page)
+    said = run(script, [*base_command(words, script), *words])
     assert "no effect" not in said
     require_trained(place / "output")
     if "--sample_prompts" in words:
@@ -333,7 +375,18 @@ def small_lora(lora_for) -> Path:
 SMALL_DATASET = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 64\n"
 
 
-@pytest.mark.parametrize(("block", "words"), DRAWINGS)
+def drawings() -> list[ParameterSet]:
+    """Each command; one whose options all stand in another one for the same script is run with ``--thorough``."""
+    options = [{words[1], *by_option(words[2:])} for _, words in DRAWINGS]
+    found: list[ParameterSet] = []
+    for number, (block, words) in enumerate(DRAWINGS):
+        own = options[number]
+        covered = own in options[:number] or any(own < other for other in options)
+        found.append(pytest.param(block, words, id=str(block), marks=[pytest.mark.thorough] if covered else []))
+    return found
+
+
+@pytest.mark.parametrize(("block", "words"), drawings())
 def test_images(block, words, place, run, lora_for):
     write_own_files(place, block.page)
     for name in re.findall(r"[\w./-]+\.safetensors", " ".join(words)):  # models, too, but those are named again

@@ -17,18 +17,12 @@ from library.image_reading import read_given_image
 from library.options import parse_options
 from library.prompt_options import PromptOptions
 from library.training.caching import caches_text
+from library.training.flow_matching_hooks import FlowMatchingHooks
 from library.training.network.contract import NetworkOptions, parse_network_args
-from library.training.objective.flow_matching import (
-    FlowMatching,
-    FlowMatchingOptions,
-    objective_notice,
-    unused_flow_options,
-)
-from library.training.objective.noise_options import StableDiffusionNoiseOptions
+from library.training.objective.flow_matching import FlowMatchingOptions
 from library.training.objective.step_inputs import NoisyInput
-from library.training.output.sample_images import SamplerOptions
 from library.training.part_dtypes import part_dtypes
-from library.training.run_options import ClipSkipOptions, StableDiffusionModelOptions, VaeOptions
+from library.training.run_options import VaeOptions
 from library.training.training_options import TrainingOptions
 from train_network import NetworkTrainer
 
@@ -87,19 +81,12 @@ class FluxTrainingOptions(TrainingOptions):
     flow: FluxFlowOptions = field(default_factory=FluxFlowOptions)
 
 
-class FluxNetworkTrainer(NetworkTrainer):
+class FluxNetworkTrainer(FlowMatchingHooks, NetworkTrainer):
     """The FLUX.1 family: flow matching on packed latents, CLIP-L and T5 conditioning, embedded guidance."""
 
     options_class = FluxTrainingOptions
     family = "FLUX.1"
-    unused_groups = (
-        *NetworkTrainer.unused_groups,
-        StableDiffusionModelOptions,
-        VaeOptions,
-        ClipSkipOptions,
-        StableDiffusionNoiseOptions,
-        SamplerOptions,
-    )
+    unused_groups = (*FlowMatchingHooks.unused_groups, VaeOptions)
     bucket_divisor = 32
     size_divisor = 16
     sample_step = 16
@@ -169,11 +156,7 @@ class FluxNetworkTrainer(NetworkTrainer):
         """One line for each reason why given options change nothing for FLUX.1."""
         if not self.takes_control_images:
             self.report_unused(["controlnet_mode"], "without --controlnet_model_name_or_path")
-        if not self.options.noise.ip_noise_gamma:
-            self.report_unused(["ip_noise_gamma_random_strength"], "without --ip_noise_gamma")
-        for reason, names in unused_flow_options(self.options.flow):
-            self.report_unused(names, reason)
-        say(objective_notice(self.options.flow))
+        self.report_unused_flow_options()
 
     # ---- models and caches ------------------------------------------------------------------------------------------
 
@@ -248,10 +231,6 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     # ---- the training step ------------------------------------------------------------------------------------------
 
-    def make_objective(self) -> FlowMatching:
-        """Flow matching."""
-        return FlowMatching(self.options.flow, self.options.noise)
-
     def conditioning(self, batch: Batch) -> dict[str, Tensor]:
         """As for every family; with a ControlNet also ``control_image``, the batch's [B, 3, H, W] in -1..1."""
         conditioning = super().conditioning(batch)
@@ -284,19 +263,13 @@ class FluxNetworkTrainer(NetworkTrainer):
 
     def family_metadata(self) -> dict[str, Any]:
         """How flow matching was set up."""
-        options = self.options
-        flow = {
-            name: getattr(options.flow, name)
-            for name in (
-                "weighting_scheme logit_mean logit_std mode_scale guidance_scale timestep_sampling sigmoid_scale "
-                "model_prediction_type discrete_flow_shift"
-            ).split()
-        }
-        values = {"model_type": options.flux.model_type, "apply_t5_attn_mask": options.flux.apply_t5_attn_mask, **flow}
+        flux = self.options.flux
+        values = self.flow_metadata("weighting_scheme", "guidance_scale")
+        values |= {"ss_model_type": flux.model_type, "ss_apply_t5_attn_mask": flux.apply_t5_attn_mask}
         if self.takes_control_images:
-            path, mode = options.flux.controlnet_model_name_or_path or "", options.flux.controlnet_mode
-            values |= {"controlnet": Path(path).name} | ({} if mode is None else {"controlnet_mode": mode})
-        return {"ss_base_model_version": self.version, **{f"ss_{name}": value for name, value in values.items()}}
+            values["ss_controlnet"] = Path(flux.controlnet_model_name_or_path or "").name
+            values |= {} if flux.controlnet_mode is None else {"ss_controlnet_mode": flux.controlnet_mode}
+        return {"ss_base_model_version": self.version, **values}
 
     def architecture(self) -> tuple[str, str]:
         """``flux-1-dev`` or ``flux-1-schnell``."""

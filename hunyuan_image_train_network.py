@@ -6,29 +6,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from library.console import run_script, say, set_up_console, warn
+from library.console import run_script, set_up_console, warn
 from library.data.options import TextCacheOptions
 from library.errors import UserError
 from library.options import parse_options
 from library.prompt_options import PromptOptions
-from library.training.objective.flow_matching import (
-    FlowMatching,
-    FlowMatchingOptions,
-    TimestepSampling,
-    objective_notice,
-    unused_flow_options,
-)
-from library.training.objective.noise_options import StableDiffusionNoiseOptions
-from library.training.objective.step_inputs import NoisyInput
-from library.training.output.sample_images import SamplerOptions
+from library.training.flow_matching_hooks import FlowMatchingHooks
+from library.training.objective.flow_matching import FlowMatching, FlowMatchingOptions, TimestepSampling
 from library.training.part_dtypes import part_dtypes
-from library.training.run_options import ClipSkipOptions, StableDiffusionModelOptions
 from library.training.training_options import TrainingOptions
 from train_network import NetworkTrainer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from library.data.cache import LatentFormat, TextFormat
     from library.models.attention import AttentionBackend
     from library.models.hunyuan_image.pipeline import HunyuanImagePipeline, HunyuanImageRequest
@@ -80,18 +69,11 @@ class HunyuanImageTrainingOptions(TrainingOptions):
     flow: HunyuanImageFlowOptions = field(default_factory=HunyuanImageFlowOptions)
 
 
-class HunyuanImageNetworkTrainer(NetworkTrainer):
+class HunyuanImageNetworkTrainer(FlowMatchingHooks, NetworkTrainer):
     """HunyuanImage-2.1: flow matching on latents of a 32x autoencoder, Qwen2.5-VL and ByT5 conditioning."""
 
     options_class = HunyuanImageTrainingOptions
     family = "HunyuanImage-2.1"
-    unused_groups = (
-        *NetworkTrainer.unused_groups,
-        StableDiffusionModelOptions,
-        ClipSkipOptions,
-        StableDiffusionNoiseOptions,
-        SamplerOptions,
-    )
     bucket_divisor = 32
     size_divisor = 32
     sample_step = 32
@@ -154,13 +136,8 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
 
     def say_what_has_no_effect(self) -> None:
         """One line for each reason why given options change nothing."""
-        options = self.options
-        if not options.noise.ip_noise_gamma:
-            self.report_unused(["ip_noise_gamma_random_strength"], "without --ip_noise_gamma")
-        for reason, names in unused_flow_options(options.flow):
-            self.report_unused(names, reason)
         self.report_unused(["text_encoder_lr"], "while only the transformer is trained")
-        say(objective_notice(options.flow))
+        self.report_unused_flow_options()
 
     def prompt_options_without_effect(self) -> Iterable[str]:
         """Those of Stable Diffusion, FLUX.1 and Lumina."""
@@ -229,10 +206,6 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
 
         return FlowMatching(self.options.flow, self.options.noise, patch_size=1, latent_scale=LATENT_SCALE)
 
-    def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
-        """The transformer's velocity."""
-        return self.pipeline.predict(noisy.latents, noisy.sigmas, conditioning)
-
     # ---- samples and metadata ---------------------------------------------------------------------------------------
 
     def sample_request(self, prompt: PromptOptions) -> HunyuanImageRequest:
@@ -242,11 +215,7 @@ class HunyuanImageNetworkTrainer(NetworkTrainer):
 
     def family_metadata(self) -> dict[str, Any]:
         """How flow matching was set up."""
-        names = (
-            "logit_mean logit_std mode_scale timestep_sampling sigmoid_scale model_prediction_type discrete_flow_shift"
-        ).split()
-        values = {f"ss_{name}": getattr(self.options.flow, name) for name in names}
-        return {"ss_base_model_version": "hunyuan-image-2.1", **values}
+        return {"ss_base_model_version": "hunyuan-image-2.1", **self.flow_metadata()}
 
     def architecture(self) -> tuple[str, str]:
         """``hunyuan-image-2.1``."""

@@ -13,24 +13,14 @@ from library.errors import UserError
 from library.options import parse_options
 from library.prompt_options import PromptOptions
 from library.training.caching import caches_text
-from library.training.objective.flow_matching import (
-    FlowMatching,
-    FlowMatchingOptions,
-    TimestepSampling,
-    objective_notice,
-    unused_flow_options,
-)
-from library.training.objective.noise_options import StableDiffusionNoiseOptions
-from library.training.objective.step_inputs import NoisyInput
-from library.training.output.sample_images import SamplerOptions
+from library.training.flow_matching_hooks import FlowMatchingHooks
+from library.training.objective.flow_matching import FlowMatchingOptions, TimestepSampling
 from library.training.part_dtypes import part_dtypes
-from library.training.run_options import ClipSkipOptions, StableDiffusionModelOptions, VaeOptions
+from library.training.run_options import VaeOptions
 from library.training.training_options import TrainingOptions
 from train_network import NetworkTrainer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from library.data.cache import LatentFormat, TextFormat
     from library.models.attention import AttentionBackend
     from library.models.lumina.pipeline import Encoder, LuminaPipeline, LuminaRequest
@@ -79,19 +69,12 @@ class LuminaTrainingOptions(TrainingOptions):
     flow: LuminaFlowOptions = field(default_factory=LuminaFlowOptions)
 
 
-class LuminaNetworkTrainer(NetworkTrainer):
+class LuminaNetworkTrainer(FlowMatchingHooks, NetworkTrainer):
     """Lumina Image 2.0: flow matching on latents of FLUX.1's autoencoder, Gemma 2 conditioning."""
 
     options_class = LuminaTrainingOptions
     family = "Lumina Image 2.0"
-    unused_groups = (
-        *NetworkTrainer.unused_groups,
-        StableDiffusionModelOptions,
-        VaeOptions,
-        ClipSkipOptions,
-        StableDiffusionNoiseOptions,
-        SamplerOptions,
-    )
+    unused_groups = (*FlowMatchingHooks.unused_groups, VaeOptions)
     bucket_divisor = 16
     size_divisor = 16
     sample_side = 1024
@@ -132,16 +115,10 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     def say_what_has_no_effect(self) -> None:
         """One line for each reason why given options change nothing."""
-        options = self.options
-        if not options.noise.ip_noise_gamma:
-            self.report_unused(["ip_noise_gamma_random_strength"], "without --ip_noise_gamma")
-        for reason, names in unused_flow_options(options.flow):
-            acts = {"discrete_flow_shift"} if options.samples.sample_prompts else set()
-            self.report_unused([name for name in names if name not in acts], reason)
-        if options.lumina.use_sage_attn:
+        if self.options.lumina.use_sage_attn:
             attention = self.training_attention
             say(f"--use_sage_attn: for sample images only; it has no backward pass, so {attention} attention trains")
-        say(objective_notice(options.flow))
+        self.report_unused_flow_options(shifts_samples=True)
 
     @property
     def training_attention(self) -> AttentionBackend:
@@ -215,16 +192,6 @@ class LuminaNetworkTrainer(NetworkTrainer):
         """The encoder and the system prompt (the length shows in the shapes)."""
         return f"{super().text_identity()} system_prompt={self.options.lumina.system_prompt!r}"
 
-    # ---- the training step ------------------------------------------------------------------------------------------
-
-    def make_objective(self) -> FlowMatching:
-        """Flow matching."""
-        return FlowMatching(self.options.flow, self.options.noise)
-
-    def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
-        """The transformer's velocity."""
-        return self.pipeline.predict(noisy.latents, noisy.sigmas, conditioning)
-
     # ---- samples and metadata ---------------------------------------------------------------------------------------
 
     @contextmanager
@@ -244,11 +211,7 @@ class LuminaNetworkTrainer(NetworkTrainer):
 
     def family_metadata(self) -> dict[str, Any]:
         """How flow matching was set up, and the system prompt."""
-        names = (
-            "weighting_scheme logit_mean logit_std mode_scale timestep_sampling sigmoid_scale model_prediction_type "
-            "discrete_flow_shift"
-        ).split()
-        values = {f"ss_{name}": getattr(self.options.flow, name) for name in names}
+        values = self.flow_metadata("weighting_scheme")
         if self.options.lumina.system_prompt:
             values["ss_system_prompt"] = self.options.lumina.system_prompt
         return {"ss_base_model_version": "lumina2", **values}

@@ -47,6 +47,7 @@ class FamilyHooks(ABC):
     trained_encoders: tuple[str, ...] = ()
     """The text encoders that the network is put into, by the pipeline's names."""
 
+    options: Any
     pipeline: Pipeline[Any]
     text: TextConditioning
 
@@ -54,6 +55,10 @@ class FamilyHooks(ABC):
     def of(cls, options: Any) -> Any:
         """The trainer of the model that the options name, in a family with several kinds of models."""
         return cls(options)  # type: ignore[call-arg]
+
+    @abstractmethod
+    def report_unused(self, names: Iterable[str], reason: str = "") -> None:
+        """Of the options ``names``, say and remember those that were given: they change nothing (for this family)."""
 
     def check_family_options(self) -> None:
         """Refuse what this family forbids (UserError) and say which given options have no effect."""

@@ -234,6 +234,7 @@ class NetworkTrainer(FamilyHooks):
 
             for group in self.data.groups:
                 check_text_cacheable(group)
+        self.outputs.samples.name_trigger(self.options.dataset.trigger_word, self.data.train.trigger_words)
         data = {"training data": self.data.train.fingerprint()}
         require_agreement(self.accelerator, {**shared_facts(self.options), **data})
 

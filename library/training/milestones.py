@@ -41,7 +41,7 @@ class Milestones:
         run = self.run
         if run.progress.step > 0:
             return self.catch_up()
-        with run.optimization.evaluating():
+        with run.optimization.evaluating(), run.optimization.averaged():
             if run.outputs.samples.due_at_start():
                 self.evaluation.draw_samples(0, 0)
             if run.data.validation is not None and run.options.validation.validate_every_n_steps:
@@ -60,7 +60,7 @@ class Milestones:
         moments += [(step, epoch)] if epoch is not None and samples.due_after_epoch(epoch) else []
         missing = [moment for moment in moments if len(samples.images(*moment)) < len(samples.prompts)]
         for moment in of_main_process(missing):
-            with self.run.optimization.evaluating(exact=True):
+            with self.run.optimization.evaluating(exact=True), self.run.optimization.averaged():
                 self.evaluation.draw_samples(*moment)
 
     def after_step(self, interruption: Interruption) -> None:
@@ -78,7 +78,7 @@ class Milestones:
             saved = save(files.step_file(step), files.step_state(step), progress.position.epoch)
             self.saver.remove_old(files.old_after_step(step), saved)
         if due_samples or due_validation:
-            with run.optimization.evaluating(exact=due_file):
+            with run.optimization.evaluating(exact=due_file), run.optimization.averaged():
                 if due_samples:
                     self.evaluation.draw_samples(step, None)
                 if due_validation:
@@ -108,7 +108,7 @@ class Milestones:
             saved = self.saver.save_due(files.epoch_file(number), files.epoch_state(number), number)
             self.saver.remove_old(files.old_after_epoch(number), saved)
         if due_samples or due_validation:
-            with run.optimization.evaluating(exact=due_file):
+            with run.optimization.evaluating(exact=due_file), run.optimization.averaged():
                 if due_validation:
                     self.evaluation.validate("epoch", number)
                 if due_samples:

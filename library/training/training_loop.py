@@ -148,6 +148,8 @@ class TrainingLoop:
         else:
             self.update()
         self.count_step()
+        if not problem:
+            optimization.update_average()
         self.log_batch(index, last)
 
     def update(self) -> None:

@@ -107,7 +107,7 @@ def plans(monkeypatch) -> list[Plan]:
 def test_a_dry_run_announces_what_is_built_and_written_and_leaves_no_trace(
     family, command, train, plans, images, tmp_path
 ):
-    given = ["--max_train_steps", "3", "--save_every_n_steps", "2", *family.planned.split()]
+    given = ["--max_train_steps", "3", "--save_every_n_steps", "2", "--ema_decay", "0.9", *family.planned.split()]
     before = snapshot(images)
     with no_weights_are_read():
         said = train(tmp_path / "out", *given, "--dry_run", *family.idle.split()).stderr
@@ -121,7 +121,8 @@ def test_a_dry_run_announces_what_is_built_and_written_and_leaves_no_trace(
 
     trainer = train_in_process(family.name, *command, "--output_dir", tmp_path / "out", *given)
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {LORA, "lora-step00000002.safetensors"} and all(name in said for name in written)
+    saved = {LORA, "lora-step00000002.safetensors"}
+    assert written == saved | {name.replace(".", "-ema.") for name in saved} and all(name in said for name in written)
     assert plan.start is not None and plan.problem == "" and plan.start.family == trainer.family
     names = [name.partition(".")[0] for name in load_file(tmp_path / "out" / LORA)]
     assert sum(plan.start.modules.values()) == len(set(names))

@@ -126,12 +126,24 @@ def test_what_is_said_about_the_model_stands_in_its_file(train, tmp_path, images
         "--metadata_is_negative_embedding": "false",
     }
     arguments = [part for pair in texts.items() for part in pair]
-    train(*arguments, "--metadata_thumbnail", images / "0.png", "--training_comment", "hello", "--max_train_steps", 1)
+    arguments += ["--metadata_thumbnail", images / "0.png", "--training_comment", "hello", "--max_train_steps", 1]
+    train(*arguments, "--trigger_word", "sks")
     found = metadata(tmp_path / "out" / "last.safetensors")
     assert {name: found[name.replace("--metadata_", "modelspec.")] for name in texts} == texts
-    assert found["ss_training_comment"] == "hello"
+    assert found["ss_training_comment"] == "hello" and found["ss_trigger_word"] == "sks"
     kind, _, content = found["modelspec.thumbnail"].partition(",")
     assert kind == "data:image/png;base64" and base64.b64decode(content) == (images / "0.png").read_bytes()
+
+
+def test_the_trigger_word_stands_in_captions_sample_prompts_and_the_file(train, tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("[trigger] in a park\n", encoding="utf-8")
+    arguments = ["--sample_prompts", tmp_path / "prompts.txt", "--sample_every_n_steps", 9, "--max_train_steps", 1]
+    caplog.set_level("INFO")
+    trainer = train(*arguments, trigger_word="sks")
+    assert [prompt.prompt for prompt in trainer.outputs.samples.prompts] == ["sks in a park"]
+    assert '4 images x 1 repeats, trigger word "sks" put before 4 of 4 captions' in caplog.text
+    found = metadata(tmp_path / "out" / "last.safetensors")
+    assert found["modelspec.trigger_phrase"] == found["ss_trigger_word"] == "sks"
 
 
 # ---- where a run starts and ends -----------------------------------------------------------------------------------

@@ -298,3 +298,4 @@ def test_an_optimizer_for_another_device_is_assumed(monkeypatch):
     parameters = [torch.nn.Parameter(torch.rand(100))]
     assert optimizer_state_bytes(OptimizerOptions(optimizer_type="AdamW8bit"), parameters)[0] == 200
     assert optimizer_state_bytes(OptimizerOptions(), parameters)[0] == 800
+    assert optimizer_state_bytes(OptimizerOptions(ema_decay=0.9), parameters)[0] == 800 + 4 * 100

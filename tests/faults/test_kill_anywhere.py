@@ -107,7 +107,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
     kills = 100 if thorough else 5
     script = "flux_train_network.py" if family == "flux" else "train_network.py"
     command = [*request.getfixturevalue(f"{family}_command"), "--network_train_unet_only"]
-    command += ["--cache_text_encoder_outputs_to_disk", "--optimizer_type", "AdamW"]
+    command += ["--cache_text_encoder_outputs_to_disk", "--optimizer_type", "AdamW", "--ema_decay", 0.9]
 
     def training(name: str) -> Training:
         (tmp_path / name).mkdir()
@@ -115,11 +115,12 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
 
     whole = training("whole")
     length = timed_run(whole)
-    expected, names = contents(whole.output / "lora.safetensors"), whole.names()
+    files = ("lora.safetensors", "lora-ema.safetensors")
+    expected, names = [contents(whole.output / name) for name in files], whole.names()
 
     chance = random.Random(f"{SEED} {family}")
     for broken, how in kill_again_and_again(lambda number: training(str(number)), kills, chance, length):
-        assert contents(broken.output / "lora.safetensors") == expected, how
+        assert [contents(broken.output / name) for name in files] == expected, how
         assert broken.names() == names, how
 
 

@@ -98,8 +98,10 @@ def test_a_step_that_is_skipped_leaves_the_network_and_its_optimizer_alone(train
     assert train(*common, output="reference") == 0
     broken_steps[2] = "nan"
     log = tmp_path / "log"
-    assert train(*common, "--on_nonfinite", "skip", "--logging_dir", log, output="skipped") == 0
+    arguments = ["--on_nonfinite", "skip", "--logging_dir", log, "--ema_decay", "0.9"]
+    assert train(*common, *arguments, output="skipped") == 0
     assert equal(weights(tmp_path / "skipped"), weights(tmp_path / "reference"))
+    assert read_header(tmp_path / "skipped" / "lora-ema.safetensors").metadata["ss_ema_updates"] == "3"
     said = capsys.readouterr().err
     assert "step 2: the loss is nan, with the images " in said and "Its update is left out (1 of at most 20)" in said
     assert "updates left out: 1 step whose loss or gradients were not finite" in said

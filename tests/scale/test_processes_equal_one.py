@@ -44,7 +44,7 @@ def test_two_processes_train_what_one_trains(family, tiny_files, run_together, i
     prompts.write_text("a cat --w 64 --h 64 --s 1 --d 3\na dog --w 96 --h 64 --s 1 --d 4\n", encoding="utf-8")
     draws = family.name in BOTH_WAYS or thorough
     given = [*run_options(family, tiny_files(family)), "--output_name", "lora", "--max_train_steps", "1"]
-    given += ["--gradient_accumulation_steps", "2", "--cache_latents_to_disk"]
+    given += ["--gradient_accumulation_steps", "2", "--cache_latents_to_disk", "--ema_decay", "0.9"]
     given += ["--sample_every_n_steps", "1", "--sample_prompts", prompts] if draws else []
     given += ["--save_state_on_train_end", "--report"]
     given += NOISE.split() if family.name.startswith("sd") else ["--cache_text_encoder_outputs_to_disk"]
@@ -60,17 +60,18 @@ def test_two_processes_train_what_one_trains(family, tiny_files, run_together, i
     one = run_in_process(family.script, *arguments("one", 4))
     assert one.returncode == 0, one.stderr[-3000:]
 
-    expected = load_file(tmp_path / "one" / "lora.safetensors")
-    for name in kinds:
-        trained = load_file(tmp_path / name / "lora.safetensors")
-        assert trained.keys() == expected.keys()
-        for key, tensor in expected.items():
-            torch.testing.assert_close(trained[key], tensor, rtol=0, atol=LIMIT)
+    for file in ("lora-ema.safetensors", "lora.safetensors"):
+        expected = load_file(tmp_path / "one" / file)
+        for name in kinds:
+            trained = load_file(tmp_path / name / file)
+            assert trained.keys() == expected.keys()
+            for key, tensor in expected.items():
+                torch.testing.assert_close(trained[key], tensor, rtol=0, atol=LIMIT)
     assert max(tensor.abs().max() for key, tensor in expected.items() if "lora_up" in key) > 100 * LIMIT
 
     # What the processes share, and what only the first one writes.
     files = {name: sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", *kinds)}
-    assert len(files["one"]) == 3 + draws and all(written == files["one"] for written in files.values())
+    assert len(files["one"]) == 4 + draws and all(written == files["one"] for written in files.values())
     cached = [re.findall(r"latent cache: (\d+) kept, (\d+) made", output) for output in said.values()]
     assert cached == [[("0", "2")], [("2", "0")]][: len(kinds)], "each makes its half, and the first tells of its own"
     assert not re.search("Traceback|Warning", "".join(said.values()))

@@ -23,7 +23,7 @@ def written_by_the_loop(plan: RunPlan, start: Position, output: OutputFolder, sa
     position = Position(start.epoch, start.batch, start.step)
 
     def write(network: Path, state: Path, old: list[Path]) -> None:
-        there[network] = None
+        there.update(dict.fromkeys(output.with_average(network)))
         if output.options.save_state:
             there[state] = None
         for path in old:
@@ -48,7 +48,7 @@ def written_by_the_loop(plan: RunPlan, start: Position, output: OutputFolder, sa
         moments += samples.due_after_epoch(number)
         if output.epoch_is_due(number, plan.epochs):
             write(output.epoch_file(number), output.epoch_state(number), output.old_after_epoch(number))
-    there[output.final_file()] = None
+    there.update(dict.fromkeys(output.with_average(output.final_file())))
     if output.options.save_state or output.options.save_state_on_train_end:
         there[output.final_state()] = None
     return set(there), moments
@@ -72,15 +72,16 @@ every = st.none() | st.integers(1, 6)
             "save_state_on_train_end": st.booleans(),
         }
     ),
+    averages=st.booleans(),
     sampling=st.fixed_dictionaries(
         {"sample_every_n_steps": every, "sample_every_n_epochs": every, "sample_at_first": st.booleans()}
     ),
 )
-def test_as_the_loop_does(tmp_path_factory, batches, accumulation, steps, first, saving, sampling):
+def test_as_the_loop_does(tmp_path_factory, batches, accumulation, steps, first, saving, averages, sampling):
     folder = tmp_path_factory.getbasetemp()
     plan = RunPlan(batches, accumulation, steps)
     start = plan.position_of(min(first, steps - 1))
-    output = OutputFolder(SavingOptions(output_dir=str(folder), **saving), read_only=True)
+    output = OutputFolder(SavingOptions(output_dir=str(folder), **saving), read_only=True, averages=averages)
     output.resolve_epoch_ratio(plan.epochs)
     samples = Samples(SampleOptions(), None, None)
     samples.options, samples.prompts = SampleOptions(**sampling), [PromptOptions(prompt="a cat")]

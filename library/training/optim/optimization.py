@@ -10,6 +10,7 @@ from library.errors import UserError
 from library.training.distribution import average_gradients
 from library.training.finiteness import gradient_norm
 from library.training.network.contract import optimizer_groups
+from library.training.optim.ema import MovingAverage
 from library.training.optim.lr_schedulers import LRSchedulerOptions, create_lr_scheduler, step_scheduler
 from library.training.optim.optimizers import (
     FusedBackward,
@@ -43,6 +44,10 @@ class Optimization:
             raise UserError("ggpo_sigma and ggpo_beta need all gradients at once; leave out --fused_backward_pass.")
         self.scheduler = create_lr_scheduler(schedule, self.created, max_steps)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if options.ema_decay is not None and has_eval_mode(self.created.optimizer):
+            raise UserError(f"--ema_decay: {self.created.name} averages the weights itself; leave it out.")
+        self.average = None if options.ema_decay is None else MovingAverage(self.parameters, options.ema_decay)
+        """The average of the weights, with ``--ema_decay``."""
 
     def clip_gradients(self) -> torch.Tensor | None:
         """Average the gradients over the processes and clip them; returns their norm before that, a scalar.
@@ -67,6 +72,11 @@ class Optimization:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def update_average(self) -> None:
+        """Take the weights that a step has led to into their average, if there is one."""
+        if self.average is not None and not getattr(self.optimizer, "step_was_skipped", False):
+            self.average.update()
+
     def leave_out(self) -> None:
         """Forget the gradients without an update."""
         if self.accelerator.scaler is not None:  # it has looked at the gradients, and waits for the end of the step
@@ -78,15 +88,21 @@ class Optimization:
         step_scheduler(self.scheduler, average_loss)
 
     @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network with the average of its weights, if there is one."""
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            yield
+
+    @contextlib.contextmanager
     def evaluating(self, exact: bool = False) -> Iterator[None]:
-        """The network and its optimizer as they are saved and shown; training mode comes back afterwards.
+        """The network and its optimizer as they are saved; training mode comes back afterwards.
 
         An optimizer with an evaluation mode computes its training weights back, with rounding. A state that is saved
         holds them so; what is drawn after it comes with ``exact``, which leaves them to the bit.
         """
         import torch
 
-        kept = [p.detach().clone() for p in self.parameters] if exact and has_eval_mode(self.optimizer) else []
+        kept = [p.detach().clone() for p in self.parameters] if exact and has_eval_mode(self.created.optimizer) else []
         self.network.eval()
         set_eval_mode(self.optimizer)
         try:

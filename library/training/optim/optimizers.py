@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import say, warn
 from library.errors import UserError, did_you_mean
+from library.training.optim.ema import check_decay
 from library.training.optim.keyword_arguments import check_keyword_arguments, parse_keyword_arguments
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class OptimizerOptions:
     """Gradient clipping norm; 0 switches clipping off."""
     fused_backward_pass: bool = False
     """Step each parameter during the backward pass and free its gradient at once (Adafactor only)."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trained weights with this decay, such as 0.999: samples and validation
+    use it, and every file has one beside it, NAME-ema."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,9 @@ def check_optimizer_options(
     for rate in (options.learning_rate, options.unet_lr, *(options.text_encoder_lr or [])):
         if rate is not None and rate < 0:
             raise UserError(f"A learning rate must not be negative: {rate}.")
+    check_decay(options.ema_decay)
+    if options.ema_decay is not None and is_schedule_free(options):
+        raise UserError(f"--ema_decay: {name} averages the weights itself; leave it out.")
     if options.fused_backward_pass:
         if name.lower() != "adafactor":
             raise UserError(f"--fused_backward_pass works with --optimizer_type Adafactor only, not with {name}.")

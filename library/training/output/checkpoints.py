@@ -55,10 +55,10 @@ class OutputFolder:
     (``resolve_epoch_ratio``).
     """
 
-    def __init__(self, options: SavingOptions, read_only: bool = False) -> None:
+    def __init__(self, options: SavingOptions, read_only: bool = False, averages: bool = False) -> None:
         """Raises UserError when there is no output folder or nothing can be written in it.
 
-        With ``read_only`` the folder is neither made nor tidied.
+        With ``read_only`` the folder is neither made nor tidied; with ``averages`` each LoRA file has one beside it.
         """
         if not options.output_dir:
             raise UserError("--output_dir is missing; name the folder for the trained files.")
@@ -68,6 +68,7 @@ class OutputFolder:
                 raise UserError(f"--{name} must be at least 1, not {value}.")
         self.folder = Path(options.output_dir)
         self.options = options
+        self.averages = averages
         _require_usable_name(options.output_name)
         self.every_n_epochs = options.save_every_n_epochs
         self._overdue: list[Path] = []
@@ -97,6 +98,14 @@ class OutputFolder:
     def final_file(self) -> Path:
         """The LoRA file of the finished run."""
         return self._file(self._name("last"))
+
+    def average_file(self, path: Path) -> Path:
+        """The file with the moving average of the weights that stand in ``path``."""
+        return path.with_name(f"{path.stem}-ema{path.suffix}")
+
+    def with_average(self, path: Path) -> list[Path]:
+        """A LoRA file and the one beside it, if there is one."""
+        return [path, self.average_file(path)] if self.averages else [path]
 
     def epoch_state(self, epoch: int) -> Path:
         """The state folder of a finished epoch (1-based)."""
@@ -132,23 +141,23 @@ class OutputFolder:
         return bool(every) and step % every == 0  # type: ignore[operator]
 
     def old_after_epoch(self, epoch: int) -> list[Path]:
-        """The file and the state that are due to go once ``epoch`` was saved."""
+        """The files and the state that are due to go once ``epoch`` was saved."""
         every = self.every_n_epochs or 0
         keep = self.options.save_last_n_epochs
         keep_states = self.options.save_last_n_epochs_state or keep
-        old = [self.epoch_file(epoch - every * keep)] if keep and epoch >= every * keep else []
+        old = self.with_average(self.epoch_file(epoch - every * keep)) if keep and epoch >= every * keep else []
         if keep_states and epoch >= every * keep_states:
             old.append(self.epoch_state(epoch - every * keep_states))
         return old
 
     def old_after_step(self, step: int) -> list[Path]:
-        """The file and the state that are due to go once ``step`` was saved."""
+        """The files and the state that are due to go once ``step`` was saved."""
         every = self.options.save_every_n_steps or 1
         keep = self.options.save_last_n_steps
         keep_states = self.options.save_last_n_steps_state or keep
         old = []
         if keep and (number := _step_to_remove(step, keep, every)) > 0:
-            old.append(self.step_file(number))
+            old += self.with_average(self.step_file(number))
         if keep_states and (number := _step_to_remove(step, keep_states, every)) > 0:
             old.append(self.step_state(number))
         return old

@@ -9,6 +9,7 @@ from typing import Any
 from library.data.metadata import dataset_metadata, trigger_phrase
 from library.options import all_values
 from library.training.network.contract import parse_network_args
+from library.training.optim.ema import MovingAverage
 from library.training.output.metadata import (
     BackgroundHashes,
     SessionFacts,
@@ -48,8 +49,11 @@ class FileMetadata:
         dataset = dataset_metadata(run.data.train, run.options.dataset, world_size=run.processes)
         self.entries = training_metadata(all_values(run.options), session_facts(run), dataset, model.entries)
 
-    def at(self, step: int, epoch: int) -> dict[str, str]:
-        """The metadata of a file that is saved now: after ``step`` updates, as the file of ``epoch``."""
+    def at(self, step: int, epoch: int, average: MovingAverage | None = None) -> dict[str, str]:
+        """The metadata of a file that is saved now: after ``step`` updates, as the file of ``epoch``.
+
+        ``average``: that of which it holds the weights, if it does.
+        """
         options = self.options
         modelspec = modelspec_metadata(
             options.metadata,
@@ -63,6 +67,9 @@ class FileMetadata:
             trigger_phrase=self.trigger_phrase,
         )
         entries = {**self.entries, **self.hashes.entries()}
+        if average is not None:
+            entries |= {"ss_ema_decay": str(average.decay), "ss_ema_updates": str(average.updates)}
+            modelspec["modelspec.title"] += " (moving average)"
         return at_step(entries, step, epoch, options.metadata.no_metadata, modelspec)
 
 

@@ -30,7 +30,8 @@ class RunOutputs:
         """
         read_only = options.preflight.dry_run
         self.save_precision = options.saving.save_precision
-        self.files = OutputFolder(options.saving, read_only=read_only)
+        averages = options.optimizer.ema_decay is not None
+        self.files = OutputFolder(options.saving, read_only=read_only, averages=averages)
         self.samples = Samples(options.samples, options.saving.output_dir, options.saving.output_name)
         self.uploads = Uploads(options.hub)
         self.saved: SavedState | None = None

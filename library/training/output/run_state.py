@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from library.console import say, warn
+from library.errors import UserError
 from library.options import declared_options, option_value
 from library.training.data import TrainingData
 from library.training.network.contract import restore_training_state, training_state
+from library.training.optim.ema import MovingAverage
 from library.training.optim.lr_schedulers import load_scheduler_state, scheduler_state
-from library.training.output.state import Position, RunIdentity, SavedState, save_state
+from library.training.output.state import AVERAGE_FILE, Position, RunIdentity, SavedState, save_state
 from library.training.run_facts import RunFacts
 from library.training.tracking import PATH_OPTIONS
 
@@ -99,6 +101,7 @@ def write_run_state(run: RunFacts, folder: Path, scaler: Any) -> None:
     """Write a resumable state; ``scaler`` is the gradient scaler, if there is one. Raises TypeError for an optimizer
     whose state is more than data and tensors."""
     progress, optimization = run.progress, run.optimization
+    average = optimization.average
     save_state(
         folder,
         training_state(run.network),
@@ -113,8 +116,25 @@ def write_run_state(run: RunFacts, folder: Path, scaler: Any) -> None:
             "scaler": None if scaler is None else scaler.state_dict(),
             "earlier": {"epoch": run.plan.earlier_epochs, "step": run.plan.earlier_steps},
             "session": {"id": progress.session_id, "started_at": progress.started_at},
+            "average_updates": 0 if average is None else average.updates,
         },
+        None if average is None else average.tensors(),
     )
+
+
+def restore_average(average: MovingAverage, saved: SavedState) -> None:
+    """Let the average of the weights continue from a state, or begin with the state's weights where it has none.
+
+    Raises UserError for a state that has lost it.
+    """
+    tensors, updates = saved.average(), saved.rest.get("average_updates", 0)
+    if tensors is None and not updates:
+        average.begin()
+        say(f"{saved.folder} holds no moving average: it begins here, at step {saved.position.step}")
+        return
+    if tensors is None:
+        raise UserError(f"--resume: {saved.folder} is incomplete: {AVERAGE_FILE} is missing.")
+    average.restore(tensors, updates)
 
 
 def restore_run_state(run: RunFacts, saved: SavedState, scaler: Any) -> None:
@@ -123,6 +143,8 @@ def restore_run_state(run: RunFacts, saved: SavedState, scaler: Any) -> None:
     restore_training_state(run.network, saved.network_state())
     optimization.optimizer.load_state_dict(saved.optimizer_state())
     load_scheduler_state(optimization.scheduler, rest["lr_scheduler"])
+    if optimization.average is not None:
+        restore_average(optimization.average, saved)
     progress.record.load_state(rest["losses"])
     progress.left_out = rest.get("left_out", 0)
     progress.session_id, progress.started_at = rest["session"]["id"], rest["session"]["started_at"]

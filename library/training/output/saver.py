@@ -79,17 +79,23 @@ class Saver:
     def _try_saving(
         self, attempt: Attempt, path: Path, folder: Path | None, epoch: int, wait: bool = False
     ) -> list[str]:
-        with self.run.optimization.evaluating():
+        optimization = self.run.optimization
+        with optimization.evaluating():
             problems = [attempt(lambda place: self._save_network(place, epoch, wait), path)]
+            if optimization.average is not None:
+                with optimization.averaged():
+                    beside = self.run.outputs.files.average_file(path)
+                    problems.append(attempt(lambda place: self._save_network(place, epoch, wait, True), beside))
         if folder is not None:
             problems.append(attempt(self._save_state, folder))
         return [problem for problem in problems if problem]
 
     @timed("saving")
-    def _save_network(self, path: Path, epoch: int, wait: bool) -> None:
+    def _save_network(self, path: Path, epoch: int, wait: bool, averaged: bool = False) -> None:
         if self.run.is_main:
             step = self.run.progress.step
-            self.run.outputs.write_network(self.run.network, path, self.metadata.at(step, epoch), wait)
+            metadata = self.metadata.at(step, epoch, self.run.optimization.average if averaged else None)
+            self.run.outputs.write_network(self.run.network, path, metadata, wait)
             self.report.add_file(path, step)
 
     @timed("saving")

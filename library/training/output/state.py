@@ -4,6 +4,7 @@ Version 1 of the format::
 
     model.safetensors       the network as trained (its state_dict)
     optimizer.safetensors   every tensor of the optimizer's state
+    average.safetensors     with --ema_decay: the moving average of the weights, in float32
     train_state.json        everything else: position, schedule, optimizer numbers, loss record, what the run was
 
 No random state is stored: every draw is derived from the seed and the position (``library.randomness``). The folder
@@ -34,6 +35,7 @@ FORMAT = "lora-training-state"
 VERSION = 1
 
 
+AVERAGE_FILE = "average.safetensors"
 LARGEST_DOCUMENT = 1 << 30
 """Bytes of train_state.json; the numbers of an optimizer take a few for each of its tensors."""
 NOT_WHAT_WAS_PACKED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -115,23 +117,27 @@ def save_state(
     position: Position,
     identity: RunIdentity,
     rest: Any,
+    average: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a state folder, complete or not at all; one of the same name is replaced.
 
     ``network_state`` maps names to tensors, ``optimizer_state`` is the optimizer's ``state_dict()``, ``rest`` is nested
-    data without tensors (schedule, loss record, gradient scaler).
+    data without tensors (schedule, loss record, gradient scaler), ``average`` the tensors of the weights' average.
     """
     from library.safetensors_io import save_file
 
     tensors: dict[str, Any] = {}
     packed = pack(optimizer_state, tensors, "optimizer")
-    size = sum(tensor.nbytes for tensor in (*network_state.values(), *tensors.values()))
+    averages = {} if average is None else {name: tensor.cpu().contiguous() for name, tensor in average.items()}
+    size = sum(tensor.nbytes for tensor in (*network_state.values(), *tensors.values(), *averages.values()))
     aside = temporary_path(folder)
     with explaining_full_disk(folder, size):
         try:
             aside.mkdir(parents=True)
             save_file({k: v.detach().cpu().contiguous() for k, v in network_state.items()}, aside / "model.safetensors")
             save_file(tensors, aside / "optimizer.safetensors")
+            if average is not None:
+                save_file(averages, aside / AVERAGE_FILE)
             document = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -251,6 +257,10 @@ class SavedState:
             return unpack(self.document["optimizer"], tensors)
         except NOT_WHAT_WAS_PACKED:
             raise self._damaged() from None
+
+    def average(self) -> dict[str, Any] | None:
+        """The tensors of the weights' average; None: the run had none."""
+        return self._tensors(AVERAGE_FILE) if (self.folder / AVERAGE_FILE).exists() else None
 
     def _damaged(self) -> UserError:
         return UserError(f"--resume: {self.folder} is damaged: its train_state.json is not what was written.")

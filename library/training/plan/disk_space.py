@@ -9,6 +9,7 @@ from library.console import size_text
 from library.devices import parse_dtype
 from library.errors import UserError
 from library.files import free_bytes
+from library.training.optim.ema import BYTES_PER_VALUE
 from library.training.plan.memory_estimate import optimizer_state_bytes
 from library.training.plan.planned_files import PlannedFiles, plan_files
 from library.training.report.description import module_counts, size_on_disk
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 BYTES_PER_MODULE = 400
 """Of a network file besides the weights: names and alphas."""
-MOST_PER_VALUE = 16
-"""Bytes of optimizer state per trained value that no optimizer exceeds."""
+MOST_PER_VALUE = 16 + BYTES_PER_VALUE
+"""Bytes of optimizer state and moving average per trained value that no run exceeds."""
 
 
 def file_sizes(run: RunFacts, optimizer_bytes: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from library.data.batch import Batch
 from library.memory.apply import apply_memory_plan
 from library.memory.simulation import DataDependentOutputException, Peak, PeakMemory, module_bytes
 from library.training.objective.step_inputs import ItemDraws
+from library.training.optim.ema import BYTES_PER_VALUE
 from library.training.optim.optimizers import create_optimizer, optimizer_name
 from library.training.plan.equal_blocks import NotRepeatable, each_kind_once
 from library.training.plan.plan_report import MemoryPhase
@@ -243,7 +244,7 @@ def sampling_peak(run: RunFacts, model: StepModel) -> Peak:
     )
     run.network.eval()
     memory = PeakMemory([*run.pipeline.modules.values(), run.network], run.device)
-    with torch.no_grad(), memory, equal_blocks(run.pipeline, memory):
+    with torch.no_grad(), memory, run.optimization.averaged(), equal_blocks(run.pipeline, memory):
         noisy = model.objective.noisy_input(latents, ItemDraws(run.seed, 0, batch.item_ids))
         conditioning = model.conditioning(batch)
         with model.accelerator.autocast():
@@ -296,21 +297,22 @@ def empty_batch(run: RunFacts, model: StepModel, size: Largest) -> Batch:
 
 
 def optimizer_state_bytes(options: Any, parameters: Iterable[torch.nn.Parameter]) -> tuple[int, str]:
-    """The memory of the optimizer's state, and a remark where it was not measured.
+    """The memory of the optimizer's state and of the weights' average, and a remark where it was not measured.
 
     One step is done on a parameter of each shape, outside of the simulation and on the CPU. For optimizers that need
     another device the bytes per value are taken from their name.
     """
     shapes = Counter(tuple(parameter.shape) for parameter in parameters)
+    values = sum(math.prod(shape) * count for shape, count in shapes.items())
+    average = 0 if options.ema_decay is None else values * BYTES_PER_VALUE
     try:
         with silence(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             sizes = _state_sizes(options, list(shapes))
-        return round(sum(size * count for size, count in zip(sizes, shapes.values()))), ""
+        return average + round(sum(size * count for size, count in zip(sizes, shapes.values()))), ""
     except Exception:  # kernels that only CUDA has, for one
-        values = sum(math.prod(shape) * count for shape, count in shapes.items())
         per_value = 2 if "8bit" in optimizer_name(options).lower() else 8
-        return values * per_value, f"{per_value} bytes of optimizer state per value are assumed"
+        return average + values * per_value, f"{per_value} bytes of optimizer state per value are assumed"
 
 
 def _state_sizes(options: Any, shapes: Sequence[tuple[int, ...]]) -> list[float]:

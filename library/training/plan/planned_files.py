@@ -38,8 +38,9 @@ def plan_files(plan: RunPlan, start: Position, output: OutputFolder, samples: Sa
     there: dict[Path, bool] = {}
 
     def write(network: Path, state: Path | None, old: Sequence[Path]) -> None:
-        there[network] = False
-        found.networks.append(network)
+        for path in output.with_average(network):
+            there[path] = False
+            found.networks.append(path)
         if state is not None:
             there[state] = True
             found.states.append(state)

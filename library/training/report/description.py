@@ -46,6 +46,7 @@ def start_facts(run: RunFacts) -> StartFacts:
         steps_per_epoch=run.plan.steps_per_epoch,
         start_step=run.progress.step,
         seed=run.seed,
+        average_decay=options.optimizer.ema_decay,
     )
 
 

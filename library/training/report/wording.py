@@ -67,6 +67,8 @@ class StartFacts:
     start_step: int
     """Steps that count as done."""
     seed: int
+    average_decay: float | None = None
+    """Of the moving average of the weights, if there is one."""
 
     @property
     def effective_batches(self) -> list[int]:
@@ -122,11 +124,13 @@ def start_lines(facts: StartFacts) -> list[str]:
     """Device, base model, network, optimizer, batches and length."""
     processes = f", {facts.processes} processes" if facts.processes > 1 else ""
     checkpointing = ", gradient checkpointing" if facts.gradient_checkpointing else ""
+    decay = facts.average_decay
+    average = f", moving average of the weights with decay {decay:g}" if decay is not None else ""
     return [
         f"device {facts.device}{processes}, computing in {facts.dtype}, attention {facts.attention}{checkpointing}",
         *part_lines(facts),
         *network_lines(facts),
-        f"optimizer {facts.optimizer}, schedule {facts.schedule}",
+        f"optimizer {facts.optimizer}, schedule {facts.schedule}{average}",
         *length_lines(facts),
     ]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
     *("accelerate", "torch.optim", "PIL.Image", "PIL.PngImagePlugin", "safetensors.torch", "cv2", "scipy.stats"),
-    *("library.training.plan.dry_run", "library.training.objective.ddpm"),
+    *("library.training.plan.dry_run", "library.training.objective.ddpm", "library.data.cache"),
 )
 TRANSFORMERS_CLASSES = {"t5.modeling_t5": "T5EncoderModel"}
 DIFFUSERS_CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler", "EulerDiscreteScheduler")
@@ -47,6 +47,9 @@ def import_what_scripts_use() -> None:
         transformers_class(module, name)
     for name in DIFFUSERS_CLASSES:
         diffusers_class(name)
+    from PIL import Image
+
+    Image.init()
 
 
 def fork_script(request: dict) -> int:

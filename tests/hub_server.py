@@ -150,6 +150,13 @@ class HubServer:
         return 200, data, headers
 
 
+ADDRESSES_ARE_READ = """
+import importlib, huggingface_hub.constants
+importlib.reload(huggingface_hub.constants)
+"""
+"""What a program begins with whose process may have imported huggingface_hub before it knew where the hub is."""
+
+
 def use_for_programs(hub: HubServer, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     """Let programs that are started from here take ``hub`` for the real one, with their cache in ``home``.
 

@@ -35,14 +35,16 @@ class Nf4Weight:
         """The weight in ``dtype``, in memory of its own."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
+        # On a CPU, bitsandbytes compiles a function for rows of an odd length; one long row has an even one.
+        shape = self.shape if self.shape[-1] % 2 == 0 else torch.Size((2 * self.codes.numel(),))
         state = QuantState(
             absmax=self.absmax.float(),
-            shape=self.shape,
+            shape=shape,
             dtype=dtype if dtype in COMPUTED else torch.float32,
             blocksize=BLOCK,
             quant_type="nf4",
         )
-        return dequantize_4bit(self.codes, state).to(dtype)
+        return dequantize_4bit(self.codes, state).flatten()[: self.shape.numel()].view(self.shape).to(dtype)
 
 
 def _import_quietly() -> None:

@@ -2,11 +2,8 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy
 import pytest
@@ -424,17 +421,16 @@ LatentCache(group, LatentFormat("_flux.npz", channels=16), to_disk=True, identit
 """
 
 
-def test_a_killed_run_leaves_whole_files_and_the_next_one_goes_on(tmp_path, folder_of, build):
+def test_a_killed_run_leaves_whole_files_and_the_next_one_goes_on(tmp_path, folder_of, build, fork_server):
     folder = folder_of(tmp_path / "a", [(64, 64)] * 40)
     group, _ = build(folder, cache=DISK)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", KILLED_RUN, str(tmp_path / "dataset.toml")]
-    process = subprocess.Popen(command, cwd=root)
+    program = tmp_path / "program.py"
+    program.write_text(KILLED_RUN, encoding="utf-8")
+    process = fork_server.start(str(program), tmp_path / "dataset.toml")
     deadline = time.monotonic() + 60
     while len(files(folder)) < 8 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
-    process.wait(30)
     whole = files(folder)
     assert 8 <= len(whole) < 40
     for path in whole:

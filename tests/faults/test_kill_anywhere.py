@@ -100,11 +100,11 @@ class Training:
         return names | {f"sample/{name}" for name in samples}
 
 
-@pytest.mark.parametrize("family", ["flux", "sd1"])
+@pytest.mark.parametrize("family", ["flux", pytest.param("sd1", marks=pytest.mark.thorough)])
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
     request, family, fork_server, thorough, few_images, tmp_path
 ):
-    kills = 100 if thorough else 5
+    kills = 100 if thorough else 4
     script = "flux_train_network.py" if family == "flux" else "train_network.py"
     command = [*request.getfixturevalue(f"{family}_command"), "--network_train_unet_only"]
     command += ["--cache_text_encoder_outputs_to_disk", "--optimizer_type", "AdamW", "--ema_decay", 0.9]
@@ -167,7 +167,9 @@ class Caching:
         return found
 
 
-@pytest.mark.parametrize("tool", ["cache_latents", "cache_text_encoder_outputs"])
+@pytest.mark.parametrize(
+    "tool", ["cache_latents", pytest.param("cache_text_encoder_outputs", marks=pytest.mark.thorough)]
+)
 def test_caching_that_is_killed_goes_on_to_the_same_caches(
     tool, flux_command, fork_server, thorough, few_images, tmp_path
 ):

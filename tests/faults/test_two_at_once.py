@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def test_two_trainings_that_fill_the_same_caches_end_as_alone(fork_server, flux_
         )
         return fork_server.start(
             *("flux_train_network.py", *flux_command, "--network_train_unet_only", "--dataset_config", config),
-            *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", 2),
+            *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", 1),
             *("--output_dir", place / "out", "--output_name", name, "--no_report", "--seed", 3),
         )
 
@@ -135,6 +136,7 @@ def test_the_second_run_of_a_name_is_refused_while_the_first_one_runs(
     while not (tmp_path / "out" / ".lora.running").exists():
         assert first.poll() is None and time.monotonic() < deadline, first.output[-3000:]
         time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it is there, and takes no time
     second = run_in_process("flux_train_network.py", *named, "--max_train_steps", 1)
     assert second.returncode == 2
     assert f"--output_name: process {first.pid} (since " in second.stderr

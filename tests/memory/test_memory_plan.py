@@ -161,7 +161,7 @@ def every_block(case: Case, **fields: Any) -> MemoryPlan:
     return MemoryPlan(streaming=Streaming(tuple(places)), **fields)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_streaming_changes_no_bit_of_output_and_gradients(case, checkpointing):
     """A weight that isn't on the device is NaN here; samples in between and an error in the middle do no harm."""
     expected = case.step()

@@ -25,7 +25,10 @@ DOCUMENTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps", "rings"),
-    [("chroma", 50, 0.04), ("lumina", 24, 0.04), ("hunyuan_image", 24, 0.04), ("sd15", 24, 0.002)],
+    [
+        pytest.param("chroma", 50, 0.04, marks=pytest.mark.thorough),
+        *(("lumina", 24, 0.04), ("hunyuan_image", 24, 0.04), ("sd15", 24, 0.002)),
+    ],
 )
 def test_a_fraction_of_the_steps_brings_the_first_rings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thorough: bool, name: str, steps: int, rings: float

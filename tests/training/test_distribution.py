@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -13,7 +9,7 @@ import torch
 
 from library.options import parse_options
 from library.training.distribution import average_gradients
-from tests.running import ROOT
+from tests.running import free_port
 from train_network import StableDiffusionNetworkTrainer, StableDiffusionTrainingOptions
 
 PROGRAM = """
@@ -27,14 +23,13 @@ print(torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._t
 """
 
 
-def test_processes_wait_for_each_other_as_long_as_asked():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = os.environ | {name: str(value) for name, value in launched.items()} | {"ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.stdout.strip() == "0:07:00", result.stderr[-2000:]
+def test_processes_wait_for_each_other_as_long_as_asked(fork_server, tmp_path):
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = {name: str(value) for name, value in launched.items()} | {"ACCELERATE_USE_CPU": "true"}
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    result = fork_server.run(str(program), environment=environment)
+    assert "0:07:00" in result.output.splitlines(), result.output[-2000:]
 
 
 @pytest.mark.parametrize(("arguments", "at_once"), [([], 3), (["--lowram"], 1)])

@@ -89,8 +89,15 @@ def peaks(ranks: Iterable[int], plan: MemoryPlan, prepare: Any = None, grad: boo
 CHECKPOINTED = MemoryPlan(checkpointing=True)
 
 
-@pytest.mark.parametrize("plan", [MemoryPlan(), CHECKPOINTED], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("ranks", [(2, 2, 2, 2, 2, 2, 2, 2, 2), (2, 2, 7, 7, 2)], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "plan"),
+    [
+        pytest.param(ranks, plan, id=f"{count}-{kind}", marks=[] if ordinary else [pytest.mark.thorough])
+        for count, ranks in (("one rank", (2, 2, 2, 2, 2, 2, 2, 2, 2)), ("two ranks", (2, 2, 7, 7, 2)))
+        for kind, plan in (("kept", MemoryPlan()), ("checkpointed", CHECKPOINTED))
+        for ordinary in [(count == "one rank") == plan.checkpointing]
+    ],
+)
 def test_the_peak_is_the_same_to_the_byte(ranks, plan):
     every, once, calls = peaks(ranks, plan)
     assert every == once and every.device > 0

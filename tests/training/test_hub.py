@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ from safetensors.torch import load_file
 from library.errors import UserError
 from library.training.output.hub import check_hub_options
 from library.training.run_options import HubOptions
-from tests.hub_server import HubServer, use_for_programs
-from tests.running import ROOT
+from tests.hub_server import ADDRESSES_ARE_READ, HubServer, use_for_programs
+from tests.processes import Started
 
 
 @pytest.fixture
@@ -30,34 +28,51 @@ import json, sys
 from pathlib import Path
 from library.errors import UserError
 from library.training.output.hub import HubOptions, Uploads, fetch_state
+answers = []
 for call, path, options in json.loads(sys.argv[1]):
     options = HubOptions(**options)
     try:
         if call == "fetch":
-            print(fetch_state(options, path).name)
+            answers.append(fetch_state(options, path).name)
         else:
             uploads = Uploads(options)
             uploads.prepare()
             uploads.upload(Path(path))
             uploads.finish()
-            print("done")
+            answers.append("done")
     except UserError as error:
-        print(error)
+        answers.append(str(error))
+Path(sys.argv[2]).write_text(json.dumps(answers))
 """
 
 
-def with_hub(*calls: tuple[str, object, dict[str, str]]) -> list[str]:
-    """What each call answers in a program that was started after the hub (its address is read at import)."""
-    given = json.dumps(
-        [(call, str(path), {"huggingface_token": "hf_secret", **options}) for call, path, options in calls]
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, given], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return result.stdout.splitlines()
+@pytest.fixture
+def run_program(fork_server, hub, tmp_path):
+    """Run a program, which takes the hub for the real one, to its end."""
+
+    def run(program: str, *arguments: object) -> Started:
+        path = tmp_path / "program.py"
+        path.write_text(ADDRESSES_ARE_READ + program, encoding="utf-8")
+        ended = fork_server.run(str(path), *arguments)
+        assert ended.returncode == 0, ended.output[-2000:]
+        return ended
+
+    return run
 
 
-def test_repositories_are_private_unless_they_shall_be_public(hub, tmp_path):
+@pytest.fixture
+def with_hub(run_program, tmp_path):
+    """What each call (of upload or fetch, with a path and options) answers in a program."""
+
+    def run(*calls: tuple[str, object, dict[str, str]]) -> list[str]:
+        given = [(call, str(path), {"huggingface_token": "hf_secret", **options}) for call, path, options in calls]
+        run_program(PROGRAM, json.dumps(given), tmp_path / "answers.json")
+        return json.loads((tmp_path / "answers.json").read_text())
+
+    return run
+
+
+def test_repositories_are_private_unless_they_shall_be_public(hub, with_hub, tmp_path):
     file = tmp_path / "cat.safetensors"
     file.write_bytes(b"abc")
     answers = with_hub(
@@ -104,7 +119,7 @@ def test_repositories_are_private_unless_they_shall_be_public(hub, tmp_path):
     }
 
 
-def test_what_the_hub_refuses_is_one_sentence(hub, monkeypatch):
+def test_what_the_hub_refuses_is_one_sentence(hub, with_hub, monkeypatch):
     hub.repositories["me/lora"] = {"a/cat-state/train_state.json": b"{}", "other.txt": b""}
     wrong_token, no_state, no_repository, state = with_hub(
         ("upload", "x", {"huggingface_repo_id": "me/lora", "huggingface_token": "hf_wrong"}),
@@ -158,7 +173,9 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_a_run_uploads_in_the_background_and_another_goes_on_from_there(hub, sd1_command, dataset_toml, tmp_path):
+def test_a_run_uploads_in_the_background_and_another_goes_on_from_there(
+    hub, run_program, sd1_command, dataset_toml, tmp_path
+):
     common = [*sd1_command, "--dataset_config", dataset_toml(resolution=64, bucket_reso_steps=64)]
     common += ["--network_train_unet_only", "--max_train_steps", "4", "--huggingface_token", hub.token, "--no_report"]
     first = [*common, "--output_dir", tmp_path / "a", "--save_every_n_steps", "2", "--save_state", "--async_upload"]
@@ -168,14 +185,13 @@ def test_a_run_uploads_in_the_background_and_another_goes_on_from_there(hub, sd1
     hub.hold = (tmp_path / "a" / "at-step00000004-state").is_dir
     hub.unwanted = "at-step00000004.safetensors"
     given = json.dumps([[str(value) for value in run] for run in (first, [*second, "--resume_from_huggingface"])])
-    result = subprocess.run([sys.executable, "-c", TRAINING, given], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "at-step00000004.safetensors could not be uploaded" in result.stderr and "Traceback" not in result.stderr
+    said = run_program(TRAINING, given).output
+    assert "at-step00000004.safetensors could not be uploaded" in said and "Traceback" not in said
     written = {p.relative_to(tmp_path / "a").as_posix(): p for p in (tmp_path / "a").rglob("*") if p.is_file()}
     expected = {f"loras/{name}": path.read_bytes() for name, path in written.items() if name != hub.unwanted}
     assert hub.repositories["me/lora"] == expected and "loras/last-state/train_state.json" in expected
     assert hub.visibility["me/lora"] == "private" and hub.most_at_once == 1
-    assert "step 2, epoch 1" in result.stderr
+    assert "step 2, epoch 1" in said
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"last.safetensors"}
     one, two = (load_file(Path(tmp_path, name, "last.safetensors")) for name in "ab")
     assert all((two[key] == tensor).all() for key, tensor in one.items())

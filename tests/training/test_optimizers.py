@@ -110,6 +110,7 @@ def test_every_named_optimizer_lowers_the_loss_on_this_machine(name):
     assert problem.train(created, 120) < (0.999 if name == "Adafactor" else 0.9) * before
 
 
+@pytest.mark.thorough
 def test_the_default_is_adamw_and_imports_nothing_else():
     code = (
         "import sys, torch\n"

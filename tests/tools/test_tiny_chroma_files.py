@@ -81,6 +81,7 @@ def test_with_flux_modulations_it_is_the_flux_it_was_made_from(teacher: FluxPipe
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_every_stage_runs_and_its_files_open(
     teacher: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_steps_of_the_optimizer_are_those_of_torchs_own_for_matrices() -> None:
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.thorough
 def test_every_stage_runs_and_its_file_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_sd15_training, "BATCH", 4)
     flux = open_pipeline(FLUX)

@@ -195,7 +195,8 @@ def raise_swallowed_interrupt() -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a UserError becomes its sentence on stderr and its exit code, most often 2.
 
-    So does a full disk, with the exit code 1; Ctrl-C becomes a word and 130.
+    So does a full disk, with the exit code 1; Ctrl-C becomes a word and 130. When what it prints goes to a program that
+    has read enough, such as ``head``, it ends without a word.
     """
     make_console_safe()
     forget_interrupt()
@@ -211,14 +212,24 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # what was printed goes to a program that has read enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+    except BrokenPipeError:
+        _print_to_nobody()
         sys.exit(1)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         print(printable(f"error: {error.filename or 'a file'} cannot be written ({error.strerror})."), file=sys.stderr)
         sys.exit(UnsavedError.exit_code)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _print_to_nobody()
+
+
+def _print_to_nobody() -> None:
+    """Let stdout lead nowhere, so that Python does not complain when it writes the rest at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def size_text(count: float) -> str:

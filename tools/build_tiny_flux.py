@@ -52,6 +52,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from library.console import run_script  # noqa: E402
 from library.models.flux.pipeline import FluxFiles, FluxPipeline  # noqa: E402
 from library.models.flux.transformer import (  # noqa: E402
     FluxConfig,
@@ -389,4 +390,4 @@ def build_sd15(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

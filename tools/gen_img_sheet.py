@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
+from library.console import run_script  # noqa: E402
+
 MODEL = ROOT / "assets" / "tiny_sd15" / "sd15-tiny.safetensors"
 PIXELS = 128
 GAP, LINE = 6, 16
@@ -158,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

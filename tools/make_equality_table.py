@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from library.console import run_script  # noqa: E402
 from library.families import FAMILIES  # noqa: E402
 from tools.page_tables import Table, run  # noqa: E402
 
@@ -111,4 +112,4 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: sys.exit(main()))

@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from library.console import run_script  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.families import FAMILIES, Family, load  # noqa: E402
 from library.files import write_text  # noqa: E402
@@ -153,4 +154,4 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: sys.exit(main()))

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
+from library.console import run_script
 from library.files import write_text
 from library.models.lean_imports import diffusers_class, prepare_transformers, transformers_class
 from library.models.loading import on_meta
@@ -207,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from torch import Tensor, nn
 
+from library.console import run_script
 from library.files import write_text
 from library.models.flux.controlnet import HINT_NAMES, ControlNetConfig, FluxControlNet
 from library.models.flux.transformer import FluxConfig
@@ -118,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

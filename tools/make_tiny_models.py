@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from library.console import run_script
 from library.families import FAMILIES, FLUX
 from library.files import write_text
 from library.models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
@@ -519,4 +520,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

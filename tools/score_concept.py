@@ -27,6 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from library.console import run_script
 from tools.tiny_flux_drawings import COLOURS, CONCEPT, CONCEPT_DISC, CONCEPT_RING
 
 NAMES = tuple(COLOURS)
@@ -189,4 +190,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: sys.exit(main()))

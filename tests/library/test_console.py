@@ -104,3 +104,26 @@ def test_a_reader_that_has_read_enough_ends_the_script_without_a_traceback():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+SCRIPTS = [path for folder in ("", "tools", "networks") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def test_every_script_ends_as_run_script_does():
+    begin = 'if __name__ == "__main__":'
+    sources = {path: path.read_text(encoding="utf-8") for path in SCRIPTS}
+    ends = {path: source.rpartition(begin)[2] for path, source in sources.items() if begin in source}
+    assert len(ends) > 30
+    assert [path for path, end in ends.items() if not re.match(r"\s+run_script\(.+\)\s+$", end)] == []
+
+
+@pytest.mark.parametrize("script", ["tools/run_tests.py", "networks/merge_lora.py"])
+def test_help_that_nobody_reads_on_ends_quietly(script):
+    """``--help | head``, when ``head`` has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [sys.executable, script, "--help"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")

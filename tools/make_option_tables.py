@@ -77,7 +77,7 @@ def tool_page(options: str) -> Page:
     return Page("docs/lora_tools.md", options, part=f"{script}.py")
 
 
-PREPARING = ("tools.caption_images:CaptionImagesOptions",)
+PREPARING = ("tools.caption_images:CaptionImagesOptions", "tools.make_masks:MakeMasksOptions")
 """Options of the tools that make captions and masks."""
 PAGES = (
     *dict.fromkeys(page for family in FAMILIES for page in family_pages(family)),

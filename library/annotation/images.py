@@ -115,6 +115,8 @@ def mask_targets(folders: Sequence[Folder], options: ImageOptions, mask_dir: str
     found = []
     for folder in folders:
         masks = _mask_folder(folder, mask_dir, len(folders))
+        if masks.resolve() == Path(folder.path).resolve():
+            raise UserError(f"{masks} is the folder of the images; name another one for the masks.")
         for place, images, _ in _images(folder, options.recursive, without=masks):
             into = masks / place.relative_to(folder.path)
             names = os.listdir(into) if into.is_dir() else []
@@ -133,7 +135,7 @@ def _mask_folder(folder: Folder, mask_dir: str | None, folders: int) -> Path:
     if mask_dir is not None:
         if folders > 1:
             raise UserError(
-                "--mask_dir is one folder, but the dataset configuration has several of images; give each subset its "
+                f"{mask_dir} is one folder, but the dataset configuration has several of images; give each subset its "
                 "conditioning_data_dir instead."
             )
         return Path(mask_dir)

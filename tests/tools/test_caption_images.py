@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -148,18 +150,28 @@ def test_a_network_for_batches_of_one_size(images, tmp_path):
 # ---- models of transformers ----------------------------------------------------------------------------------------
 
 
-def said_by_itself(kind: str, folder: Path, path: Path, prompt: str | None, **search: object) -> str:
-    """What transformers' own class says of one image, with its own processor where that works without torchvision."""
-    image = Image.open(path).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+@cache
+def opened(kind: str, folder: Path) -> tuple[Any, Any, Any]:
+    """A model as transformers opens it, what prepares images for it, and its tokenizer."""
     names = {"blip": "Blip", "florence": "Florence2", "qwen": "Qwen2_5_VL"}
     module = {"florence": "florence2", "qwen": "qwen2_5_vl"}.get(kind, kind)
     model_class = transformers_class(f"{module}.modeling_{module}", f"{names[kind]}ForConditionalGeneration")
     model = model_class.from_pretrained(folder).eval()
     if kind == "qwen":
-        auto = transformers_class("auto.image_processing_auto", "AutoImageProcessor")
-        inputs = dict(auto.from_pretrained(folder, backend="pil")(images=[image], return_tensors="pt"))
+        images = transformers_class("auto.image_processing_auto", "AutoImageProcessor")
         tokenizer = transformers_class("auto.tokenization_auto", "AutoTokenizer").from_pretrained(folder)
+        return model, images.from_pretrained(folder, backend="pil"), tokenizer
+    processor = transformers_class("auto.processing_auto", "AutoProcessor").from_pretrained(folder, backend="pil")
+    return model, processor, processor.tokenizer
+
+
+def said_by_itself(kind: str, folder: Path, path: Path, prompt: str | None, **search: object) -> str:
+    """What transformers' own class says of one image, with its own processor where that works without torchvision."""
+    image = Image.open(path).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    model, processor, tokenizer = opened(kind, folder)
+    if kind == "qwen":
+        inputs = dict(processor(images=[image], return_tensors="pt"))
         count = int(inputs["image_grid_thw"].prod()) // 4
         text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         text += "<|image_pad|>" * count + f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -167,10 +179,8 @@ def said_by_itself(kind: str, folder: Path, path: Path, prompt: str | None, **se
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == 5).int()
         before = inputs["input_ids"].shape[1]
     else:
-        auto = transformers_class("auto.processing_auto", "AutoProcessor")
-        processor = auto.from_pretrained(folder, backend="pil")
         texts = {} if prompt is None else {"text": prompt}
-        inputs, tokenizer, before = processor(images=image, return_tensors="pt", **texts), processor.tokenizer, 0
+        inputs, before = processor(images=image, return_tensors="pt", **texts), 0
     torch.manual_seed(5)
     found = model.generate(**inputs, **search)[0, before:]
     return " ".join(tokenizer.decode(found, skip_special_tokens=True).removeprefix("[DEC]").split())

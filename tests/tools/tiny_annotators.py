@@ -204,3 +204,78 @@ def change_config(folder: Path, **keys: Any) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | keys
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
+
+
+LABELS = ["wall", "cat", "sofa", "dog"]
+"""What the tiny segmenters tell apart."""
+
+
+def write_segformer(folder: Path) -> Path:
+    """SegFormer for ``LABELS``."""
+    config = transformers_class("segformer.configuration_segformer", "SegformerConfig")(
+        depths=[1] * 4,
+        hidden_sizes=[8] * 4,
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=16,
+        **_labels(),
+    )
+    model = transformers_class("segformer.modeling_segformer", "SegformerForSemanticSegmentation")(config)
+    images = transformers_class("segformer.image_processing_pil_segformer", "SegformerImageProcessorPil")(
+        size={"height": 64, "width": 64}
+    )
+    return _saved(folder, model, images, spread=0.5)
+
+
+def write_mask2former(folder: Path) -> Path:
+    """Mask2Former for ``LABELS``; images keep their shape, so that a batch of several shapes is padded."""
+    swin = transformers_class("swin.configuration_swin", "SwinConfig")(
+        image_size=64,
+        embed_dim=8,
+        depths=[1] * 4,
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = transformers_class("mask2former.configuration_mask2former", "Mask2FormerConfig")(
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=6,
+        **_labels(),
+    )
+    model = transformers_class("mask2former.modeling_mask2former", "Mask2FormerForUniversalSegmentation")(config)
+    images = transformers_class("mask2former.image_processing_pil_mask2former", "Mask2FormerImageProcessorPil")(
+        size={"shortest_edge": 64, "longest_edge": 160}
+    )
+    return _saved(folder, model, images, spread=0.4)
+
+
+def write_clipseg(folder: Path) -> Path:
+    """CLIPSeg, whose tokens are bytes."""
+    tokenizer = _byte_tokenizer(
+        ["<|startoftext|>", "<|endoftext|>"], bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>", model_max_length=32,
+    )  # fmt: skip
+    text = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8}
+    config = transformers_class("clipseg.configuration_clipseg", "CLIPSegConfig")(
+        text_config=text, vision_config=vision, projection_dim=16, reduce_dim=8, extract_layers=[0, 1, 2],
+        decoder_num_attention_heads=2, decoder_intermediate_size=16, use_complex_transposed_convolution=False,
+    )  # fmt: skip
+    model = transformers_class("clipseg.modeling_clipseg", "CLIPSegForImageSegmentation")(config)
+    images = transformers_class("vit.image_processing_pil_vit", "ViTImageProcessorPil")(
+        size={"height": 32, "width": 32}
+    )
+    return _saved(folder, model, tokenizer, images)
+
+
+def _labels() -> dict[str, Any]:
+    return {"id2label": dict(enumerate(LABELS)), "label2id": {label: number for number, label in enumerate(LABELS)}}

@@ -38,13 +38,23 @@ class Neutral:
     """Rows of one group are tried in one run, and alone only if that run differs."""
     bounds: Mapping[str, float] = field(default_factory=dict)
     """By the model's short name: the largest difference as a share of the largest weight; others are equal."""
+    beside: str = ""
+    """Options of both runs."""
+    models: tuple[str, ...] = MODELS
+    """Those that have the options."""
 
     def cell(self, model: str) -> str:
         """What the table says of a model."""
+        if model not in self.models:
+            return "-"
         return f"within {100 * self.bounds[model]:g} %" if model in self.bounds else BITS
 
 
-UNET_ONLY = "--network_train_unet_only"
+def bound(share: float) -> dict[str, float]:
+    """The same bound for all models."""
+    return dict.fromkeys(MODELS, share)
+
+
 NEUTRAL = (
     Neutral(
         "threads that load: `--max_data_loader_n_workers`, `--persistent_data_loader_workers`",
@@ -93,16 +103,50 @@ CACHED = (
         "`--vae_batch_size`, `--text_encoder_batch_size`",
         "--cache_latents --cache_text_encoder_outputs --vae_batch_size 3 --text_encoder_batch_size 3",
         "batches",
-        dict.fromkeys(MODELS, ROUNDING),
+        bound(ROUNDING),
     ),
 )
 """Compared with a run whose latents and texts are cached in memory, one at a time."""
+BATCH = "--dataset_config {folder}/whole.toml --optimizer_type SGD --learning_rate 1"
+SUMS = bound(1e-5)
+"""Where the same numbers are added in another order."""
+IN_BF16 = f"{BATCH} --mixed_precision bf16"
+ROUNDED = (
+    Neutral("the order of images in a batch", "", "backwards", SUMS, BATCH),
+    Neutral(
+        "`--gradient_accumulation_steps` in place of a larger batch",
+        "--dataset_config {folder}/single.toml --gradient_accumulation_steps 3",
+        "accumulated",
+        SUMS,
+        BATCH,
+    ),
+    Neutral("attention: `--sdpa`", "--sdpa", "sdpa", {}, BATCH),
+    Neutral("attention: `--mem_eff_attn`", "--mem_eff_attn", "slices", SUMS, BATCH, MODELS[:3]),
+    Neutral("attention: `--split_attn`", "--split_attn", "each image", SUMS, BATCH, MODELS[-1:]),
+    Neutral(
+        "`--torch_compile --dynamo_backend eager`", "--torch_compile --dynamo_backend eager", "compiled", {}, BATCH
+    ),
+    Neutral("`--fp8_base`", "--fp8_base", "fp8", bound(0.2), IN_BF16, MODELS[:-1]),
+    Neutral("`--fp8_scaled`", "--fp8_scaled", "fp8 scaled", bound(0.1), IN_BF16),
+    Neutral("`--base_format int8`", "--base_format int8", "int8", bound(0.05), IN_BF16),
+    Neutral(
+        "`--blocks_to_swap` beside `--fp8_scaled`", "--blocks_to_swap 2", "fp8 streamed", {}, f"{IN_BF16} --fp8_scaled"
+    ),
+    Neutral(
+        "`--gradient_checkpointing` beside `--fp8_scaled`",
+        "--gradient_checkpointing",
+        "fp8 recomputed",
+        {},
+        f"{IN_BF16} --fp8_scaled",
+    ),
+)
+"""Compared with a run that has only the options beside them."""
 TABLE = Table(
     "what changes no number",
     PROGRAM,
     "option",
     MODELS,
-    {row.name: [row.cell(model) for model in MODELS] for row in (*NEUTRAL, *CACHED)},
+    {row.name: [row.cell(model) for model in MODELS] for row in (*NEUTRAL, *CACHED, *ROUNDED)},
 )
 
 

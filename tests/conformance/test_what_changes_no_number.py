@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from library.data import dataset
+from library.data.order import BatchPlan, plan_epoch
 from tests.conformance.conftest import IN_TURN
+from tests.families.families import FAMILIES
 from tests.families.family import Family
 from tests.running import ROOT, run_in_process, toml_value
 from tools import make_equality_table
-from tools.make_equality_table import CACHED, NEUTRAL, PAGE, TABLE, Neutral
+from tools.make_equality_table import CACHED, NEUTRAL, PAGE, ROUNDED, TABLE, Neutral
 from tools.page_tables import updated
 
 LENGTH = ("--max_train_steps", "3", "--lr_scheduler", "cosine", "--validation_split", "0.25")
@@ -29,6 +34,19 @@ SHOWN_OF = {
     "batches": {"sd1", "lumina"},
 }
 """Groups of options that go one way in all families, and of whom an ordinary run of the tests shows them."""
+ORDINARY = ("backwards", "accumulated", "fp8 streamed")
+FEW = [
+    pytest.param(
+        family,
+        row,
+        id=f"{family.name}-{row.group}",
+        marks=[] if family.name == "flux" and row.group in ORDINARY else [pytest.mark.thorough],
+    )
+    for family in FAMILIES
+    for row in ROUNDED
+    if family.name in row.models
+]
+"""Some with one model in each run of the tests, all with every model with ``--thorough``."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +68,25 @@ def family(request) -> Family:
 
 @pytest.fixture(scope="module")
 def folder(image_folder, tmp_path_factory) -> Path:
-    """Four images as both a dataset file and the command line name them."""
+    """Four images as both a dataset file and the command line name them, and four of one size in batches of 3 and 1."""
     found = tmp_path_factory.mktemp("neutral")
     images = found / "data" / "1_circle"
     images.mkdir(parents=True)
     for number in range(4):
         for suffix in (".png", ".txt"):
             shutil.copy(image_folder / f"{number:02d}{suffix}", images)
+    small = found / "small"
+    small.mkdir()
+    for number in range(4):
+        shutil.copy(image_folder / f"{number:02d}.txt", small)
+        with Image.open(image_folder / f"{number:02d}.png") as image:
+            image.convert("RGB").resize((64, 64)).save(small / f"{number:02d}.png")
+    for name, size in (("whole", 3), ("single", 1)):
+        (found / f"{name}.toml").write_text(
+            f'[[datasets]]\nresolution = 64\nbatch_size = {size}\ncaption_extension = ".txt"\n'
+            f"[[datasets.subsets]]\nimage_dir = {toml_value(small.as_posix())}\n",
+            encoding="utf-8",
+        )
     (found / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1 --d 3\n", encoding="utf-8")
     (found / "dataset.toml").write_text(
         "[[datasets]]\nresolution = 64\nbatch_size = 2\nenable_bucket = true\nbucket_reso_steps = 64\n"
@@ -177,6 +207,34 @@ def test_caches_of_every_kind_give_the_same(family, run, folder, cached, made, r
         assert {len(list(folder.rglob(f"*{ending}"))) for ending in family.caches} == {4}
         assert (kept, made) == ((8, 0) if group == "kept" else (0, 8)), "of images and captions together"
     assert held(family.name, rows, found), found
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[tuple[str, str], Done]:
+    """Runs that others are compared with, by family and options."""
+    return {}
+
+
+def backwards(*given: Any, **named: Any) -> list[BatchPlan]:
+    """The epoch's batches, each with its images in the opposite order."""
+    plans = plan_epoch(*given, **named)
+    assert {len(plan.samples) for plan in plans} <= {1, 3}  # one batch of training or of validation
+    return [replace(plan, samples=plan.samples[::-1]) for plan in plans]
+
+
+@pytest.mark.parametrize(("family", "row"), FEW, indirect=["family"])
+def test_a_run_learns_the_same_up_to_rounding(family, run, folder, references, row, monkeypatch):
+    given = ["--no_report", "--max_data_loader_n_workers", "0"]
+    beside = [word.format(folder=folder.as_posix()) for word in row.beside.split()]
+    if (family.name, row.beside) not in references:
+        number = f"reference {len(references)}"
+        references[family.name, row.beside] = run(number, [*given, *beside])
+    if row.group == "backwards":
+        monkeypatch.setattr(dataset, "plan_epoch", backwards)
+    done = run(row.group, [*given, *beside, *words_of([row], folder)])
+    assert row.group != "fp8 streamed" or "are streamed from" in done.said
+    found = difference(references[family.name, row.beside], done)
+    assert held(family.name, [row], found), found
 
 
 def test_the_page_is_current():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import time
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.families.families import TINY
@@ -82,6 +85,38 @@ def test_other_batches_begin_the_epoch_anew_and_epochs_count_as_epochs(options, 
     again = run_together(FLUX.script, *more)[0].output
     assert "changed since the state was saved" not in again
     assert "14 steps from step 6 on: 3 epochs of 4 steps" in again
+
+
+def test_a_loss_that_is_infinite_in_one_process_is_left_out_by_both(options, run_together, tmp_path):
+    """Latents of one image make its loss overflow; one process with all images leaves out the same step."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(8):
+        Image.new("RGB", (64, 64), (30 * number, 60, 90)).save(images / f"{number:02d}.png")
+        (images / f"{number:02d}.txt").write_text("a plane", encoding="utf-8")
+
+    def given(folder: str, batch_size: int, *more: object) -> list[object]:
+        words = options(folder, batch_size, "--learning_rate", "1", "--max_train_steps", "3", "--on_nonfinite", "skip")
+        dataset = make_dataset(tmp_path, images, batch_size)
+        dataset.write_text(dataset.read_text(encoding="utf-8").replace("repeats = 4", "repeats = 1"), encoding="utf-8")
+        return [*words, *more]
+
+    assert run_in_process(FLUX.script, *given("healthy", 4)).returncode == 0
+    (broken,) = images.glob("05*.npz")
+    arrays = dict(numpy.load(broken))
+    large = {name: array * 1e30 for name, array in arrays.items() if name.startswith("latents")}
+    numpy.savez(broken, **{**arrays, **large})
+    one = run_in_process(FLUX.script, *given("one", 4, "--skip_cache_check"))
+    assert one.returncode == 0, one.stderr[-3000:]
+    both = [process.output for process in run_together(FLUX.script, *given("both", 2, "--skip_cache_check"))]
+    steps = [re.findall(r"step (\d+): the loss is (?:inf|nan)", said) for said in (one.stderr, *both)]
+    assert steps[0] == steps[1] == steps[2] and len(steps[0]) in (1, 2)
+    assert sorted(("05.png" in said, "another process" in said) for said in both) == [(False, True), (True, False)]
+    names = ("healthy", "one", "both")
+    healthy, expected, trained = (load_file(tmp_path / name / "lora.safetensors") for name in names)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(trained[key], tensor, rtol=0, atol=1e-6)
+    assert any((tensor - healthy[key]).abs().max() > 1e-4 for key, tensor in expected.items())
 
 
 @pytest.mark.parametrize("what", ["option", "data", "state"])

@@ -142,7 +142,7 @@ class ForkServer:
         self.close()
 
     def _answer(self) -> int:
-        answer = self._answers.get(timeout=120)
+        answer = self._answers.get(timeout=600)
         if answer is None:
             raise RuntimeError("the fork server has ended")
         return answer

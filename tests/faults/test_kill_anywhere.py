@@ -13,9 +13,13 @@ import numpy
 import pytest
 from PIL import Image
 
+from networks.flux_merge_lora import main as merge_lora
+from tests.families.families import TINY
 from tests.faults.killing import Work, broken_files, kill_again_and_again, leftovers
 from tests.faults.lora_files import contents
+from tests.networks.lora_tool_files import write_lora
 from tests.processes import ForkServer, Started
+from tools.make_tiny_models import make_tiny_flux
 
 SEED = 14
 
@@ -229,3 +233,130 @@ def test_drawing_that_is_killed_goes_on_to_the_same_images(few_blocks_sd1, fork_
     chance, kills = random.Random(f"{SEED} gen_img"), 50 if thorough else 2
     for broken, how in kill_again_and_again(lambda number: drawing(str(number)), kills, chance, length):
         assert broken.images() == expected, how
+
+
+# ---- the inference scripts of the other families: images under names of their own -----------------------------------
+
+
+@dataclass
+class InferenceScript:
+    """A minimal inference script with the images of a prompt file; started again, it draws all of them again."""
+
+    server: ForkServer
+    script: str
+    command: list[object]
+    folder: Path
+
+    @property
+    def places(self) -> list[Path]:
+        return [self.folder / "out"]
+
+    def start(self) -> Started:
+        prompts = self.folder / "prompts.txt"
+        prompts.write_text("a cat --w 64 --h 64 --d 1 --s 1\na dog --w 64 --h 96 --d 2 --s 1\n", encoding="utf-8")
+        return self.server.start(self.script, *self.command, "--from_file", prompts)
+
+    def images(self) -> set[bytes]:
+        """The pixels of each image."""
+        found = set()
+        for path in (self.folder / "out").rglob("*.png"):
+            with Image.open(path) as image:
+                found.add(image.tobytes())
+        return found
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(TINY[name], id=name, marks=pytest.mark.thorough) for name in ("flux", "lumina", "hunyuan_image")],
+)
+def test_an_inference_script_that_is_killed_leaves_whole_images(family, request, fork_server, tmp_path):
+    files = request.getfixturevalue(f"tiny_{family.name}")
+
+    def drawing(name: str) -> InferenceScript:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [*family.drawing(files), *family.dtypes["fp32"], family.output_option, folder / "out"]
+        return InferenceScript(fork_server, family.inference, command, folder)
+
+    whole = drawing("whole")
+    length = timed_run(whole)
+    expected = whole.images()
+    assert len(expected) == 2
+    chance = random.Random(f"{SEED} {family.name} images")
+    for broken, how in kill_again_and_again(lambda number: drawing(str(number)), 20, chance, length):
+        assert broken.images() == expected, how
+
+
+# ---- tools for LoRA files --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tool:
+    """A tool that makes one file."""
+
+    server: ForkServer
+    script: str
+    command: list[object]
+    folder: Path
+
+    @property
+    def places(self) -> list[Path]:
+        return [self.folder]
+
+    @property
+    def made(self) -> Path:
+        return self.folder / "made.safetensors"
+
+    def start(self) -> Started:
+        return self.server.start(self.script, *self.command, self.made)
+
+
+FLUX_LAYERS = {f"lora_unet_double_blocks_0_{name}": (64, 64) for name in ("img_attn_proj", "txt_attn_proj")}
+TOOLS = {
+    "merge files": "networks/flux_merge_lora.py --models LORA LORA --ratios 1 0.5 --save_to",
+    "merge into a model": "networks/flux_merge_lora.py --flux_model MODEL --models LORA --ratios 1 --save_to",
+    "extract": "networks/flux_extract_lora.py --model_org MODEL --model_tuned TUNED --dim 2 --save_to",
+    "resize": "networks/resize_lora.py --model LORA --new_rank 2 --save_to",
+    "join": "networks/svd_merge_lora.py --models LORA LORA --ratios 1 0.5 --new_rank 2 --save_to",
+    "convert": "networks/convert_flux_lora.py --src sd-scripts --dst ai-toolkit --src_path LORA --dst_path",
+    "convert a model": "tools/convert_diffusers_to_flux.py --diffusers_path FOLDER --save_to",
+}
+
+
+@pytest.mark.parametrize(
+    "tool", [pytest.param(name, marks=[] if name == "extract" else [pytest.mark.thorough]) for name in TOOLS]
+)
+def test_a_tool_that_is_killed_leaves_a_whole_file_or_none(tool, tiny_flux, fork_server, thorough, tmp_path):
+    script, *words = TOOLS[tool].split()
+    files = {
+        "LORA": tmp_path / "lora.safetensors",
+        "MODEL": tiny_flux.transformer,
+        "TUNED": tmp_path / "tuned.safetensors",
+    }
+    write_lora(files["LORA"], FLUX_LAYERS)
+    if "TUNED" in words:
+        merge_lora(
+            [
+                "--flux_model",
+                str(files["MODEL"]),
+                "--models",
+                str(files["LORA"]),
+                "--ratios",
+                "1",
+                "--save_to",
+                str(files["TUNED"]),
+            ]
+        )
+    if "FOLDER" in words:
+        files["FOLDER"] = make_tiny_flux(tmp_path / "model", layout="diffusers").transformer
+
+    def work(name: str) -> Tool:
+        (tmp_path / name).mkdir()
+        return Tool(fork_server, script, [files.get(word, word) for word in words], tmp_path / name)
+
+    whole = work("whole")
+    length = timed_run(whole)
+    expected = contents(whole.made)
+    chance, kills = random.Random(f"{SEED} {tool}"), 20 if thorough else 2
+    for broken, how in kill_again_and_again(lambda number: work(str(number)), kills, chance, length):
+        assert contents(broken.made) == expected, how

@@ -164,12 +164,13 @@ def _entry(path: Path, name: str, told: Any, data_start: int) -> TensorEntry:
         is_valid = type(dtype) is str and dtype != "" and type(shape) is list and len(shape) <= MOST_DIMENSIONS
     except (KeyError, TypeError, ValueError):
         is_valid = False
-    if not is_valid or not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, stop)):
+    if not is_valid or not all([type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, stop)]):
         raise UserError(f'{path} is damaged: its header does not describe the tensor "{name}" as safetensors does.')
     _, width = DTYPES.get(dtype, (None, None))
     count = math.prod(shape)
     has_size = width is None or stop - start == count * width
-    if start > stop or not has_size or math.prod(max(length, 1) for length in shape) >= 1 << 60:
+    is_huge = count >= 1 << 60 if count else math.prod(max(length, 1) for length in shape) >= 1 << 60
+    if start > stop or not has_size or is_huge:
         raise UserError(f'{path} is damaged: the size of tensor "{name}" does not match its shape.')
     return TensorEntry(path, dtype, tuple(shape), data_start + start, data_start + stop)
 

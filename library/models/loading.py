@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,7 +121,9 @@ class TensorSource:
     def remap(self, targets: Mapping[str, Origin]) -> None:
         """Give tensors new names: each target is made from current names, which are then no longer there."""
         made = {
-            name: replace(origin, keys=tuple(self.origins[key].keys[0] for key in origin.keys))
+            name: Origin(
+                tuple(self.origins[key].keys[0] for key in origin.keys), origin.transform, origin.shape, origin.rows
+            )
             for name, origin in targets.items()
         }
         for origin in targets.values():
@@ -177,8 +179,8 @@ class TensorSource:
 
     def count(self, pattern: str) -> int:
         """One more than the highest number that stands in the group of ``pattern`` in any name; 0 if in none."""
-        found = (re.match(pattern, name) for name in self.origins)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        found = filter(None, map(re.compile(pattern).match, self.origins))
+        return max((int(match[1]) + 1 for match in found), default=0)
 
     def load(self, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
         """The tensor, in memory of its own."""

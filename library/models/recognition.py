@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from library.checkpoints import Checkpoint
@@ -189,10 +190,11 @@ def recognise(checkpoint: Checkpoint, prefixes: tuple[str, ...] = TRANSFORMER_PR
     """
     tried = (names_of_part(checkpoint, group) for group in (prefixes, TRANSFORMER_PREFIXES, AUTOENCODER_PREFIXES))
     originals = next(filter(None, tried), None) or {key: key for key in checkpoint}
-    if any(LORA_KEY.search(key) for key in originals):
+    if any(map(LORA_KEY.search, originals)):
         return Kind("lora", "a LoRA file", ())
+    in_order = sorted(originals)
     for kind in KINDS:
-        if not all(_has(originals, key) for key in kind.keys) or kind.without in originals:
+        if not all(_has(in_order, key) for key in kind.keys) or kind.without in originals:
             continue
         if kind.sized is None:
             return kind
@@ -211,14 +213,18 @@ def names_of_part(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> dict[str
         return {}
     names = {}
     for key in checkpoint:
-        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), "")
-        if prefix or not key.startswith(PART_PREFIXES):
-            names[key.removeprefix(prefix)] = key
+        if key.startswith(prefixes):
+            names[key.removeprefix(next(filter(key.startswith, prefixes)))] = key
+        elif not key.startswith(PART_PREFIXES):
+            names[key] = key
     return names
 
 
-def _has(names: Collection[str], key: str) -> bool:
-    return any(name.startswith(key) for name in names) if key.endswith(".") else key in names
+def _has(names: Sequence[str], key: str) -> bool:
+    """Whether ``key``, or for one that ends in a dot a name that starts with it, is among names in order."""
+    place = bisect.bisect_left(names, key)
+    found = names[place] if place < len(names) else ""
+    return found.startswith(key) if key.endswith(".") else found == key
 
 
 def refuse_unless(

@@ -229,6 +229,12 @@ def by_model(model: str) -> Family:
     return {name: family for family in FAMILIES for name in family.model_names}[model]
 
 
+def by_options(options: Any) -> Family:
+    """The family whose training script has options of this class."""
+    found = {family.options: family for family in FAMILIES}
+    return next(found[made.__name__] for made in type(options).__mro__ if made.__name__ in found)
+
+
 def switches() -> dict[str, Family]:
     """The families that the caching tools are told by a switch, by its name without ``--``."""
     return {family.key: family for family in FAMILIES if not family.is_default}

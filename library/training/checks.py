@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from library.errors import UserError
+from library.families import by_options
 from library.memory.streaming_options import check_streaming_options
 from library.training.finiteness import check_nonfinite_options
 from library.training.launch import WHOLE_MODEL, check_launch
@@ -25,7 +26,7 @@ def check_training_options(options: TrainingOptions) -> None:
     check_compiler(options.precision)
     check_streaming_options(options.streaming, options.precision.cpu_offload_checkpointing)
     check_lengths(options.length)
-    check_network_options(options.network)
+    check_network_options(options.network, by_options(options))
     check_optimizer_options(
         options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision
     )

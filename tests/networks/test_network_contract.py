@@ -8,7 +8,8 @@ import inspect
 import pytest
 
 from library.errors import UserError
-from library.families import network_modules
+from library.families import FAMILIES, by_options, network_modules
+from library.training.network.contract import NetworkOptions, check_network_options
 from networks import lora_flux
 from networks.adapters.lora_core import LoRANetwork
 
@@ -33,6 +34,19 @@ def test_module_functions(module):
     for function in (offered.create_network, offered.create_network_from_weights):
         with pytest.raises(UserError, match=f'{module} has no argument "no_such_argument"'):
             function(1.0, 4, 1, None, None, None, no_such_argument="1")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.key)
+def test_the_networks_that_are_suggested_are_the_family_s(family):
+    assert by_options(family.options_class()()) is family
+    theirs = next(name for name in network_modules() if name not in family.networks)
+    for given in (None, "networks.no_such_module", theirs):
+        with pytest.raises(UserError) as refused:
+            check_network_options(NetworkOptions(network_module=given), family)
+        assert f"for {family.name} there are {', '.join(family.networks)}." in str(refused.value)
+    assert f"--network_module: {theirs} is for " in str(refused.value)
+    for name in family.networks:
+        check_network_options(NetworkOptions(network_module=name), family)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 from library.checkpoints import load_tensors, open_checkpoint
 from library.console import say
 from library.errors import UserError
-from library.families import network_modules
+from library.families import FAMILIES, Family, network_modules
 from library.lycoris import LycorisModule, quiet_imports
 
 REQUIRED_METHODS = (
@@ -70,10 +70,13 @@ def parse_network_args(options: NetworkOptions) -> dict[str, str]:
     return arguments
 
 
-def check_network_options(options: NetworkOptions) -> None:
-    """Everything about the network that can be known before models load. Raises UserError."""
+def check_network_options(options: NetworkOptions, family: Family) -> None:
+    """Everything about the network that can be known before models load. Raises UserError.
+
+    ``family``: whose network modules are suggested; those of the other families are refused.
+    """
     if not options.network_module:
-        raise UserError("--network_module is missing; for a LoRA name one like networks.lora_flux.")
+        raise UserError(f"--network_module is missing; for {family.name} there are {', '.join(family.networks)}.")
     parse_network_args(options)
     if options.network_train_unet_only and options.network_train_text_encoder_only:
         raise UserError("--network_train_unet_only and --network_train_text_encoder_only are mutually exclusive.")
@@ -91,11 +94,18 @@ def check_network_options(options: NetworkOptions) -> None:
             raise UserError(f"There is no LoRA file {path}.")
         if Path(path).suffix == ".safetensors":
             open_checkpoint(path, option=option)  # its header is sound
-    find_network_module(options.network_module)
+    find_network_module(options.network_module, family)
 
 
-def find_network_module(name: str) -> None:
-    """Raises UserError when no module of that name can be found; nothing is imported but its packages."""
+def find_network_module(name: str, family: Family) -> None:
+    """Raises UserError when no module of that name can be found, or one that is for other families than ``family``.
+
+    Nothing is imported but the module's packages.
+    """
+    offered = f"for {family.name} there are {', '.join(family.networks)}"
+    if name not in family.networks and name in network_modules():
+        others = " and ".join(other.name for other in FAMILIES if name in other.networks)
+        raise UserError(f"--network_module: {name} is for {others}; {offered}.")
     if name.partition(".")[0] == "lycoris":
         quiet_imports()  # its package is imported to find the module in it
     try:
@@ -105,9 +115,7 @@ def find_network_module(name: str) -> None:
     if found is None:
         if name.partition(".")[0] == "lycoris":
             raise UserError(f"--network_module: {name} is not installed; install it with: pip install lycoris-lora")
-        raise UserError(
-            f'--network_module: there is no module "{name}"; this suite has {", ".join(network_modules())}.'
-        )
+        raise UserError(f'--network_module: there is no module "{name}"; {offered}.')
 
 
 def import_network_module(options: NetworkOptions) -> Any:

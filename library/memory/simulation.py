@@ -7,6 +7,7 @@ formulas beside the code, but by the code. It rests on torch's FakeTensorMode, w
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,11 +18,33 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from library.memory.quick_fakes import DEVICE, MISSING, QuickFakeMode
 
-__all__ = ["DataDependentOutputException", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
+__all__ = ["DataDependentOutputException", "Effort", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
+
+FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+MAKE_NOTHING = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
+"""Operations that make a tensor without writing it."""
+
+
+def _attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_on_cpu_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+FLOPS: dict[Any, Any] = {
+    **flop_registry,
+    FLASH_ON_CPU: _attention_on_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_on_cpu_backward,
+}
+"""How many products and sums an operation takes; torch's own table lacks attention on the CPU."""
+PRODUCTS = {torch.ops.aten.mm: 0, torch.ops.aten.addmm: 1}
+"""Products of two matrices, and the place of the first one among the arguments."""
 
 Bytes = tuple[int, int]
 """On the device where the work is done, and in system RAM beside another device."""
@@ -72,6 +95,35 @@ def forget_values(module: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What work costs beside memory, counted and not measured."""
+
+    flops: int = 0
+    """Of matrix products, convolutions and attention."""
+    bytes: int = 0
+    """Of the tensors that all other operations write."""
+    operations: int = 0
+    """Operations that make tensors."""
+    product: tuple[int, int, int] | None = None
+    """Rows, inner dimension and columns of the largest product of two matrices."""
+
+    def __add__(self, other: Effort) -> Effort:
+        largest = max(self.product or (0, 0, 0), other.product or (0, 0, 0), key=lambda sides: math.prod(sides))
+        return Effort(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.operations + other.operations,
+            largest if any(largest) else None,
+        )
+
+    def __sub__(self, earlier: Effort) -> Effort:
+        """What came after ``earlier``."""
+        return Effort(
+            self.flops - earlier.flops, self.bytes - earlier.bytes, self.operations - earlier.operations, self.product
+        )
+
+
+@dataclass(frozen=True)
 class Peak:
     """The most bytes that work takes at once."""
 
@@ -79,7 +131,9 @@ class Peak:
     host: int = 0
     """In system RAM, by work on another device."""
     forward_flops: int = 0
-    """Of a training step's forward pass: of its matrix products and convolutions."""
+    """Of a training step's forward pass: of its matrix products, convolutions and attention."""
+    effort: Effort = Effort()
+    """Of all of it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +149,7 @@ class Course:
     """The memory of work that is done apart, moment by moment, without what the work is given."""
 
     def __init__(self) -> None:
-        self.flops = 0
+        self.effort = Effort()
         self.given: dict[int, Any] = {}
         """The names of what is given and still held by somebody, by the address of its storage."""
         self._sizes: dict[int, tuple[int, bool]] = {}
@@ -157,8 +211,7 @@ class PeakMemory(TorchDispatchMode):
         self._has_host = device is not None and device.type != "cpu"
         self.live = self.live_on_host = 0
         self.peak = Peak(0)
-        self.flops = 0
-        """Of matrix products and convolutions."""
+        self.effort = Effort()
         self._known: set[int] = set()
         """The addresses of all storages."""
         self._course: Course | None = None
@@ -183,24 +236,35 @@ class PeakMemory(TorchDispatchMode):
             return result
         if result is MISSING:
             result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        made = 0
         for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._note(leaf)
+                made += self._note(leaf)
+        self._count(func._overloadpacket, made, result, args, kwargs or {})
         return result
+
+    def _count(self, packet: Any, made: int, result: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Add an operation that has made ``made`` bytes to the effort."""
+        formula = FLOPS.get(packet)
+        if formula is None:
+            if made and packet.__name__ not in MAKE_NOTHING:
+                self.effort += Effort(bytes=made, operations=1)
+            return
+        product, first = None, PRODUCTS.get(packet)
+        if first is not None:
+            product = (*args[first].shape, args[first + 1].shape[1])
+        self.effort += Effort(formula(*args, **kwargs, out_val=result), 0, 1, product)
 
     @contextlib.contextmanager
     def apart(self, course: Course) -> Iterator[None]:
         """What is made meanwhile is counted by ``course`` instead, for as long as it exists."""
-        outer, flops = self._course, self.flops
-        self._course, self.flops = course, 0
+        outer, effort = self._course, self.effort
+        self._course, self.effort = course, course.effort
         try:
             yield
         finally:
-            course.flops += self.flops
-            self._course, self.flops = outer, flops
+            course.effort = self.effort
+            self._course, self.effort = outer, effort
 
     def is_on_host(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in system RAM, beside another device."""
@@ -218,11 +282,12 @@ class PeakMemory(TorchDispatchMode):
         self.live += count[0]
         self.live_on_host += count[1]
 
-    def _note(self, tensor: Tensor, counts: bool = True) -> None:
+    def _note(self, tensor: Tensor, counts: bool = True) -> int:
+        """Count a tensor's memory if it is new; returns its bytes."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
-            return
+            return 0
         self._known.add(key)
         size, on_host, course = storage.nbytes() if counts else 0, self.is_on_host(tensor), self._course
         weakref.finalize(storage, self._forget, key, size, on_host, course)
@@ -230,6 +295,7 @@ class PeakMemory(TorchDispatchMode):
             course.make(key, size, on_host)
         else:
             self._add(size, on_host)
+        return size
 
     def _forget(self, key: int, size: int, on_host: bool, course: Course | None) -> None:
         self._known.discard(key)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from library.memory.simulation import Bytes, Course, PeakMemory, Stretch
+from library.memory.simulation import Bytes, Course, Effort, PeakMemory, Stretch
 from library.training.plan.block_kinds import Unlike, block_kind
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ class _Backward:
     """A known backward pass."""
 
     course: tuple[Stretch, ...]
+    effort: Effort
     gradients: list[Layout | None]
     """Of the inputs."""
     lent: dict[int, int]
@@ -243,7 +244,8 @@ class BlockMemory:
         """What is kept for the backward pass, besides ``held``."""
         self.held: list[tuple[str, int]] = []
         """Inputs and outputs whose memory is kept for the backward pass."""
-        self.flops = 0
+        self.effort = Effort()
+        """Of a forward pass."""
         self.backwards: dict[Any, _Backward] = {}
         self._anchor = torch.empty(0, requires_grad=True)
         self._graph: _Graph | None = self._alone()
@@ -265,7 +267,7 @@ class BlockMemory:
             self.held = sorted(graph.course.given.values())
             if graph.end is None and (self.saved != (0, 0) or self.held):
                 self.is_known = False
-        self.flops = graph.course.flops
+        self.effort = graph.course.effort
         used = [sum(stretch.net[place] for stretch in self.course) for place in (0, 1)]
         self.new = (used[0] - self.saved[0], used[1] - self.saved[1])
         return graph
@@ -299,10 +301,11 @@ class BlockMemory:
         self._graph, course, found = None, graph.course, _Backward()
         graph.gradients = gradients
         untouched = [parameter for parameter in self.trained if parameter.grad is None]
+        before = course.effort
         with self.memory.apart(course):
             assert graph.end is not None
             torch.autograd.backward(graph.end, torch.empty_like(graph.end))
-            found.course = course.end()
+            found.course, found.effort = course.end(), self.memory.effort - before
             self._look_at_gradients(graph, found)
             graph.arrived.clear()
             graph.end = None
@@ -336,7 +339,7 @@ class BlockMemory:
         """What the block returns for tensors like those of its arguments, and with it the course of its memory."""
         for stretch in self.course:
             self.memory.happen(stretch)
-        self.memory.flops += self.flops
+        self.memory.effort += self.effort
         self.memory.add_bytes((-self.new[0], -self.new[1]))
         if not any(self.differentiable):
             return tree_unflatten(laid_out(self.outputs), self.structure)
@@ -381,6 +384,7 @@ class _Call:
         block, memory = self.block, self.block.memory
         known = block.backward_for(layouts_of(self.gradients))
         self.saved = None  # from here on the course says when it is freed
+        memory.effort += known.effort
         for stretch in known.course:
             memory.happen(stretch)
             if stretch.then is not None:

@@ -166,7 +166,8 @@ def training_peak(run: RunFacts, loss: StepLoss, size: Largest) -> Peak:
     if run.optimization.fused is not None:
         run.optimization.fused.only_frees = True  # its steps would look at numbers
     step = _step_peak(run, loss, size)
-    return Peak(max(before.device, step.device), max(before.host, step.host), step.forward_flops)
+    highest = (max(before.device, step.device), max(before.host, step.host))
+    return Peak(*highest, step.forward_flops, before.effort + step.effort)
 
 
 def _step_peak(
@@ -181,7 +182,7 @@ def _step_peak(
         trained = run.optimization.parameters
         with memory, contextlib.nullcontext() if every_block else equal_blocks(run.pipeline, memory, trained):
             losses = loss(batch, ItemDraws(run.seed, 0, batch.item_ids))
-            forward_flops = memory.flops
+            forward_flops = memory.effort.flops
             losses.mean().backward()
     except NotRepeatable:
         return _step_peak(run, loss, size, with_dropout, every_block=True)
@@ -192,7 +193,7 @@ def _step_peak(
     finally:
         for parameter in run.optimization.parameters:
             parameter.grad = None
-    return replace(memory.peak, forward_flops=forward_flops)
+    return replace(memory.peak, forward_flops=forward_flops, effort=memory.effort)
 
 
 @contextlib.contextmanager
@@ -215,7 +216,7 @@ def encoding_peak(model: StepModel, size: Largest) -> Peak:
     generators = [torch.Generator() for _ in range(size.count)]
     with PeakMemory([model.latents.pipeline.load_autoencoder()], model.accelerator.device) as memory:
         model.latents.encode(pixels, generators)
-    return memory.peak
+    return replace(memory.peak, effort=memory.effort)
 
 
 def text_peak(model: StepModel, count: int) -> Peak:

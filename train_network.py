@@ -198,7 +198,8 @@ class NetworkTrainer(FamilyHooks):
 
     def start_processes(self) -> None:
         """Start accelerate, find device and dtypes, and agree on the seed."""
-        self.accelerator = make_accelerator(self.options.precision, self.options.distribution)
+        only_plans = self.options.preflight.dry_run
+        self.accelerator = make_accelerator(self.options.precision, self.options.distribution, only_plans)
         if not self.accelerator.is_main_process:
             set_up_console(self.options.console, main_process=False)
         require_same_state(self.saved, self.accelerator)
@@ -322,7 +323,7 @@ class NetworkTrainer(FamilyHooks):
 
     def check_network_files(self) -> None:
         """See that the LoRA files which training begins with fit the model. Raises UserError."""
-        from library.training.plan.dry_run import try_network_files
+        from library.training.plan.rehearsal import try_network_files
 
         try_network_files(self)
 

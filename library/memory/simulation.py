@@ -22,7 +22,15 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from library.memory.quick_fakes import DEVICE, MISSING, QuickFakeMode
 
-__all__ = ["DataDependentOutputException", "Effort", "Peak", "PeakMemory", "Simulation", "forget_values", "module_bytes"]
+__all__ = [
+    "DataDependentOutputException",
+    "Effort",
+    "Peak",
+    "PeakMemory",
+    "Simulation",
+    "forget_values",
+    "module_bytes",
+]
 
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 MAKE_NOTHING = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.console import warn
+from library.console import say, warn
 from library.errors import UserError, in_one_line
 from library.files import temporary_path
 from library.torch_build import missing_cuda
@@ -26,10 +26,10 @@ LoadInTurn = Callable[[], contextlib.AbstractContextManager[None]]
 """What parts of the model are loaded in: with ``--lowram`` the processes take turns."""
 
 
-def make_accelerator(precision: PrecisionOptions, distribution: DistributionOptions) -> Any:
+def make_accelerator(precision: PrecisionOptions, distribution: DistributionOptions, only_plans: bool = False) -> Any:
     """Start accelerate: device, processes, mixed precision.
 
-    Raises UserError when the device cannot compute in the requested precision.
+    Raises UserError when the device cannot compute in the requested precision; a run that is only planned needs not.
     """
     from datetime import timedelta
 
@@ -38,15 +38,21 @@ def make_accelerator(precision: PrecisionOptions, distribution: DistributionOpti
 
     if os.environ.get("RANK", "0") == "0" and (message := missing_cuda()):
         warn(message)
-    if precision.mixed_precision == "fp16" and not torch.cuda.is_available():
+    lacks_fp16 = precision.mixed_precision == "fp16" and not torch.cuda.is_available()
+    if lacks_fp16 and not only_plans:
         raise UserError("--mixed_precision fp16 needs a CUDA device; use bf16 or no on this machine.")
     handlers = []
     if distribution.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=distribution.ddp_timeout)))
     # Several processes without accelerators talk through gloo, which accelerate only sets up when told so.
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    started = "no" if lacks_fp16 else precision.mixed_precision
     with without_engine():
-        return Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers, cpu=several_on_cpu)
+        accelerator = Accelerator(mixed_precision=started, kwargs_handlers=handlers, cpu=several_on_cpu)
+    if lacks_fp16:
+        say("--mixed_precision fp16 is planned as for a CUDA device; training on this machine needs bf16 or no")
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    return accelerator
 
 
 def processes_per_machine(accelerator: Any) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,22 @@ from PIL import Image
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
 from library.errors import UserError
-from library.memory.simulation import PeakMemory
+from library.memory.simulation import Effort, PeakMemory
 from library.models.flux.pipeline import FluxPipeline
 from library.training.plan.dry_run import plan_of
-from library.training.plan.plan_report import Plan, plan_lines
+from library.training.plan.plan_report import MemoryPhase, Plan, plan_lines
 from library.training.plan.planned_files import kept
+from library.training.plan.step_time import (
+    COPYING,
+    LEFT_OUT,
+    USUAL,
+    Speed,
+    mean_share,
+    measure_speed,
+    step_seconds,
+    time_line,
+)
+from library.training.plan.verdict import verdict_of
 from library.training.report.description import size_on_disk
 from library.training.training_loop import TrainingLoop
 from tests.e2e.test_flux_training_options import SMALL
@@ -244,6 +257,9 @@ def test_a_dry_run_from_a_configuration_file_ends_well(flux_command, dataset_tom
     assert result.returncode == 0, result.stderr[-3000:]
     for words in ("12 steps: 2 epochs of 7 steps", "26 transformer and 12 text encoder modules", "All checks passed"):
         assert words in result.stderr
+    time, verdict = result.stderr.splitlines()[-2:]
+    assert re.fullmatch(r"Expected time: about .* per step \(.* to .*\) on cpu, .* for 12 steps; .* come on top", time)
+    assert re.fullmatch(r"Verdict: fits on GPUs of 8, 12, 16 and 24 GB \([\d.]+ MiB expected\)", verdict)
     assert not (tmp_path / "out").exists()
 
 
@@ -274,3 +290,69 @@ def test_memory_of_another_device_and_system_ram_are_counted_apart():
         del on_device
         again = torch.empty(60, device="meta")
     assert (memory.peak.device, memory.peak.host) == (400, 200) and len(offloaded) + len(again) == 110
+
+
+def test_fp16_is_planned_where_it_cannot_be_trained(plan_only, make_trainer, flux_command, caplog):
+    caplog.set_level("INFO")
+    arguments = [*flux_command, "--max_train_steps", "2", "--cache_latents"]
+    plans = [plan_only(FLUX, *arguments, "--mixed_precision", precision) for precision in ("fp16", "bf16")]
+    assert "--mixed_precision fp16 is planned as for a CUDA device" in caplog.text
+    half, brain = ([phase.total for phase in plan.phases] for plan in plans)
+    assert half == pytest.approx(brain, rel=0.03) and plans[0].start is not None
+    assert {part.dtype for part in plans[0].start.parts} == {"float16"}
+    with pytest.raises(UserError, match="--mixed_precision fp16 needs a CUDA device"):
+        make_trainer(FLUX, *arguments, "--mixed_precision", "fp16").train()
+
+
+class OnCuda:
+    """What a verdict looks at in a run on a GPU."""
+
+    accelerator = SimpleNamespace(device=torch.device("cuda:0"))
+
+    def __init__(self, vram_budget: float | None = None) -> None:
+        self.options = SimpleNamespace(precision=SimpleNamespace(vram_budget=vram_budget))
+
+
+def test_the_verdict_on_a_gpu_counts_all_its_memory_and_names_what_others_hold(monkeypatch):
+    gib = 1 << 30
+    phase = MemoryPhase("training", {"transformer": 8 * gib}, 0, gib, gib, {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11 * gib, 16 * gib))
+    expected = "(10.0 GiB expected, 14.4 GiB of 16.0 GiB usable"
+    assert verdict_of(OnCuda(), [phase], "") == f"fits on cuda:0 {expected})"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * gib, 16 * gib))
+    assert verdict_of(OnCuda(), [phase], "") == f"fits on cuda:0 {expected}, but only 4.0 GiB are free now)"
+    assert verdict_of(OnCuda(12), [phase], "").startswith("fits into --vram_budget 12 (10.0 GiB expected, 10.6 GiB")
+    unknown = replace(phase, activations=None, reason="it asks for a value")
+    assert verdict_of(OnCuda(), [unknown], "") == (
+        "unknown: the memory of this run cannot be planned (it asks for a value)"
+    )
+
+
+def test_the_time_of_a_step_is_that_of_its_operations_or_of_its_copies():
+    speed = Speed(flops=1e12, bytes=1e11, operation=1e-5, waits=False)
+    work = Effort(flops=10**12, bytes=10**11, operations=10**5)
+    gpu, cpu = step_seconds(work, speed), step_seconds(work, replace(speed, waits=True))
+    assert (gpu, cpu) == (pytest.approx(2 * USUAL), pytest.approx(3 * USUAL))
+    assert step_seconds(work, speed, share=0.25) == pytest.approx(USUAL)  # it starts as many operations
+    assert step_seconds(work, speed, copied=round(5 * COPYING)) == pytest.approx(5 * USUAL)
+    assert time_line(90, 100, "cuda") == (
+        f"about 1 min 30 s per step (45 s to 3 min 0 s) on cuda, 2 h 30 min for 100 steps; {LEFT_OUT}"
+    )
+    state = torch.get_rng_state()
+    measured = measure_speed(torch.device("cpu"), torch.bfloat16, (64, 32, 16))
+    assert min(measured.flops, measured.bytes, measured.operation) > 0 and measured.waits
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_mean_batch_is_smaller_than_the_largest(make_trainer, flux_command):
+    trainer = make_trainer(FLUX, *flux_command, "--max_train_steps", "1", dataset={"batch_size": 3})
+    for step in ("check_options", "prepare_output", "check_network", "start_processes", "read_data"):
+        getattr(trainer, step)()
+    data = trainer.data.train
+    sizes = [
+        [bucket] * len(samples) for dataset in data.datasets for bucket, samples in dataset.bucket_samples().items()
+    ]
+    batches = [bucket[first : first + 3] for bucket in sizes for first in range(0, len(bucket), 3)]
+    pixels = [sum(width * height for width, height in batch) for batch in batches]
+    assert len(set(pixels)) > 1
+    assert mean_share(data, max(pixels)) == pytest.approx(sum(pixels) / len(pixels) / max(pixels))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from flux_train_network import FluxNetworkTrainer, FluxTrainingOptions
-from library.memory.simulation import PeakMemory, Simulation
+from library.memory.simulation import Effort, PeakMemory, Simulation
 from library.options import parse_options
 from library.training.evaluation import Evaluation
 from library.training.objective.step_inputs import ItemDraws
@@ -33,6 +34,23 @@ FUSED = (
     "--cache_latents --gradient_checkpointing --network_train_unet_only --network_dim 256 --fused_backward_pass "
     "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False --max_grad_norm 0"
 )
+
+
+def attention_flops(products: int, first: int) -> Any:
+    """Of so many products of all queries with all keys or values; ``first``: where the query's shape stands."""
+
+    def count(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        (batch, heads, queries, width), keys = shapes[first], shapes[first + 1][2]
+        return products * 2 * batch * heads * queries * keys * width
+
+    return count
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops(2, 0),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_flops(5, 1),
+}
+"""What torch's counter lacks; the backward pass makes the scores anew."""
 
 
 @pytest.fixture
@@ -119,7 +137,8 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
     simulation = Simulation(trainer.pipeline)
     with simulation.running():
         build(trainer)
-        expected = training_peak(trainer, size)
+        found = memory_estimate.training_peak(trainer.facts(), trainer.step_loss, size)
+    expected, effort = found.device, found.effort
     trainer.pipeline.modules.clear()
     build(trainer)
     batch = memory_estimate.empty_batch(trainer.facts(), trainer, size)
@@ -135,6 +154,9 @@ def test_the_peak_of_a_training_step(make_trainer, command, arguments):
             parameter.grad = None
 
     assert expected == pytest.approx(measured_peak(step), rel=0.1)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        step()
+    assert effort.flops == counter.get_total_flops() > 0 and effort.operations > 100
 
 
 @pytest.mark.parametrize(
@@ -246,6 +268,18 @@ def test_peak_memory_counts_live_storages_once(make_trainer):
         assert memory.live == 0
         given.add_(1)
     assert memory.peak.device == 4040
+
+
+def test_the_effort_of_products_and_of_what_stands_between_them():
+    left, right, new = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(8, 16, dtype=torch.bfloat16), torch.ones(9)
+    with PeakMemory([left, right, new]) as memory:
+        torch.addmm(torch.ones(16, dtype=torch.bfloat16), left, right)
+        before = memory.effort
+        left @ right[:, :2]
+        (new * new).view(3, 3).T.add_(1)
+        torch.empty(1000)
+    assert before == Effort(2 * 4 * 8 * 16, 32, 2, (4, 8, 16))  # the ones are written
+    assert memory.effort - before == Effort(2 * 4 * 8 * 2, 36, 2, (4, 8, 16))
 
 
 SHAPES = [(16, 300), (300, 16), (16, 300), (8, 4, 3, 3), (7,)]

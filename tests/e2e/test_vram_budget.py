@@ -14,7 +14,7 @@ from library.checkpoints import load_tensors
 from library.console import size_text
 from library.errors import UserError
 from library.memory.simulation import Simulation, module_bytes
-from library.training.plan import budget
+from library.training.plan import budget, verdict
 from library.training.plan.dry_run import plan_of
 from library.training.plan.expected_memory import expected_memory
 from tests.e2e.test_flux_training_options import SMALL
@@ -123,6 +123,27 @@ def test_auto_only_streams(words):
     assert chosen.keys() <= {"blocks_to_swap", "stream_text_encoders"} and trainer.options.streaming.blocks_to_swap > 0
     with pytest.raises(UserError, match="cpu has no memory of its own; give a number or --vram_budget"):
         ready([*words, "--blocks_to_swap", "auto"]).fit_memory()
+
+
+def test_what_the_verdict_of_a_plan_advises_lets_it_fit(words, monkeypatch):
+    needed = plain_peak(words) / GIB
+    sizes = (0.01 * needed, 0.6 * needed, 1.1 * needed)
+    monkeypatch.setattr(verdict, "GPUS", sizes)
+
+    def said(*given: object) -> str:
+        trainer = ready([*words, *given])
+        trainer.open_pipeline()
+        return plan_of(trainer).verdict
+
+    large, small, smallest = said().split("; ")
+    assert large.startswith(f"fits on GPUs of {sizes[2]:g} GB (") and smallest.endswith(
+        "fewer pixels or images in a batch"
+    )
+    advice = small.removeprefix(f"on {sizes[1]:g} GB with ").split()
+    assert advice[0].startswith("--")
+    assert said(*advice).startswith(f"fits on GPUs of {sizes[1]:g} and {sizes[2]:g} GB (")
+    monkeypatch.setattr(verdict, "GPUS", sizes[:1])
+    assert said().startswith(f"does not fit on GPUs of {sizes[0]:g} GB (")
 
 
 def test_a_budget_changes_no_result_and_the_end_compares(words, tmp_path, caplog):

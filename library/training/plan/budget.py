@@ -18,8 +18,9 @@ from library.errors import UserError
 from library.memory.budget import GIB, budget_bytes, least_budget, usable
 from library.memory.simulation import Peak, module_bytes
 from library.memory.streaming_options import pins
-from library.training.plan.dry_run import Rehearsal, build, cache_plans, without_values
 from library.training.plan.memory_estimate import checkpointing_is, optimizer_state_bytes, run_phases
+from library.training.plan.rehearsal import Rehearsal, build, cache_plans, without_values
+from library.training.plan.step_time import COPYING
 from library.training.report.timing import process_memory
 from library.training.report.wording import Forecast
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 ASSUMED_FLOPS = 100e12
 """Products per second of a fast consumer GPU, as it is reached in training (an RTX 4090)."""
-ASSUMED_COPYING = 25e9
-"""Bytes per second from pinned memory (PCIe 4)."""
 
 Changes = dict[str, Any]
 """Values of options, by name."""
@@ -104,6 +103,31 @@ class Needs:
         return device, host
 
 
+class Fitting:
+    """The search for options with which a run fits; the run has to open its pipeline again afterwards."""
+
+    def __init__(self, run: Rehearsal, only_streams: bool = False) -> None:
+        """``only_streams``: no options but those of streaming. Raises UserError where the run cannot be simulated."""
+        self.run, self.only_streams = run, only_streams
+        no_effect = list(run.no_effect)
+        self.needs = needs_of(run)
+        run.no_effect[:] = no_effect
+
+    def options_for(self, limit: int) -> tuple[Candidate | None, Candidate]:
+        """The fastest options that fit into ``limit`` bytes, if any do, and those that need least."""
+        least = None
+        no_effect = list(self.run.no_effect)
+        try:
+            for candidate in _candidates(self.run, self.needs, self.only_streams, limit):
+                least = candidate if least is None or candidate.device < least.device else least
+                if candidate.device <= limit:
+                    return candidate, least
+        finally:
+            self.run.no_effect[:] = no_effect
+        assert least is not None
+        return None, least
+
+
 def fit(run: Rehearsal) -> tuple[Forecast, str]:
     """Set the options that let the run fit; returns its expected memory and a line that names them.
 
@@ -113,20 +137,10 @@ def fit(run: Rehearsal) -> tuple[Forecast, str]:
     only_streams = options.streaming.blocks_to_swap == "auto"
     why = "--blocks_to_swap auto" if only_streams else f"--vram_budget {options.precision.vram_budget:g}"
     budget = budget_bytes(options.precision.vram_budget, device)
-    limit = usable(budget)
-    no_effect = list(run.no_effect)
     with silence(), without_values():
-        needs = needs_of(run)
-        found, least = None, None
-        for candidate in _candidates(run, needs, only_streams, limit):
-            least = candidate if least is None or candidate.device < least.device else least
-            if candidate.device <= limit:
-                found = candidate
-                break
-    run.no_effect[:] = no_effect
+        found, least = Fitting(run, only_streams).options_for(usable(budget))
     before = process_memory()  # with the libraries that the run works with
     if found is None:
-        assert least is not None
         with_them = f" ({command_words(least.changes)})" if least.changes else ""
         raise UserError(
             f"{why}: the run does not fit into {budget / GIB:g} GiB; --vram_budget {least_budget(least.device):g} is "
@@ -260,7 +274,7 @@ def _hidden(run: Rehearsal, needs: Needs, model: StoredModel) -> int:
     fitting = (
         count
         for count in range(1, model.most + 1)
-        if model.swap(count).bytes <= seconds * ASSUMED_COPYING and pins(streaming, model.swap(count).bytes)
+        if model.swap(count).bytes <= seconds * COPYING and pins(streaming, model.swap(count).bytes)
     )
     return max(fitting, default=0)
 

@@ -1,84 +1,40 @@
 """``--dry_run``: the plan of a run that has passed its checks.
 
-The run's own code builds network, optimizer and schedule, on tensors without values; so what the plan says is what
-the run does. Nothing is loaded and nothing is written.
+What it says is what the run does, because the run's own code builds it (``rehearsal.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from library.console import LOGGER, silence, size_text
-from library.errors import UserError
-from library.memory.simulation import Simulation, forget_values
+from library.console import size_text
 from library.training.optim.lr_schedulers import ReportedLearningRate, load_scheduler_state
 from library.training.plan.disk_space import file_sizes, free_bytes, shortage
-from library.training.plan.memory_estimate import memory_phases, optimizer_state_bytes
-from library.training.plan.plan_report import CachePlan, Plan
+from library.training.plan.memory_estimate import largest_batch, memory_phases, optimizer_state_bytes
+from library.training.plan.plan_report import MemoryPhase, Plan
 from library.training.plan.planned_files import plan_files
+from library.training.plan.rehearsal import Rehearsal, build, cache_plans
+from library.training.plan.step_time import mean_share, measure_speed, step_seconds, time_line
+from library.training.plan.verdict import verdict_of
 from library.training.report.description import start_facts
 from library.training.report.report_options import report_is_wanted
 
 if TYPE_CHECKING:
-    from library.data.cache import LatentCache, TextCache
-    from library.models.pipeline import Pipeline
-    from library.training.latents import Latents
-    from library.training.output.run_outputs import RunOutputs
-    from library.training.plan.lengths import RunPlan
-    from library.training.progress import Progress
     from library.training.run_facts import RunFacts
-    from library.training.step_loss import StepLoss
-    from library.training.text_conditioning import TextConditioning
-    from library.training.training_options import TrainingOptions
 
 RATE_POINTS = 5
 MOST_SCHEDULER_STEPS = 20_000
 """A schedule that is no formula is followed so far."""
 
 
-class Rehearsal(Protocol):
-    """A run that has passed its checks and can build what it trains, for a plan without values."""
-
-    options: TrainingOptions
-    accelerator: Any
-    plan: RunPlan
-    progress: Progress
-    outputs: RunOutputs
-    pipeline: Pipeline
-    latents: Latents
-    text: TextConditioning
-    step_loss: StepLoss
-    network: Any
-    no_effect: list[str]
-
-    def open_pipeline(self) -> None:
-        """Open the base model's files as the options say. Raises UserError."""
-
-    def load_models(self) -> None:
-        """Load what is frozen."""
-
-    def make_network(self) -> None:
-        """Create the network in the base model."""
-
-    def place_network(self) -> None:
-        """Put the network on the device."""
-
-    def build_optimizer(self) -> None:
-        """Make optimizer and schedule."""
-
-    def check_saved_state(self) -> None:
-        """Compare a resumed state with the run. Raises UserError."""
-
-    def facts(self) -> RunFacts:
-        """The run, once it is built."""
-
-
 def plan_of(run: Rehearsal) -> Plan:
-    """The plan. Raises UserError for mistakes that show when the network and the optimizer are built."""
+    """The plan. Raises UserError for mistakes that show when the network and the optimizer are built.
+
+    The run is not to be used afterwards.
+    """
     caches, missing, encoders = cache_plans(run)
     samples, outputs, device = run.outputs.samples, run.outputs, run.accelerator.device
     simulation, problem = build(run, encoders)
@@ -98,6 +54,8 @@ def plan_of(run: Rehearsal) -> Plan:
             held = {plan.name: plan.bytes for plan in caches if plan.in_memory and plan.bytes}
             phases = memory_phases(facts, run.step_loss, optimizer_bytes, missing[0], missing[1], held)
     length = run.plan
+    passed = [phase for phase in phases if not phase.name.startswith("(")]
+    seconds = time.time() - run.progress.process_started_at
     return Plan(
         start=start_facts(facts) if facts else None,
         problem=problem,
@@ -117,67 +75,28 @@ def plan_of(run: Rehearsal) -> Plan:
         device=str(device),
         processes=run.accelerator.num_processes,
         memory_notes=notes,
-        no_effect=run.no_effect,
-        seconds=time.time() - run.progress.process_started_at,
+        seconds=seconds,
+        time=_expected_time(run, passed),
+        verdict=verdict_of(run, passed, problem),
     )
 
 
-def build(run: Rehearsal, encoders: Collection[str]) -> tuple[Simulation, str]:
-    """Load the parts of a run, and make network, optimizer and schedule, without values.
-
-    Returns what they live in, and what kept them from being made, if anything did.
-    """
-    run.pipeline.load_tokenizers(encoders)  # their files are real
-    simulation = Simulation(run.pipeline)
-    with simulation.running():
-        run.load_models()
-        run.pipeline.load_autoencoder()
-        run.pipeline.load_text_encoders(encoders)
+def _expected_time(run: Rehearsal, phases: Sequence[MemoryPhase]) -> str:
+    """How long the steps that are left take, by a short measurement on the device."""
+    training = next((phase for phase in phases if phase.effort is not None), None)
+    if training is None or training.effort is None:
+        return "unknown"
+    device, largest = run.accelerator.device, largest_batch(run.latents.data.train)
     try:
-        run.make_network()  # outside, because it may read files of its own
-        with simulation.running():
-            forget_values(run.network)
-            run.place_network()
-        run.build_optimizer()  # outside, because it may make look-up tables
-    except UserError:
-        raise
-    except Exception as error:  # a network of others may look at numbers of the base model
-        return simulation, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    return simulation, ""
-
-
-@contextlib.contextmanager
-def without_values() -> Iterator[None]:
-    """Around what builds a run ahead: random draws of the run itself stay what they are."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def try_network_files(run: Rehearsal) -> None:
-    """Let the network take the files of ``--network_weights`` and ``--base_weights`` before any model is loaded.
-
-    Raises UserError when they don't fit. What can only be seen with values shows when the network is really built.
-    """
-    network = run.options.network
-    if not network.network_weights and not network.base_weights:
-        return
-    encoders = run.text.encoders_at_steps if network.base_weights else run.text.trained
-    run.pipeline.load_tokenizers(encoders)
-    simulation = Simulation(run.pipeline)
-    try:
-        with silence():
-            with simulation.running():
-                run.load_models()
-                run.pipeline.load_text_encoders(encoders)
-            run.make_network()
-    except UserError:
-        raise
-    except Exception as error:  # as in _build
-        LOGGER.debug("the files of the network were not tried: %s", error)
-    finally:
-        run.pipeline.modules.clear()
+        speed = measure_speed(device, run.weight_dtype, training.effort.product)
+    except RuntimeError as error:  # a device without room for it
+        return f"unknown ({str(error).splitlines()[0]})"
+    copied = 0 if device.type == "cpu" else 2 * training.host.get("streamed blocks", 0)
+    share = mean_share(run.latents.data.train, largest.width * largest.height * largest.count)
+    batch = step_seconds(training.effort, speed, share, copied)
+    length = run.plan
+    step = batch * length.batches_per_epoch / length.steps_per_epoch
+    return time_line(step, length.max_steps - run.progress.step, str(device))
 
 
 def learning_rates(run: RunFacts) -> tuple[dict[str, list[tuple[int, float]]], str]:
@@ -215,28 +134,6 @@ def _followed(scheduler: Any, first: int, steps: list[int]) -> dict[int, list[fl
                 found[step] = list(scheduler.get_last_lr())
             scheduler.step()
     return found
-
-
-def cache_plans(run: Rehearsal) -> tuple[list[CachePlan], tuple[bool, bool], Collection[str]]:
-    """The caches, whether latents and texts are missing in them, and the text encoders that the run needs at all."""
-    latents, texts = run.latents.open_caches(), run.text.open_caches()
-    caches = [*_cache_plans("latent cache", latents), *_cache_plans("text encoder cache", texts)]
-    missing = (any(cache.missing for cache in latents), any(cache.missing for cache in texts))
-    encodes_text = not run.text.caching or missing[1] or bool(run.outputs.samples.prompts)
-    return caches, missing, run.pipeline.encoders if encodes_text else run.text.trained
-
-
-def _cache_plans(name: str, caches: Sequence[LatentCache | TextCache]) -> list[CachePlan]:
-    """Of the training data and, as the second one, of the validation data."""
-    return [
-        CachePlan(
-            name=f"{name}{' of validation data' if number else ''}",
-            in_memory=not cache.to_disk,
-            states=cache.states,
-            bytes=cache.missing_bytes,
-        )
-        for number, cache in enumerate(caches)
-    ]
 
 
 def _free_memory(device: Any) -> str:

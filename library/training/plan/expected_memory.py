@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from library.console import LOGGER, silence, size_text
-from library.training.plan.dry_run import Rehearsal, build, cache_plans, without_values
 from library.training.plan.memory_estimate import memory_phases, optimizer_state_bytes
 from library.training.plan.plan_report import MemoryPhase
+from library.training.plan.rehearsal import Rehearsal, build, cache_plans, without_values
 from library.training.report.timing import process_memory
 from library.training.report.wording import Forecast
 

@@ -126,7 +126,8 @@ def memory_phases(
             reason = f"{type(error).__name__}: {_first_line(error)}"
             return MemoryPhase(work.name, on_device, *of_training, None, on_host, reason)
         on_host["activations"] = peak.host
-        return MemoryPhase(work.name, on_device, *of_training, peak.device, on_host)
+        effort = peak.effort if work.is_step else None
+        return MemoryPhase(work.name, on_device, *of_training, peak.device, on_host, effort=effort)
 
     found = []
     for work in run_phases(run, loss, latents, texts):

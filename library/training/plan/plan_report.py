@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.console import size_text
+from library.memory.simulation import Effort
 from library.training.plan.planned_files import PlannedFiles, kept
 from library.training.report.wording import (
     StartFacts,
@@ -47,6 +48,8 @@ class MemoryPhase:
     """What is kept in system RAM beside it, by what it is."""
     reason: str = ""
     """Why activations are not known."""
+    effort: Effort | None = None
+    """Of a training step with the largest batch."""
 
     @property
     def total(self) -> int:
@@ -83,9 +86,12 @@ class Plan:
     device: str
     processes: int
     memory_notes: Sequence[str]
-    no_effect: Sequence[str]
     seconds: float
     """From the start of the program to here."""
+    time: str
+    """How long the training will take."""
+    verdict: str
+    """Whether it fits."""
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -100,9 +106,9 @@ def plan_lines(plan: Plan) -> list[str]:
     lines = ["Plan of the run (dry run: no model was loaded, nothing was written)"]
     for title, body in sections:
         lines += [f"{title}:", *(f"  {line}" for line in body)]
-    if plan.no_effect:
-        lines.append(f"No effect in this run: {', '.join(f'--{name}' for name in plan.no_effect)}")
-    return lines if plan.shortage else [*lines, f"All checks passed in {time_text(plan.seconds)}."]
+    if not plan.shortage:
+        lines.append(f"All checks passed in {time_text(plan.seconds)}.")
+    return [*lines, f"Expected time: {plan.time}", f"Verdict: {plan.verdict}"]
 
 
 def _training_lines(plan: Plan) -> list[str]:

@@ -18,8 +18,6 @@ import hypothesis
 import pytest
 
 from library import console
-from library.memory.activations import OffloadedInputs
-from library.memory.streaming import BlockStream
 from tests.documented import DATASETS
 from tests.families.families import TINY
 from tests.families.stable_diffusion import make_few_blocks
@@ -32,8 +30,6 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500
 hypothesis.settings.load_profile("ordinary")
 
 
-BlockStream.poisons = True  # a streamed weight that is used where it isn't there makes every result NaN
-OffloadedInputs.smallest = 1  # the inputs of tiny models are worth the way too
 os.fsync = lambda descriptor: None  # no test cuts the power, and to wait for the disk takes a tenth of the time
 
 
@@ -109,10 +105,19 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread_for_torch():
+def settings_of_what_is_tested() -> None:
+    """One thread for torch, and memory features that take tiny models seriously.
+
+    Imported here: the process that hands tests to its workers needs none of it.
+    """
     import torch
 
+    from library.memory.activations import OffloadedInputs
+    from library.memory.streaming import BlockStream
+
     torch.set_num_threads(1)
+    BlockStream.poisons = True  # a streamed weight that is used where it isn't there makes every result NaN
+    OffloadedInputs.smallest = 1  # the inputs of tiny models are worth the way too
 
 
 @pytest.fixture(scope="session")

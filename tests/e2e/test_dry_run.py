@@ -110,7 +110,7 @@ def check_files(plan: Plan, out: Path, drawn: int) -> None:
 def test_the_plan_is_what_the_training_does(plan_only, make_trainer, flux_command, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1\na dog --w 64 --h 64 --s 1\n", encoding="utf-8")
-    arguments = [*flux_command, "--max_train_epochs", "3", "--gradient_accumulation_steps", "2"]
+    arguments = [*flux_command, "--max_train_epochs", "2", "--gradient_accumulation_steps", "2"]
     arguments += ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--validation_split", "0.2"]
     arguments += ["--save_every_n_steps", "2", "--save_last_n_steps", "2", "--save_every_n_epochs", "1", "--save_state"]
     arguments += ["--sample_prompts", prompts, "--sample_every_n_epochs", "2", "--sample_at_first"]

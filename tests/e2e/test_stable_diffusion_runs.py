@@ -38,7 +38,7 @@ def test_a_run_makes_a_file_that_diffusers_uses_as_we_do(request, variant, datas
     model = request.getfixturevalue("tiny_sd1" if variant == "sd1" else f"few_blocks_{variant}")
     result = run_in_process(
         TINY[variant].script,
-        *(*TINY[variant].command(model), "--max_train_steps", "8", "--network_alpha", "2", "--seed", "42"),
+        *(*TINY[variant].command(model), "--max_train_steps", "3", "--network_alpha", "2", "--seed", "42"),
         *("--cache_latents", "--output_name", "sd15", "--no_report", "--learning_rate", "1e-3"),
         *("--dataset_config", dataset_toml(resolution=64, bucket_reso_steps=64), "--output_dir", tmp_path),
     )
@@ -88,7 +88,7 @@ def our_prediction(variant: str, model: Path, lora: Path) -> torch.Tensor:
         plain = pipeline.predict(*inputs(), conditioning_of(pipeline, time_ids))
         network.apply_to(encoders, unet)
         drawn = pipeline.predict(*inputs(), conditioning_of(pipeline, time_ids))
-    assert (drawn - plain).abs().max() > 2e-3
+    assert (drawn - plain).abs().max() > 5e-4
     return drawn
 
 

@@ -114,7 +114,7 @@ def test_outputs_agree(models, tmp_path, alpha, split):
     torch.testing.assert_close(with_network, theirs_with_network, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("split", ["False", "True"])
+@pytest.mark.parametrize("split", [pytest.param("False", marks=pytest.mark.thorough), "True"])
 def test_every_module_of_the_full_model_arrives_with_its_strength(tmp_path, split):
     from diffusers import FluxPipeline, FluxTransformer2DModel
 

@@ -13,7 +13,7 @@ from networks import lora
 pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
 
 
-@pytest.fixture(scope="module", params=["sd1", pytest.param("sd2", marks=pytest.mark.thorough), "sdxl"])
+@pytest.fixture(scope="module", params=[*(pytest.param(v, marks=pytest.mark.thorough) for v in ("sd1", "sd2")), "sdxl"])
 def pipe(request, tmp_path_factory):
     """diffusers' own pipeline of a tiny model."""
     from diffusers import DiffusionPipeline

@@ -30,8 +30,8 @@ ALGORITHMS = {
     "dora": ("algo=lora", "dora_wd=True", "conv_dim=1"),
 }
 PAIRS = (
-    *(("sd1", "lokr"), ("sdxl", "dora"), ("flux", "loha"), ("flux", "dora"), ("lumina", "lokr")),
-    ("hunyuan_image", "lokr"),
+    *(("sd1", "lokr"), ("flux", "dora"), ("lumina", "lokr"), ("hunyuan_image", "lokr")),
+    *(pytest.param(*pair, marks=pytest.mark.thorough) for pair in (("sdxl", "dora"), ("flux", "loha"))),
 )
 PREFIXES = {
     "sd1": ("lora_te_text_model_encoder_layers_0_", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_"),
@@ -136,7 +136,7 @@ def test_a_file_is_continued_by_the_network_of_the_same_arguments(train, tmp_pat
     [
         # Its files hold a product with the scalar, and the norm's limit works on that scalar.
         ("algo=lora", "use_scalar=True", "dora_wd=True", "--scale_weight_norms", 0.1),
-        ("algo=lokr", "factor=2", "rank_dropout=0.3", "module_dropout=0.3"),
+        pytest.param(("algo=lokr", "factor=2", "rank_dropout=0.3", "module_dropout=0.3"), marks=pytest.mark.thorough),
         pytest.param(("algo=full",), marks=pytest.mark.thorough),
     ],
 )

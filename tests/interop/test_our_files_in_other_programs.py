@@ -27,6 +27,8 @@ LIKE_OTHERS = {
     ("sd1", "LoRA-FA, DyLoRA"),  # LoRA
     ("sd1", "LyCORIS DoRA, `wd_on_output=False`"),
     ("sd1", "LyCORIS LoHa, LoKr"),  # FLUX.1's
+    ("sd1", "LyCORIS DoRA"),
+    ("sd2", "LoRA with text encoders"),
     ("flux", "alpha left at 1, given, equal to the rank (0)"),
 }
 """Rows whose keys and scales are those of other rows that are always tried."""

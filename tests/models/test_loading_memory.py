@@ -56,7 +56,7 @@ def stable_diffusion(tmp_path_factory) -> Path:
     [
         ("original", torch.bfloat16, False),
         ("original", torch.float32, True),
-        ("diffusers", torch.float32, False),
+        pytest.param("diffusers", torch.float32, False, marks=pytest.mark.thorough),
         ("sd2", torch.float32, False),
     ],
 )

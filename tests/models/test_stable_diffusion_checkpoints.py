@@ -251,7 +251,7 @@ def vae_paths(whole, other_vae, tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd1", marks=pytest.mark.thorough), "sdxl"])
 def test_a_replacement_vae_is_read_from_everything_that_holds_one(request, other_vae, vae_paths, kind):
     expected = open_stable_diffusion(other_vae).autoencoder.load(LoadSpec.of(torch.float32)).state_dict()
     path = request.getfixturevalue(f"few_blocks_{kind}")

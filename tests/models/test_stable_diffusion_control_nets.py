@@ -42,7 +42,7 @@ def loaded(pipeline: StableDiffusionPipeline, path: Path) -> dict[str, Tensor]:
     return load_control_net(open_control_net(path, pipeline.files.unet), pipeline).state_dict()
 
 
-@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+@pytest.mark.parametrize("variant", [pytest.param("sd1", marks=pytest.mark.thorough), "sdxl"])
 def test_every_layout_of_a_control_net_gives_the_tensors_of_diffusers_own_model(pipelines, variant, tmp_path):
     shape = few_blocks(variant)
     folder = make_tiny_control_net(tmp_path / "diffusers", variant, "diffusers", shape=shape)

@@ -117,7 +117,11 @@ def of_both(tiny_flux, flux_loras, tmp_path_factory) -> tuple[torch.Tensor, dict
     return applied(tiny_flux, flux_loras, RATIOS), load_file(merged)
 
 
-@pytest.mark.parametrize("form", [[], ["--concat"], ["--concat", "--shuffle"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "form",
+    [[], pytest.param(["--concat"], marks=pytest.mark.thorough), ["--concat", "--shuffle"]],
+    ids=" ".join,
+)
 def test_one_file_of_two_does_what_both_do(tiny_flux, flux_loras, of_both, tmp_path, form):
     """Each ratio counts once, alphas are respected: in the network, and merged into a model."""
     both = tmp_path / "both.safetensors"

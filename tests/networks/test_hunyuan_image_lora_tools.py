@@ -82,7 +82,7 @@ def close(one: Tensor, two: Tensor) -> None:
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["original", "comfyui"])
+@pytest.mark.parametrize("layout", [pytest.param("original", marks=pytest.mark.thorough), "comfyui"])
 def test_a_merged_model_does_what_the_files_do_and_keeps_its_layout(model, loras, tmp_path, layout):
     source = make_tiny_hunyuan_image(tmp_path / layout, layout=layout).transformer
     out = tmp_path / "merged.safetensors"

@@ -168,7 +168,7 @@ def test_applied_merged_and_pre_calculated_networks_act_alike(pipelines, files, 
         assert error(prediction(pipeline), results["beside"]) > 1e-3, "OFT turns what the networks before it make"
 
 
-@pytest.mark.parametrize("algorithm", ["full", "lora+dora", "lora+norm"])
+@pytest.mark.parametrize("algorithm", ["full", "lora+dora", pytest.param("lora+norm", marks=pytest.mark.thorough)])
 def test_lycoris_acts_as_in_training(pipelines, files, networks, algorithm):
     pipeline, path = pipelines("sd1"), files("sd1", "lycoris.kohya", 1, algorithm)
     plain, before = prediction(pipeline), state_of(pipeline)
@@ -227,7 +227,9 @@ def assert_equal_states(state: dict[str, Tensor], before: dict[str, Tensor]) -> 
     assert all(torch.equal(state[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("pre_calc", [False, True], ids=["beside", "pre-calculated"])
+@pytest.mark.parametrize(
+    "pre_calc", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["beside", "pre-calculated"]
+)
 def test_strengths_of_a_prompt_change_what_is_not_merged(pipelines, files, networks, pre_calc):
     """--am: as if they had been given with --network_mul; 0 is no network at all; then everything is as it was."""
     pipeline = pipelines("sd1")

@@ -110,7 +110,7 @@ def test_text_encoders_of_that_time(make):
     assert same(read(tiny, under(network, names, "down.weight", "up.weight")), network, of_unet=False)
 
 
-@pytest.mark.parametrize("variant", ["sd1", "sdxl"])
+@pytest.mark.parametrize("variant", [pytest.param("sd1", marks=pytest.mark.thorough), "sdxl"])
 def test_either_layout_of_the_unet_is_read(make, variant):
     """kohya's names with the other layout's paths, and ComfyUI's names with the original ones."""
     from library.models.stable_diffusion.original_names import under_original_names

@@ -49,7 +49,9 @@ def extract(original, model, save_to, *options):
     return save_to
 
 
-@pytest.mark.parametrize("variant", [pytest.param("sd1", marks=pytest.mark.thorough), "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "variant", [*(pytest.param(name, marks=pytest.mark.thorough) for name in ("sd1", "sd2")), "sdxl"]
+)
 def test_what_was_merged_is_extracted(tuned, variant, tmp_path):
     """At full rank and without clamping, up to the float32 rounding of the tuned model's weights."""
     original, source, model = tuned(variant)

@@ -113,7 +113,11 @@ def test_one_file_with_both_models_stays_one_file(models, loras, tmp_path):
     close(outputs(*opened({"transformer": out, "gemma2": out})), applied(models, loras, RATIOS))
 
 
-@pytest.mark.parametrize("form", [[], ["--concat"], ["--concat", "--shuffle"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "form",
+    [[], pytest.param(["--concat"], marks=pytest.mark.thorough), ["--concat", "--shuffle"]],
+    ids=" ".join,
+)
 def test_one_file_of_two_does_what_both_do(models, loras, tmp_path, form):
     both = tmp_path / "both.safetensors"
     run(merge, "--models", *loras, "--ratios", *RATIOS, "--save_to", both, *form)

@@ -99,7 +99,9 @@ def test_a_new_network_changes_nothing_and_still_learns():
     assert torch.equal(tiny.predict(), before)
 
 
-@pytest.mark.parametrize(("variant", "autocast"), [("sd1", True), ("sdxl", False)])
+@pytest.mark.parametrize(
+    ("variant", "autocast"), [("sd1", True), pytest.param("sdxl", False, marks=pytest.mark.thorough)]
+)
 def test_merged_loaded_and_applied_are_one(variant, autocast, randomise, tmp_path):
     tiny = tiny_model(variant)
     network = oft.create_network(

@@ -71,11 +71,13 @@ def expected(theirs, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("pair", "negative"),
     [
-        ("dev", None),
         ("dev", NEGATIVE),
         ("chroma", NEGATIVE),
         ("schnell", None),
-        *(pytest.param(*case, marks=pytest.mark.thorough) for case in (("dev", ""), ("chroma", ""), ("chroma", None))),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (("dev", None), ("dev", ""), ("chroma", ""), ("chroma", None))
+        ),
     ],
     indirect=["pair"],
 )

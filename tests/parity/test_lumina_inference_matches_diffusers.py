@@ -143,7 +143,11 @@ def test_the_same_latents_and_image(pair, ours, diffusers):
     assert (image - their_image).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(("pair", "truncation", "renorm"), [(None, 1, 2.0), (None, TRUNCATION, 0.7)], indirect=["pair"])
+@pytest.mark.parametrize(
+    ("pair", "truncation", "renorm"),
+    [pytest.param(None, 1, 2.0, marks=pytest.mark.thorough), (None, TRUNCATION, 0.7)],
+    indirect=["pair"],
+)
 def test_renormalised_guidance_is_the_formula_over_diffusers_predictions(pair, truncation, renorm):
     command, theirs = pair
     given = ("--guidance_scale", SCALE, "--cfg_trunc_ratio", truncation, "--renorm_cfg", renorm)

@@ -6,7 +6,6 @@ import io
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,10 +256,11 @@ def our_place(place, named) -> Path:
     shutil.copy(place / "sdxl.safetensors", place / "sd_xl_base_1.0.safetensors")
     shutil.copy(named["mask"], place / "mask.png")
     shutil.copy(named["picture"], place / "photo.png")
-    for folder, name in (("src_image", "1.png"), ("images", "1.png")):
-        (place / folder).mkdir(exist_ok=True)
-        with Image.open(named["picture"]) as picture:
-            save_image(picture.copy(), place / folder, f"{time.monotonic_ns()}_{name[0]}", {"prompt": "a red cat"})
+    for folder in ("src_image", "images"):
+        if not (place / folder).is_dir():
+            (place / folder).mkdir()
+            with Image.open(named["picture"]) as picture:
+                save_image(picture.copy(), place / folder, "1", {"prompt": "a red cat"})
     for block in blocks("text"):
         if block.page.name == "gen_img_README.md" and block.name:
             text = re.sub(r"--([wh]) \d+", r"--\1 64", block.text)

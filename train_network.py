@@ -322,10 +322,10 @@ class NetworkTrainer(FamilyHooks):
                 raise UserError(plan.shortage)
 
     def check_network_files(self) -> None:
-        """See that the LoRA files which training begins with fit the model. Raises UserError."""
-        from library.training.plan.rehearsal import try_network_files
+        """See that the LoRA files which training begins with fit the model, and its own the disk. Raises UserError."""
+        from library.training.plan.rehearsal import try_network
 
-        try_network_files(self)
+        try_network(self)
 
     def show_dataset(self) -> None:
         """``--debug_dataset``: the contact sheet ``{output_name}.dataset.html``, lines, windows where there are any."""

@@ -241,9 +241,9 @@ def test_samples_curves_and_messages_cost_no_training(train, small_disk, prompts
 
 
 @pytest.mark.parametrize("dry", [False, True])
-def test_files_that_cannot_fit_are_refused_before_the_first_step(train, small_disk, capsys, dry):
+def test_files_that_cannot_fit_are_refused_before_anything_is_encoded(train, small_disk, capsys, dry):
     disk = small_disk(1_000_000)
-    arguments = ["--max_train_steps", 20, "--save_every_n_steps", 1, "--save_state"]
+    arguments = ["--max_train_steps", 20, "--save_every_n_steps", 1, "--save_state", "--cache_latents"]
     assert train(*arguments, *(["--dry_run"] if dry else []), output=disk) == 2
     said = capsys.readouterr().err
     assert re.match(
@@ -252,6 +252,7 @@ def test_files_that_cannot_fit_are_refused_before_the_first_step(train, small_di
         said.splitlines()[-1],
     )
     assert names(disk) == [] and "| 0/20" not in said
+    assert dry or "latent cache" not in said, "before anything is encoded"
     assert ("NOT ENOUGH" in said) == dry and "All checks passed" not in said
 
 

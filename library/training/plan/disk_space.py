@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.console import size_text
 from library.devices import parse_dtype
@@ -17,6 +17,7 @@ from library.training.report.wording import counted
 
 if TYPE_CHECKING:
     from library.training.run_facts import RunFacts
+    from library.training.training_options import TrainingOptions
 
 BYTES_PER_MODULE = 400
 """Of a network file besides the weights: names and alphas."""
@@ -24,12 +25,12 @@ MOST_PER_VALUE = 16 + BYTES_PER_VALUE
 """Bytes of optimizer state and moving average per trained value that no run exceeds."""
 
 
-def file_sizes(run: RunFacts, optimizer_bytes: int) -> tuple[int, int]:
-    """Bytes of a network file and of a state, from the weights that go into them."""
-    precision = run.options.saving.save_precision
-    parameters = list(run.network.parameters())
+def file_sizes(network: Any, options: TrainingOptions, optimizer_bytes: int) -> tuple[int, int]:
+    """Bytes of a file of ``network`` and of a state, from the weights that go into them."""
+    precision = options.saving.save_precision
+    parameters = list(network.parameters())
     width = None if precision is None else parse_dtype(precision).itemsize
-    modules = sum(module_counts(run.network, "").values()) or len(parameters) // 2
+    modules = sum(module_counts(network, "").values()) or len(parameters) // 2
     weights = sum(parameter.numel() * (width or parameter.element_size()) for parameter in parameters)
     as_trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     names = modules * BYTES_PER_MODULE
@@ -59,11 +60,12 @@ def check_disk_space(run: RunFacts) -> None:
     outputs, options = run.outputs, run.options
     files = plan_files(run.plan, run.progress.position, outputs.files, outputs.samples)
     values = sum(parameter.numel() for parameter in run.optimization.parameters)
-    sizes = file_sizes(run, MOST_PER_VALUE * values)
+    sizes = file_sizes(run.network, options, MOST_PER_VALUE * values)
     if shortage(files, *sizes, outputs.files.folder) is None:
         return
     if files.states:  # the optimizer's state is measured only where it matters
-        sizes = file_sizes(run, optimizer_state_bytes(options.optimizer, run.optimization.parameters)[0])
+        optimizer_bytes = optimizer_state_bytes(options.optimizer, run.optimization.parameters)[0]
+        sizes = file_sizes(run.network, options, optimizer_bytes)
     problem = shortage(files, *sizes, outputs.files.folder)
     if problem:
         raise UserError(problem)

@@ -47,7 +47,7 @@ def plan_of(run: Rehearsal) -> Plan:
     notes = [_free_memory(device)]
     if facts:
         optimizer_bytes, note = optimizer_state_bytes(run.options.optimizer, facts.optimization.parameters)
-        network_bytes, state_bytes = file_sizes(facts, optimizer_bytes)
+        network_bytes, state_bytes = file_sizes(run.network, run.options, optimizer_bytes)
         lacking = shortage(files, network_bytes, state_bytes, outputs.files.folder)
         notes += [note] if note else []
         with simulation.running():

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from library.console import LOGGER, silence
 from library.errors import UserError
 from library.memory.simulation import Simulation, forget_values
+from library.training.plan.disk_space import file_sizes, free_bytes, shortage
 from library.training.plan.plan_report import CachePlan
+from library.training.plan.planned_files import PlannedFiles, plan_files
 
 if TYPE_CHECKING:
     import torch
@@ -100,13 +102,16 @@ def without_values() -> Iterator[None]:
         yield
 
 
-def try_network_files(run: Rehearsal) -> None:
-    """Let the network take the files of ``--network_weights`` and ``--base_weights`` before any model is loaded.
+def try_network(run: Rehearsal) -> None:
+    """Build the network before any model is loaded, where that can show that something does not fit.
 
-    Raises UserError when they don't fit. What can only be seen with values shows when the network is really built.
+    That is where it takes the files of ``--network_weights`` and ``--base_weights``, and where there is little room for
+    its own. Raises UserError. What can only be seen with values shows when the network is really built.
     """
-    network = run.options.network
-    if not network.network_weights and not network.base_weights:
+    network, outputs = run.options.network, run.outputs
+    files = plan_files(run.plan, run.progress.position, outputs.files, outputs.samples)
+    little_room = _has_little_room(run, files)
+    if not network.network_weights and not network.base_weights and not little_room:
         return
     encoders = run.text.encoders_at_steps if network.base_weights else run.text.trained
     run.pipeline.load_tokenizers(encoders)
@@ -116,13 +121,28 @@ def try_network_files(run: Rehearsal) -> None:
             with simulation.running():
                 run.load_models()
                 run.pipeline.load_text_encoders(encoders)
-            run.make_network()
+            with without_values():
+                run.make_network()
     except UserError:
         raise
     except Exception as error:  # as in build
-        LOGGER.debug("the files of the network were not tried: %s", error)
+        LOGGER.debug("the network was not tried: %s", error)
+        return
     finally:
         run.pipeline.modules.clear()
+    if little_room:  # the optimizer's part of a state is not known yet
+        lacking = shortage(files, *file_sizes(run.network, run.options, 0), outputs.files.folder)
+        if lacking:
+            raise UserError(lacking)
+
+
+def _has_little_room(run: Rehearsal, files: PlannedFiles) -> bool:
+    """Whether files as large as the denoiser would not fit: then it is worth knowing how large they will be."""
+    processes = run.accelerator.num_processes
+    if not run.accelerator.is_main_process or (processes > 1 and run.options.model.lowram):  # they load in turn
+        return False
+    size = run.pipeline.part_bytes(run.pipeline.denoiser)
+    return files.peak_bytes(size, size) > free_bytes(run.outputs.files.folder)
 
 
 def cache_plans(run: Rehearsal) -> tuple[list[CachePlan], tuple[bool, bool], Collection[str]]:

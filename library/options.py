@@ -181,7 +181,7 @@ def declared_options(options_class: Any) -> dict[str, Option]:
     return options
 
 
-def _by_every_name(known: dict[str, Option]) -> dict[str, Option]:
+def by_every_name(known: dict[str, Option]) -> dict[str, Option]:
     """The options by their names, aliases among them."""
     return {name: option for option in known.values() for name in option.names}
 
@@ -232,7 +232,7 @@ def changed_options(options: Any) -> dict[str, Any]:
 
 def _refuse_unknown_options(arguments: Sequence[str], known: dict[str, Option]) -> None:
     switches = [name for name, option in known.items() if option.type is bool]
-    names = set(_by_every_name(known)) | {f"no_{name}" for name in switches}
+    names = set(by_every_name(known)) | {f"no_{name}" for name in switches}
     for name in (name for name in map(_named_option, arguments) if name is not None):
         if name not in names:
             match = nearest(name, known)
@@ -273,7 +273,7 @@ def _show_help(options_class: type[Options], defaults: Options, description: str
     groups: dict[str, Any] = {}
     for option in declared_options(options_class).values():
         group = groups.get(option.group) or groups.setdefault(option.group, parser.add_argument_group(option.title))
-        value, kinds = option_value(defaults, option), _plain_types(option.type)
+        value, kinds = option_value(defaults, option), plain_types(option.type)
         how = "default" if value == option.default else "--config_file"
         text = option.help if value in (None, False, []) else f"{option.help} ({how}: {_as_typed(value)})"
         shown: dict[str, Any] = {"action": "store_true"}
@@ -317,7 +317,7 @@ def _take_command_line(options: Any, arguments: Sequence[str], known: dict[str, 
             given[-1][1].append(argument)
         else:
             raise UserError(f'"{argument}" belongs to no option; options begin with "--".')
-    options_by_name = _by_every_name(known)
+    options_by_name = by_every_name(known)
     for name, values in given:
         option = options_by_name.get(name) or known[name.removeprefix("no_")]
         setattr(getattr(options, option.group), option.name, _given_value(name, values, option))
@@ -325,7 +325,7 @@ def _take_command_line(options: Any, arguments: Sequence[str], known: dict[str, 
 
 def _given_value(name: str, values: list[str], option: Option) -> Any:
     """The value of ``--name values...``; the word ``None`` unsets an option that may be unset."""
-    kinds = _plain_types(option.type)
+    kinds = plain_types(option.type)
     if bool in kinds:
         if values:
             raise UserError(f'--{name} is a switch and takes no value, but "{values[0]}" follows it.')
@@ -333,10 +333,10 @@ def _given_value(name: str, values: list[str], option: Option) -> Any:
     if values == ["None"] and type(None) in get_args(option.type):
         return None
     if list in kinds:
-        return _checked(values, option)
+        return check_value(values, option)
     if len(values) != 1:
         raise UserError(f"--{name} takes one value, {describe_type(option.type)}; {len(values)} given.")
-    return _checked(values[0], option)
+    return check_value(values[0], option)
 
 
 def keys_of_other_scripts() -> set[str]:
@@ -352,10 +352,10 @@ def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
 
     Raises UserError for an unknown key (with the nearest known one) or a value that the option's type refuses.
     """
-    flat = _flattened(path)
+    flat = flattened_keys(path)
     values: dict[str, Any] = {}
     without_effect: list[str] = []
-    by_name = _by_every_name(known)
+    by_name = by_every_name(known)
     for key, value in flat.items():
         if key == SCRIPT:
             _require_script(value, path)
@@ -364,7 +364,7 @@ def read_config_file(path: Path, known: dict[str, Option]) -> dict[str, Any]:
                 raise UserError(f'{path}: unknown key "{key}".{did_you_mean(key, known)}')
             without_effect.append(key)
         elif value not in ("", []):
-            values[by_name[key].name] = _checked(value, by_name[key], path)
+            values[by_name[key].name] = check_value(value, by_name[key], path)
     if without_effect:
         from library.console import say_when_set_up
 
@@ -384,10 +384,10 @@ def _require_script(value: Any, path: Path) -> None:
 def configured_value(arguments: Sequence[str], name: str) -> Any:
     """One key of the ``--config_file`` that a command line names, as it stands there; None where it doesn't."""
     path = _config_file_argument(arguments)
-    return None if path is None or not path.is_file() else _flattened(path).get(name)
+    return None if path is None or not path.is_file() else flattened_keys(path).get(name)
 
 
-def _flattened(path: Path) -> dict[str, Any]:
+def flattened_keys(path: Path) -> dict[str, Any]:
     """A TOML file's keys, with those of its sections among them."""
     flat: dict[str, Any] = {}
     for key, value in read_toml(path).items():
@@ -395,13 +395,14 @@ def _flattened(path: Path) -> dict[str, Any]:
     return flat
 
 
-def _checked(value: Any, option: Option, path: Path | None = None) -> Any:
-    """``value`` as the option's type; TOML's freedom (numbers for text, one value for a list) is allowed for.
+def check_value(value: Any, option: Option, path: Path | None = None) -> Any:
+    """``value``, from a file or as typed text, as the option's type.
 
-    Raises UserError that names the option, in the file ``path`` or on the command line.
+    TOML's freedom (numbers for text, one value for a list) is allowed for. Raises UserError that names the option, in
+    the file ``path`` or on the command line.
     """
     place = f'{path}: "{option.name}"' if path else f"--{option.name}"
-    kinds = _plain_types(option.type)
+    kinds = plain_types(option.type)
     if str in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     elif str in kinds and isinstance(value, list) and all(isinstance(part, int) for part in value):
@@ -409,7 +410,7 @@ def _checked(value: Any, option: Option, path: Path | None = None) -> Any:
     elif list in kinds and not isinstance(value, list):
         value = [value]
     elif Literal in kinds and isinstance(value, str):
-        value = next((choice for choice in _choices(option.type) if str(choice) == value), value)
+        value = next((choice for choice in choices_of(option.type) if str(choice) == value), value)
     if isinstance(value, bool) and bool not in kinds:
         raise UserError(f"{place} must be {describe_type(option.type)}, not {str(value).lower()}.")
     try:
@@ -427,11 +428,11 @@ def _validator(kind: Any) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(allow_inf_nan=False))
 
 
-def _choices(kind: Any) -> tuple[Any, ...]:
+def choices_of(kind: Any) -> tuple[Any, ...]:
     """The values of ``Literal[...]`` or ``Literal[...] | None``."""
     if get_origin(kind) is Literal:
         return get_args(kind)
-    return tuple(itertools.chain.from_iterable(map(_choices, get_args(kind))))
+    return tuple(itertools.chain.from_iterable(map(choices_of, get_args(kind))))
 
 
 def _shown(value: Any, length: int = 80) -> str:
@@ -440,13 +441,13 @@ def _shown(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def _plain_types(kind: Any) -> set[Any]:
+def plain_types(kind: Any) -> set[Any]:
     """The types that an annotation allows at its top level: ``int | None`` -> {int}, ``list[str]`` -> {list}."""
     origin = get_origin(kind)
     if origin is Annotated:
-        return _plain_types(get_args(kind)[0])
+        return plain_types(get_args(kind)[0])
     if origin in (Union, types.UnionType):
-        return set().union(*(_plain_types(part) for part in get_args(kind))) - {type(None)}
+        return set().union(*(plain_types(part) for part in get_args(kind))) - {type(None)}
     if origin is Literal:
         return {Literal}
     return {origin or kind}

@@ -85,11 +85,12 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.tool("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, page: Path, fragment: str = "") -> None:
-        """Load a file; what the console and the network said before is forgotten."""
+    def open(self, page: Path | str, fragment: str = "") -> None:
+        """Load a file or an address; what the console and the network said before is forgotten."""
         self._call("POST", "/url", {"url": "about:blank"})
         self.console(), self.requests()
-        self._call("POST", "/url", {"url": page.resolve().as_uri() + fragment})
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        self._call("POST", "/url", {"url": address + fragment})
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value that a JavaScript function body returns; ``arguments`` are its ``arguments``."""

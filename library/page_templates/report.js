@@ -23,7 +23,7 @@ function head() {
   put("progress", bar);
   put("trouble", state === "failed" && reason ? reason : "");
   const follows = location.hash === "#follow";
-  const button = state === "running" && element("button", {type: "button", id: "follow", onclick: () => {
+  const button = state === "running" && window === window.top && element("button", {type: "button", id: "follow", onclick: () => {
     history.replaceState(null, "", follows ? "#" : "#follow");
     location.reload();
   }}, follows ? "stop following" : "follow");

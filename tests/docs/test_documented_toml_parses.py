@@ -15,7 +15,7 @@ from library.data.options import DatasetOptions
 from library.data.settings import SubsetSettings
 from library.generation.image_prompts import ImagePrompt
 from library.generation.prompt_sources import ImagePromptOptions, ImagePrompts
-from library.options import SCRIPT, _flattened, declared_options, read_config_file
+from library.options import SCRIPT, declared_options, flattened_keys, read_config_file
 from library.prompt_options import read_prompt_file
 from tests.docs.pages import TRAINERS, blocks
 
@@ -40,7 +40,7 @@ def test_toml(block, tmp_path):
     elif kind == "prompts":
         assert all(prompt.prompt for prompt in read_prompt_file(path))
     else:
-        given = _flattened(path)
+        given = flattened_keys(path)
         known = declared_options(TRAINERS[given.pop(SCRIPT, block.script)].options_class)
         assert set(read_config_file(path, known)) == set(given)  # none of them without effect
 

@@ -1,6 +1,6 @@
 """Make masks for ``--masked_loss`` of images: by a model that you name, a backdrop's colour, or transparency.
 
-    python tools/make_masks.py --image_dir images/cats --model models/segformer-b3 --classes cat --feather 4
+    python tools/make_masks.py --image_dir images/ann --model models/segformer-b3 --classes person --feather 4
     python tools/make_masks.py --image_dir images/cats --model models/clipseg-rd64-refined --classes "a cat"
     python tools/make_masks.py --dataset_config dataset.toml --color "#00ff00" --tolerance 40
 

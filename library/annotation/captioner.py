@@ -23,6 +23,8 @@ INSTRUCTION = "Describe this image in one paragraph."
 """For Qwen2.5-VL."""
 QWEN_PIXELS = 1280 * 28 * 28
 """Most pixels of an image that Qwen2.5-VL is shown: 1280 of its tokens. Its own limit takes a GPU's whole memory."""
+QWEN_RATIO = 200
+"""Between an image's sides, beyond which it refuses the image."""
 QWEN_TURN = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -194,6 +196,13 @@ class QwenCaptioner(Captioner):
         )
         images.size = {side: min(pixels, QWEN_PIXELS) for side, pixels in dict(images.size).items() if pixels}
         return tokenizer, images
+
+    def prepare(self, path: Path) -> Image.Image:
+        """The image. Raises UserError for one so long that the model has no patches for it."""
+        image = super().prepare(path)
+        if max(image.size) > QWEN_RATIO * min(image.size):
+            raise UserError(f"{path}: is {image.width}x{image.height}; Qwen2.5-VL sees no image of such a shape.")
+        return image
 
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """Patches of all images behind each other, and conversations padded on the left."""

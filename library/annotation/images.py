@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -273,12 +274,32 @@ def _work(
             coming = read(batches[number + 1]) if number + 1 < len(batches) else []
             good = [(target, data) for target, data in zip(batch, prepared) if not isinstance(data, UserError)]
             outcome.problems += [str(data) for data in prepared if isinstance(data, UserError)]
-            results = model([data for _, data in good]) if good else []
+            with explaining_memory(len(good)):
+                results = model([data for _, data in good]) if good else []
             for (target, _), result in zip(good, results):
                 changed = write(target, result)
                 outcome.written += changed
                 outcome.kept += not changed
             bar.update(len(batch))
+
+
+MEMORY_IS_FULL = ("out of memory", "DefaultCPUAllocator: ", "Failed to allocate memory")
+"""What torch says of a GPU and of the CPU, and onnxruntime of both."""
+
+
+@contextlib.contextmanager
+def explaining_memory(images: int) -> Iterator[None]:
+    """A full device becomes a UserError that says what helps."""
+    try:
+        yield
+    except Exception as error:  # torch and onnxruntime have kinds of their own
+        if isinstance(error, UserError) or not any(text in str(error) for text in MEMORY_IS_FULL):
+            raise
+        told = "a batch of" if images > 1 else "even"
+        raise UserError(
+            f"There is not enough memory for {told} {images} image{'s' if images > 1 else ''}; give a smaller "
+            "--batch_size, a smaller dtype or another --device. What is done so far is kept."
+        ) from None
 
 
 def _prepared(model: ImageModel, path: Path) -> Any:

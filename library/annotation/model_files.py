@@ -83,12 +83,14 @@ def read_model(model_class: Any, folder: Path, device: torch.device, dtype: torc
         model, report = model_class.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
+        model = model.to(device).eval()
     except Exception as error:  # whatever a damaged file makes transformers raise
         raise UserError(f"--model: {folder} cannot be read ({first_line(error)}).") from None
-    missing = sorted(report["missing_keys"])
+    weights = {name for name, _ in model.named_parameters()}
+    missing = sorted(weights & set(report["missing_keys"]))
     if missing:
         raise UserError(f"--model: {folder} lacks {len(missing)} weights ({', '.join(missing[:3])}).")
-    return model.to(device).eval()
+    return model
 
 
 def read_processor(auto_class: Any, folder: Path, **named: Any) -> Any:

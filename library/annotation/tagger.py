@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from library.annotation.images import read_on_white
 from library.annotation.model_files import first_line
 from library.errors import UserError
+from library.files import require_regular
 from library.text_files import read_text
 
 if TYPE_CHECKING:
@@ -226,8 +227,11 @@ def _open_session(file: Path, on_cpu: bool) -> Any:
     there = onnxruntime.get_available_providers()
     wanted = ["CPUExecutionProvider"] if on_cpu else ["CUDAExecutionProvider", "CPUExecutionProvider"]
     try:
+        require_regular(file)
         return onnxruntime.InferenceSession(
             str(file), settings, providers=[provider for provider in wanted if provider in there]
         )
+    except UserError:
+        raise
     except Exception as error:  # each kind of damage has an exception of its own
         raise UserError(f"--model: {file} cannot be read as an ONNX model ({first_line(error)}).") from None

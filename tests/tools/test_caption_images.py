@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -399,6 +400,10 @@ def test_files_of_a_model_that_do_not_do(images, models, tmp_path):
     assert "line 2" in refused(*where, table.parent)
     (network := copy("tagger", "damaged") / "model.onnx").write_bytes(b"damaged")
     assert "cannot be read as an ONNX model" in refused(*where, network)
+    network.unlink()
+    assert "No such file" in refused(*where, network.parent)
+    os.mkfifo(network)
+    assert f"{network} is not a regular file" in refused(*where, network.parent)
     tiny.change_config(odd := copy("blip", "odd"), model_type="llava")
     assert "is a model of the type llava; captions" in refused(*where, odd) and "florence2" in refused(*where, odd)
     (nameless := tmp_path / "nameless").mkdir()

@@ -107,7 +107,8 @@ class CaptionWriter:
         if not parts:
             self.empty.append(target.image)
         former = self._former(target) if self.options.append_tags else ""
-        text = self._added(former, parts, is_sentence) if former else self._whole(parts)
+        lines = [self._added(line, parts, is_sentence) for line in former.split("\n")]
+        text = "\n".join(lines) if former else self._whole(parts)
         if former and text == former:
             return False
         write_text(target.file, f"{text}\n")
@@ -118,16 +119,15 @@ class CaptionWriter:
         return " ".join(f"{self.options.prefix}{text}{self.options.suffix}".split())
 
     def _added(self, former: str, parts: list[str], is_sentence: bool) -> str:
-        """``former`` with those parts behind it that are not in it yet."""
+        """A line with those parts behind it that are not in it yet."""
         separator = self.options.caption_separator
         there = [part.strip() for part in former.split(separator.strip() or separator)]
         new = [part for part in parts if part not in (former if is_sentence else there)]
         return separator.join([former, *new])
 
     def _former(self, target: Target) -> str:
-        if target.existing is None:
-            return ""
-        return read_caption(target.existing, enable_wildcard=False).caption
+        """What is there: one line, or several for ``enable_wildcard``."""
+        return read_caption(target.existing, enable_wildcard=True).caption if target.existing else ""
 
 
 def named(images: list[Path]) -> str:

@@ -101,9 +101,15 @@ def caption_targets(folders: Sequence[Folder], options: ImageOptions, extension:
             for image in images:
                 file = place / f"{image.stem}{ending}"
                 existing = find_caption_file(image, ending, names)
-                there = Path(existing) if existing and os.path.getsize(existing) else None
-                found.append(Target(image, file, there))
+                found.append(Target(image, file, Path(existing) if existing and _is_filled(existing) else None))
     return _each_once(found)
+
+
+def _is_filled(path: str) -> bool:
+    try:
+        return os.path.getsize(path) > 0
+    except OSError:  # a link that leads nowhere
+        return False
 
 
 def mask_targets(folders: Sequence[Folder], options: ImageOptions, mask_dir: str | None) -> list[Target]:

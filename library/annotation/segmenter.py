@@ -81,11 +81,10 @@ class Segmenter:
         """
         import torch
 
-        best = {True: torch.full(size, -torch.inf), False: torch.full(size, -torch.inf)}
+        best = {counts: torch.full(size, -torch.inf, device=scores.device) for counts in (True, False)}
         for number, score in enumerate(scores):
-            large = _resized(score[None], size)[0].to("cpu")
             counts = number in self.chosen
-            best[counts] = torch.maximum(best[counts], large)
+            best[counts] = torch.maximum(best[counts], _resized(score[None], size)[0])
         return best[True] > best[False]
 
     def _inputs(self, **given: Any) -> dict[str, Any]:

@@ -72,7 +72,10 @@ class Tag:
 
 def read_tags(path: Path) -> list[Tag]:
     """The rows of ``selected_tags.csv``. Raises UserError for a file of another kind."""
-    rows = list(csv.DictReader(io.StringIO(read_text(path))))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path))))
+    except csv.Error as error:
+        raise UserError(f"{path}: is no table of tags ({error}).") from None
     columns = set(rows[0]) if rows else set()
     if not {"name", "category"} <= columns:
         raise UserError(f'{path}: is no table of tags; it needs the columns "name" and "category".')

@@ -289,6 +289,16 @@ def test_captions_that_are_there_are_kept_made_anew_or_added_to(images, models):
     assert caption("--image_dir", images, "--model", broken).returncode == 0
 
 
+def test_every_line_of_a_caption_is_added_to(images, models):
+    tags = expected_tags(images / "a.png")
+    (images / "a.txt").write_text(f"a {{red|green}} one\n\n{tags[0]}, two\n", encoding="utf-8")
+    (images / "b.txt").symlink_to("nowhere.txt")
+    caption("--image_dir", images, "--model", models("tagger"), "--append_tags")
+    wanted = [", ".join(["a {red|green} one", *tags]), ", ".join([tags[0], "two", *tags[1:]])]
+    assert (images / "a.txt").read_text(encoding="utf-8") == "\n".join(wanted) + "\n"
+    assert (images / "b.txt").read_text(encoding="utf-8") == ", ".join(expected_tags(images / "b.png")) + "\n"
+
+
 def test_the_folders_and_extensions_of_a_dataset_configuration(tmp_path, models, monkeypatch):
     one, two = draw_images(tmp_path / "one", "a"), draw_images(tmp_path / "two", "b")
     draw_images(tmp_path / "three", "c")
@@ -398,6 +408,8 @@ def test_files_of_a_model_that_do_not_do(images, models, tmp_path):
     assert 'needs the columns "name" and "category"' in refused(*where, table.parent)
     (table := copy("tagger", "bad_row") / "selected_tags.csv").write_text("name,category\nx,y\n", encoding="utf-8")
     assert "line 2" in refused(*where, table.parent)
+    table.write_text(f"name,category\n{'x' * 200_000},0\n", encoding="utf-8")
+    assert "is no table of tags (field larger than" in refused(*where, table.parent)
     (network := copy("tagger", "damaged") / "model.onnx").write_bytes(b"damaged")
     assert "cannot be read as an ONNX model" in refused(*where, network)
     network.unlink()

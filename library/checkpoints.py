@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 SMALL = 1 << 16
 """Bytes of a tensor up to which reading takes less time than mapping."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 
 
@@ -263,6 +264,24 @@ def open_checkpoint(
     return checkpoint
 
 
+def is_hub_id(name: Path | str) -> bool:
+    """Whether ``name`` can be an id on the hub and is no path that exists or that names a file."""
+    path = Path(name)
+    is_file_name = path.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES)
+    return not path.exists() and not is_file_name and HUB_ID.fullmatch(path.as_posix()) is not None
+
+
+def _from_the_hub(path: Path, siblings: Collection[str]) -> str:
+    """What to say of a path that does not exist, if it can be an id on the hub."""
+    if siblings or not is_hub_id(path):
+        return ""
+    name = path.as_posix()
+    return (
+        ", and models are not downloaded from the Hugging Face hub; if it is an id there, fetch it with "
+        f'"hf download {name} --local-dir FOLDER" and name that folder'
+    )
+
+
 def checkpoint_files(path: Path, subfolder: str | None = None) -> list[Path]:
     """The file, or all shards, that ``path`` stands for. Raises UserError when there are none or some are missing."""
     if path.is_dir():
@@ -271,7 +290,7 @@ def checkpoint_files(path: Path, subfolder: str | None = None) -> list[Path]:
         return _files_of_folder(path)
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{path} does not exist.{did_you_mean(path.name, siblings)}")
+        raise UserError(f"{path} does not exist{_from_the_hub(path, siblings)}.{did_you_mean(path.name, siblings)}")
     if path.name.endswith(".index.json"):
         return _files_of_index(path)
     shard = SHARD.match(path.name)

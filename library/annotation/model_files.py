@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from library.checkpoints import is_hub_id
 from library.errors import UserError
-from library.models.hub import is_hub_id
 from library.text_files import parse_json, read_text
 
 if TYPE_CHECKING:

@@ -7,23 +7,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from library.checkpoints import PICKLE_SUFFIXES
+from library.checkpoints import is_hub_id
 from library.console import say
 from library.errors import UserError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
 )
 """Names of Diffusers' weights, without those in a half format or of another framework."""
 TEXT_FILES = ("json", "txt", "model")
-
-
-def is_hub_id(name: Path | str) -> bool:
-    """Whether ``name`` can be an id on the hub and is no path that exists or that names a file."""
-    path = Path(name)
-    is_file_name = path.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES)
-    return not path.exists() and not is_file_name and HUB_ID.fullmatch(path.as_posix()) is not None
 
 
 def find_model(name: str, option: str, part: str | None = None) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from library.checkpoints import open_checkpoint
 from library.errors import UserError
 from library.models.hub import find_model, wanted_files
 from tests.hub_server import HubServer, use_for_programs
@@ -92,3 +94,19 @@ def test_a_pattern_that_several_files_match_is_refused(tmp_path):
     ):
         find_model(str(tmp_path / "*.safetensors"), "--ckpt")
     assert find_model(str(tmp_path / "a*"), "--ckpt") == tmp_path / "a.safetensors"
+
+
+@pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-xl-base-1.0"])
+def test_where_nothing_is_fetched_an_id_is_told_how_to_do_it(name):
+    command = rf'"hf download {re.escape(name)} --local-dir FOLDER"'
+    with pytest.raises(UserError, match=rf"^--t5xxl: {re.escape(name)} does not exist, and models are not .*{command}"):
+        open_checkpoint(name, "text_encoder", option="--t5xxl")
+
+
+def test_a_misspelt_path_is_no_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "flux.safetensors").touch()
+    for name, rest in {"models/flux.safetensor": " Did you mean flux.safetensors?", "other/flux.safetensors": ""}.items():
+        with pytest.raises(UserError, match=rf"^{re.escape(name)} does not exist\.{re.escape(rest)}$"):
+            open_checkpoint(name)

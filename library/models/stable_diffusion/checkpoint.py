@@ -16,7 +16,6 @@ from library.checkpoints import Checkpoint, open_checkpoint
 from library.errors import UserError
 from library.models.autoencoder_parts import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
-from library.models.hub import is_hub_id
 from library.models.lean_imports import diffusers_class
 from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedPart
@@ -127,7 +126,6 @@ def open_stable_diffusion(
     a part is missing.
     """
     path = Path(path)
-    _refuse_hub_id(path, option)
     if (path / "unet").is_dir():
         parts = _open_folder(path, vae is None, disable_mmap, option)
     else:
@@ -142,15 +140,6 @@ def open_stable_diffusion(
         raise UserError(f"{parts.unet.checkpoint.label} has no autoencoder (VAE) in it; name one with --vae.")
     unet = UnetFile(parts.unet, infer_unet_config(parts.unet, variant, encoders[-1].projection_size))
     return StableDiffusionModel(variant, unet, autoencoder, encoders, parts.predicts_v, parts.zero_terminal_snr)
-
-
-def _refuse_hub_id(path: Path, option: str) -> None:
-    if is_hub_id(path):
-        raise UserError(
-            f"{option}: there is no file or folder {path.as_posix()}, and models are not downloaded from the Hugging "
-            f'Face hub; if it is an id there, fetch it with "hf download {path.as_posix()} --local-dir FOLDER" and '
-            "name that folder."
-        )
 
 
 # Single files
@@ -422,7 +411,6 @@ def open_vae(path: Path | str, variant: Variant, disable_mmap: bool = False, opt
     whole checkpoint, or in Diffusers'. Latents are scaled as the U-Net knows them. Raises UserError, naming ``option``
     and what the file is, when it isn't a Stable Diffusion autoencoder.
     """
-    _refuse_hub_id(Path(path), option)
     checkpoint = open_checkpoint(path, "vae", disable_mmap, option)
     refuse_unless(checkpoint, {"sd-vae"}, WANTED_VAE, AUTOENCODER_PREFIXES)
     source = _part(checkpoint, AUTOENCODER_PREFIXES, "vae") or TensorSource(checkpoint, part="vae")

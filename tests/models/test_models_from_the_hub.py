@@ -107,6 +107,9 @@ def test_a_misspelt_path_is_no_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "flux.safetensors").touch()
-    for name, rest in {"models/flux.safetensor": " Did you mean flux.safetensors?", "other/flux.safetensors": ""}.items():
+    for name, rest in {
+        "models/flux.safetensor": ' Did you mean "flux.safetensors"?',
+        "other/flux.safetensors": "",
+    }.items():
         with pytest.raises(UserError, match=rf"^{re.escape(name)} does not exist\.{re.escape(rest)}$"):
             open_checkpoint(name)

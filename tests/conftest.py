@@ -60,34 +60,33 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture(autouse=True)
-def messages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
     """caplog sees the suite's messages even after a test has set up the console."""
-    monkeypatch.setattr(logging.getLogger("library"), "propagate", True)
+    logging.getLogger("library").propagate = True
 
 
-@pytest.fixture(autouse=True)
-def accelerate_is_new() -> Iterator[None]:
-    """A test that looks at accelerate or at messages does not meet what a run before it has set up or held back."""
-    yield
+_kept_modules = 0
+"""How many modules had been imported when the collector of garbage last was told to leave alone what is there."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """A test that looks at accelerate or at messages does not meet what a run before it has set up or held back.
+
+    What imported modules hold stays for good: a run's collections of garbage need not look at it again and again. And
+    their loggers pass on what they are told: those that don't, dozens of torch, pytest visits six times in every test.
+    """
+    global _kept_modules
     forget_accelerator()
     console._waiting.clear()
-
-
-@pytest.fixture(autouse=True)
-def collecting_garbage_is_quick(kept_modules: list[int]) -> Iterator[None]:
-    """What imported modules hold stays for good: a run's collections of garbage need not look at it again and again."""
-    yield
-    if len(sys.modules) > kept_modules[-1] + 100:
+    if len(sys.modules) > _kept_modules + 100:
         gc.collect()
         gc.freeze()
-        kept_modules.append(len(sys.modules))
-
-
-@pytest.fixture(scope="session")
-def kept_modules() -> list[int]:
-    """How many modules had been imported when the collector last was told to leave alone what is there."""
-    return [0]
+        _kept_modules = len(sys.modules)
+        for name, logger in logging.root.manager.loggerDict.items():
+            if name.startswith("torch") and isinstance(logger, logging.Logger):
+                logger.propagate = True
 
 
 @pytest.fixture(scope="session")

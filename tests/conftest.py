@@ -25,7 +25,7 @@ from tests.processes import ForkServer
 from tests.running import forget_accelerator, toml_value
 
 # A busy machine must not fail a property test.
-hypothesis.settings.register_profile("ordinary", deadline=None)
+hypothesis.settings.register_profile("ordinary", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile("ordinary")
 

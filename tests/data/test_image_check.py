@@ -113,7 +113,7 @@ def test_any_truncation_is_found(folder, tmp_path_factory, name):
             assert numpy.array_equal(*(numpy.asarray(read_image(file)[0]) for file in (path, folder / name)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.sampled_from(sorted(SOUND)), st.data())
 def test_damaged_headers_never_crash_the_check(tmp_path_factory, name, data):
     """Whatever stands in the first bytes, the answer is a size or a reason."""

@@ -102,7 +102,7 @@ def test_faces_are_read_from_names():
 faces = st.builds(Face, st.integers(1, 600), st.integers(1, 400), st.integers(5, 200), st.integers(5, 200))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(faces, st.booleans(), st.integers(0, 99), st.sampled_from([(1.0, 1.0), (2.0, 4.0), (0.5, 8.0)]))
 def test_face_crops_lie_inside_the_image(face, random_crop, seed, scale_range):
     rng = random.Random(seed)

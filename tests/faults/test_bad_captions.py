@@ -89,7 +89,7 @@ def test_training_names_every_caption_that_cannot_be_read(request, images, datas
         assert f"{folder / name}.txt: " in said
 
 
-@pytest.mark.parametrize("model", ["flux", "sd1"])
+@pytest.mark.parametrize("model", [pytest.param("flux", marks=pytest.mark.thorough), "sd1"])
 def test_whatever_can_be_read_is_encoded_and_trained(request, images, dataset_toml, tmp_path, model):
     folder = images(odd_captions())
     dataset = dataset_toml(folder, resolution=64, bucket_reso_steps=64, batch_size=20)

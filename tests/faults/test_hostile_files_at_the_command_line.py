@@ -60,7 +60,9 @@ def places(model: str, files: Any) -> dict[str, Path]:
     return {"--pretrained_model_name_or_path": files, "--vae": files}
 
 
-@pytest.mark.parametrize("model", ["sd1", "sdxl", "flux", "chroma"])
+@pytest.mark.parametrize(
+    "model", ["sd1", "flux", *(pytest.param(model, marks=pytest.mark.thorough) for model in ("sdxl", "chroma"))]
+)
 def test_training_scripts_refuse_hostile_files(request, dataset_toml, tmp_path, model):
     files = request.getfixturevalue(f"{'few_blocks' if model.startswith('sd') else 'tiny'}_{model}")
     family = TINY[model]
@@ -79,11 +81,17 @@ def test_training_scripts_refuse_hostile_files(request, dataset_toml, tmp_path, 
     ("script", "model", "arguments"),
     [
         ("networks/flux_extract_lora.py", "flux", "--model_org SOUND --model_tuned FILE"),
-        ("networks/flux_extract_lora.py", "chroma", "--model_org FILE --model_tuned SOUND"),
+        pytest.param(
+            *("networks/flux_extract_lora.py", "chroma", "--model_org FILE --model_tuned SOUND"),
+            marks=pytest.mark.thorough,
+        ),
         ("networks/lumina_extract_lora.py", "lumina", "--model_org SOUND --model_tuned FILE"),
         ("networks/hunyuan_image_extract_lora.py", "hunyuan_image", "--model_org SOUND --model_tuned FILE"),
         ("networks/extract_lora_from_models.py", "sd1", "--model_org SOUND --model_tuned FILE"),
-        ("networks/extract_lora_from_models.py", "sdxl", "--model_org FILE --model_tuned SOUND --sdxl"),
+        pytest.param(
+            *("networks/extract_lora_from_models.py", "sdxl", "--model_org FILE --model_tuned SOUND --sdxl"),
+            marks=pytest.mark.thorough,
+        ),
         ("tools/convert_diffusers_to_flux.py", "flux", "--diffusers_path FILE"),
     ],
 )

@@ -272,6 +272,7 @@ def test_guide_images_that_no_image_gets_are_named(sd1, folder, caplog):
 # ---- with other features of the run ----------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_weights_in_channels_last_and_half_precision_draw_nearly_the_same(few_blocks_sd1, sd1, folder):
     """--opt_channels_last, --bf16"""
     expected = draw(sd1, control(sd1, folder, control_net_models=nets(folder, 0)))

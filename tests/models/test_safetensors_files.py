@@ -139,7 +139,7 @@ def test_a_truncated_file_is_named_with_its_sizes(tmp_path_factory, length):
     assert "cut.safetensors" in str(error.value) and f"{len(cut):,}" in str(error.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255))
 def test_a_damaged_header_never_ends_in_another_error(tmp_path_factory, position, value):
     folder = tmp_path_factory.mktemp("damaged")

@@ -57,7 +57,7 @@ def written_by_the_loop(plan: RunPlan, start: Position, output: OutputFolder, sa
 every = st.none() | st.integers(1, 6)
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(
     batches=st.integers(1, 9),
     accumulation=st.integers(1, 4),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.html_pages import read_page_data
-from tests.families.families import FAMILIES
+from tests.families.families import FAMILIES, TINY
 from tests.running import run_in_process
 from tests.scale.conftest import FSDP, few_images, make_dataset, run_options
 
@@ -81,3 +81,38 @@ def test_two_processes_train_what_one_trains(family, tiny_files, run_together, i
         assert page["status"]["state"] == "finished" and "2 processes" in dict(page["facts"])["Device"]
     blocks = re.search(r"FSDP: \d+ blocks of (.*) are spread over 2 processes, (.*) each", said["spread"])
     assert blocks is not None and blocks[1] != blocks[2]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "network",
+    [
+        "networks.oft_flux --network_args enable_all_linear=True",
+        "lycoris.kohya --network_args algo=lokr factor=4",
+        "lycoris.kohya --network_args algo=lora dora_wd=True",
+    ],
+    ids=["OFT", "LoKr", "DoRA"],
+)
+@pytest.mark.parametrize("spread", [{}, FSDP], ids=["whole", "spread"])
+def test_networks_of_other_kinds_train_the_same_in_two_processes(
+    request, run_together, image_folder, tmp_path, network, spread
+):
+    """They read the weights of the layers that they change, of which a process may have only a share."""
+    family = TINY["flux"]
+    images = few_images(image_folder, tmp_path / "images")
+    given = [*run_options(family, request.getfixturevalue("tiny_flux")), "--network_module", *network.split()]
+    given += ["--output_name", "lora", "--max_train_steps", "2", "--no_report", "--network_train_unet_only"]
+
+    def arguments(name: str, batch_size: int) -> list[object]:
+        dataset = make_dataset(tmp_path, images, batch_size)
+        return [*given, "--dataset_config", dataset, "--output_dir", tmp_path / name]
+
+    run_together(family.script, *arguments("both", 2), **spread)
+    one = run_in_process(family.script, *arguments("one", 4))
+    assert one.returncode == 0, one.stderr[-3000:]
+    expected, trained = (load_file(tmp_path / name / "lora.safetensors") for name in ("one", "both"))
+    assert trained.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(trained[key], tensor, rtol=0, atol=LIMIT)
+    zero_at_first = ("oft_blocks.0", "lokr_w2_b", "lora_up.weight")
+    assert max(tensor.abs().max() for key, tensor in expected.items() if key.endswith(zero_at_first)) > 100 * LIMIT

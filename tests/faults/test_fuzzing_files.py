@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from library.checkpoints import open_checkpoint
 from library.data import npz
@@ -26,6 +26,7 @@ from library.image_reading import read_image
 from library.safetensors_io import read_header
 from tests.faults.corpus import archive, broken_images, odd_images, pickled
 from tests.faults.fuzzing import endured, inputs, integers, json_of, mistaken, mistaken_bytes, nested, tables, texts
+from tests.networks.lora_tool_files import write_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -190,6 +191,53 @@ def test_tools_for_lora_files(place, data):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         endured(lambda: main(words), path.name, "lora", "a given LoRA file is damaged")
     out.unlink(missing_ok=True)
+
+
+MODEL_TOOLS = {
+    "tiny_flux": "networks.flux_extract_lora --model_org SOUND --model_tuned FILE --dim 1 --save_to OUT",
+    "tiny_chroma": "networks.flux_merge_lora --flux_model FILE --models LORA --ratios 1 --save_to OUT",
+    "tiny_lumina": "networks.lumina_extract_lora --model_org SOUND --model_tuned FILE --dim 1 --save_to OUT",
+    "tiny_hunyuan_image": "networks.hunyuan_image_extract_lora --model_org FILE --model_tuned SOUND --save_to OUT",
+    "few_blocks_sd1": "networks.extract_lora_from_models --model_org SOUND --model_tuned FILE --dim 1 --save_to OUT",
+}
+"""Tools that read a whole model, by the fixture that makes one."""
+
+
+def models(sound: bytes) -> st.SearchStrategy[bytes]:
+    """The bytes of a model in which some were changed, or some of whose tensors are others than they should be."""
+    tensors, header = load(sound), 8 + int.from_bytes(sound[:8], "little")
+
+    def made(changes: list[tuple[str, Any, torch.dtype, float]], left_out: list[str]) -> bytes:
+        found = {key: value for key, value in tensors.items() if key not in left_out}
+        changed = {key: torch.full(shape or tensors[key].shape, value).to(kind) for key, shape, kind, value in changes}
+        return save(found | changed, {"format": "pt"})
+
+    names = st.sampled_from(sorted(tensors))
+    values = st.sampled_from((1.0, 0.0, float("nan"), float("inf"), -1e30, 1e-30))
+    shapes_or_own = st.one_of(st.none(), shapes.map(tuple))
+    changes = st.lists(st.tuples(names, shapes_or_own, dtypes, values), min_size=1, max_size=3)
+    return st.one_of(mistaken_bytes(sound, head=header), st.builds(made, changes, st.lists(names, max_size=2)))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("maker", MODEL_TOOLS)
+def test_tools_for_models(request, place, maker):
+    files, (tool, *words) = request.getfixturevalue(maker), MODEL_TOOLS[maker].split()
+    whole = Path(getattr(files, "transformer", files))
+    path, lora, out = place / "model.safetensors", place / "lora.safetensors", place / "out.safetensors"
+    write_lora(lora, {"lora_unet_double_blocks_0_img_attn_proj": (64, 64)})
+    known = {"SOUND": str(whole), "FILE": str(path), "LORA": str(lora), "OUT": str(out)}
+    main, given_words = importlib.import_module(tool).main, [known.get(word, word) for word in words]
+
+    @inputs(8)
+    @given(content=models(whole.read_bytes()))
+    def try_one(content: bytes) -> None:
+        path.write_bytes(content)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            endured(lambda: main(given_words), path.name, str(whole), "model")
+        out.unlink(missing_ok=True)
+
+    try_one()
 
 
 @inputs(15)

@@ -235,17 +235,17 @@ class NetworkTrainer(FamilyHooks):
 
             for group in self.data.groups:
                 check_text_cacheable(group)
-        self.outputs.samples.name_trigger(self.options.dataset.trigger_word, self.data.train.trigger_words)
         data = {"training data": self.data.train.fingerprint()}
         require_agreement(self.accelerator, {**shared_facts(self.options), **data})
 
     def plan_steps(self) -> None:
-        """The arithmetic of the run, and the position where it starts. Raises UserError."""
+        """The arithmetic of the run, the position where it starts, and its sample prompts. Raises UserError."""
         processes = self.accelerator.num_processes
         earlier = None if self.saved is None else earlier_position(self.data, self.seed, processes, self.saved)
         self.plan = plan_run(self.options.length, self.data.train.batches_per_epoch(processes), earlier)
         self.outputs.files.resolve_epoch_ratio(self.plan.epochs)
         self.progress.position = self.first_position()
+        self.outputs.samples.name_trigger(self.options.dataset.trigger_word, self.data.train.trigger_words)
 
     def first_position(self, same_data: bool = True) -> Position:
         """Where training starts. Raises UserError when nothing is left to train."""

@@ -18,7 +18,7 @@ from library.studio.access import DOCUMENT_POLICY, FORM_TOKEN, Access, protect
 from library.studio.commands import in_every_shell
 from library.studio.folders import OutsideError
 from library.studio.forms import PREFIX, REST, Form, form_of_fields
-from library.studio.runs import Run, progress_of, tail_of
+from library.studio.runs import SETTINGS, Run, progress_of, tail_of
 from library.studio.settings_files import read_settings
 from library.studio.workspace import Job, Workspace, script_of, scripts
 
@@ -124,13 +124,14 @@ def _add_home(app: flask.Flask, workspace: Workspace) -> None:
             runs=[run for run in runs if run.record.kind in ("training", "images", "queue")][:100],
             looks=[run for run in runs if run.record.kind in ("check", "data")][:20],
             jobs=workspace.jobs(),
+            scripts=list(scripts().values()),
             queued=workspace.queued(),
             folder=workspace.folder,
         )
 
     @app.get("/new")
     def new_job() -> str:
-        return _new_page(workspace, {}, "")
+        return _new_page(workspace, flask.request.args, "")
 
     @app.post("/new")
     def make_job() -> Any:
@@ -334,9 +335,9 @@ def _add_runs(app: flask.Flask, workspace: Workspace) -> None:
     @app.get("/runs/<run_id>")
     def run_page(run_id: str) -> str:
         run = known(run_id)
-        return flask.render_template(
-            "run.html", run=run, live=_live(workspace, run), has_job=workspace.job(run.record.name) is not None
-        )
+        has_job = workspace.job(run.record.name) is not None
+        options = tail_of(run.folder / SETTINGS)
+        return flask.render_template("run.html", run=run, live=_live(workspace, run), has_job=has_job, options=options)
 
     @app.get("/runs/<run_id>/live")
     def live(run_id: str) -> flask.Response:
@@ -397,9 +398,7 @@ def _live(workspace: Workspace, run: Run) -> dict[str, Any]:
     record, state, tail = run.record, run.state, run.tail()
     until = run.ended or time.time()
     images, page = workspace.samples(run), workspace.report(run)
-    verdict = [
-        line.strip() for line in tail.split("\n") if line.startswith(("Fits", "fits", "Does not fit", "does not fit"))
-    ]
+    verdict = [line for line in tail.split("\n") if line.startswith(("Verdict: ", "Expected time: "))]
     return {
         "state": state,
         "code": run.code,
@@ -407,7 +406,7 @@ def _live(workspace: Workspace, run: Run) -> dict[str, Any]:
         "took": _took(max(0.0, until - record.started)),
         "progress": progress_of(tail) if record.kind != "check" else None,
         "log": printable(tail),
-        "verdict": printable(verdict[-1]) if verdict else "",
+        "verdict": [printable(line) for line in verdict],
         "error": printable(_error(tail)) if state == "failed" else "",
         "images": [
             {"name": path.name, "at": f"/runs/{run.id}/images/{path.name}?{int(path.stat().st_mtime)}"}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from library.errors import UserError
+from library.errors import UserError, did_you_mean
 from library.options import (
+    FRONT_END_KEYS,
     NOT_IN_OUTPUT_CONFIG,
     SCRIPT,
     SECRETS,
@@ -18,6 +19,7 @@ from library.options import (
     choices_of,
     declared_options,
     describe_type,
+    keys_of_other_scripts,
     plain_types,
 )
 from library.studio.settings_files import flat_keys, lines_of
@@ -133,6 +135,15 @@ class Form:
     def wrong(self) -> list[Field]:
         """The fields whose text their option refuses."""
         return [entry for entry in self.fields.values() if entry.error]
+
+    @property
+    def unknown(self) -> list[str]:
+        """What is wrong with keys that nothing knows, so that the script will refuse the file; a sentence each."""
+        if self.rest_error or not self.rest:
+            return []
+        strange = [key for key in flat_keys(self.rest, "other keys") if key not in FRONT_END_KEYS]
+        others = keys_of_other_scripts() if strange else set()
+        return [f'"{key}" is unknown.{did_you_mean(key, self.fields)}' for key in strange if key not in others]
 
     @property
     def ok(self) -> bool:

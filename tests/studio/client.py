@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
-import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -99,8 +98,7 @@ class ForkedRuns(Runs):
     def start_script(self, words: list[str], log: IO[bytes], record: Record) -> Any:
         """What ``accelerate launch`` would start for one process."""
         rest = words[words.index(LAUNCHER) + 1 :] if LAUNCHER in words else words[1:]
-        if self.server is None:
-            return subprocess.Popen([words[0], *rest], stdout=log, stderr=log, cwd=record.folder)
+        assert self.server is not None
         script = Path(rest[0]).relative_to(ROOT).as_posix()
         return self.server.start(script, *rest[1:], cwd=Path(record.folder), output=Path(log.name))
 

@@ -138,6 +138,7 @@ def test_keys_that_are_no_options_stay_in_the_file_and_wrong_values_are_named_at
     page = browser.get("/jobs/kept").text
     assert "--learning_rate must be a number, not &#39;much&#39;" in page and 'value="much"' in page
     assert "secrets are not written" in page and "secret&" not in page and 'value="secret"' not in page
+    assert "&#34;made_up&#34; is unknown." in page and "LoRA_type&#34; is unknown" not in page
     fields = fields_of(page)
     fields[REST] = lines_of(other)
     refused = browser.post("/jobs/kept", fields)

@@ -22,40 +22,6 @@ from tests.running import ROOT
 from tests.studio.client import Client, studio
 
 FLUX = by_key("flux")
-TINY = ROOT / "assets" / "tiny_flux"
-
-
-@pytest.fixture
-def tiny_job(tmp_path, image_folder):
-    """The file of a job for the quick start's tiny FLUX.1."""
-
-    def write(**more: object) -> Path:
-        prompts = tmp_path / "prompts.txt"
-        prompts.write_text("a circle --w 64 --h 64 --s 1\n", encoding="utf-8")
-        values = {
-            "pretrained_model_name_or_path": str(TINY / "flux1-tiny.safetensors"),
-            **{name: str(TINY / f"{name}.safetensors") for name in ("clip_l", "t5xxl", "ae")},
-            "tokenizer_cache_dir": str(TINY / "tokenizers"),
-            "t5xxl_max_token_length": 16,
-            "output_dir": str(tmp_path / "out"),
-            "output_name": "lora",
-            "network_module": FLUX.networks[0],
-            "network_dim": 2,
-            "cache_latents": True,
-            "cache_text_encoder_outputs": True,
-            "network_train_unet_only": True,
-            "sample_prompts": str(prompts),
-            "sample_at_first": True,
-            "max_train_steps": 400,
-            "save_state": True,
-            "seed": 3,
-            **more,
-        }
-        path = tmp_path / "given.toml"
-        path.write_text(settings_text(FLUX.file, values), encoding="utf-8")
-        return path
-
-    return write
 
 
 def live(client: Client, run: str) -> dict:
@@ -149,6 +115,7 @@ def test_a_check_and_a_look_at_the_images_are_shown_before_the_start(tmp_path, t
         check = check.rpartition("/")[2]
         planned = wait_until(client, check, ended)
         assert planned["state"] == "finished" and "All checks passed" in planned["log"]
+        assert [line.partition(":")[0] for line in planned["verdict"]] == ["Expected time", "Verdict"]
         assert "Start the training" in client.get(f"/runs/{check}").text and not (tmp_path / "out").exists()
         client.post("/jobs/tiny", {**option_fields(client, "tiny"), "option-output_dir": "", "action": "check"})
         failed = wait_until(client, workspace.runs.all()[0].id, ended)
@@ -157,8 +124,8 @@ def test_a_check_and_a_look_at_the_images_are_shown_before_the_start(tmp_path, t
             thread.join(20)
 
 
-def test_a_queue_is_put_in_order_started_and_shown(tmp_path, tiny_job):
-    with studio(tmp_path / "studio", [tmp_path]) as (client, workspace):
+def test_a_queue_is_put_in_order_started_and_shown(tmp_path, tiny_job, fork_server):
+    with studio(tmp_path / "studio", [tmp_path], fork_server) as (client, workspace):
         for name in ("one", "two", "three"):
             client.post("/new", {"name": name, "file": str(tiny_job(output_name=name))})
             assert client.post("/queue", {"action": "add", "name": name}).code == 303

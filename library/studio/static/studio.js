@@ -152,10 +152,10 @@ function prepareRun(run) {
     at("state").className = `pill ${live.state}`;
     document.title = document.title.replace(/: [^:]*$/, `: ${live.state}`);
     at("took").textContent = live.took;
-    for (const [id, text] of [["error", live.error], ["verdict", live.verdict]]) {
-      at(id).hidden = !text;
-      at(id).textContent = text;
-    }
+    at("error").hidden = !live.error;
+    at("error").textContent = live.error;
+    at("verdict").hidden = !live.verdict.length;
+    at("verdict").replaceChildren(...live.verdict.map((line) => element("p", {}, line)));
     at("going").hidden = !live.progress;
     if (live.progress) {
       at("progress").max = Math.max(1, live.progress.total);

@@ -208,7 +208,7 @@ class FluxInference(InferenceRun[PromptOptions]):
             say(f"--clip_l and --clip_l_dtype have no effect: {variant} has no CLIP-L")
         without_image = any(prompt.controlnet_image is None for prompt in self.file_prompts)
         if options.control.controlnet_model_name_or_path and without_image and not options.sources.interactive:
-            say("prompts without a control image (--controlnet_image, --cn) are drawn without the ControlNet")
+            say("prompts without a control image (--controlnet_image, --cn) are generated without the ControlNet")
 
     # ---- models -----------------------------------------------------------------------------------------------------
 
@@ -310,7 +310,7 @@ class FluxInference(InferenceRun[PromptOptions]):
 
 
 def main() -> None:
-    """Read the options and draw."""
+    """Read the options and generate the images."""
     options = parse_options(FluxInferenceOptions, __doc__ or "")
     set_up_console(options.console)
     FluxInference(options).run()

@@ -65,7 +65,7 @@ class GenImg(ImageRun):
 
 
 def main() -> None:
-    """Read the options and draw."""
+    """Read the options and generate the images."""
     options = parse_options(GenImgOptions, __doc__ or "")
     set_up_console(options.console)
     GenImg(options).run()

@@ -107,7 +107,7 @@ class HunyuanImageLoraOptions:
     lycoris: bool = False
     """Read the files with the package lycoris-lora, and merge them: for LoHa, LoKr and other kinds."""
     save_merged_model: str | None = None
-    """Write the transformer with the files merged into it to this .safetensors file, and draw nothing."""
+    """Write the transformer with the files merged into it to this .safetensors file, and generate no image."""
 
 
 @dataclass
@@ -145,7 +145,7 @@ class HunyuanImageFileOptions:
     output_type: Literal["images", "latent", "latent_images"] = "images"
     """What is written: images, latents to be decoded later, or both."""
     latent_path: list[str] = field(default_factory=list)
-    """Files of latents; they are decoded, and nothing is drawn."""
+    """Files of latents; they are decoded, and no image is generated."""
     no_metadata: bool = False
     """Write no text into images and files of latents."""
 
@@ -194,7 +194,7 @@ class HunyuanImageInference(InferenceRun[PromptOptions]):
         return self.options.lora.save_merged_model is not None
 
     def check_options(self) -> None:
-        """Options that are missing, that exclude each other, and values that cannot be."""
+        """Options that are missing or mutually exclusive, and invalid values."""
         options, image = self.options, self.options.image
         if not options.model.dit and not self.decodes:
             raise UserError("--dit is missing; it names the transformer's file or a folder.")
@@ -209,7 +209,7 @@ class HunyuanImageInference(InferenceRun[PromptOptions]):
                 raise UserError("--save_path is missing; it names a folder for the images, or an image.")
             given = (image.prompt is not None, options.sources.from_file is not None, options.sources.interactive)
             if not any(given) and not self.decodes:
-                raise UserError("nothing to draw: give --prompt, --from_file or --interactive (or --latent_path).")
+                raise UserError("nothing to generate: give --prompt, --from_file or --interactive (or --latent_path).")
         rows = options.device.vae_chunk_size
         if rows is not None and rows < 1:
             raise UserError(f"--vae_chunk_size must be at least 1, not {rows}.")
@@ -522,7 +522,7 @@ def time_flag() -> str:
 
 
 def main() -> None:
-    """Read the options and draw."""
+    """Read the options and generate the images."""
     options = parse_options(HunyuanImageInferenceOptions, __doc__ or "")
     set_up_console(options.console)
     HunyuanImageInference(options).run()

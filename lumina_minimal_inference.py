@@ -265,7 +265,7 @@ class LuminaInference(InferenceRun[PromptOptions]):
 
 
 def main() -> None:
-    """Read the options and draw."""
+    """Read the options and generate the images."""
     options = parse_options(LuminaInferenceOptions, __doc__ or "")
     set_up_console(options.console)
     LuminaInference(options).run()

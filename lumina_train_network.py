@@ -43,7 +43,7 @@ class LuminaOptions:
     use_sage_attn: bool = False
     """Attention of the package sageattention for sample images; it cannot train."""
     sample_batch_size: int | None = None
-    """Sample images of equal size and settings that are drawn together; unset means the training batch size."""
+    """Sample images of equal size and settings that are generated together; unset means the training batch size."""
 
 
 @dataclass
@@ -137,7 +137,7 @@ class LuminaNetworkTrainer(FlowMatchingHooks, NetworkTrainer):
         return ("sample_sampler", "guidance_scale", "controlnet_image")
 
     def prepare_output(self) -> None:
-        """As for every family; sample images are drawn in batches."""
+        """As for every family; sample images are generated in batches."""
         super().prepare_output()
         lumina, samples = self.options.lumina, self.outputs.samples
         samples.batch_size = lumina.sample_batch_size or self.options.dataset.train_batch_size

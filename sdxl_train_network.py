@@ -27,7 +27,7 @@ class SdxlTrainingOptions(StableDiffusionTrainingOptions):
 
 
 class SdxlNetworkTrainer(StableDiffusionNetworkTrainer):
-    """Stable Diffusion XL: two text encoders, and a U-Net that is told the sizes of its images."""
+    """Stable Diffusion XL: two text encoders, and a U-Net that is conditioned on the sizes of its images."""
 
     options_class = SdxlTrainingOptions
     family = "Stable Diffusion XL"

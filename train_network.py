@@ -341,7 +341,7 @@ class NetworkTrainer(FamilyHooks):
         return in_turn(self.accelerator) if self.options.model.lowram else nullcontext()
 
     def fill_caches(self) -> list[CacheReport]:
-        """Encode images, captions and sample prompts ahead, as far as requested."""
+        """Encode images, captions and sample prompts ahead, if requested."""
         reports = self.latents.fill_caches(self.load_in_turn)
         return reports + self.text.fill_caches(self.load_in_turn, self.outputs.samples.prompts)
 

@@ -1,6 +1,6 @@
 """The model families: one row each, from which every list of families, of their scripts or of their options is made.
 
-A row holds names, nothing is imported before it is asked for. ``path.to.module:Name`` is a class in a module; families'
+A row holds names, nothing is imported before it is needed. ``path.to.module:Name`` is a class in a module; families'
 scripts lie above ``library/``, so that this module is the only one of it that reaches them, and only by these names.
 """
 
@@ -31,7 +31,7 @@ class Family:
     """One training script and what belongs to it."""
 
     key: str
-    """Short name; also the switch by which the caching tools are told the family."""
+    """Short name; also the caching tools' switch for the family."""
     name: str
     """As messages and tables name it."""
     room: str
@@ -236,7 +236,7 @@ def by_options(options: Any) -> Family:
 
 
 def switches() -> dict[str, Family]:
-    """The families that the caching tools are told by a switch, by its name without ``--``."""
+    """The families that the caching tools have a switch for, by its name without ``--``."""
     return {family.key: family for family in FAMILIES if not family.is_default}
 
 

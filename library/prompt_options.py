@@ -20,7 +20,7 @@ from library.text_files import parse_json, read_text, read_toml, shown
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """One image to draw. None means: the model family's default."""
+    """One image to generate. None means: the model family's default."""
 
     prompt: str = ""
     negative_prompt: str | None = None

@@ -125,7 +125,7 @@ class Browser:
         return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
 
     def requests(self) -> list[str]:
-        """Addresses that were asked for since the last call, without images in the page and the browser's own."""
+        """Addresses that were requested since the last call, without images in the page and the browser's own."""
         messages = [
             json.loads(entry["message"])["message"] for entry in self._call("POST", "/se/log", {"type": "performance"})
         ]

@@ -62,7 +62,7 @@ def caching_options(family: Family) -> type:
 
 
 class CachingRun:
-    """A family's trainer, taken as far as its caches, and asked for nothing that only training needs."""
+    """A family's trainer, taken as far as its caches, without anything that only training needs."""
 
     def __init__(self, family: Family, options: Any, subject: Subject) -> None:
         """Caches lie on disk; which encoders are trained makes no difference to what is in them."""
@@ -109,7 +109,7 @@ class CachingRun:
             self.trainer.pipeline.dtypes["t5xxl"] = parse_dtype(self.options.caching.t5xxl_dtype)
 
     def how_else(self, script: str) -> str:
-        """The switch by which the tools are told the family of ``script``."""
+        """The tools' switch for the family of ``script``."""
         other = next(family for family in families.FAMILIES if family.file == script)
         return f"leave out --{self.family.key}" if other.is_default else f"add --{other.key}"
 

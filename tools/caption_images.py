@@ -143,7 +143,7 @@ def main() -> None:
     if options.model.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {options.model.batch_size}.")
     if files.append_tags and images.overwrite:
-        raise UserError("--append_tags and --overwrite exclude each other: captions are added to, or made anew.")
+        raise UserError("--append_tags and --overwrite are mutually exclusive: captions are extended or replaced.")
     load = choose_model(model_path(options.model.model), options)
     targets = caption_targets(find_folders(images), images, files.caption_extension)
     write = CaptionWriter(files)

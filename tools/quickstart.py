@@ -78,7 +78,7 @@ class Family:
     only_tiny: dict[str, object] = field(default_factory=dict)
     """Options that the real model does without."""
     drawn_by: str | None = None
-    """The script that draws the images before and after the training; None: the training does."""
+    """The script that generates the images before and after the training; None: the training does."""
 
 
 FAMILIES = {

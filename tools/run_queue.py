@@ -189,7 +189,7 @@ class Queue:
         words += ["--config_file", job.file, *(["--resume", "auto"] if resumes else [])]
         job.state, job.code, job.last_line, job.started = RUNNING, None, "", time.time()
         self.write()
-        print(f"{place}: {'goes on' if resumes else 'starts'}; its log is {self.folder / job.log}", flush=True)
+        print(f"{place}: {'resumes' if resumes else 'starts'}; its log is {self.folder / job.log}", flush=True)
         before, start = job.seconds, time.monotonic()
         try:
             with open(self.folder / job.log, "ab") as log:

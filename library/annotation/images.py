@@ -37,7 +37,7 @@ class ImageOptions:
     recursive: bool = False
     """Images in sub-folders too."""
     overwrite: bool = False
-    """Make the files anew that are there already."""
+    """Overwrite existing files."""
     dry_run: bool = False
     """List the files that would be made, and write nothing."""
 

@@ -1,6 +1,6 @@
 """From settings to dataset groups: images found and checked, split for validation, repeated, put into buckets.
 
-Everything that can be wrong with the data is said here, before a model is loaded; torch is not needed.
+Everything that can be wrong with the data is reported here, before a model is loaded; torch is not needed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def build_dataset_groups(
     control_images: bool = False,
     read_only: bool = False,
 ) -> tuple[DatasetGroup, DatasetGroup | None]:
-    """The training data and, when a split is asked for, the validation data.
+    """The training data and, if a split is configured, the validation data.
 
     The model family gives ``bucket_divisor`` (bucket_reso_steps must be a multiple of it) and ``size_divisor`` (a
     resolution without buckets must be). ``seed`` makes the split where no validation seed is given. With

@@ -41,7 +41,7 @@ Size = tuple[int, int]
 
 @dataclass
 class CachedLatent:
-    """What a latent cache knows of one image in one bucket; mirrored already if it was asked for mirrored."""
+    """What a latent cache knows of one image in one bucket; already mirrored if it was requested mirrored."""
 
     latents: Tensor
     """[C, h, w] float32."""
@@ -92,7 +92,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Frame:
-    """What is known of an image's place in its bucket, besides its pixels."""
+    """What is known of an image's place in its bucket, apart from its pixels."""
 
     original_size: Size
     crop: tuple[float, float, float, float]
@@ -147,7 +147,7 @@ class Dataset:
 
     @property
     def reg_image_count(self) -> int:
-        """Regularisation images on disk, with the repeats asked for."""
+        """Regularisation images on disk, with the configured repeats."""
         return sum(item.subset.num_repeats for item in self.items if item.subset.is_reg)
 
     def interpolation(self, item: Item) -> str:

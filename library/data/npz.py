@@ -103,7 +103,7 @@ def read_arrays_for_training(
     """The ``wanted`` arrays, which must be numbers of these shapes (see ``fits``). Raises UserError naming the file.
 
     So it does if there is a text under the name ``mark``, of which ``is_ours`` is false: another program, which shares
-    the folder, has made the arrays anew from something else.
+    the folder, has rebuilt the arrays from something else.
     """
     try:
         arrays = read_arrays(path, wanted, if_there=mark)
@@ -115,7 +115,7 @@ def read_arrays_for_training(
         raise UserError(f"{path}: the cache file is damaged ({reason}); delete it and start again.") from None
     if text is not None and not is_ours(str(text)):
         raise UserError(
-            f"{path}: another training has made this cache file anew, with other encoders or options; give each of "
+            f"{path}: another training has rebuilt this cache file with other encoders or options; give each of "
             "them its own copy of the folder, or cache in memory."
         )
     for name, array in arrays.items():

@@ -78,7 +78,7 @@ class ClipTextGuide(ImageGuide):
 
 
 class ClipImageGuide(ImageGuide):
-    """``--clip_image_guidance_scale``; without guide images, the aim is the image that was drawn last."""
+    """``--clip_image_guidance_scale``; without guide images, the aim is the image that was generated last."""
 
     option = "--clip_image_guidance_scale"
 

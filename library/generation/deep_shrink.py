@@ -90,7 +90,7 @@ class DeepShrinkFeature(Feature):
         )
 
     def key(self, prompt: ImagePrompt) -> Hashable:
-        """Images that are drawn together are shrunk alike."""
+        """Images that are generated together are shrunk alike."""
         return self.shrinking(prompt) if self.acts_on(prompt) else None
 
     def hook(self, batch: Batch) -> StepHook | None:

@@ -1,4 +1,4 @@
-"""Images of a long run that cannot be drawn: the others are drawn, and the end says which ones are missing."""
+"""Images of a long run that cannot be generated: the others are generated, and the end says which ones are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_NAMED = 20
 
 
 class FailedImages:
-    """Keeps a run going after a batch that cannot be drawn, such as one that is too large or has a broken start image.
+    """Keeps a run going after a batch that fails, such as one that is too large or has a broken start image.
 
     It does not where nothing was drawn before, nor after several such batches in a row: then the reason is the same for
     all, such as a full disk.
@@ -42,14 +42,14 @@ class FailedImages:
             numbers = [prompt.number + 1 for prompt in prompts]
             self.numbers += numbers
             with tqdm.external_write_mode():
-                warn(f"{_images(numbers)} cannot be drawn ({in_one_line(error)}); the run goes on.")
+                warn(f"{_images(numbers)} cannot be generated ({in_one_line(error)}); the run continues.")
         else:
             self._drawn, self._in_a_row = True, 0
 
     def require_none(self) -> None:
         """Raises UserError that names the images which are missing."""
         if self.numbers:
-            raise UserError(f"{_images(self.numbers)} could not be drawn; the warnings above say why.")
+            raise UserError(f"{_images(self.numbers)} could not be generated; the warnings above say why.")
 
 
 def _images(numbers: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """Images that are drawn together."""
+    """Images that are generated together."""
 
     prompts: Sequence[ImagePrompt]
     requests: Sequence[Any]
@@ -62,7 +62,7 @@ class Feature(ABC):
         """Raises UserError, beginning with ``place``, for a prompt that it cannot act on."""
 
     def key(self, prompt: ImagePrompt) -> Hashable:
-        """What images must have in common to be drawn together, beside sizes, steps and scales."""
+        """What images must have in common to be generated together, beside sizes, steps and scales."""
         return None
 
     def hook(self, batch: Batch) -> StepHook | None:

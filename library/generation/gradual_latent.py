@@ -89,7 +89,7 @@ class GradualLatentFeature(Feature):
         )
 
     def key(self, prompt: ImagePrompt) -> Hashable:
-        """Images that are drawn together grow alike."""
+        """Images that are generated together grow alike."""
         return self.growth(prompt) if self.acts_on(prompt) else None
 
     def hook(self, batch: Batch) -> StepHook | None:

@@ -32,7 +32,7 @@ class GuidanceOptions:
     """How strongly the image is led towards what CLIP makes of the prompt, or of the prompt's --c; 100 is usual, and 0
     turns it off. For the samplers ddim, pndm and lms."""
     clip_image_guidance_scale: float = 0.0
-    """The same towards an image of --guide_image_path, or without one, towards the image that was drawn last."""
+    """The same towards an image of --guide_image_path, or without one, towards the image that was generated last."""
     vgg16_guidance_scale: float = 0.0
     """The same towards an image of --guide_image_path as VGG16 sees it, with --vgg16_weights."""
     vgg16_guidance_layer: Annotated[int, Aliases("vgg16_guidance_layerP")] = 20

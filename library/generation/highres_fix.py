@@ -1,4 +1,4 @@
-"""Highres. fix of ``gen_img.py``: a small image is drawn first, then a large one over it."""
+"""Highres. fix of ``gen_img.py``: a small image is generated first, then a large one over it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALED = (
     *("original_height", "original_width", "original_height_negative", "original_width_negative"),
     *("crop_top", "crop_left"),
 )
-"""What XL is told of sizes, which the first image has by the same scale."""
+"""SDXL's size conditioning; the first image's is divided by the same scale."""
 FUNCTION = "create_upscaler"
 
 
@@ -44,7 +44,7 @@ class HighresOptions:
     highres_fix_upscaler: str | None = None
     """Python module that enlarges the first image, such as tools.latent_upscaler."""
     highres_fix_upscaler_args: str | None = None
-    """What the module is told: "key=value;key=value"."""
+    """Arguments of the module: "key=value;key=value"."""
     highres_fix_disable_control_net: bool = False
     """ControlNet acts on the first image only."""
 

@@ -190,7 +190,7 @@ class ImageOutputs:
         self.pages.finish()
         if kind is not None and self._saved and (self.options.skip_existing or self._file_names.has_fixed_names):
             added = "" if self.options.skip_existing else " with --skip_existing"
-            say(f"the same command{added} draws the images that are missing")
+            say(f"the same command{added} generates the missing images")
 
     def existing(self, lines: Iterable[Sequence[ImagePrompt]]) -> int:
         """How many images of the lines are there already and will be skipped (none without ``--skip_existing``).

@@ -34,7 +34,7 @@ THUMBNAIL = 256
 MOST_EMBEDDED = 12_000_000
 """Characters of images inside the page; it links to the files of those that follow."""
 EVERY = 60.0
-"""Seconds between two versions of the page while images are drawn."""
+"""Seconds between two versions of the page while images are generated."""
 SHOWN = ("seed", "sampler", "steps", "scale", "guidance-scale", "negative-scale", "strength", "lora-weights", "model")
 """Keys of an image's text that the page names, where they are there."""
 
@@ -81,7 +81,7 @@ class ImagePages:
             self._write_page()
 
     def finish(self) -> None:
-        """Write both; what cannot be written is said, and nothing is raised."""
+        """Write both; logs a warning for what cannot be written instead of raising."""
         if not self.images:
             return
         self.images.sort(key=lambda drawn: drawn.number)

@@ -32,21 +32,21 @@ GRADUAL_LATENT_TIMESTEPS = 650
 
 @dataclass(frozen=True)
 class ImagePrompt(PromptOptions):
-    """One image to draw. None means: not given, so the feature's own default, or no such feature."""
+    """One image to generate. None means: not given, so the feature's own default, or no such feature."""
 
     original_height: int | None = None
-    """Pixels that XL is told the image had before it was scaled; None: its own."""
+    """SDXL's conditioning: original size in pixels; None: the image's own."""
     original_width: int | None = None
     original_height_negative: int | None = None
     """The same for the negative prompt; None: as for the positive one."""
     original_width_negative: int | None = None
     crop_top: int | None = None
-    """Pixels that XL is told were cut off; None: 0."""
+    """SDXL's conditioning: crop coordinate in pixels; None: 0."""
     crop_left: int | None = None
     negative_scale: float | None = None
     """How far to lead away from the negative prompt, apart from ``scale``; None: by classifier-free guidance."""
     strength: float | None = None
-    """How much of the start image is drawn anew, 0..1."""
+    """How much of the start image is changed, 0..1."""
     clip_prompt: str | None = None
     """The text for CLIP guidance; None: the prompt."""
     network_mul: tuple[float, ...] | None = None

@@ -168,7 +168,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         return self.start.recorded_lines()
 
     def check_prompt(self, prompt: ImagePrompt, place: str = "") -> None:
-        """Raises UserError, beginning with ``place``, for a prompt that cannot be drawn."""
+        """Raises UserError, beginning with ``place``, for a prompt that cannot be generated."""
         check_image_prompt(prompt, place)
         check_features(self.features, prompt, place)
 
@@ -214,7 +214,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         return self.pipeline.request(prompt, **sizes, crop=crop, **request_fields(self.options.sampling))
 
     def key(self, prompt: ImagePrompt) -> Hashable:
-        """What images must have in common to be drawn together."""
+        """What images must have in common to be generated together."""
         texts = self.texts_of_image(prompt)
         return (
             self.request(prompt).common(),
@@ -224,7 +224,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         )
 
     def batches(self, lines: Iterable[Sequence[ImagePrompt]]) -> Iterator[list[ImagePrompt]]:
-        """Images that follow each other and may be drawn together, at most ``--batch_size``."""
+        """Images that follow each other and may be generated together, at most ``--batch_size``."""
         sized = self.start.sized if self.start and not self.highres else lambda image: image
         images = (sized(image) for line in lines for image in line)
         for _, group in itertools.groupby(images, self.key):
@@ -285,7 +285,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
     def latents_of(
         self, prompts: Sequence[ImagePrompt], stage: int = 0, start: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """The latents [B, 4, h, w], float32, of images that are drawn together, over those of ``start`` if given."""
+        """The latents [B, 4, h, w], float32, of images generated together, over those of ``start`` if given."""
         requests = [self.encoded_request(prompt) for prompt in prompts]
         for request, latents in zip(requests, start or ()):
             request.start_latents = latents
@@ -315,7 +315,7 @@ class ImageRun(InferenceRun[ImagePrompt]):
         return images
 
     def images_of(self, prompts: Sequence[ImagePrompt]) -> list[Image]:
-        """The images of prompts that are drawn together in one stage."""
+        """The images of prompts that are generated together in one stage."""
         return self.decoded(self.latents_of(prompts), prompts)
 
     def images_of_two_stages(self, prompts: Sequence[ImagePrompt]) -> list[Image]:

@@ -189,7 +189,7 @@ class InferenceRun(ABC, Generic[Prompt]):
     def check_prompt(self, prompt: Prompt, place: str = "") -> None:
         """Say to which size the image is rounded.
 
-        Raises UserError, beginning with ``place``, for a prompt that cannot be drawn.
+        Raises UserError, beginning with ``place``, for a prompt that cannot be generated.
         """
         check_prompt_values(prompt, place)
         height, width = self.pipeline.image_size(self.pipeline.request(prompt))
@@ -233,12 +233,12 @@ class InferenceRun(ABC, Generic[Prompt]):
 
     @property
     def keeps_encoders(self) -> bool:
-        """Whether text encoders stay loaded while images are drawn, for the prompts that follow."""
+        """Whether text encoders stay loaded while images are generated, for the prompts that follow."""
         return bool(self.options.sources.interactive)
 
     @property
     def images_together(self) -> int:
-        """The largest number of images that are drawn together."""
+        """The largest number of images that are generated together."""
         return 1
 
     @property

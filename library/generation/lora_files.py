@@ -55,7 +55,7 @@ def module_of(key: str) -> str:
 
 
 def left_out(names: Iterable[str], of: Iterable[str]) -> str:
-    """What is said of modules ``names`` that find no layer in a model, of a file that holds the modules ``of``."""
+    """The message about modules ``names`` of a file with the modules ``of`` for which a model has no layer."""
     absent = list(dict.fromkeys(names))
     more = f" and {len(absent) - MOST_NAMES} more" if len(absent) > MOST_NAMES else ""
     return (

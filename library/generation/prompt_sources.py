@@ -51,9 +51,9 @@ class ImagePromptOptions:
     images_per_prompt: int = 1
     """Images for each prompt line."""
     batch_size: int = 1
-    """How many images are drawn together; no image depends on it."""
+    """How many images are generated together; no image depends on it."""
     n_iter: int = 1
-    """How many times all prompts are drawn."""
+    """How many times all prompts are used."""
     seed: int | None = None
     """Seed of the only image, or that from which the images' seeds are drawn; unset draws other ones each time."""
     iter_same_seed: bool = False
@@ -83,8 +83,8 @@ class ImagePrompts:
         given = [name for name in SOURCES if getattr(options, name) not in (None, False)]
         if not given and not recorded:
             raise UserError(
-                "Nothing to draw: give --prompt, --from_file, --from_module or --interactive, or an --image_path whose "
-                "images hold their prompts."
+                "Nothing to generate: give --prompt, --from_file, --from_module or --interactive, or an --image_path "
+                "whose images hold their prompts."
             )
         self.options = options
         self.defaults = defaults
@@ -257,7 +257,7 @@ class ImagePrompts:
         return images
 
     def _parsed(self, line: PromptLine) -> ImagePrompt:
-        """A line without seeds and groups; each one is read once, so that what is wrong with it is said once."""
+        """A line without seeds and groups; each one is read once, so that a mistake in it is reported once."""
         if line not in self._read:
             if not self.known_ahead:
                 self._read.clear()  # only the last one: there is no end to the others
@@ -337,7 +337,7 @@ def _import_module(path: Path) -> ModuleType:
 class ModelParts:
     """The ``pipe`` of a prompt module: parts of the model, which are loaded when they are needed.
 
-    A module cannot change how images are drawn other than by its prompt lines; NotImplementedError says so.
+    A module cannot change how images are generated other than by its prompt lines; NotImplementedError says so.
     """
 
     def __init__(self, pipeline: Any, defaults: ImagePrompt):
@@ -371,7 +371,7 @@ class ModelParts:
 
     @property
     def scheduler(self) -> Any:
-        """diffusers' scheduler of the command line's sampler and steps; every batch is drawn with a new one."""
+        """diffusers' scheduler of the command line's sampler and steps; every batch is generated with a new one."""
         return self._pipeline.solver(self._pipeline.request(self._defaults)).scheduler
 
     def set_control_nets(self, *arguments: Any, **keywords: Any) -> None:

@@ -16,7 +16,7 @@ class ImageOptions:
     """Image"""
 
     prompt: str | None = None
-    """What to draw."""
+    """The prompt."""
     negative_prompt: str | None = None
     """What to keep away from, with classifier-free guidance; unset counts as an empty one."""
     steps: int | None = None

@@ -10,7 +10,7 @@ from library.errors import UserError
 from library.generation.image_prompts import ImagePrompt, check_side
 
 SIDES = {"sd1": 512, "sd2": 512, "sdxl": 1024}
-"""The side of an image, in pixels, where nothing else is said."""
+"""The side of an image, in pixels, unless another is given."""
 PROMPT_FIELDS = {
     "width": "W",
     "height": "H",
@@ -57,17 +57,17 @@ class SamplingOptions:
     negative_scale: float | None = None
     """Guidance away from the negative prompt by a scale of its own; unset means that it takes the empty one's place."""
     original_height: int | None = None
-    """SDXL: height that the image is said to have had before it was scaled; unset means the height drawn."""
+    """SDXL: original height given to the model as conditioning; unset means the height of the image."""
     original_width: int | None = None
-    """SDXL: width that the image is said to have had before it was scaled; unset means the width drawn."""
+    """SDXL: original width given to the model as conditioning; unset means the width of the image."""
     original_height_negative: int | None = None
     """SDXL: the same height for the negative prompt; unset means that of the prompt."""
     original_width_negative: int | None = None
     """SDXL: the same width for the negative prompt; unset means that of the prompt."""
     crop_top: int | None = None
-    """SDXL: pixels that are said to have been cut off at the top; unset means 0."""
+    """SDXL: top crop coordinate given to the model as conditioning; unset means 0."""
     crop_left: int | None = None
-    """SDXL: pixels that are said to have been cut off at the left; unset means 0."""
+    """SDXL: left crop coordinate given to the model as conditioning; unset means 0."""
     pyramid_noise_prob: float | None = None
     """Probability that an image begins with pyramid noise, 0..1."""
     pyramid_noise_discount_range: list[float] | None = None
@@ -81,7 +81,7 @@ class SamplingOptions:
 
 
 def check_sampling(options: SamplingOptions) -> None:
-    """Raises UserError for values that no image can be drawn with; the sampler's name is the model family's affair."""
+    """Raises UserError for values that give no image; the sampler's name is the model family's affair."""
     for side in ("W", "H"):
         check_side(getattr(options, side), f"--{side}")
     for name, key in (("pyramid_noise", "pyramid_noise_discount_range"), ("noise_offset", "noise_offset_range")):

@@ -63,7 +63,7 @@ def take_lines(take: Callable[[str], None], ask: str, end: str | None) -> None:
     """Ask for lines and hand each to ``take``, until the line ``end`` (if any) or the end of the input.
 
     Other empty lines are skipped. A mistake (UserError) is printed, other errors with their traceback, and Ctrl-C stops
-    what is being drawn; none of them ends the session.
+    what is being generated; none of them ends the session.
     """
     for line in _lines(ask, end):
         try:
@@ -77,7 +77,7 @@ def take_lines(take: Callable[[str], None], ask: str, end: str | None) -> None:
             raise
         except Exception:
             traceback.print_exc()
-            print("error: the line above could not be drawn; the session goes on", flush=True)
+            print("error: no image for the line above; the session continues", flush=True)
 
 
 def _lines(ask: str, end: str | None) -> Iterator[str]:

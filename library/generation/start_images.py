@@ -46,7 +46,7 @@ class StartImageOptions:
     """What is drawn over: white parts of this image, or of a folder's. For a prompt with " AND ", and for networks
     without --image_path, it shows the regions of the prompt's parts and of the networks instead."""
     strength: float | None = None
-    """How much of an image is drawn anew, 0 (nothing) to 1; unset means 0.8."""
+    """How much of an image is changed, from 0 (nothing) to 1; unset means 0.8."""
 
 
 def open_start_images(
@@ -181,14 +181,14 @@ class StartImages(Feature):
         return dataclasses.replace(prompt, width=width, height=height)
 
     def masks_regions(self, prompt: ImagePrompt) -> bool:
-        """Whether the mask is one of regions and not what is drawn anew."""
+        """Whether the mask is one of regions and not of what is repainted."""
         return bool(self.masks) and (" AND " in prompt.prompt or (self.regional and not self.files))
 
     def check(self, prompt: ImagePrompt, place: str) -> None:
         """Raises UserError, beginning with ``place``, for a mask that has nothing to act on."""
         if not self.files and not self.masks_regions(prompt):
             raise UserError(
-                f"{place}--mask_path needs --image_path, of which its white parts are drawn anew; or networks, or a "
+                f"{place}--mask_path needs --image_path, whose white parts are repainted; or networks, or a "
                 'prompt with " AND ", whose regions it shows.'
             )
 
@@ -237,7 +237,7 @@ def encoded_image(pipeline: Any, image: Image, width: int, height: int) -> Tenso
 
 
 def mask_tensor(masks: list[Image], width: int, height: int) -> Tensor:
-    """[B, 1, height / 8, width / 8], 1 where an image is drawn anew, of grey images."""
+    """[B, 1, height / 8, width / 8], 1 where an image is repainted, of grey images."""
     import numpy
     import torch
     from PIL import Image

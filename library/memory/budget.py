@@ -14,7 +14,7 @@ GIB = 1 << 30
 RESERVED_BYTES = round(0.8 * GIB)
 """Of the budget, left for the device's context and for what kernels need inside them."""
 RESERVED_SHARE = 0.05
-"""Of the budget besides, for fragmentation."""
+"""A share of the budget in addition, for fragmentation."""
 
 
 def budget_bytes(vram_budget: float | None, device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """Products in 8 bits: fp8 weights are multiplied as they lie in memory, by activations rounded to fp8 on the way.
 
-An input, or a gradient, gets one scale (its largest absolute value / 448), found anew each time; ``torch._scaled_mm``
+An input, or a gradient, gets one scale (its largest absolute value / 448), computed each time; ``torch._scaled_mm``
 multiplies codes with codes, sums in float32 and applies both scales. Weights with a scale for each output channel are
 scaled after the product, and before it in the gradient, where the outputs are summed over. Scales for blocks stand
 inside the sum, so such weights are multiplied as elsewhere. What is computed differs from the product with the same

@@ -61,7 +61,7 @@ Bytes = tuple[int, int]
 class Simulation:
     """A pipeline whose parts are loaded without reading their files, as tensors that take no memory.
 
-    What asks for a tensor's numbers (``item()``, ``if tensor:``) raises DataDependentOutputException.
+    Code that needs a tensor's values (``item()``, ``if tensor:``) raises DataDependentOutputException.
     """
 
     def __init__(self, pipeline: Any) -> None:

@@ -27,7 +27,7 @@ class StoredWeight(Protocol):
 
 
 class StoredLinear(nn.Linear, ABC):
-    """A frozen ``nn.Linear`` that makes its weight anew for each product and lets it go at once.
+    """A frozen ``nn.Linear`` that reconstructs its weight for each product and frees it at once.
 
     Its tensors but the bias are buffers that no file holds: those named by ``bulk``, which take nearly all memory, and
     small ones. A product reads them when it is made, and nothing of them is kept for the backward pass: between two

@@ -236,7 +236,7 @@ def clip_file(source: TensorSource, hidden_act: str = "quick_gelu", is_projected
 
     Heads are 64 wide, as in all published models, and the activation is ``hidden_act``; a model that differs says
     ``num_attention_heads`` or ``hidden_act`` in its metadata's ``config`` entry or its folder's ``config.json``.
-    ``is_projected`` asks for ``text_projection``. Raises UserError where tensors are missing or sizes don't fit.
+    ``is_projected``: with ``text_projection``. Raises UserError where tensors are missing or sizes don't fit.
     """
     vocabulary, hidden = source.sizes("text_model.embeddings.token_embedding.weight", 2)
     exceptions = source.exceptions

@@ -1,4 +1,4 @@
-"""Inpainting: only a part of an image is drawn anew, the rest stays as it is."""
+"""Inpainting: only a part of an image is repainted, the rest stays as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from library.models.sampling import Solver, Step, StepHook
 
 
 class Inpainting(StepHook):
-    """Keeps the image that is drawn over where ``mask`` [B or 1, 1, h, w] is 0, and draws it anew where it is 1.
+    """Keeps the original image where ``mask`` [B or 1, 1, h, w] is 0, and repaints it where it is 1.
 
     Between the two, both are mixed. At each step, what is kept has as much noise as what is drawn.
     """

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Conditioning = Mapping[str, Tensor]
-"""What a denoiser is told beside latents and timesteps, batch first, by name."""
+"""A denoiser's conditioning beside latents and timesteps, batch first, by name."""
 Text = tuple[str, Role]
 Request = TypeVar("Request", bound="ImageRequest")
 Module = TypeVar("Module", covariant=True)
@@ -134,7 +134,7 @@ class ImageRequest:
     """The step whose amount of noise ``start_latents`` get."""
 
     def common(self) -> tuple[Any, ...]:
-        """What it shares with requests that may be drawn together with it: all but texts, seed and start latents."""
+        """What requests share that may be generated together: all but texts, seed and start latents."""
         own = ("prompt", "negative_prompt", "seed", "start_latents", "sub_conditionings", *CONDITIONINGS.values())
         values = [value for name, value in vars(self).items() if name not in own]
         return tuple(value if isinstance(value, Hashable) else id(value) for value in values)
@@ -339,7 +339,7 @@ class Pipeline(ABC, Generic[Request]):
 
     @contextlib.contextmanager
     def blaming_files(self, *parts: str) -> Iterator[None]:
-        """Around work of these parts: if it raises NotFiniteError and a file is the reason, that is said instead."""
+        """Around work of these parts: a NotFiniteError that a file causes names that file instead."""
         try:
             yield
         except NotFiniteError:
@@ -581,7 +581,7 @@ class Pipeline(ABC, Generic[Request]):
     def generate_latents(self, *requests: Request, hooks: Sequence[StepHook] = (), progress: bool = False) -> Tensor:
         """The latents [B, C, h, w], float32, of an image for each request; ``progress`` shows a progress bar.
 
-        Requests that are drawn together differ in prompts, seeds and start latents only; the first one's other values
+        Requests generated together differ in prompts, seeds and start latents only; the first one's other values
         count. Raises UserError for an unknown sampler.
         """
         first = requests[0]
@@ -629,7 +629,7 @@ class Pipeline(ABC, Generic[Request]):
     def generate_batch(
         self, requests: Sequence[Request], hooks: Sequence[StepHook] = (), progress: bool = False
     ) -> list[Image.Image]:
-        """An image for each of ``requests``, drawn together; see ``generate_latents``."""
+        """An image for each of ``requests``, generated together; see ``generate_latents``."""
         latents = self.generate_latents(*requests, hooks=hooks, progress=progress)
         return [to_image(pixels) for pixels in self.decode_latents(latents)]
 

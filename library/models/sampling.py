@@ -31,7 +31,7 @@ class Step:
     count: int
     """How many there are; samplers of second order have more than the steps that were requested."""
     timestep: Tensor
-    """What the model is told, 0-dim: a sigma in 0..1 (flow matching, float32) or a timestep in 0..999."""
+    """The model's noise level, 0-dim: a sigma in 0..1 (flow matching, float32) or a timestep in 0..999."""
 
 
 Predict = Callable[[Tensor, Step, Sequence[Role]], Sequence[Tensor]]
@@ -55,7 +55,7 @@ class ModelCall:
 
     @property
     def images(self) -> int:
-        """How many images are drawn together."""
+        """How many images are generated together."""
         return len(self.latents) // len(self.roles)
 
 
@@ -208,7 +208,7 @@ class Solver(ABC):
     """The noise levels of one batch of images, and how predictions lead from each to the next. Used once."""
 
     timesteps: Tensor
-    """What the model is told at each step, [steps]."""
+    """The model's noise level at each step, [steps]."""
 
     @abstractmethod
     def start(self, noise: Tensor, image: Tensor | None = None, first: int = 0) -> Tensor:

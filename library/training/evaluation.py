@@ -95,7 +95,7 @@ class Evaluation:
         self.run.outputs.sample_files += samples.images(step, epoch).values()
 
     def draw_batch(self, prompts: Sequence[PromptOptions]) -> Sequence[Any]:
-        """The PIL images of sample prompts that are drawn together; their texts are encoded as in training."""
+        """The PIL images of sample prompts that are generated together; their texts are encoded as in training."""
         requests = [self.model.sample_request(prompt) for prompt in prompts]
         for request in requests:
             self.model.text.add_to(request)

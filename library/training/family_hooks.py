@@ -41,7 +41,7 @@ class FamilyHooks(ABC):
     prediction_type: str | None = None
     """``modelspec.prediction_type``."""
     default_resolution: int = 1024
-    """Side of the square that a file is said to be made for when ``--resolution`` is not given."""
+    """Side of the square in a file's metadata when ``--resolution`` is not given."""
     takes_control_images: bool = False
     """Whether a ControlNet takes part, to which the images of conditioning_data_dir go."""
     trained_encoders: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class FamilyHooks(ABC):
         return [encoders.get(name) for name in self.pipeline.encoders]
 
     def conditioning(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model is told of a batch, on the device, with gradients where a text encoder is trained."""
+        """The model's conditioning for a batch, on the device, with gradients where a text encoder is trained."""
         return self.text.of(batch)
 
     @abstractmethod

@@ -108,7 +108,7 @@ class StepWatch:
             else "lower the learning rate, or set --max_grad_norm"
         )
         count = f", because {progress.left_out} were left out already (--max_nonfinite_steps)" if skips else ""
-        or_skip = "" if skips or first else "; --on_nonfinite skip goes on without such updates"
+        or_skip = "" if skips or first else "; --on_nonfinite skip continues without such updates"
         raise UserError(f"{what}. The training ends before this update{count}; {advice}{or_skip}.")
 
     def _place(self) -> str:

@@ -34,7 +34,7 @@ class StepModel(Protocol):
     network: Any
 
     def conditioning(self, batch: Batch) -> dict[str, Tensor]:
-        """What the model is told of a batch beside latents and noise levels."""
+        """The model's conditioning for a batch, beside latents and noise levels."""
 
     def predict(self, noisy: NoisyInput, conditioning: dict[str, Tensor]) -> Tensor:
         """The model's output."""

@@ -1,4 +1,4 @@
-"""From captions to what the model is told of them: encoded ahead once, or at each step where encoders are trained."""
+"""From captions to the model's conditioning: encoded ahead once, or at each step where encoders are trained."""
 
 from __future__ import annotations
 

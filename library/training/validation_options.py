@@ -16,7 +16,7 @@ class ValidationOptions:
     validation_seed: int | None = None
     """Seed of the split and of the validation noise; unset means --seed."""
     validate_every_n_steps: int | None = None
-    """Validate every N steps, besides the epochs."""
+    """Also validate every N steps, in addition to epochs."""
     validate_every_n_epochs: int | None = None
     """Validate every N epochs; unset means every epoch."""
     max_validation_steps: int | None = None

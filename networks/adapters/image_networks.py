@@ -52,7 +52,7 @@ def open_networks(options: NetworkOptions, pipeline: StableDiffusionPipeline) ->
 class ImageNetworks:
     """Networks in the order of their files: those that are merged first, then those whose strengths can change.
 
-    With ``pre_calc`` the weights are computed anew when strengths change, and are what they were, to the bit, when a
+    With ``pre_calc`` the weights are recomputed when strengths change, and restored, to the bit, when a
     part is left. LyCORIS networks always act that way, and with them all others: what they make of a weight depends on
     what the networks before them have made of it.
     """

@@ -118,7 +118,7 @@ class BlockLayout:
         return None if alphas is None or target.table.is_text_encoder else alphas[self.index(target.path)]
 
     def with_conv(self, arguments: Arguments) -> bool:
-        """Whether ``conv_dim`` or ``conv_block_dims`` asks for wide convolutions."""
+        """Whether ``conv_dim`` or ``conv_block_dims`` includes wide convolutions."""
         return conv_dim_is_given(arguments) or arguments["conv_block_dims"] is not None
 
     def selected(self, targets: Sequence[Target], arguments: Arguments) -> set[str]:

@@ -84,7 +84,7 @@ def default_group(target: Target, arguments: Arguments) -> tuple[str, float]:
 
 
 def conv_dim_is_given(arguments: Arguments) -> bool:
-    """Whether ``conv_dim`` asks for wide convolutions."""
+    """Whether ``conv_dim`` includes wide convolutions."""
     return bool(arguments["conv_dim"])
 
 

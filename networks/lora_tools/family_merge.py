@@ -175,7 +175,7 @@ class FamilyMerge:
                 self._write_file(model, plan, ingredients)
 
     def _leave_out_other_models(self, ingredients: Sequence[Ingredient]) -> None:
-        """Modules of a model that is not given stay out, which is said. Raises UserError when nothing is left."""
+        """Modules of a model that is not given are left out, with a message. Raises UserError when nothing is left."""
         given = {model.option for model in self.models}
         for ingredient in ingredients:
             lora = ingredient.lora

@@ -126,7 +126,7 @@ def test_a_batch_that_fails_is_drawn_one_by_one(train, tmp_path, monkeypatch):
     monkeypatch.setattr(LuminaPipeline, "generate_batch", too_large)
     given = ["--sample_prompts", prompts, "--sample_every_n_steps", "1", "--max_train_steps", "1"]
     said = train(tmp_path, *given, "--sample_batch_size", "3")
-    assert "3 sample images together failed: " in said and "They are drawn one by one." in said
+    assert "3 sample images together failed: " in said and "Each is generated alone." in said
     assert len(list((tmp_path / "sample").glob("*.png"))) == 5 and (tmp_path / "lora.safetensors").is_file()
 
 

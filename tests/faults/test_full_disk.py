@@ -109,7 +109,7 @@ def test_a_disk_that_fills_up_costs_the_later_files_and_the_last_one_is_saved_el
     assert names(disk) == ["filler", "lora-step00000001.safetensors"]
     lost = re.escape(str(disk / "lora-step00000002.safetensors"))
     missing = r"No space left on device: \d+ KiB needed, \d\d(\.\d)? KiB free, \d\d(\.\d)? KiB missing"
-    assert re.search(rf"{lost} cannot be written \({missing}\)\. The training goes on to the next saving", said)
+    assert re.search(rf"{lost} cannot be written \({missing}\)\. The training continues until the next save", said)
     last = said.splitlines()[-1]
     assert re.match(rf"error: {re.escape(str(disk / 'lora.safetensors'))} cannot be written \({missing}\)", last)
     (kept,) = elsewhere.glob("lora-*/lora.safetensors")
@@ -163,7 +163,7 @@ def test_a_state_that_has_no_room_leaves_the_older_one_although_it_was_due_to_go
     assert states[4] == ["lora-step00000001-state"]
     assert [name for name in names(out) if name.endswith("-state")] == ["lora-state", "lora-step00000005-state"]
     assert SavedState(out / "lora-state").position.step == 5
-    assert capsys.readouterr().err.count("The training goes on to the next saving") == 2
+    assert capsys.readouterr().err.count("The training continues until the next save") == 2
     assert not any(".part" in name for name in names(out))
 
 

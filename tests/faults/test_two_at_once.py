@@ -106,7 +106,7 @@ def test_a_cache_that_another_training_made_anew_with_another_encoder_is_named(t
     write("mine")
     assert list(read()) == ["latents"]
     write("another")
-    with pytest.raises(UserError, match=r"a\.npz: another training has made this cache file anew"):
+    with pytest.raises(UserError, match=r"a\.npz: another training has rebuilt this cache file"):
         read()
 
 

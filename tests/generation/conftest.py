@@ -29,7 +29,7 @@ def tiny_pipeline(tiny_flux) -> FluxPipeline:
 
 @pytest.fixture(scope="session")
 def lora(tiny_pipeline, tmp_path_factory):
-    """Write a LoRA (or OFT) file with random weights: of the transformer, CLIP-L and T5, as asked for."""
+    """Write a LoRA (or OFT) file with random weights: of the transformer, CLIP-L and T5, as requested."""
     from networks import lora_flux, oft_flux
 
     folder = tmp_path_factory.mktemp("lora")

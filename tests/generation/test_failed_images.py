@@ -27,9 +27,11 @@ def test_nothing_is_said_where_all_can_be_drawn(caplog):
 
 
 def test_the_others_are_drawn_and_the_end_names_what_is_missing(caplog):
-    with pytest.raises(UserError, match=r"^4 images \(3, 4, 9, 10\) could not be drawn; the warnings above say why"):
+    with pytest.raises(
+        UserError, match=r"^4 images \(3, 4, 9, 10\) could not be generated; the warnings above say why"
+    ):
         run("oxooxo")
-    assert "2 images (3, 4) cannot be drawn (No room for 1); the run goes on." in caplog.text
+    assert "2 images (3, 4) cannot be generated (No room for 1); the run continues." in caplog.text
 
 
 @pytest.mark.parametrize("outcomes, reason", [("xo", 0), ("oxxxo", 3), ("oxxoxxx", 6)])

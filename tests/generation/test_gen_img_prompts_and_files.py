@@ -168,7 +168,7 @@ def test_a_prompt_file_is_checked_before_the_model_is_loaded(run, tmp_path, monk
 
 
 def test_without_prompts_nothing_is_loaded(run):
-    with pytest.raises(UserError, match="^Nothing to draw"):
+    with pytest.raises(UserError, match="^Nothing to generate"):
         run()
 
 
@@ -184,7 +184,7 @@ def test_a_run_goes_on_after_a_start_image_that_is_cut_off(draw, tmp_path):
         "--from_file", prompt_file(tmp_path, "a --f 1.png", "b --f 2.png", "c --f 3.png"), outdir=tmp_path / "in"
     )
     start[1].write_bytes(start[1].read_bytes()[:-4000])
-    with pytest.raises(UserError, match="^image 2 could not be drawn"):
+    with pytest.raises(UserError, match="^image 2 could not be generated"):
         draw("--image_path", tmp_path / "in", "--use_original_file_name")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "3.png"]
 

@@ -434,7 +434,7 @@ def test_wrong_options_are_one_sentence(inference, arguments, sentence):
 
 def test_something_to_draw_is_needed(command, tmp_path):
     words = [str(word) for word in (*command, "--save_path", tmp_path)]
-    with pytest.raises(UserError, match="nothing to draw: give --prompt, --from_file or --interactive"):
+    with pytest.raises(UserError, match="nothing to generate: give --prompt, --from_file or --interactive"):
         HunyuanImageInference(parse_options(HunyuanImageInferenceOptions, "", words))
 
 

@@ -360,8 +360,8 @@ def test_a_run_that_goes_on_replaces_its_grid(outputs, tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"skip_existing": True}, "the same command draws the images that are missing"),
-        ({"sequential_file_name": True}, "the same command with --skip_existing draws the images that are missing"),
+        ({"skip_existing": True}, "the same command generates the missing images"),
+        ({"sequential_file_name": True}, "the same command with --skip_existing generates the missing images"),
         ({}, None),
     ],
 )

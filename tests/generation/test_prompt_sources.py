@@ -324,7 +324,7 @@ def test_interactive_survives_mistakes_and_ctrl_c(monkeypatch, capsys):
     found = typed(monkeypatch, "a --w wide\na --d x\n{1-2-3$$a|b}\nbad\nstop\nworse\nb\n", draw)
     assert [line[0].prompt for line in found] == ["bad", "stop", "worse", "b"]
     out, trace = capsys.readouterr()
-    assert "ZeroDivisionError" in trace and "the session goes on" in out
+    assert "ZeroDivisionError" in trace and "the session continues" in out
     assert 'error: the prompt line: --w must be a whole number, not "wide".' in out
     assert "error: No such thing." in out and "stopped" in out
 
@@ -333,7 +333,9 @@ def test_interactive_survives_mistakes_and_ctrl_c(monkeypatch, capsys):
 
 
 def test_nothing_to_draw():
-    with pytest.raises(UserError, match="^Nothing to draw: give --prompt, --from_file, --from_module or --interactive"):
+    with pytest.raises(
+        UserError, match="^Nothing to generate: give --prompt, --from_file, --from_module or --interactive"
+    ):
         prompts()
 
 

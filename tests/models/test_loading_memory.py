@@ -70,7 +70,7 @@ def test_peak_memory_is_about_the_size_of_the_model(request, file, dtype, disabl
         for part in parts:
             part.meta_module()
         torch.ones(8).to(dtype)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = memory("VmHWM")
         modules = [part.load(LoadSpec.of(dtype)) for part in parts]
         size = sum(parameter.nbytes for module in modules for parameter in module.parameters())

@@ -60,7 +60,7 @@ def image_latents(seed: int = 0) -> torch.Tensor:
 
 
 def half_mask() -> torch.Tensor:
-    """1 where the image is drawn anew: its lower half."""
+    """1 where the image is repainted: its lower half."""
     mask = torch.zeros(1, 1, *SHAPE[1:])
     mask[:, :, SHAPE[1] // 2 :] = 1
     return mask

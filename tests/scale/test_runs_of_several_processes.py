@@ -74,7 +74,7 @@ def test_other_batches_begin_the_epoch_anew_and_epochs_count_as_epochs(options, 
     given = options("again", 2, "--max_train_epochs", "2", "--resume", state, "--save_every_n_epochs", "1")
     run = run_together(FLUX.script, *given, "--save_state")
     said = run[0].output
-    assert "processes changed since the state was saved" in said and "The epoch in hand begins anew." in said
+    assert "processes changed since the state was saved" in said and "The current epoch starts over." in said
     # The first epoch is trained anew after its 2 steps, then the second one.
     folder = given[given.index("--output_dir") + 1]
     assert "10 steps from step 2 on: 2 epochs of 4 steps" in said

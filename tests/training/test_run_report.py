@@ -66,7 +66,7 @@ END = EndFacts(
 def test_the_start_report_tells_everything_in_ascii():
     assert start_lines(START) == [
         "device cuda:0 (NVIDIA H100), 2 processes, computing in bfloat16, attention sdpa, gradient checkpointing",
-        "base model FLUX.1, not in memory now: clip_l, t5xxl",
+        "base model FLUX.1, unloaded: clip_l, t5xxl",
         "  transformer  11,901,408,320 parameters  bfloat16  22.2 GiB",
         "  ae                       83 parameters  float32      332 B",
         "network networks.lora_flux in float32: 304 transformer and 0 text encoder modules, 40,000,000 parameters",

@@ -106,7 +106,7 @@ def unet_table(layers: int, attention: Sequence[bool]) -> dict[str, str]:
 
 
 def unet_topology(names: Iterable[str]) -> tuple[int, tuple[bool, ...]]:
-    """``layers`` and ``attention`` of ``unet_table``, told from the tensor names of an original U-Net."""
+    """``layers`` and ``attention`` of ``unet_table``, inferred from the tensor names of an original U-Net."""
     blocks: dict[int, set[str]] = {}
     for name in names:
         match = re.match(r"input_blocks\.(\d+)\.(.+)", name)

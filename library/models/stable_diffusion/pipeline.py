@@ -83,13 +83,13 @@ class StableDiffusionRequest(ImageRequest):
     ``scale``; None: the negative prompt takes the empty one's place."""
     sampler: str = "ddim"
     original_size: tuple[int, int] | None = None
-    """Height and width that XL is told the image had before it was scaled; None: the image's."""
+    """SDXL's conditioning: original height and width; None: the image's."""
     negative_original_size: tuple[int, int] | None = None
     """The same for the negative and the empty prompt; None: as for the positive one."""
     crop: tuple[int, int] = (0, 0)
-    """Pixels that XL is told were cut off at the top and at the left."""
+    """SDXL's conditioning: top and left crop coordinates in pixels."""
     target_size: tuple[int, int] | None = None
-    """Height and width that XL is told the image has; None: the image's."""
+    """SDXL's conditioning: target height and width; None: the image's."""
     zero_terminal_snr: bool | None = None
     """Whether the noise schedule ends in pure noise; None: as the pipeline was told."""
     clip_sample: bool = False
@@ -97,7 +97,7 @@ class StableDiffusionRequest(ImageRequest):
     steps_offset: int = 1
     """Moves the timesteps, in the samplers that can; 1 as in the published models' own configuration."""
     strength: float | None = None
-    """How much of ``start_latents`` is drawn anew, 0 (nothing) to 1, as a share of the steps; None: ``first_step``."""
+    """How much of ``start_latents`` is changed, 0 (nothing) to 1, as a share of the steps; None: ``first_step``."""
     offset_start: bool = False
     """Begin one step below the noise of ``start_latents``, in the samplers that take ``steps_offset``."""
     pyramid_noise: Perturbation | None = None

@@ -188,7 +188,7 @@ def create_optimizer(
 
 
 def _class_and_arguments(options: OptimizerOptions) -> tuple[Any, dict[str, Any]]:
-    """The optimizer's class and its arguments besides params and lr."""
+    """The optimizer's class and its arguments other than params and lr."""
     optimizer_class, defaults = _find_class(optimizer_name(options))
     arguments = parse_keyword_arguments("optimizer_args", options.optimizer_args)
     check_keyword_arguments("optimizer_args", optimizer_class, arguments, ("params", "lr"))
@@ -393,7 +393,7 @@ def is_schedule_free(options: OptimizerOptions) -> bool:
 
 
 def has_eval_mode(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the weights have averaged values besides those that are trained."""
+    """Whether the weights have averaged values in addition to those that are trained."""
     return callable(getattr(optimizer, "eval", None))
 
 

@@ -19,18 +19,18 @@ Write = Callable[[Path], None]
 
 
 def write_or_warn(write: Write, path: Path) -> str | None:
-    """Let ``write`` write ``path``; returns None, or what was said because it failed."""
+    """Let ``write`` write ``path``; returns None, or the message about the failure."""
     try:
         write(path)
     except OSError as error:
         problem = f"{path} cannot be written ({error.strerror or error})"
-        warn(f"{problem}. The training goes on to the next saving.")
+        warn(f"{problem}. The training continues until the next save.")
         return problem
     return None
 
 
 def write_at_any_cost(write: Write, path: Path) -> str | None:
-    """Let ``write`` write ``path``; returns None, or the sentence that was said about where it is instead.
+    """Let ``write`` write ``path``; returns None, or the message about where it is instead.
 
     It is tried twice, and then in new folders in the system's temporary folder, the user's own and the present one.
     """

@@ -34,7 +34,7 @@ class ModelFacts:
     prediction_type: str | None
     """``modelspec.prediction_type``."""
     side: int
-    """Side of the square that a file is said to be made for when ``--resolution`` is not given."""
+    """Side of the square in a file's metadata when ``--resolution`` is not given."""
 
 
 class FileMetadata:

@@ -63,7 +63,7 @@ class Uploads:
             raise UserError(f"--huggingface_repo_id {options.huggingface_repo_id}: {_in_one_line(error)}") from None
 
     def upload(self, path: Path, wait: bool = False) -> None:
-        """Upload a file, or a state folder where ``--save_state_to_huggingface`` asks for it."""
+        """Upload a file, or a state folder with ``--save_state_to_huggingface``."""
         options = self.options
         if not options.huggingface_repo_id or (path.is_dir() and not options.save_state_to_huggingface):
             return

@@ -68,7 +68,7 @@ def check_saved_state(run: RunFacts, saved: SavedState) -> bool:
             " images as before: the run continues to the same result, up to rounding."
         )
     elif changed:
-        anew = " The epoch in hand begins anew." if of_order and not same_batches and saved.position.batch else ""
+        anew = " The current epoch starts over." if of_order and not same_batches and saved.position.batch else ""
         warn(
             f"--resume: {', '.join(changed)} changed since the state was saved: the run continues, but not to the "
             f"same result. Learning rates stay those of the state.{anew}"

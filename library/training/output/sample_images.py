@@ -69,7 +69,7 @@ class Samples:
         for number, prompt in enumerate(self.prompts, 1):
             check_prompt_values(prompt, f"{options.sample_prompts}, prompt {number}: ")
         self.batch_size = 1
-        """The largest number of images that are drawn together."""
+        """The largest number of images that are generated together."""
         if wanted and not self.prompts:
             say(f"{options.sample_prompts} contains no prompts; sampling is skipped.")
 
@@ -89,16 +89,16 @@ class Samples:
             self.prompts[number - 1] = with_trigger(prompt, word or "".join(words))
 
     def due_at_start(self) -> bool:
-        """Whether samples are drawn before the first step."""
+        """Whether samples are generated before the first step."""
         return bool(self.prompts) and self.options.sample_at_first
 
     def due_after_step(self, step: int) -> bool:
-        """Whether samples are drawn after ``step``."""
+        """Whether samples are generated after ``step``."""
         every = self.options.sample_every_n_steps
         return bool(self.prompts and every and not self.options.sample_every_n_epochs and step % every == 0)
 
     def due_after_epoch(self, epoch: int) -> bool:
-        """Whether samples are drawn after ``epoch`` (1-based)."""
+        """Whether samples are generated after ``epoch`` (1-based)."""
         every = self.options.sample_every_n_epochs
         return bool(self.prompts and every and epoch % every == 0)
 
@@ -150,9 +150,7 @@ class Samples:
                 if len(batch) == 1:
                     self.warn_of(batch[0], step, error)
                 else:
-                    warn(
-                        f"{len(batch)} sample images together failed: {in_one_line(error)}. They are drawn one by one."
-                    )
+                    warn(f"{len(batch)} sample images together failed: {in_one_line(error)}. Each is generated alone.")
                     waiting[:0] = [[index] for index in batch]
                 continue
             if writes:
@@ -160,7 +158,7 @@ class Samples:
         say(f"step {step}: {drawn} sample images in {time.perf_counter() - start:.1f} s")
 
     def batches(self, indices: Sequence[int], common: Callable[[PromptOptions], Hashable] | None) -> list[list[int]]:
-        """The prompts that are drawn together, in the order of the first of each batch."""
+        """The prompts that are generated together, in the order of the first of each batch."""
         if common is None or self.batch_size == 1:
             return [[index] for index in indices]
         alike: dict[Hashable, list[int]] = {}

@@ -158,7 +158,7 @@ def fit(run: Rehearsal) -> tuple[Forecast, str]:
 
 
 def needs_of(run: Rehearsal) -> Needs:
-    """Build the run without values, and simulate its phases when they are asked for."""
+    """Build the run without values, and simulate its phases when they are needed."""
     options = run.options
     given = (options.precision.gradient_checkpointing, options.streaming.blocks_to_swap)
     options.precision.gradient_checkpointing, options.streaming.blocks_to_swap = True, None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from library.training.training_options import TrainingOptions
 
 BYTES_PER_MODULE = 400
-"""Of a network file besides the weights: names and alphas."""
+"""Overhead of a network file beyond its weights: names and alphas."""
 MOST_PER_VALUE = 16 + BYTES_PER_VALUE
 """Bytes of optimizer state and moving average per trained value that no run exceeds."""
 

@@ -241,7 +241,7 @@ class BlockMemory:
         self.new: Bytes = (0, 0)
         """Of the outputs."""
         self.saved: Bytes = (0, 0)
-        """What is kept for the backward pass, besides ``held``."""
+        """What is kept for the backward pass, in addition to ``held``."""
         self.held: list[tuple[str, int]] = []
         """Inputs and outputs whose memory is kept for the backward pass."""
         self.effort = Effort()

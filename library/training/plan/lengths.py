@@ -23,7 +23,7 @@ class RunPlan:
     earlier_epochs: int = 0
     """Finished epochs that had another number of steps, when a run goes on with other processes."""
     earlier_steps: int = 0
-    """The steps until the epoch after them begins anew."""
+    """The steps until the epoch after them starts over."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -61,7 +61,7 @@ def check_lengths(options: LengthOptions) -> None:
 def plan_run(options: LengthOptions, batches_per_epoch: int, earlier: Position | None = None) -> RunPlan:
     """The plan of a run over a data set of ``batches_per_epoch`` micro-batches for each process.
 
-    ``earlier``: where the run stood when its epochs had another number of steps; that epoch begins anew.
+    ``earlier``: where the run stood when its epochs had another number of steps; that epoch starts over.
     """
     done = earlier or Position()
     plan = RunPlan(

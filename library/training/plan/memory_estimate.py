@@ -322,7 +322,7 @@ def _state_sizes(options: Any, shapes: Sequence[tuple[int, ...]]) -> list[float]
     import torch
 
     rows = [max(1, min(shape[0], LARGEST_MEASURED // math.prod(shape[1:]))) if shape else 1 for shape in shapes]
-    # Each shape twice, so that look-up tables which parameters share are told from what is a parameter's own.
+    # Each shape twice, to distinguish look-up tables that parameters share from what is a parameter's own.
     sizes = [(count, *shape[1:]) for count, shape in zip(rows, shapes) for _ in range(2)]
     parameters = [torch.nn.Parameter(torch.full(size, 1e-3)) for size in sizes]
     for parameter in parameters:

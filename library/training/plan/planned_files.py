@@ -22,7 +22,7 @@ class PlannedFiles:
     removed: set[Path] = field(default_factory=set)
     """Those of both that are removed again before the run ends."""
     sample_moments: int = 0
-    """How often all sample prompts are drawn."""
+    """How often all sample prompts are used."""
     heights: set[tuple[int, int]] = field(default_factory=set)
     """How many network files and how many states are there at once, at each moment when there are most."""
 

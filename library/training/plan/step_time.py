@@ -131,7 +131,7 @@ def mean_share(group: DatasetGroup, largest: int) -> float:
 
 
 def time_line(step: float, steps: int, device: str) -> str:
-    """What is said of a run of ``steps`` that take ``step`` seconds each."""
+    """The line about a run of ``steps`` that take ``step`` seconds each."""
     spread = f"{time_text(step / 2)} to {time_text(2 * step)}"
     return (
         f"about {time_text(step)} per step ({spread}) on {device}, {time_text(steps * step)} for "

@@ -1,6 +1,6 @@
 """Options that change nothing beside the others that were given, so that none is ignored in silence.
 
-Each rule says when it holds, why, and for which options. What only one family leaves out is said by that family.
+Each rule says when it holds, why, and for which options. What only one family leaves out is reported by that family.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class RunReport:
 
     @_listening
     def add_samples(self, step: int, epoch: int | None, samples: Samples) -> None:
-        """Note the images that were drawn at a moment, by all processes; they are read from the sample folder."""
+        """Note the images that were generated at a moment, by all processes; they are read from the sample folder."""
         assert self.path is not None
         self.samples.add(self.path, step, epoch, samples.prompts, samples.images(step, epoch))
 

@@ -19,7 +19,7 @@ MOST_ROUNDS = 500
 
 
 class SampleGrid:
-    """Prompts, and rounds of images: one round for each moment at which samples were drawn.
+    """Prompts, and rounds of images: one round for each moment at which samples were generated.
 
     The first round and the newest ones are kept: what the model drew before training is what the rest is compared with.
     """

@@ -138,7 +138,7 @@ def start_lines(facts: StartFacts) -> list[str]:
 def part_lines(facts: StartFacts) -> list[str]:
     """The base model's parts as a table."""
     rows = [(part.name, f"{part.parameters:,} parameters", part.dtype, size_text(part.bytes)) for part in facts.parts]
-    absent = f", not in memory now: {', '.join(facts.absent)}" if facts.absent else ""
+    absent = f", unloaded: {', '.join(facts.absent)}" if facts.absent else ""
     return [f"base model {facts.family}{absent}", *table(rows, left=(0, 2))]
 
 
@@ -192,7 +192,7 @@ def end_lines(facts: EndFacts) -> list[str]:
 
 
 def left_out_text(count: int) -> str:
-    """What is said of steps without their update."""
+    """The line about steps whose update was left out."""
     return f"{counted(count, 'step')} whose loss or gradients were not finite"
 
 

@@ -47,8 +47,13 @@ class Checkpoint(ABC):
         """Raises UserError for a dtype that torch doesn't have."""
 
     @abstractmethod
-    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The tensor, in memory of its own; floating-point tensors become ``dtype`` where one is given."""
+    def load(
+        self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", mapped: bool = False
+    ) -> torch.Tensor:
+        """The tensor, in memory of its own; floating-point tensors become ``dtype`` where one is given.
+
+        If ``mapped``, it may lie on the mapped file instead, in memory that processes share until one writes to it.
+        """
 
     @abstractmethod
     def copy_to(self, key: str, place: torch.Tensor) -> None:
@@ -94,12 +99,14 @@ class SafetensorsCheckpoint(Checkpoint):
             raise UserError(f'{entry.file}: tensor "{key}" has the dtype {entry.dtype}, which is not supported.')
         return dtype
 
-    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+    def load(
+        self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", mapped: bool = False
+    ) -> torch.Tensor:
         stored = self._stored(key)
         wanted = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
         loaded = stored.to(device).to(wanted)
         # A tensor that still lies on the mapped file is copied, so that the mapping ends here.
-        return loaded.clone() if loaded is stored and self._is_mapped(key) else loaded
+        return loaded.clone() if loaded is stored and self._is_mapped(key) and not mapped else loaded
 
     def copy_to(self, key: str, place: torch.Tensor) -> None:
         place.copy_(self._stored(key))
@@ -231,7 +238,9 @@ class PickledCheckpoint(Checkpoint):
     def dtype(self, key: str) -> torch.dtype:
         return self.tensors[key].dtype
 
-    def load(self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+    def load(
+        self, key: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", mapped: bool = False
+    ) -> torch.Tensor:
         stored = self.tensors[key].detach()
         loaded = stored.to(device).to(dtype if dtype is not None and stored.is_floating_point() else stored.dtype)
         return loaded.clone() if loaded is stored else loaded

@@ -50,14 +50,18 @@ class LoadSpec:
     storage: Storage | None = None
     """The format of the Linear weights of blocks; None keeps them as tensors."""
     place: Place = lambda name: "cpu"
+    mapped: Collection[str] = ()
+    """Tensors that may stay on the mapped file, because they are there for a moment only."""
 
     @classmethod
-    def of(cls, dtype: StorageDtype | None, place: Place | torch.device | str = "cpu") -> LoadSpec:
+    def of(
+        cls, dtype: StorageDtype | None, place: Place | torch.device | str = "cpu", mapped: Collection[str] = ()
+    ) -> LoadSpec:
         """How a part of ``dtype`` is loaded; ``place`` may be one device for every tensor."""
         where: Place = place if callable(place) else lambda name: place
         if isinstance(dtype, BlocksStoredAs):
-            return cls(dtype.compute, dtype.storage, where)
-        return cls(dtype, None, where)
+            return cls(dtype.compute, dtype.storage, where, mapped)
+        return cls(dtype, None, where, mapped)
 
 
 @dataclass(frozen=True)
@@ -182,12 +186,12 @@ class TensorSource:
         found = filter(None, map(re.compile(pattern).match, self.origins))
         return max((int(match[1]) + 1 for match in found), default=0)
 
-    def load(self, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-        """The tensor, in memory of its own."""
+    def load(self, name: str, dtype: torch.dtype | None, device: torch.device | str, mapped: bool = False) -> Tensor:
+        """The tensor, in memory of its own; if ``mapped``, perhaps on the mapped file (see ``Checkpoint.load``)."""
         origin = self.origins[name]
         if not self.reads_values:
             return torch.empty(self.shape(name), dtype=self._format(origin, dtype), device=device)
-        tensor = self._load_joined(origin, dtype, device)
+        tensor = self._load_joined(origin, dtype, device, mapped)
         if origin.transform is not None:
             tensor = origin.transform(tensor)
         return tensor if origin.shape is None else tensor.reshape(origin.shape)
@@ -203,10 +207,12 @@ class TensorSource:
             return stored
         return dtype or (torch.bfloat16 if any(self.is_scaled(key) for key in origin.keys) else stored)
 
-    def _load_joined(self, origin: Origin, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    def _load_joined(
+        self, origin: Origin, dtype: torch.dtype | None, device: torch.device | str, mapped: bool
+    ) -> Tensor:
         """The parts are read one at a time straight into their place, so that joining takes no memory of its own."""
         if len(origin.keys) == 1:
-            stored = self._load_stored(origin.keys[0], dtype, device)
+            stored = self._load_stored(origin.keys[0], dtype, device, mapped)
             return stored if origin.rows is None else stored[slice(*origin.rows)].clone()
         is_scaled = any(self._scale(key) is not None for key in origin.keys)
         joined_dtype = dtype or (torch.bfloat16 if is_scaled else self.checkpoint.dtype(origin.keys[0]))
@@ -219,10 +225,12 @@ class TensorSource:
                 self.checkpoint.copy_to(key, rows)
         return joined
 
-    def _load_stored(self, key: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    def _load_stored(
+        self, key: str, dtype: torch.dtype | None, device: torch.device | str, mapped: bool = False
+    ) -> Tensor:
         scale = self._scale(key)
         if scale is None:
-            return self.checkpoint.load(key, dtype, device)
+            return self.checkpoint.load(key, dtype, device, mapped)
         weight, scale = self.checkpoint.load(key, torch.float32, device), scale.to(device)
         by_scale(weight, scale).mul_(scale)
         return weight.to(dtype or torch.bfloat16)
@@ -464,7 +472,7 @@ def load_module(
                 weight = source.load_stored(name, spec.storage, spec.place(name))
                 store_as(stored_layers[name], weight, spec.storage, dtype or torch.float32)
             else:
-                state[name] = source.load(name, dtype, spec.place(name))
+                state[name] = source.load(name, dtype, spec.place(name), name in spec.mapped)
     _assign(module, state)
     module.requires_grad_(False).eval()
 

@@ -205,6 +205,8 @@ class Pipeline(ABC, Generic[Request]):
         self.tokenizer_cache_dir = tokenizer_cache_dir
         self.places: dict[str, Place] = {}
         """Where the tensors of a part are wanted, by part; of one that isn't named, on ``device``."""
+        self.mapped: dict[str, Collection[str]] = {}
+        """The tensors that lie on their mapped file until ``shard``, by part."""
         self.plans: dict[str, MemoryPlan] = {}
         """What is done to the blocks of the denoiser and of text encoders when they are loaded, by part."""
         self.streamed: dict[str, StreamedBlocks] = {}
@@ -245,7 +247,7 @@ class Pipeline(ABC, Generic[Request]):
         if part not in self.modules:
             host: Place = lambda name: "cpu"  # noqa: E731
             place = host if part in self.on_host else self.places.get(part, lambda name: self.device)
-            module = self.opened(part).load(LoadSpec.of(self.dtypes[part], place))
+            module = self.opened(part).load(LoadSpec.of(self.dtypes[part], place, self.mapped.get(part, ())))
             self.prepare(part, module)
             self.modules[part] = module
             if part in (self.denoiser, *self.encoders):
@@ -451,7 +453,11 @@ class Pipeline(ABC, Generic[Request]):
     # Sharding
 
     def spread(self, sharding: Sharding) -> None:
-        """Let the denoiser's blocks be spread over processes: loaded in system RAM, and shared out by ``shard``."""
+        """Let the denoiser's blocks be spread over processes.
+
+        They are shared out by ``shard``: out of the file itself, of which all processes see the same memory, or out of
+        system RAM where the file's tensors had to be changed.
+        """
         part = self.denoiser
         meta, sizes = self.meta_module(part), self._tensor_bytes(part)
         paths = {id(module): path for path, module in meta.named_modules()}
@@ -466,6 +472,7 @@ class Pipeline(ABC, Generic[Request]):
         self.plans[part] = replace(self.plans.get(part, MemoryPlan()), sharding=sharding)
         spread = {name for names in blocks for name in names}
         self.places[part] = lambda tensor: "cpu" if tensor in spread else self.device
+        self.mapped[part] = spread
 
     def shard(self) -> None:
         """Share out the loaded denoiser's blocks if its plan says so; every process must come here."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore, init_process_group
 
+from library.memory.plan import Sharding
 from library.models.flux.checkpoint import open_transformer
+from library.models.flux.pipeline import FluxFiles, FluxPipeline
 from library.models.flux.transformer import FluxConfig, FluxTransformer
 from library.models.loading import LoadSpec, on_meta
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
@@ -79,3 +83,25 @@ def test_peak_memory_is_about_the_size_of_the_model(request, file, dtype, disabl
     extra, size = in_a_child(measured)
     assert size > 1e8
     assert extra <= 1.2 * size
+
+
+@linux_only
+def test_blocks_that_will_be_spread_stay_on_the_mapped_file(checkpoints):
+    """Processes share its memory; once the blocks are shared out, nothing is mapped any more."""
+    path = checkpoints / "original.safetensors"
+    files = FluxFiles(transformer=path)
+
+    def measured() -> list[int]:
+        pipeline = FluxPipeline(files, torch.float32, "cpu", parts=("transformer",))
+        pipeline.spread(Sharding(1))
+        before = memory("RssAnon")
+        transformer = pipeline.load_transformer()
+        own = memory("RssAnon") - before
+        size = sum(parameter.nbytes for parameter in transformer.parameters())
+        init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        pipeline.shard()
+        gc.collect()
+        return [own, size, Path("/proc/self/maps").read_text(encoding="utf-8").count(path.name)]
+
+    own, size, mapped = in_a_child(measured)
+    assert size > 1e8 and own < size / 5 and mapped == 0

@@ -390,10 +390,10 @@ def test_an_epoch_of_many_sizes_takes_one_graph_of_a_kind_and_the_next_one_none(
     others = ("txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod", "single_mod")
     case = make("flux", {f"{name}_dim": "0" for name in others}, depth=1, depth_single=2)
     case.network.apply_to(None, case.model, False, True)
-    sizes = [(4, 6), (6, 6), (8, 4), (4, 10)]
+    sizes = [(4, 6), (6, 6), (8, 4)]
     plan = every_block(case, checkpointing=True, compiler="eager", dynamic=True)
     with apply_memory_plan(case.blocks, plan) as applied:
-        for size in (*sizes, *sizes[:2]):
+        for size in (*sizes, sizes[0]):
             case.inputs = flux_inputs(*size)
             compiled = case.step()
         assert graphs() == 2 and not counters["graph_break"]

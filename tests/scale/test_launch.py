@@ -10,9 +10,8 @@ from library.errors import UserError
 from library.options import parse_options
 from library.training.checks import check_training_options
 from library.training.launch import requested_sharding
-from library.training.training_options import TrainingOptions
 from tests.families.families import TINY
-from tests.running import ROOT, run_in_process
+from tests.running import ROOT, run_in_process, trainer_class
 from tests.scale.conftest import FSDP, few_images, make_dataset, run_options
 
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -37,7 +36,7 @@ def test_ready_configurations_are_taken(config, monkeypatch):
     loaded = load_config_from_file(str(config))
     assert loaded.num_machines == (2 if config.stem == "two_machines" else 1)
     told_by(config, monkeypatch)
-    check_training_options(parse_options(TrainingOptions, "test", NEEDED))
+    check_training_options(parse_options(trainer_class("sd1").options_class, "test", NEEDED))
     sharding = requested_sharding(8)
     assert (sharding is not None) == (config.stem == "fsdp")
     assert sharding is None or (sharding.processes == 8 and sharding.frees_after_forward)
@@ -65,7 +64,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(monkeypatch, told, options, s
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=sentence):
-        check_training_options(parse_options(TrainingOptions, "test", [*NEEDED, *options.split()]))
+        check_training_options(parse_options(trainer_class("sd1").options_class, "test", [*NEEDED, *options.split()]))
 
 
 def test_the_plan_and_the_budget_count_shares(tiny_flux, image_folder, tmp_path, monkeypatch):

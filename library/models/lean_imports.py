@@ -1,7 +1,8 @@
 """Classes of diffusers and transformers without the eight seconds of imports that nothing here uses.
 
 Importing diffusers' U-Net also runs some eighty other models, PEFT, the quantizers with transformers and bitsandbytes,
-the client of the Hugging Face hub, ``scipy.stats`` and torch's compiler. While a class is imported here, stand-ins are
+the client of the Hugging Face hub, ``scipy.stats`` and torch's compiler; importing T5 runs that compiler, torch's
+distributed tensors and SymPy. While a class is imported here, stand-ins are
 in their places: whatever is used of them later, by whoever it is, is imported then. Nothing is hidden for good,
 everything else in the two packages works as always, and no installed file is changed.
 """
@@ -40,10 +41,28 @@ TRANSFORMERS_CODE = (
     "scipy.optimize",
     "torch._dynamo",
     "torch._dynamo._trace_wrapped_higher_order_op",
+    "transformers.core_model_loading",
+    "transformers.distributed.checkpoint",
+    "transformers.distributed.expert_parallel",
+    "transformers.distributed.fsdp",
+    "transformers.distributed.parallel_utils",
+    "transformers.distributed.pipeline_parallel",
+    "transformers.distributed.sharding_utils",
+    "transformers.distributed.tensor_parallel",
     "transformers.generation.continuous_batching",
     "transformers.generation.continuous_batching.cache",
+    "transformers.integrations.accelerate",
+    "transformers.integrations.eager_paged",
+    "transformers.integrations.finegrained_fp8",
+    "transformers.integrations.flex_attention",
+    "transformers.integrations.moe",
+    "transformers.quantizers",
+    "transformers.quantizers.auto",
+    "transformers.quantizers.quantizers_utils",
+    "transformers.safetensors_conversion",
 )
-"""What models of transformers import for the losses of detectors, for masks in compiled models and to serve models."""
+"""What models of transformers import for the losses of detectors, for masks in compiled models, to serve models, and to
+load them by ``from_pretrained``, over several devices, or with quantised weights."""
 RUN_FOR = ("__all__", "__version__")
 """The only names with double underscores that run a package; debuggers and tests look for the others everywhere."""
 _lock = threading.RLock()
@@ -72,7 +91,7 @@ def transformers_class(module: str, name: str) -> Any:
     with _lock:
         if path not in sys.modules:
             prepare_transformers()
-            with _stand_ins(TRANSFORMERS_CODE):
+            with _stand_ins(TRANSFORMERS_CODE), _no_compiler_is_told():
                 importlib.import_module(path)
     return getattr(sys.modules[path], name)
 
@@ -148,6 +167,18 @@ class DeferredName:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real(), name)
 
+    def __contains__(self, item: Any) -> bool:
+        return item in self._real()
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._real()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._real())
+
+    def __len__(self) -> int:
+        return len(self._real())
+
     def __or__(self, other: Any) -> DeferredName:
         return self  # in an annotation, which nobody reads
 
@@ -173,6 +204,22 @@ def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
     finally:
         for name, module in before.items():
             _put_back(name, module)
+
+
+@contextmanager
+def _no_compiler_is_told() -> Iterator[None]:
+    """``torch.compiler.allow_in_graph`` inside the block notes nothing: to note it would import the compiler.
+
+    It marks one property of transformers' base class, which no compiled block here looks at.
+    """
+    import torch
+
+    marks = torch.compiler.allow_in_graph
+    torch.compiler.allow_in_graph = lambda fn: fn
+    try:
+        yield
+    finally:
+        torch.compiler.allow_in_graph = marks
 
 
 @contextmanager

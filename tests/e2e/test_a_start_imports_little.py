@@ -11,6 +11,10 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "bitsandbytes", "peft", "networkx", "torchvision")
 UNUSED = ("transformers", "huggingface_hub.hf_api", "huggingface_hub.file_download", "requests", "diffusers.quantizers")
 MODELS = ("transformers.modeling_utils", "diffusers.models.transformers.transformer_flux", "diffusers.hooks.hooks")
+ENCODERS = [("clip.modeling_clip", "CLIPTextModel"), ("t5.modeling_t5", "T5EncoderModel")]
+ENCODERS += [("gemma2.modeling_gemma2", "Gemma2Model")]
+UNUSED_BY_ENCODERS = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy")
+UNUSED_BY_ENCODERS += ("scipy", "peft", "bitsandbytes", "transformers.core_model_loading")
 TRAIN = """
 import sys
 from tests.running import run_in_process, train
@@ -21,8 +25,9 @@ drawn = run_in_process("gen_img.py", *{drawing!r})
 assert drawn.returncode == 0, drawn.stderr
 print("DRAWN", sorted(set({heavy!r}) & set(sys.modules)))
 from library.models.lean_imports import transformers_class
-transformers_class("clip.modeling_clip", "CLIPTextModel")
-print("ENCODERS", sorted({{"scipy", "peft", "bitsandbytes"}} & set(sys.modules)))
+for module, name in {encoders!r}:
+    transformers_class(module, name)
+print("ENCODERS", sorted(set({unused_by_encoders!r}) & set(sys.modules)))
 """
 USE = """
 import tempfile
@@ -64,6 +69,14 @@ assert modeling_utils.DiffusersAutoQuantizer.from_config == DiffusersAutoQuantiz
 inputs = torch.zeros(1, 4, 4, 4), 1, torch.zeros(1, 2, 8)
 compiled = torch.compile(unet, backend="eager")
 torch.testing.assert_close(compiled(*inputs).sample, unet(*inputs).sample)
+config = {"vocab_size": 50, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+from transformers import T5Config, T5EncoderModel
+encoder = T5EncoderModel(T5Config(**config)).eval()
+with tempfile.TemporaryDirectory() as folder:
+    encoder.save_pretrained(folder)
+    read = T5EncoderModel.from_pretrained(folder, device_map="cpu").eval()
+ids = torch.tensor([[1, 2, 3]])
+assert torch.equal(read(ids).last_hidden_state, encoder(ids).last_hidden_state)
 print("USED")
 """
 
@@ -82,7 +95,8 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     arguments = {family: [str(word) for word in (*words, *shared)] for family, words in commands.items()}
     drawing = ["--ckpt", str(few_blocks_sd1), "--outdir", str(tmp_path), "--prompt", "a cat", "--steps", "1"]
     drawing += ["--W", "64", "--H", "64"]
-    code = TRAIN.format(arguments=arguments, drawing=drawing, heavy=(*HEAVY, *UNUSED, *MODELS))
+    unused = {"heavy": (*HEAVY, *UNUSED, *MODELS), "unused_by_encoders": UNUSED_BY_ENCODERS}
+    code = TRAIN.format(arguments=arguments, drawing=drawing, encoders=ENCODERS, **unused)
     code += USE if thorough else 'print("USED")'
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

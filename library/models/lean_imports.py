@@ -1,10 +1,10 @@
-"""Classes of diffusers and transformers without the eight seconds of imports that nothing here uses.
+"""Classes of diffusers and transformers, and optimizers, without the eight seconds of imports that nothing here uses.
 
 Importing diffusers' U-Net also runs some eighty other models, PEFT, the quantizers with transformers and bitsandbytes,
 the client of the Hugging Face hub, ``scipy.stats`` and torch's compiler; importing T5 runs that compiler, torch's
-distributed tensors and SymPy. While a class is imported here, stand-ins are
-in their places: whatever is used of them later, by whoever it is, is imported then. Nothing is hidden for good,
-everything else in the two packages works as always, and no installed file is changed.
+distributed tensors and SymPy; an optimizer of bitsandbytes or transformers runs half of all this. While one of them is
+imported here, stand-ins are in their places: whatever is used of them later, by whoever it is, is imported then.
+Nothing is hidden for good, everything else in the packages works as always, and no installed file is changed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import importlib.util
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial, wraps
 from types import ModuleType
 from typing import Any
 
@@ -96,9 +97,25 @@ def transformers_class(module: str, name: str) -> Any:
     return getattr(sys.modules[path], name)
 
 
-def _import_lean(name: str) -> None:
-    # When bitsandbytes is imported after all, it warns about a 4-bit kernel that nothing here uses.
+def optimizer_module(name: str) -> ModuleType:
+    """A module of bitsandbytes or transformers with optimizers; what they import raises as always."""
+    _keep_quiet()
+    with _lock:
+        if name not in sys.modules:
+            if name.startswith("transformers."):
+                prepare_transformers()
+            with _stand_ins(TRANSFORMERS_CODE), _no_compiler_is_told():
+                importlib.import_module(name)
+    return sys.modules[name]
+
+
+def _keep_quiet() -> None:
+    """bitsandbytes warns about a 4-bit kernel that nothing here uses."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _import_lean(name: str) -> None:
+    _keep_quiet()  # it may be imported after all
     for package in EXPORTS:
         _defer(package)
     with _stand_ins(MODEL_CODE):
@@ -208,18 +225,34 @@ def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
 
 @contextmanager
 def _no_compiler_is_told() -> Iterator[None]:
-    """``torch.compiler.allow_in_graph`` inside the block notes nothing: to note it would import the compiler.
+    """Inside the block functions are marked for torch's compiler without importing it.
 
-    It marks one property of transformers' base class, which no compiled block here looks at.
+    What bitsandbytes compiles, for devices without a kernel of its own, is compiled when it is first called. And
+    ``allow_in_graph`` notes nothing: it marks one property of transformers' base class, which no compiled block here
+    looks at.
     """
     import torch
 
-    marks = torch.compiler.allow_in_graph
+    compiles, marks = torch.compile, torch.compiler.allow_in_graph
+    torch.compile = partial(_compiled_later, compiles)  # type: ignore[assignment]
     torch.compiler.allow_in_graph = lambda fn: fn
     try:
         yield
     finally:
-        torch.compiler.allow_in_graph = marks
+        torch.compile, torch.compiler.allow_in_graph = compiles, marks
+
+
+def _compiled_later(compiles: Callable[..., Any], model: Any = None, **settings: Any) -> Any:
+    """What ``torch.compile`` returns for a function, or as a decorator; it compiles at the first call."""
+    if model is None:
+        return partial(_compiled_later, compiles, **settings)
+    compiled = cache(lambda: compiles(model, **settings))
+
+    @wraps(model)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return compiled()(*arguments, **named)
+
+    return call
 
 
 @contextmanager

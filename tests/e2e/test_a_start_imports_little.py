@@ -1,4 +1,4 @@
-"""A run starts without transformers and what it does not use of diffusers; all of them can be used later."""
+"""A run starts without transformers, torch's compiler and what it does not use of diffusers; all can be used later."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ from library.models.lean_imports import transformers_class
 for module, name in {encoders!r}:
     transformers_class(module, name)
 print("ENCODERS", sorted(set({unused_by_encoders!r}) & set(sys.modules)))
+import torch
+from library.training.optim.optimizers import OptimizerOptions, check_optimizer_options, create_optimizer
+for name in ("Prodigy", "AdamW8bit", "Adafactor"):
+    options = OptimizerOptions(optimizer_type=name)
+    check_optimizer_options(options)
+    create_optimizer(options, [torch.nn.Parameter(torch.zeros(2, 2))])
+print("OPTIMIZERS", sorted({{"torch._dynamo", "torch._inductor", "sympy", "scipy"}} & set(sys.modules)))
 """
 USE = """
 import tempfile
@@ -100,6 +107,6 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     code += USE if thorough else 'print("USED")'
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    for what in ("TRAINED", "DRAWN", "ENCODERS"):
+    for what in ("TRAINED", "DRAWN", "ENCODERS", "OPTIMIZERS"):
         assert f"{what} []" in result.stdout, result.stdout
     assert result.stdout.endswith("USED\n")

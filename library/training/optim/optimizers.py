@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import say, warn
 from library.errors import UserError, did_you_mean
+from library.models.lean_imports import optimizer_module
 from library.training.optim.ema import check_decay
 from library.training.optim.keyword_arguments import check_keyword_arguments, parse_keyword_arguments
 
@@ -217,20 +217,22 @@ def _construct(
 
 
 def _without_compiler(optimizer_class: Any, kernels: str | None) -> Any:
-    """A class of ``torch.optim`` with methods that do not import torch's compiler, any other class as it is.
+    """A class with methods that do not import torch's compiler where they are those of ``torch.optim.Optimizer``.
 
-    Its steps use the ``kernels`` of ``step_kernels``.
-
-    The import takes a second at every start, and serves only to keep these methods out of compiled graphs.
+    The import takes a second at every start, and serves only to keep these methods out of compiled graphs. Steps of
+    a class of ``torch.optim`` use the ``kernels`` of ``step_kernels``.
     """
     import torch
 
-    if not optimizer_class.__module__.startswith("torch.optim."):
+    base = torch.optim.Optimizer
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, base)):
         return optimizer_class
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
-    methods = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
-    step = inspect.unwrap(optimizer_class.step)
-    methods["step"] = torch.no_grad()(step if kernels is None else _with_kernels(step, kernels))
+    own = [name for name in names if getattr(optimizer_class, name) is getattr(base, name)]
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(base, name)) for name in own}
+    if optimizer_class.__module__.startswith("torch.optim."):
+        step = inspect.unwrap(optimizer_class.step)
+        methods["step"] = torch.no_grad()(step if kernels is None else _with_kernels(step, kernels))
     return type(optimizer_class.__name__, (optimizer_class,), methods)
 
 
@@ -324,9 +326,9 @@ def _find_class(name: str) -> tuple[Any, dict[str, Any]]:
 
 def _import(module_name: str, optimizer: str) -> Any:
     package = module_name.partition(".")[0]
-    if package == "bitsandbytes":  # it warns about a 4-bit kernel that no optimizer uses
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
+        if package in ("bitsandbytes", "transformers"):
+            return optimizer_module(module_name)
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == package and error.name != package:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,8 @@ class Optimization:
 
     def leave_out(self) -> None:
         """Forget the gradients without an update."""
+        # torch warns of a schedule whose first step comes before any update.
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
         if self.accelerator.scaler is not None:  # it has looked at the gradients, and waits for the end of the step
             self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
+from library.console import warn
 from library.errors import UserError
+from library.generation.lora_files import left_out, module_of
 from library.lycoris import LycorisModule, quiet_imports
 from library.memory.stored_linear import write_weight
 from library.models.stable_diffusion.original_names import under_original_names
@@ -107,6 +109,9 @@ class LycorisFile:
         self.parts = {part for part, prefix in self.prefixes.items() if any(key.startswith(prefix) for key in keys)}
         if not self.parts:
             raise UserError(f"{path}: none of its tensors belongs to a module that lycoris.kohya knows in this model.")
+        others = [module_of(key) for key in keys if not key.startswith(tuple(prefixes))]
+        if others:
+            warn(f"{path}: {left_out(others, map(module_of, keys))}")
         self.modules: dict[str, list[LycorisAdapter]] = {}
 
     def acts_on(self, *parts: str) -> bool:

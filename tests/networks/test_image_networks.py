@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
@@ -330,6 +331,22 @@ def test_files_for_another_model_are_refused_by_name(pipelines, files):
     foreign = files("sd1", "networks.oft")
     with pytest.raises(UserError, match="none of its tensors belongs to a module that lycoris.kohya knows"):
         open_networks(NetworkOptions(["lycoris.kohya"], [str(foreign)]), pipelines("sd1"))
+
+
+def test_modules_of_a_lycoris_file_that_the_model_lacks_are_counted_and_named(
+    pipelines, files, networks, tmp_path, caplog
+):
+    path = files("sd1", "lycoris.kohya", 1, "loha")
+    tensors = load_file(path)
+    some = next(name.partition(".")[0] for name in tensors if name.startswith("lora_unet_"))
+    for name in ("lora_unet_x", "lora_te3_y"):  # no layer, and no part
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{some}.")}
+        tensors |= {key.replace(some, name): tensor.clone() for key, tensor in own.items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    networks("sd1", [("lycoris.kohya", tmp_path / "other.safetensors")])
+    found = [line for line in caplog.messages if "left out" in line]
+    assert len(found) == 2 and all(" fit no layer of this model" in line for line in found)
+    assert found[0].endswith(": lora_te3_y") and found[1].endswith(": lora_unet_x")
 
 
 def test_options_without_a_network_are_named(pipelines, caplog):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from library.models.flux.pipeline import FluxPipeline
     from library.models.flux.transformer import FluxConfig
 
+    Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
 RANK = 16
 LIMITS = {
     "H200": (790e12, 4.3e12),
@@ -36,12 +38,19 @@ LIMITS = {
 """Of devices by a part of their names: products of bfloat16 per second (FLOP), bytes of their memory per second."""
 
 
-def add_size_options(arguments: argparse.ArgumentParser) -> None:
+def add_size_options(
+    arguments: argparse.ArgumentParser, sizes: Sequence[str] = ("tiny", "full"), default: str = "tiny"
+) -> None:
     """``--device`` and ``--size``."""
     arguments.add_argument("--device", default="cpu", help="cpu or cuda")
-    arguments.add_argument(
-        "--size", choices=["tiny", "full"], default="tiny", help="tiny models, or the true dimensions"
-    )
+    arguments.add_argument("--size", choices=sizes, default=default, help="tiny models, or the true dimensions")
+
+
+def normal_values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal values with a deviation of 0.02, float32, on the generator's device."""
+    import torch
+
+    return torch.empty(shape, device=generator.device).normal_(0, 0.02, generator=generator)
 
 
 def config_of(variant: str, size: str, **sizes: Any) -> FluxConfig:
@@ -84,8 +93,8 @@ def open_random(config: FluxConfig, device: torch.device | str, storage: Storage
     return pipeline
 
 
-def load_filled(pipeline: FluxPipeline, device: torch.device | str) -> Any:
-    """The transformer, filled with normal values that are drawn on ``device``; the scales of its norms are 1."""
+def load_filled(pipeline: FluxPipeline, device: torch.device | str, draw: Draw = normal_values) -> Any:
+    """The transformer, filled with values that ``draw`` gives on ``device``; the scales of its norms are 1."""
     import torch
 
     from library.memory.stored_linear import StoredLinear
@@ -93,30 +102,29 @@ def load_filled(pipeline: FluxPipeline, device: torch.device | str) -> Any:
     transformer = pipeline.load_transformer()
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(shape: Any, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-
     with torch.no_grad():
         for layer in transformer.modules():
             if isinstance(layer, StoredLinear):
-                layer.set_weight(normal((layer.out_features, layer.in_features), layer.compute_dtype))
+                layer.set_weight(draw((layer.out_features, layer.in_features), generator).to(layer.compute_dtype))
             for name, parameter in layer._parameters.items():
                 if parameter is not None:
-                    parameter.copy_(torch.ones(()) if name == "scale" else normal(parameter.shape, parameter.dtype))
+                    parameter.copy_(torch.ones(()) if name == "scale" else draw(tuple(parameter.shape), generator))
     return transformer
 
 
 class Training:
     """A LoRA of rank 16 on a random transformer, and steps on random latents."""
 
-    def __init__(self, pipeline: FluxPipeline, device: str, resolution: int, batch: int = 1) -> None:
+    def __init__(
+        self, pipeline: FluxPipeline, device: str, resolution: int, batch: int = 1, draw: Draw = normal_values
+    ) -> None:
         import torch
 
         from library.console import silence
         from networks import lora_flux
 
         self.pipeline, self.device, self.batch = pipeline, torch.device(device), batch
-        self.transformer = load_filled(pipeline, device)
+        self.transformer = load_filled(pipeline, device, draw)
         torch.manual_seed(0)
         with silence():
             network = lora_flux.create_network(1.0, RANK, RANK, None, [None, None], self.transformer)
@@ -147,13 +155,18 @@ class Training:
             "l_pooled": torch.randn(self.batch, config.vector_dim, device=device),
         }
 
+    def velocity(self) -> Tensor:
+        """Forward pass."""
+        import torch
+
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.pipeline.predict(self.latents, self.timesteps, self.conditioning, self.guidance)
+
     def gradients(self) -> Tensor:
         """Forward and backward pass; the loss."""
         import torch
 
-        with torch.autocast(self.device.type, torch.bfloat16):
-            velocity = self.pipeline.predict(self.latents, self.timesteps, self.conditioning, self.guidance)
-        loss = torch.nn.functional.mse_loss(velocity.float(), self.target)
+        loss = torch.nn.functional.mse_loss(self.velocity().float(), self.target)
         loss.backward()
         return loss.detach()
 

@@ -43,6 +43,7 @@ RUNS = {
     "train_step": [["train_step.py"]],
     "compile": [["compile.py"]],
     "formats": [["formats.py"]],
+    "format_quality": [["format_quality.py"]],
     "gen_img": [["gen_img.py"]],
 }
 

@@ -8,9 +8,11 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from benchmarks import gpu_suite
 from benchmarks.block_streaming import measure_steps
+from benchmarks.format_quality import measure_file, measure_layers, measure_models
 from benchmarks.formats import measure as measure_formats
 from benchmarks.measuring import Attempts
 from benchmarks.random_models import Training, config_of, open_random
@@ -49,6 +51,24 @@ def test_errors_of_formats_are_those_of_their_rounding(attempts):
     errors = {measure.what: measure.value for measure in measures if "error" in measure.what}
     assert errors["bfloat16: error, forward"] < 0.3 < errors["int8: error, forward"] < 1
     assert 2 < errors["fp8 by block: error, gradient"] < 3 and attempts.failures == []
+
+
+def test_quality_of_formats_is_measured_on_layers_models_and_files(attempts, tmp_path):
+    """Of normal weights nf4's error is the one that its sixteen values have by calculation, 9.2 %; gradients follow."""
+    device, names = torch.device("cpu"), ["int8", "nf4"]
+    layers = {measure.what: measure.value for measure in measure_layers("tiny", device, names)}
+    assert 9 < layers["normal: nf4: weights"] < 9.4 < layers["heavy tails: nf4: weights"] < 14
+    assert layers["rare outliers: int8: weights"] > 2 * layers["normal: int8: weights"] > 1
+    (path := tmp_path / "model.safetensors").write_bytes(
+        save({"blocks.0.weight": torch.randn(256, 256), "blocks.0.bias": torch.ones(256), "small": torch.ones(9, 256)})
+    )
+    found = {measure.what: measure.value for measure in measure_file(path, device, names, 9)}
+    assert found["nf4: weights"] == pytest.approx(found["nf4: worst, blocks.0.weight"], rel=1e-6)
+    assert len(found) == 4 and 9 < found["nf4: weights"] < 9.4
+    models = {m.what: m.value for m in measure_models("tiny", "cpu", 64, names, attempts, ("normal",))}
+    for what in ("velocity", "LoRA's gradients"):
+        assert 0.5 < models[f"model, normal: int8: {what}"] < models[f"model, normal: nf4: {what}"] / 2 < 50
+    assert attempts.failures == []
 
 
 def test_a_part_that_fails_loses_none_of_the_others(attempts):

@@ -1,6 +1,6 @@
 """What storage formats change: weights of several distributions, their products, a model's output and LoRA gradients.
 
-    python benchmarks/format_quality.py                           # half of FLUX.1's width, six blocks; minutes on a CPU
+    python benchmarks/format_quality.py                           # half of FLUX.1's width, three blocks; minutes on a CPU
     python benchmarks/format_quality.py --device cuda --size full # FLUX.1 in its true dimensions
     python benchmarks/format_quality.py --checkpoint model.safetensors   # the weights of a file of yours instead
 
@@ -36,7 +36,7 @@ SIDES = {"full": (3072, 3072), "half": (1536, 1536), "tiny": (256, 256)}
 """Outputs and inputs of the single layer."""
 MODELS: dict[str, dict[str, Any]] = {
     "full": {},
-    "half": {"hidden_size": 1536, "num_heads": 12, "mlp_hidden": 6144, "depth": 2, "depth_single": 4},
+    "half": {"hidden_size": 1536, "num_heads": 12, "mlp_hidden": 6144, "depth": 1, "depth_single": 2},
     "tiny": {"depth": 2, "depth_single": 4},
 }
 TOKENS = 64

@@ -199,6 +199,7 @@ def test_every_option_named_in_the_text_exists():
     known |= {"family", "thorough"}  # of tools/quickstart.py and tools/run_tests.py
     known |= {"script", "queue_dir", "retry_failed", "afresh", "launch_args"}  # of tools/run_queue.py
     known |= {"root", "port", "folder"}  # of tools/studio.py
+    known |= {"checkpoint"}  # of benchmarks/format_quality.py
     known |= {"reverse"}  # of networks/convert_hunyuan_image_lora_to_comfy.py
     wrong = set()
     for page in PAGES:

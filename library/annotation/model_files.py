@@ -27,7 +27,7 @@ class ModelOptions:
     """Images that the model gets at once."""
     device: str | None = None
     """Device that the model works on, such as cuda:1 or cpu; unset means the GPU, if there is one."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Dtype that the model works in; unset means bf16 on a GPU and fp32 on the CPU."""
 
 

@@ -1,6 +1,6 @@
 """What storage formats change: weights of several distributions, their products, a model's output and LoRA gradients.
 
-    python benchmarks/format_quality.py                           # half of FLUX.1's width, three blocks; minutes on a CPU
+    python benchmarks/format_quality.py                           # half of FLUX.1's width, three blocks; some minutes
     python benchmarks/format_quality.py --device cuda --size full # FLUX.1 in its true dimensions
     python benchmarks/format_quality.py --checkpoint model.safetensors   # the weights of a file of yours instead
 

@@ -74,7 +74,7 @@ class LuminaImageOptions(ImageOptions):
     cfg_trunc_ratio: float = 0.25
     """Guidance acts while t, which runs from 0 (noise) to 1 (image), is below this; 1 guides every step."""
     renorm_cfg: float = 1.0
-    """A guided step is at most so many times as long as an unguided one; 0 leaves its length as it is."""
+    """A guided step is at most this many times as long as an unguided one; 0 leaves its length as it is."""
     discrete_flow_shift: float = 6.0
     """Shift of the noise schedule: more steps at high noise for larger numbers; 1 is none."""
 

@@ -77,7 +77,7 @@ def explaining_full_disk(path: Path, size: int | Callable[[], int]) -> Iterator[
 
 
 def _room(path: Path, needed: int) -> str:
-    """How much room there is for a file of so many bytes."""
+    """How much room there is for a file of this many bytes."""
     free = free_bytes(path.parent)
     if needed > free:
         return f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} missing"

@@ -40,7 +40,7 @@ class PromptOptions:
     cfg_trunc_ratio: float | None = None
     """Classifier-free guidance acts while t, from 0 (noise) to 1 (image), is below this; 0..1."""
     renorm_cfg: float | None = None
-    """A guided prediction is at most so many times as long as the positive one; 0: any length."""
+    """A guided prediction is at most this many times as long as the positive one; 0: any length."""
     flow_shift: float | None = None
     """Shift of a flow model's schedule towards more noise, above 0."""
 

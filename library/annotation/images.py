@@ -33,7 +33,7 @@ class ImageOptions:
     image_dir: str | None = None
     """Folder of the images."""
     dataset_config: str | None = None
-    """Dataset configuration whose image_dir folders are gone through instead."""
+    """Dataset configuration whose image_dir folders are processed instead."""
     recursive: bool = False
     """Images in sub-folders too."""
     overwrite: bool = False

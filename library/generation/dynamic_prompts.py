@@ -1,6 +1,6 @@
 """Dynamic prompts: ``a {red|blue} cat`` chooses, ``a {e$$red|blue} cat`` makes one prompt of each.
 
-``{`` [``e$$``] [N or N-M ``$$``] [separator ``$$``] v1 ``|`` v2 ... ``}``: so many of the variants, without repetition,
+``{`` [``e$$``] [N or N-M ``$$``] [separator ``$$``] v1 ``|`` v2 ... ``}``: N of the variants, without repetition,
 joined by the separator (", " by default). Groups may be nested; ``\\{`` and ``\\}`` are braces that mean themselves, as
 do braces without a partner and ``{}``. Grammar and random choices are those of kohya-ss/sd-scripts' image generation,
 so a seed chooses the same there.

@@ -12,7 +12,7 @@ from library.errors import UserError, in_one_line
 from library.generation.image_prompts import ImagePrompt
 
 MOST_IN_A_ROW = 3
-"""Batches; after so many without an image, the run ends."""
+"""Batches; after this many without an image, the run ends."""
 MOST_NAMED = 20
 """Numbers of images in the message at the end."""
 

@@ -30,7 +30,7 @@ class GradualLatentOptions:
     gradual_latent_ratio_step: float = 0.125
     """By how much the share grows each time."""
     gradual_latent_every_n_steps: Annotated[int, Aliases("gradual_latent_ratio_every_n_steps")] = 3
-    """It grows every so many steps."""
+    """Steps between two enlargements."""
     gradual_latent_s_noise: float = 1.0
     """Strength of the noise that a growing step adds."""
     gradual_latent_unsharp_params: str | None = None

@@ -52,7 +52,7 @@ class ModelOptions:
     opt_channels_last: bool = False
     """Keep weights of convolutions in the memory format channels_last, which is faster on some GPUs."""
     vae_slices: int | None = None
-    """Let the autoencoder work through images in so many slices, with the same result in less memory; 16 or 32."""
+    """Let the autoencoder work through images in this many slices, with the same result in less memory; 16 or 32."""
     vae_batch_size: float | None = None
     """Images that go through the autoencoder together; below 1 a share of the batch, unset all of it."""
 

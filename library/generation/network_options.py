@@ -30,7 +30,7 @@ class NetworkOptions:
     network_merge: bool = False
     """Merge all networks into the model's weights: as fast as the model alone, but --am has no effect."""
     network_merge_n_models: int | None = None
-    """Merge the first so many networks; the others stay as they are, and --am counts from them."""
+    """Merge the first N networks; the others stay as they are, and --am counts from them."""
     network_pre_calc: bool = False
     """Compute the weights with all networks before each batch: as fast as the model alone, and --am has its effect."""
     network_regional_mask_max_color_codes: int | None = None

@@ -128,7 +128,7 @@ class PromptRegions(Feature):
 def read_regions(path: Path, codes: int | None) -> Tensor:
     """The regions [regions, height, width], in 0..1, of a mask image; an empty one is the whole image.
 
-    Without ``codes`` they are its channels red, green and blue, else the first so many of the colours red, green,
+    Without ``codes`` they are its channels red, green and blue, else the first ones of the colours red, green,
     yellow, blue, magenta, cyan and white. Raises UserError for a file that cannot be read.
     """
     pixels = torch.from_numpy(numpy.array(read_given_image(path, MASK_OPTION))).permute(2, 0, 1)

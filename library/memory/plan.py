@@ -22,7 +22,7 @@ class Sharding:
     """Blocks of which each process of a machine holds a share."""
 
     processes: int
-    """Of one machine: so many shares there are."""
+    """Of one machine: the number of shares."""
     frees_after_forward: bool = True
     """Whether the forward pass gives a gathered block up, which the backward pass then gathers again."""
 

@@ -20,7 +20,7 @@ NORM_GROUPS = 32
 def norm_groups(source: TensorSource, widths: Sequence[int]) -> int:
     """The groups of a model's GroupNorms: ``norm_num_groups`` of its configuration, else the published models' 32.
 
-    Raises UserError when one of ``widths``, the channels of its levels, cannot be split into so many.
+    Raises UserError when one of ``widths``, the channels of its levels, cannot be split into that many.
     """
     groups = source.exceptions.get("norm_num_groups", NORM_GROUPS)
     if not isinstance(groups, int) or groups < 1:

@@ -46,7 +46,7 @@ def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def flux_shift(image_tokens: int) -> float:
-    """FLUX.1's shift, e^mu, for an image of so many tokens (latent height/2 * width/2)."""
+    """FLUX.1's shift, e^mu, for an image of this many tokens (latent height/2 * width/2)."""
     (low, low_mu), (high, high_mu) = FLUX_TOKENS_AND_MU
     return math.exp(low_mu + (high_mu - low_mu) * (image_tokens - low) / (high - low))
 

@@ -34,7 +34,7 @@ class FamilyHooks(ABC):
     sample_side: ClassVar[int] = 512
     """Side of a sample image whose prompt says nothing, in pixels."""
     sample_step: ClassVar[int] = 8
-    """Sides of sample images are multiples of so many pixels."""
+    """Sides of sample images are multiples of this many pixels."""
     cache_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The parts of the pipeline whose files the caches of ``latents`` and ``text`` need; all of them unless named."""
 

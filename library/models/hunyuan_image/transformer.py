@@ -356,7 +356,7 @@ class HunyuanImageTransformer(nn.Module):
 
 
 def attended_keys(lengths: Sequence[int], device: torch.device, before: int = 0) -> Tensor | None:
-    """Which keys are attended to, [B, before + longest] boolean: in each row the first ``before`` and so many as
+    """Which keys are attended to, [B, before + longest] boolean: in each row the first ``before`` and this many as
     ``lengths`` says. None where all are."""
     if min(lengths) == max(lengths):
         return None

@@ -57,7 +57,7 @@ class LuminaRequest(ImageRequest):
     cfg_trunc_ratio: float = 0.25
     """Guidance acts while t, which runs from 0 (noise) to 1 (image), is below this."""
     renorm_cfg: float = 1.0
-    """A guided velocity is at most so many times as long as that for the prompt; 0 leaves it as it is."""
+    """A guided velocity is at most this many times as long as that for the prompt; 0 leaves it as it is."""
     flow_shift: float = 6.0
     """Shift of the schedule towards more noise."""
     noise_dtype: torch.dtype | None = None

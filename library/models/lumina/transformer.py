@@ -31,7 +31,7 @@ NORM_EPS = 1e-5
 HEAD_NORM_EPS = 1e-6
 """Of the norms of queries and keys, as in the original code; diffusers takes 1e-5, whose results differ by 4e-6."""
 CAPTION_STEP = 256
-"""The rotations of captions are computed for a multiple of so many tokens."""
+"""The rotations of captions are computed for a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         return latents
 
     def images_at_once(self, images: int) -> int:
-        """How many of so many images go through the autoencoder at once."""
+        """How many of that many images go through the autoencoder at once."""
         share = self.vae_batch_size
         if share is None:
             return images

@@ -221,7 +221,7 @@ def encoding_peak(model: StepModel, size: Largest) -> Peak:
 
 
 def text_peak(model: StepModel, count: int) -> Peak:
-    """The text encoders at work on so many captions."""
+    """The text encoders at work on this many captions."""
     import torch
 
     pipeline = model.text.pipeline

@@ -74,7 +74,7 @@ def _listed(sizes: Sequence[float], word: str) -> str:
 
 
 def _advice(sizes: Sequence[float], run: Rehearsal) -> list[tuple[float, str]]:
-    """The options with which the run fits into devices of so many GiB, the largest first."""
+    """The options with which the run fits into devices of this many GiB, the largest first."""
     if not sizes:
         return []
     no_way = "fewer pixels or images in a batch"

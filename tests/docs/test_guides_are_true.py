@@ -56,6 +56,31 @@ def test_every_chapter_of_the_flux_guide_has_its_japanese_section():
     assert all("details>" not in part.partition("</details>")[2] for part in chapters)
 
 
+def named_options(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
+
+
+JAPANESE = re.compile(r"<details>\n<summary>日本語</summary>(.*?)</details>", flags=re.DOTALL)
+BILINGUAL = [page for page in PAGES if JAPANESE.search(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", BILINGUAL, ids=lambda page: page.name)
+def test_a_guide_s_japanese_sections_name_the_options_of_the_english_ones(page):
+    """All of them but those of blocks and of tables that are generated, and no others."""
+    text = page.read_text(encoding="utf-8")
+    japanese, english = " ".join(JAPANESE.findall(text)), JAPANESE.sub("", text)
+    prose = re.sub(r"^```.*?^```$", "", english, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"<!-- option tables.*?<!-- end.*?-->", "", prose, flags=re.DOTALL)
+    assert named_options(prose) - named_options(japanese) == set()
+    assert named_options(japanese) - named_options(english) == set()
+
+
+def test_pages_with_japanese_sections_are_marked_in_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    marked = set(re.findall(r"\]\(docs/([\w-]+\.md)\) \|.*日本語の要約付き", readme))
+    assert marked == {page.name for page in BILINGUAL}
+
+
 def test_the_english_and_the_japanese_guide_to_gen_img_say_the_same():
     """The same commands, files and chapters, and in both every option, every option of a prompt and every sampler."""
     shared = {"device", "streaming", "config", "console"}  # options of all inference scripts

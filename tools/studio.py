@@ -35,12 +35,15 @@ def keep(folder: Path) -> int:
 
 def serve(folder: Path, roots: list[Path], port: int | None, launch_arguments: list[str]) -> None:
     """Serve the page until Ctrl-C. Raises UserError when the port is taken."""
-    from waitress.server import create_server
+    try:
+        from waitress.server import create_server
 
-    from library.studio.access import Access
-    from library.studio.app import LARGEST_BODY, create_app
-    from library.studio.folders import Roots
-    from library.studio.workspace import Workspace
+        from library.studio.access import Access
+        from library.studio.app import LARGEST_BODY, create_app
+        from library.studio.folders import Roots
+        from library.studio.workspace import Workspace
+    except ImportError as error:
+        raise UserError(f"{error}: install what the studio needs with pip install -r requirements.txt.") from None
 
     access = Access()
     folder.mkdir(parents=True, exist_ok=True)

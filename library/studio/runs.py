@@ -131,6 +131,11 @@ class Run:
         """The end of its log, with each progress bar as it was drawn last."""
         return tail_of(self.log, limit)
 
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """What the last progress bar in its log says, as ``progress_of``."""
+        return progress_of(self.tail())
+
     def _end(self) -> dict[str, Any]:
         with contextlib.suppress(UserError):
             entry = parse_json(read_text(self.folder / END), END)

@@ -44,7 +44,10 @@ class Script:
     @property
     def title(self) -> str:
         """As the page names it."""
-        return f"{self.family.name}: {'train a LoRA' if self.trains else 'generate images'}"
+        if self.trains:
+            return f"{self.family.name}: train a LoRA"
+        having = [family.name for family in families.FAMILIES if family.inference == self.family.inference]
+        return f"{', '.join(having)}: generate images"
 
     @property
     def options_class(self) -> Any:

@@ -144,7 +144,7 @@ function again(look, seconds) {
 }
 
 function prepareRun(run) {
-  let shown = JSON.parse(at("live").textContent);
+  let shown = JSON.parse(at("live").textContent), loaded = shown.page;
   const log = at("log");
   log.scrollTop = log.scrollHeight;
   function show(live) {
@@ -155,6 +155,7 @@ function prepareRun(run) {
     at("error").hidden = !live.error;
     at("error").textContent = live.error;
     at("verdict").hidden = !live.verdict.length;
+    at("verdict").classList.toggle("not", live.verdict.some((line) => line.startsWith("Verdict: does not fit")));
     at("verdict").replaceChildren(...live.verdict.map((line) => element("p", {}, line)));
     at("going").hidden = !live.progress;
     if (live.progress) {
@@ -180,9 +181,10 @@ function prepareRun(run) {
     at("files-section").hidden = !live.files.length;
     at("files").replaceChildren(...live.files.map((file) => element("li", {},
       element("span", {class: "mono"}, file.name), " ", element("span", {class: "soft small"}, `${file.kind}, ${file.size}`))));
-    if (live.page !== shown.page && at("page")) {
-      at("page-section").hidden = !live.page;
-      if (live.page) at("page").src = `${run.dataset.page}?${live.page}`;
+    const page = at("page");  // a page that somebody reads at this moment is not taken away
+    if (page && live.page && live.page !== loaded && !page.matches(":hover") && document.activeElement !== page) {
+      at("page-section").hidden = false;
+      page.src = `${run.dataset.page}?${loaded = live.page}`;
     }
     shown = live;
   }

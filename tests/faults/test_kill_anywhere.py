@@ -360,3 +360,43 @@ def test_a_tool_that_is_killed_leaves_a_whole_file_or_none(tool, tiny_flux, fork
     chance, kills = random.Random(f"{SEED} {tool}"), 20 if thorough else 2
     for broken, how in kill_again_and_again(lambda number: work(str(number)), kills, chance, length):
         assert contents(broken.made) == expected, how
+
+
+@dataclass
+class Masks:
+    """tools/make_masks.py over a folder of images; started again, it makes the masks that are not there."""
+
+    server: ForkServer
+    images: Path
+    folder: Path
+
+    @property
+    def places(self) -> list[Path]:
+        return [self.folder / "masks"]
+
+    def start(self) -> Started:
+        where = ["--image_dir", self.images, "--mask_dir", self.folder / "masks"]
+        return self.server.start("tools/make_masks.py", *where, "--color", "white", "--feather", 2)
+
+    def masks(self) -> dict[str, bytes]:
+        """The pixels of each, by the file's name."""
+        found = {}
+        for path in self.folder.rglob("*.png"):
+            with Image.open(path) as image:
+                found[path.name] = image.tobytes()
+        return found
+
+
+@pytest.mark.thorough
+def test_masks_whose_making_is_killed_are_whole(image_folder, fork_server, tmp_path):
+    def making(name: str) -> Masks:
+        (tmp_path / name).mkdir()
+        return Masks(fork_server, image_folder, tmp_path / name)
+
+    whole = making("whole")
+    length = timed_run(whole)
+    expected = whole.masks()
+    assert len(expected) == len(list(image_folder.glob("*.png")))
+    chance = random.Random(f"{SEED} masks")
+    for broken, how in kill_again_and_again(lambda number: making(str(number)), 20, chance, length):
+        assert broken.masks() == expected, how

@@ -289,7 +289,7 @@ class NetworkTrainer(FamilyHooks):
         for lines in (stream_blocks(self.pipeline, options.streaming), spread_blocks(self.pipeline, self.sharding)):
             for line in lines:
                 say(line)
-        self.pipeline.kept = set(self.pipeline.parts) if options.model.highvram else self.control_parts()
+        self.pipeline.kept, self.pipeline.empties_cache = self.control_parts(), not options.model.highvram
         self.objective = self.make_objective()
         opened, latents, texts = set(self.pipeline.parts), None, None
         if "autoencoder" in opened:

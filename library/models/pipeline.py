@@ -224,6 +224,8 @@ class Pipeline(ABC, Generic[Request]):
         """Parts that work on the CPU, whatever ``device`` is."""
         self.kept: Collection[str] = ()
         """Parts that ``release`` leaves where they are."""
+        self.empties_cache = True
+        """Whether the device gets back what its allocator holds when a part goes; otherwise the next part takes it."""
 
     # Parts
 
@@ -291,7 +293,7 @@ class Pipeline(ABC, Generic[Request]):
         return self.tokenizers[encoder]
 
     def release(self, part: str) -> None:
-        """Forget a part (or all ``text_encoders``) and give its memory back; it can be loaded again.
+        """Forget a part (or all ``text_encoders``) and free its memory; it can be loaded again.
 
         Those that are ``kept`` stay.
         """
@@ -300,7 +302,9 @@ class Pipeline(ABC, Generic[Request]):
             if name in self.applied:
                 self.applied.pop(name).remove()
         if any([self.modules.pop(name, None) is not None for name in names]):
-            empty_cache(self.device)
+            empty_cache(
+                self.device if self.empties_cache else torch.device("cpu")
+            )  # objects that nobody reaches at least
 
     def move(self, part: str, device: torch.device | str) -> None:
         """Move a loaded part (or all ``text_encoders``), e.g. to the CPU while others work on the accelerator.

@@ -33,7 +33,7 @@ class ModelOptions:
     lowram: bool = False
     """With several processes: load models in one process after another, to need less system RAM at a time."""
     highvram: bool = False
-    """Keep every part that was loaded on the device, also between caching, training and samples."""
+    """Keep the memory of parts that leave the device for those that come next, instead of giving it back in between."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
+from library.models import pipeline
 from library.options import parse_options
 from library.training.optim.lr_schedulers import create_lr_scheduler
 from library.training.training_options import TrainingOptions
@@ -317,12 +318,23 @@ def opened(make):
     return run
 
 
-def test_the_autoencoder_stays_in_float32_and_parts_stay_loaded_if_asked_for(opened):
+def test_the_autoencoder_stays_in_float32_and_freed_memory_is_kept_if_requested(opened, monkeypatch):
     for arguments, dtype in (("", torch.bfloat16), ("--no_half_vae", torch.float32)):
-        trainer = opened("--mixed_precision", "bf16", "--cache_latents", "--highvram", *arguments.split())
-        autoencoder = trainer.pipeline.modules["autoencoder"]
+        autoencoder = opened("--mixed_precision", "bf16", *arguments.split()).pipeline.load_autoencoder()
         assert {parameter.dtype for parameter in autoencoder.parameters()} == {dtype}
-    assert "autoencoder" not in opened("--cache_latents").pipeline.modules
+    emptied: list[str] = []
+    monkeypatch.setattr(pipeline, "empty_cache", lambda device: emptied.append(device.type))
+    for arguments, device in (
+        ("", "meta"),
+        ("--highvram", "cpu"),
+    ):  # "cpu": nothing to give back, whatever the run's is
+        trainer = opened("--cache_latents", *arguments.split())
+        assert "autoencoder" not in trainer.pipeline.modules
+        trainer.pipeline.load_autoencoder()
+        trainer.pipeline.device = torch.device("meta")
+        emptied.clear()
+        trainer.pipeline.release("autoencoder")
+        assert emptied == [device]
 
 
 def test_caches_are_trusted_if_asked_for(opened, images):

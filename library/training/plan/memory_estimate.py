@@ -67,12 +67,12 @@ def run_phases(run: RunFacts, loss: StepLoss, latents: bool, texts: bool) -> lis
     ``loss`` does the work of a step. ``latents`` and ``texts``: whether anything has to be cached.
     """
     pipeline, model, options = run.pipeline, loss.model, run.options
-    stay, encoders = options.model.highvram, frozenset(pipeline.encoders) & pipeline.modules.keys()
+    encoders = frozenset(pipeline.encoders) & pipeline.modules.keys()
     largest = largest_batch(run.data.train)
     needed = {pipeline.denoiser, *run.control_parts}
-    if model.latents.caching is None or (stay and latents):
+    if model.latents.caching is None:
         needed.add("autoencoder")
-    needed |= encoders if stay else set(model.text.encoders_at_steps)
+    needed |= set(model.text.encoders_at_steps)
     phases = []
     if latents:
         batch = replace(largest, count=max(1, options.cache.vae_batch_size))
@@ -80,7 +80,7 @@ def run_phases(run: RunFacts, loss: StepLoss, latents: bool, texts: bool) -> lis
         phases.append(Work("caching latents", frozenset({"autoencoder"}), False, False, peak))
     if texts and model.text.caching is not None:
         peak = functools.partial(text_peak, model, model.text.caching.batch_size)
-        phases.append(Work("caching text", encoders | ({"autoencoder"} if stay else set()), False, False, peak))
+        phases.append(Work("caching text", encoders, False, False, peak))
     checkpointing = "with" if options.precision.gradient_checkpointing else "without"
     peak = functools.partial(training_peak, run, loss, largest)
     phases.append(Work(f"training {checkpointing} gradient checkpointing", frozenset(needed), True, True, peak))

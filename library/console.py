@@ -18,6 +18,8 @@ from typing import Literal
 from library.errors import NO_ROOM, UnsavedError, UserError
 
 LOGGER = logging.getLogger("library")
+CHATTY = "bitsandbytes.backends.cpu.ops"
+"""A logger that warns, at an import which many packages make, of a kernel that nothing here uses."""
 
 
 @dataclass
@@ -118,6 +120,7 @@ def set_up_console(options: ConsoleOptions, main_process: bool = True) -> None:
     handler.setFormatter(_Formatter(plain, datefmt="%H:%M:%S"))
     LOGGER.handlers[:] = [handler]
     LOGGER.propagate = False
+    logging.getLogger(CHATTY).setLevel(logging.ERROR)
     level = getattr(logging, options.console_log_level or "INFO")
     LOGGER.setLevel(level if main_process else max(level, logging.WARNING))
     while _waiting:

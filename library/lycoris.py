@@ -43,11 +43,6 @@ PRESET_KEYS = (
 """The class attributes in which the package keeps a preset."""
 
 
-def quiet_imports() -> None:
-    """Before the import: bitsandbytes, which the package looks into, warns about a kernel that nothing here uses."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
 class LycorisModule:
     """``lycoris.kohya`` as a network module of this suite: the same two functions, and checks ahead of them."""
 

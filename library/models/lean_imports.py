@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -99,7 +98,6 @@ def transformers_class(module: str, name: str) -> Any:
 
 def optimizer_module(name: str) -> ModuleType:
     """A module of bitsandbytes or transformers with optimizers; what they import raises as always."""
-    _keep_quiet()
     with _lock:
         if name not in sys.modules:
             if name.startswith("transformers."):
@@ -109,13 +107,7 @@ def optimizer_module(name: str) -> ModuleType:
     return sys.modules[name]
 
 
-def _keep_quiet() -> None:
-    """bitsandbytes warns about a 4-bit kernel that nothing here uses."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
 def _import_lean(name: str) -> None:
-    _keep_quiet()  # it may be imported after all
     for package in EXPORTS:
         _defer(package)
     with _stand_ins(MODEL_CODE):

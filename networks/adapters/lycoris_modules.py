@@ -17,7 +17,7 @@ from library.checkpoints import open_checkpoint
 from library.console import warn
 from library.errors import UserError
 from library.generation.lora_files import left_out, module_of
-from library.lycoris import LycorisModule, quiet_imports
+from library.lycoris import LycorisModule
 from library.memory.stored_linear import write_weight
 from library.models.stable_diffusion.original_names import under_original_names
 from networks.adapters.adapter_module import AdapterModule
@@ -91,7 +91,6 @@ class LycorisFile:
     """
 
     def __init__(self, path: Path, multiplier: float, pipeline: StableDiffusionPipeline, arguments: Mapping[str, str]):
-        quiet_imports()
         try:
             from lycoris import kohya
         except ImportError as error:

@@ -295,11 +295,10 @@ def test_memory_of_another_device_and_system_ram_are_counted_apart():
 def test_fp16_is_planned_where_it_cannot_be_trained(plan_only, make_trainer, flux_command, caplog):
     caplog.set_level("INFO")
     arguments = [*flux_command, "--max_train_steps", "2", "--cache_latents"]
-    plans = [plan_only(FLUX, *arguments, "--mixed_precision", precision) for precision in ("fp16", "bf16")]
+    plan = plan_only(FLUX, *arguments, "--mixed_precision", "fp16")
     assert "--mixed_precision fp16 is planned as for a CUDA device" in caplog.text
-    half, brain = ([phase.total for phase in plan.phases] for plan in plans)
-    assert half == pytest.approx(brain, rel=0.03) and plans[0].start is not None
-    assert {part.dtype for part in plans[0].start.parts} == {"float16"}
+    assert plan.start is not None and {part.dtype for part in plan.start.parts} == {"float16"}
+    assert all(phase.activations for phase in plan.phases) and plan.verdict.startswith("fits on GPUs of 8, 12, 16 and")
     with pytest.raises(UserError, match="--mixed_precision fp16 needs a CUDA device"):
         make_trainer(FLUX, *arguments, "--mixed_precision", "fp16").train()
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.lycoris import LycorisModule, quiet_imports
+from library.lycoris import LycorisModule
 from networks import dylora, lora_fa
 from tests.interop.programs import in_comfyui, in_web_ui
 from tests.interop.workbench import Weights, Workbench, randomised
@@ -46,7 +46,6 @@ class File:
 
 def lycoris_module() -> LycorisModule:
     """The published package behind this suite's checks."""
-    quiet_imports()
     from lycoris import kohya
 
     return LycorisModule(kohya)

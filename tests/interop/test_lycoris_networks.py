@@ -13,14 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
-from library.lycoris import LycorisModule, quiet_imports
+from library.lycoris import LycorisModule
 from library.options import parse_options
 from library.safetensors_io import model_hash
 from library.training.objective.step_inputs import ItemDraws
 from tests.families.families import TINY
 from tests.running import forget_accelerator, trainer_class
 
-quiet_imports()
 lycoris = pytest.importorskip("lycoris.kohya", reason="lycoris-lora is in requirements-dev.txt")
 
 FAMILIES = ("sd1", "sdxl", "flux", "lumina")

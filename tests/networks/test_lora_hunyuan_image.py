@@ -283,9 +283,8 @@ def test_oft_turns_the_attention_or_every_layer_and_its_file_has_a_tensor_for_ea
 
 
 def test_lycoris_finds_the_same_layers(hunyuan):
-    from library.lycoris import LycorisModule, quiet_imports
+    from library.lycoris import LycorisModule
 
-    quiet_imports()
     package = LycorisModule(pytest.importorskip("lycoris.kohya"))
     attention = {name for name in EVERY if "_attn_" in name}
     for preset, wanted in (("full", EVERY), ("attn-mlp", EVERY), ("attn-only", attention), ("full", EVERY)):

@@ -19,7 +19,7 @@ from library.checkpoints import load_tensors, open_checkpoint
 from library.console import say
 from library.errors import UserError
 from library.families import FAMILIES, Family, network_modules
-from library.lycoris import LycorisModule, quiet_imports
+from library.lycoris import LycorisModule
 
 REQUIRED_METHODS = (
     *("apply_to", "set_multiplier", "prepare_grad_etc", "on_epoch_start", "load_weights", "save_weights"),
@@ -106,8 +106,6 @@ def find_network_module(name: str, family: Family) -> None:
     if name not in family.networks and name in network_modules():
         others = " and ".join(other.name for other in FAMILIES if name in other.networks)
         raise UserError(f"--network_module: {name} is for {others}; {offered}.")
-    if name.partition(".")[0] == "lycoris":
-        quiet_imports()  # its package is imported to find the module in it
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -126,8 +124,6 @@ def import_network_module(options: NetworkOptions) -> Any:
     name = options.network_module or ""
     if str(Path(__file__).parents[3]) not in sys.path:
         sys.path.insert(0, str(Path(__file__).parents[3]))
-    if name.partition(".")[0] == "lycoris":
-        quiet_imports()
     try:
         module: Any = importlib.import_module(name)
     except ImportError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.lycoris import LycorisModule, quiet_imports
+from library.lycoris import LycorisModule
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,6 @@ class LycorisStack:
         denoiser: str,
         keep: Sequence[Callable[[str], bool] | None] = (),
     ) -> None:
-        quiet_imports()
         try:
             from lycoris import kohya
         except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -208,7 +209,8 @@ def _construct(
     parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
     kernels = step_kernels(optimizer_class, arguments, parameters)
     try:
-        optimizer = _without_compiler(optimizer_class, kernels)(groups, lr=rate, **arguments)
+        with contextlib.redirect_stdout(None):  # Prodigy says what was given to it
+            optimizer = _without_compiler(optimizer_class, kernels)(groups, lr=rate, **arguments)
     except Exception as error:
         raise UserError(f"--optimizer_type {name} refuses its arguments: {error}") from error
     if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):

@@ -160,11 +160,21 @@ def test_a_queue_is_put_in_order_started_and_shown(tmp_path, tiny_job, fork_serv
             thread.join(20)
 
 
-def keeper_of(folder: Path, *words: str) -> tuple[Run, subprocess.Popen[bytes]]:
-    """A run of a small program of its own, with a true keeper."""
-    runs = Runs(folder)
-    run = runs.start(Record("images", "small", "x.py", [sys.executable, *words], str(folder), time.time()))
-    return run, runs._keepers[-1]
+@pytest.fixture
+def start_program(tmp_path):
+    """Start a small program as a run with a true keeper; both are gone when the test ends."""
+    runs = Runs(tmp_path)
+
+    def start(*words: str) -> tuple[Run, subprocess.Popen[bytes]]:
+        run = runs.start(Record("images", "small", "x.py", list(words), str(tmp_path), time.time()))
+        return run, runs._keepers[-1]
+
+    yield start
+    for run in runs.all():
+        for _ in range(3):
+            run.stop()
+    for keeper in runs._keepers:
+        keeper.wait(30)
 
 
 def until(holds, seconds: float = 20) -> None:
@@ -174,7 +184,7 @@ def until(holds, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def test_a_keeper_outlives_who_started_it_and_passes_on_each_wish_to_stop_once(tmp_path):
+def test_a_keeper_outlives_who_started_it_and_passes_on_each_wish_to_stop_once(tmp_path, start_program):
     program = tmp_path / "program.py"
     program.write_text(
         "import signal, time\n"
@@ -182,7 +192,7 @@ def test_a_keeper_outlives_who_started_it_and_passes_on_each_wish_to_stop_once(t
         "print('begins', flush=True)\n"
         "while True: time.sleep(0.05)\n"
     )
-    run, keeper = keeper_of(tmp_path, str(program))
+    run, keeper = start_program(sys.executable, str(program))
     until(lambda: "begins" in run.tail())
     assert os.getsid(keeper.pid) == keeper.pid != os.getsid(0)
     run.stop()
@@ -193,15 +203,12 @@ def test_a_keeper_outlives_who_started_it_and_passes_on_each_wish_to_stop_once(t
     run.stop()
     until(lambda: run.state == "stopped")
     assert run.code == -signal.SIGKILL
-    keeper.wait(20)
 
 
-def test_a_program_that_cannot_be_started_is_a_run_that_failed(tmp_path):
-    runs = Runs(tmp_path)
-    run = runs.start(Record("images", "none", "x.py", [str(tmp_path / "nothing")], str(tmp_path), time.time()))
+def test_a_program_that_cannot_be_started_is_a_run_that_failed(tmp_path, start_program):
+    run, _ = start_program(str(tmp_path / "nothing"))
     until(lambda: run.state != "running")
     assert run.state == "failed" and "cannot be started" in run.tail()
-    runs._keepers[-1].wait(20)
 
 
 def test_the_end_of_a_log_shows_each_progress_bar_once(tmp_path):

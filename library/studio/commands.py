@@ -6,8 +6,8 @@ import re
 import shlex
 from collections.abc import Sequence
 
-PLAIN = re.compile(r"[\w@+=:,./\\-]+", re.ASCII)
-"""Words that no shell reads otherwise."""
+PLAIN = re.compile(r"[\w+=:./\\-]+", re.ASCII)
+"""Words that neither cmd nor PowerShell reads otherwise."""
 
 
 def for_posix(words: Sequence[str]) -> str:
@@ -28,7 +28,7 @@ def _in_double_quotes(word: str) -> str:
 
 def for_powershell(words: Sequence[str]) -> str:
     """For PowerShell."""
-    quoted = [word if PLAIN.fullmatch(word) and not word.startswith("@") else _in_quotes(word) for word in words]
+    quoted = [word if PLAIN.fullmatch(word) else _in_quotes(word) for word in words]
     return " ".join(["&", *quoted] if quoted[0].startswith("'") else quoted)
 
 

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
@@ -371,6 +372,23 @@ def test_a_session_draws_line_by_line(inference, files, monkeypatch, capsys, tmp
     assert "--m needs one number for each of the 3 LoRA files; 2 given." in printed
     assert '--w must be a whole number, not "wide"' in printed
     assert sorted(run.pipeline.modules) == ["clip_l", "t5xxl"], "kept for the next line"
+
+
+def test_trigger_stands_for_the_word_that_the_files_name(inference, lora, monkeypatch, tmp_path, caplog):
+    tensors = load_file(lora("one", 1))
+    file = tmp_path / "trained.safetensors"
+    save_file(tensors, file, {"ss_trigger_word": "sks"})
+    (tmp_path / "prompts.txt").write_text("a [trigger] dog --n [trigger]\na cat\n", encoding="utf-8")
+    run = inference("--lora_weights", file, "--from_file", tmp_path / "prompts.txt")
+    texts = [(prompt.prompt, prompt.negative_prompt) for prompt in run.file_prompts]
+    assert texts == [("a sks dog", "sks"), ("a cat", None)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("[trigger] --d 1\n"))
+    run, drawn = inference("--interactive", "--lora_weights", file), []
+    monkeypatch.setattr(run, "draw", lambda prompt: drawn.append(prompt.prompt))
+    run.run()
+    assert drawn == ["sks"] and "trigger" not in caplog.text
+    assert inference("--prompt", "a [trigger]").file_prompts[0].prompt == "a [trigger]"
+    assert "no --lora_weights file names a trigger word in its metadata: [trigger] stays as it is" in caplog.text
 
 
 def test_strengths_change_in_a_session_as_if_given_at_the_start(inference, lora):

@@ -537,7 +537,7 @@ def test_a_prompts_own_control_image(inference, tiny_controlnet, control_image, 
     path = tmp_path / "prompts.txt"
     path.write_text(f"a red cat --d 3\na red cat --d 3 --cn {control_image}\n", encoding="utf-8")
     run = inference("--controlnet_model_name_or_path", tiny_controlnet, "--from_file", path)
-    assert "drawn without the ControlNet" in caplog.text
+    assert "generated without the ControlNet" in caplog.text
     prompts = run.prompts()
     run.encode(prompts)
     without, controlled = (run.latents(prompt) for prompt in prompts)

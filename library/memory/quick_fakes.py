@@ -18,8 +18,8 @@ PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device,
 DEVICE = torch.ops.prim.device.default
 MISSING = object()
 VIEWS = frozenset(
-    "alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t transpose unbind "
-    "unfold unsqueeze view view_as_complex view_as_real".split()
+    "_unsafe_view alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t "
+    "transpose unbind unfold unsqueeze view view_as_complex view_as_real".split()
 )
 """Operations whose results are always views of their first argument."""
 
@@ -75,7 +75,9 @@ class QuickFakeMode(FakeTensorMode):
                     return MISSING, way, key
                 if found is None:
                     return args[0], way, key
-                return self._new(found) if isinstance(found, tuple) else [self._new(part) for part in found], way, key
+                if isinstance(found, tuple):
+                    return self._new(found), way, key
+                return [part if part is None else self._new(part) for part in found], way, key
         return MISSING, way, None
 
     def _remember(self, way: str, key: Any, result: Any, args: Any, kwargs: Any) -> None:
@@ -85,10 +87,13 @@ class QuickFakeMode(FakeTensorMode):
             return
         parts = [result] if isinstance(result, Tensor) else result
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        if type(parts) in (tuple, list) and all(type(part) is FakeTensor and _is_plain(part) for part in parts):
+        if type(parts) not in (tuple, list):
+            return
+        tensors = [part for part in parts if part is not None]
+        if all(type(part) is FakeTensor and _is_plain(part) for part in tensors):
             storages = {each.untyped_storage()._cdata for each in given}
-            if not storages & {part.untyped_storage()._cdata for part in parts}:
-                made = [_new_as(part) for part in parts]
+            if not storages & {part.untyped_storage()._cdata for part in tensors}:
+                made = [part if part is None else _new_as(part) for part in parts]
                 self._known[key] = made[0] if parts[0] is result else made
 
     def _new(self, like: tuple[Any, ...]) -> FakeTensor:

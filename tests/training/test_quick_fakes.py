@@ -37,6 +37,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "gradients": lambda x, y: torch.autograd.grad(
         F.gelu((x.requires_grad_() @ y).float()).square().mean(), x, retain_graph=True
     ),
+    "gradients of a norm": lambda x, y: torch.autograd.grad(F.layer_norm(x.requires_grad_(), (8,)).sum(), x),
 }
 
 
@@ -78,3 +79,12 @@ def test_values_are_still_asked_for_in_vain():
         for _ in range(2):
             with pytest.raises(DataDependentOutputException):
                 torch.rand(()).item()
+
+
+@pytest.mark.parametrize("name", ["a product", "gradients", "gradients of a norm", "several results"])
+def test_what_has_been_met_is_not_computed_again(name, monkeypatch):
+    with QuickFakeMode():
+        x, y = torch.empty(4, 3, 8), torch.empty(8, 6)
+        OPERATIONS[name](x, y)
+        monkeypatch.setattr(FakeTensorMode, "__torch_dispatch__", lambda self, func, *_: pytest.fail(f"{func}"))
+        OPERATIONS[name](x, y)

@@ -241,7 +241,7 @@ class HunyuanImageInference(InferenceRun[PromptOptions]):
                 raise UserError(f"--lora_weight: there is no file {name}.")
         for multiplier in lora.lora_multiplier:
             if not math.isfinite(multiplier):
-                raise UserError(f"--lora_multiplier: {multiplier} is no finite number.")
+                raise UserError(f"--lora_multiplier: {multiplier} is not a finite number.")
         multipliers = one_each(names, lora.lora_multiplier, 1.0)
         patterns = [one_each(names, given, "") for given in (lora.include_patterns, lora.exclude_patterns)]
         return [LoraFile(Path(name), *values) for name, *values in zip(names, multipliers, *patterns)]

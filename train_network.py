@@ -510,8 +510,8 @@ class StableDiffusionNetworkTrainer(NetworkTrainer):
         self.trained_encoders = () if unet_only else self.encoders
         if caches_text(options.text_cache) and self.trained_encoders:
             raise UserError(
-                "--cache_text_encoder_outputs needs --network_train_unet_only: a text encoder that is trained encodes "
-                "its captions anew at every step."
+                "--cache_text_encoder_outputs needs --network_train_unet_only: a text encoder that is trained "
+                "re-encodes its captions at every step."
             )
         for name, needed in NEEDS.items():
             group = options.noise if hasattr(options.noise, needed) else noise

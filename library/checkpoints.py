@@ -345,7 +345,7 @@ def _files_of_index(index: Path) -> list[Path]:
         raise UserError(f"{index} is not a valid index of shards.")
     for name in names:
         if name != PureWindowsPath(name).name or name in (".", ".."):  # knows the separators of every system
-            raise UserError(f"{index} is not a valid index of shards: {name} does not lie beside it.")
+            raise UserError(f"{index} is not a valid index of shards: {name} is not beside it.")
     return _existing([index.parent / name for name in names])
 
 

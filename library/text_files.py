@@ -51,7 +51,7 @@ def read_text(path: Path | str, option: str = "", byte_limit: int = BYTE_LIMIT) 
         if isinstance(error, UnicodeDecodeError):
             hint = f"; it looks like {UTF_16}" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
             raise UserError(f"{place}: is not UTF-8 text ({error.reason} at byte {error.start}){hint}.") from None
-        raise UserError(f"{place}: is no path to a file ({error}).") from None
+        raise UserError(f"{place}: is not a path to a file ({error}).") from None
     if "\0" in text:
         raise UserError(f"{place}: is not UTF-8 text (it holds zero bytes); it may be {UTF_16}.")
     return text.replace("\r\n", "\n")

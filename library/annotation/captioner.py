@@ -168,7 +168,7 @@ class FlorenceCaptioner(Captioner):
         task = (options.prompt or TASKS[-1]).strip("<> ").upper()
         if task not in TASKS:
             raise UserError(
-                f'--prompt: "{options.prompt}" is no task of Florence-2 that gives a caption; {", ".join(TASKS)} are.'
+                f'--prompt: "{options.prompt}" is not a captioning task of Florence-2; {", ".join(TASKS)} are.'
             )
         return f"<{task}>"
 

@@ -77,7 +77,7 @@ def find_folders(options: ImageOptions) -> list[Folder]:
         for place, subset in enumerate(dataset.subsets, 1):
             where = f"{path}: [[datasets]] number {number}, [[datasets.subsets]] number {place}"
             if subset.metadata_file is not None or subset.image_dir is None:
-                warn(f"{where} is left out: its captions stand in a metadata_file.")
+                warn(f"{where} is left out: its captions are in a metadata_file.")
                 continue
             given = (table.caption_extension for table in (subset, dataset, tables.general))
             extension = next((value for value in given if value is not None), ".caption")
@@ -132,7 +132,7 @@ def mask_targets(folders: Sequence[Folder], options: ImageOptions, mask_dir: str
     replaced = [target for target in found if options.overwrite and target.existing not in (None, target.file)]
     if replaced:
         raise UserError(
-            f"{replaced[0].existing} would stand beside the new {replaced[0].file.name}; remove it, since each image "
+            f"{replaced[0].existing} would remain beside the new {replaced[0].file.name}; remove it, since each image "
             "has one mask."
         )
     return _each_once(found)

@@ -99,5 +99,5 @@ def parse_color(text: str) -> tuple[int, int, int]:
         if not all(0 <= value <= 255 for value in values):
             raise ValueError
     except ValueError:
-        raise UserError(f'--color: "{text}" is no colour; write it like #00ff00, 0,255,0 or lime.') from None
+        raise UserError(f'--color: "{text}" is not a colour; write it like #00ff00, 0,255,0 or lime.') from None
     return values[0], values[1], values[2]

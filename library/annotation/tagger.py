@@ -75,10 +75,10 @@ def read_tags(path: Path) -> list[Tag]:
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path))))
     except csv.Error as error:
-        raise UserError(f"{path}: is no table of tags ({error}).") from None
+        raise UserError(f"{path}: is not a table of tags ({error}).") from None
     columns = set(rows[0]) if rows else set()
     if not {"name", "category"} <= columns:
-        raise UserError(f'{path}: is no table of tags; it needs the columns "name" and "category".')
+        raise UserError(f'{path}: is not a table of tags; it needs the columns "name" and "category".')
     tags = []
     for number, row in enumerate(rows, 2):
         if not row["name"] or not (row["category"] or "").strip().isdecimal():
@@ -151,7 +151,7 @@ class TagChoice:
         for pair in filter(None, (part.strip() for part in (text or "").split(";"))):
             old, comma, new = pair.partition(",")
             if not comma or not old.strip() or not new.strip():
-                raise UserError(f'--tag_replacement must be like "old,new;old2,new2"; "{pair}" is no such pair.')
+                raise UserError(f'--tag_replacement must be like "old,new;old2,new2"; "{pair}" is not such a pair.')
             found[self._spelled(old)] = self._spelled(new)
         return found
 
@@ -205,7 +205,9 @@ class Tagger:
             probabilities = self.session.run(None, {self.input: batch})[0][: len(part)]
             self._check_count(probabilities.shape[-1])
             if not ((probabilities >= 0) & (probabilities <= 1)).all():
-                raise UserError(f"--model: {self.file} gives numbers that are no probabilities; it is no WD14 tagger.")
+                raise UserError(
+                    f"--model: {self.file} gives numbers that are no probabilities; it is not a WD14 tagger."
+                )
             found += [self.choice(row) for row in probabilities]
         return found
 

@@ -109,7 +109,7 @@ def read_arrays_for_training(
         arrays = read_arrays(path, wanted, if_there=mark)
         text = arrays.pop(mark, None)
     except FileNotFoundError:
-        raise UserError(f"{path}: the cache file is gone; start again to have it made.") from None
+        raise UserError(f"{path}: the cache file has disappeared; start again to rebuild it.") from None
     except DAMAGE as error:
         reason = str(error).split("\n")[0].strip("'\"")
         raise UserError(f"{path}: the cache file is damaged ({reason}); delete it and start again.") from None

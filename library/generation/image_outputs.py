@@ -203,7 +203,7 @@ class ImageOutputs:
         named = [(names.name(image), image) for images in lines for image in images]
         count = sum(name is not None and self._is_there(name, image) for name, image in named)
         if count:
-            say(f"--skip_existing: {count} of {len(named)} images are there already")
+            say(f"--skip_existing: {count} of {len(named)} images already exist")
         return count
 
     def wanted(self, images: Sequence[ImagePrompt]) -> list[ImagePrompt]:

@@ -107,6 +107,6 @@ def _read(path: Path) -> tuple[Tensor, Mapping[str, str]]:
         tensors, metadata = loaded if isinstance(loaded, dict) else {KEY: loaded}, {}
     tensor = tensors.get(KEY)
     if not isinstance(tensor, torch.Tensor):
-        raise UserError(f'{path} holds no tensor "{KEY}"; it is no file of latents.')
+        raise UserError(f'{path} holds no tensor "{KEY}"; it is not a file of latents.')
     require_dense(path, KEY, tensor)
     return tensor, metadata

@@ -65,11 +65,11 @@ def left_out(names: Iterable[str], of: Iterable[str]) -> str:
 
 
 def check_pattern(pattern: str, place: str) -> None:
-    """Raises UserError beginning with ``place`` for what is no regular expression."""
+    """Raises UserError beginning with ``place`` for what is not a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f'{place}: "{pattern}" is no regular expression ({error}).') from None
+        raise UserError(f'{place}: "{pattern}" is not a regular expression ({error}).') from None
 
 
 def one_each(files: Sequence[str], values: Sequence[Any], missing: Any) -> list[Any]:

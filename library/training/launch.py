@@ -58,7 +58,7 @@ def check_launch(precision: PrecisionOptions, streaming: StreamingOptions) -> No
             raise UserError(f"--{option} and FSDP are mutually exclusive: only weights that are tensors are spread.")
     if streaming.blocks_to_swap:
         raise UserError(
-            "--blocks_to_swap and FSDP are mutually exclusive: a block lies in system RAM or is spread over GPUs."
+            "--blocks_to_swap and FSDP are mutually exclusive: a block is in system RAM or spread over GPUs."
         )
 
 

@@ -79,6 +79,6 @@ class LuminaLoRA(KnownLoRA):
         if not self._ratio_is_told:
             self._ratio_is_told = True
             say(
-                f"{self.path}: no module tells how many rows keys and values have; {rows} are taken, as in the 2B model"
+                f"{self.path}: no module shows how many rows keys and values have; {rows} are taken, as in the 2B model"
             )
         return rows

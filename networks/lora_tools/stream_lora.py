@@ -49,7 +49,7 @@ class StreamLoRA(KnownLoRA):
         if not self._ratio_is_told:
             self._ratio_is_told = True
             say(
-                f"{self.path}: no module tells the size of the feed-forward layers; {FEED_FORWARD_RATIO} times"
+                f"{self.path}: no module shows the size of the feed-forward layers; {FEED_FORWARD_RATIO} times"
                 f" {width} is taken, as {self.model_name} has it"
             )
         return FEED_FORWARD_RATIO * width

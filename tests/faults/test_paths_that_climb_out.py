@@ -35,7 +35,7 @@ def test_an_index_of_shards_names_files_beside_it(tmp_path, name):
     save_file({"a": torch.ones(1)}, tmp_path / "x")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")
-    with pytest.raises(UserError, match="is not a valid index of shards: .* does not lie beside it"):
+    with pytest.raises(UserError, match="is not a valid index of shards: .* is not beside it"):
         open_checkpoint(index)
 
 

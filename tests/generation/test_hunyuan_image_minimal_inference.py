@@ -347,7 +347,7 @@ def test_patterns_choose_the_modules_of_each_file(inference, lora_files):
     assert difference(drawn(), drawn("--include_patterns", "single_blocks")) > 1e-3
     with pytest.raises(UserError, match=r"one\.safetensors"):
         modules("--include_patterns", "nothing like it")
-    with pytest.raises(UserError, match=r'--exclude_patterns: "\(" is no regular expression'):
+    with pytest.raises(UserError, match=r'--exclude_patterns: "\(" is not a regular expression'):
         modules("--exclude_patterns", "(")
 
 

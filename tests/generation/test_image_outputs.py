@@ -376,9 +376,9 @@ def test_an_interrupted_run_says_how_to_go_on(outputs, tmp_path, caplog, options
     caplog.clear()
     draw(outputs(**options), lines_of(tmp_path, "a", "b"))
     assert "the same command" not in caplog.text
-    assert ("1 of 2 images are there already" in caplog.text) is False
+    assert ("1 of 2 images already exist" in caplog.text) is False
     outputs(skip_existing=True).existing(lines_of(tmp_path, "a", "b", "c"))
-    assert ("2 of 3 images are there already" in caplog.text) is bool(options)
+    assert ("2 of 3 images already exist" in caplog.text) is bool(options)
 
 
 def test_the_page_grows_while_images_are_drawn(outputs, tmp_path, monkeypatch):

@@ -318,13 +318,13 @@ def test_the_settings_beside_a_file_of_peft_count(tmp_path, transformer, factors
 def test_the_size_of_layers_without_a_module_is_taken_from_others_or_told(tmp_path, capsys):
     only_q = part_file(tmp_path / "a.safetensors", {"attn.to_q": (16, 2)})
     assert deltas(converted(only_q, "b"))["lora_unet_single_blocks_0_linear1"].shape == (48 + 64, 16)
-    assert capsys.readouterr().err.count("no module tells the size of the feed-forward layers; 4 times 16") == 1
+    assert capsys.readouterr().err.count("no module shows the size of the feed-forward layers; 4 times 16") == 1
     name = "transformer.transformer_blocks.5.ff.net.2"
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 40), f"{name}.lora_B.weight": torch.ones(16, 2)}
     save_file({**load_file(only_q), **tensors}, tmp_path / "c.safetensors")
     found = deltas(converted(tmp_path / "c.safetensors", "d"))
     assert found["lora_unet_single_blocks_0_linear1"].shape == (48 + 40, 16)
-    assert "no module tells" not in capsys.readouterr().err
+    assert "no module shows" not in capsys.readouterr().err
 
 
 def refused(tmp_path: Path, tensors: dict[str, Tensor], message: str, *arguments: object) -> None:

@@ -409,7 +409,7 @@ def test_files_of_a_model_that_do_not_do(images, models, tmp_path):
     (table := copy("tagger", "bad_row") / "selected_tags.csv").write_text("name,category\nx,y\n", encoding="utf-8")
     assert "line 2" in refused(*where, table.parent)
     table.write_text(f"name,category\n{'x' * 200_000},0\n", encoding="utf-8")
-    assert "is no table of tags (field larger than" in refused(*where, table.parent)
+    assert "is not a table of tags (field larger than" in refused(*where, table.parent)
     (network := copy("tagger", "damaged") / "model.onnx").write_bytes(b"damaged")
     assert "cannot be read as an ONNX model" in refused(*where, network)
     network.unlink()
@@ -448,7 +448,7 @@ def test_options_that_cannot_be_or_do_nothing(images, models, tmp_path):
     assert "there is no folder" in refused("--image_dir", tmp_path / "no", "--model", tagger)
     (empty := tmp_path / "empty").mkdir()
     assert f"there are no images in {empty}." in refused("--image_dir", empty, "--model", tagger)
-    assert "exclude each other" in refused(*where, tagger, "--overwrite", "--append_tags")
+    assert "mutually exclusive" in refused(*where, tagger, "--overwrite", "--append_tags")
     assert "--batch_size" in refused(*where, tagger, "--batch_size", 0)
     assert "--thresh must be a probability" in refused(*where, tagger, "--thresh", 35)
     assert "--tag_replacement must be like" in refused(*where, tagger, "--tag_replacement", "a;b")
@@ -456,7 +456,7 @@ def test_options_that_cannot_be_or_do_nothing(images, models, tmp_path):
     assert "--num_beams" in refused(*where, blip, "--num_beams", 0)
     assert "--top_p" in refused(*where, blip, "--top_p", 1.5)
     assert "--device" in refused(*where, blip, "--device", "cuda:9")
-    assert "no task of Florence-2" in refused(*where, models("florence"), "--prompt", "draw it")
+    assert "not a captioning task of Florence-2" in refused(*where, models("florence"), "--prompt", "draw it")
     said = caption(*where, tagger, "--prompt", "a", "--dtype", "fp16", "--dry_run").stderr
     assert "--prompt has no effect" in said and "--dtype has no effect" in said
     assert "--thresh has no effect" in caption(*where, blip, "--thresh", 0.5, "--dry_run").stderr

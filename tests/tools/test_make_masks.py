@@ -217,7 +217,7 @@ def test_masks_that_are_there_are_kept(images):
     assert f"c.png -> {masks / 'c.png'}" in make(*where, "--dry_run").stderr and not (masks / "c.png").exists()
     assert "masks: 1 written, 2 there already" in make(*where).stderr
     assert set(mask(masks / "a.png").flatten()) == {7} and not (masks / "b.png").exists()
-    assert "b.bmp would stand beside the new b.png" in refused(*where, "--overwrite")
+    assert "b.bmp would remain beside the new b.png" in refused(*where, "--overwrite")
     (masks / "b.bmp").unlink()
     assert "masks: 3 written" in make(*where, "--overwrite").stderr and set(mask(masks / "a.png").flatten()) == {0, 255}
 
@@ -249,8 +249,8 @@ def test_options_that_cannot_be_or_do_nothing(images, models, tmp_path):
     where = ("--image_dir", images)
     assert "Give one of --model, --color and --alpha" in refused(*where)
     assert "Give one of --model, --color and --alpha" in refused(*where, "--alpha", "--color", "red")
-    assert '"gren" is no colour' in refused(*where, "--color", "gren")
-    assert '"1,2,300" is no colour' in refused(*where, "--color", "1,2,300")
+    assert '"gren" is not a colour' in refused(*where, "--color", "gren")
+    assert '"1,2,300" is not a colour' in refused(*where, "--color", "1,2,300")
     assert "--tolerance" in refused(*where, "--color", "red", "--tolerance", 300)
     assert "--background" in refused(*where, "--alpha", "--background", 1)
     assert "--grow" in refused(*where, "--alpha", "--grow", 5000)

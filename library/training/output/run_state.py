@@ -70,8 +70,8 @@ def check_saved_state(run: RunFacts, saved: SavedState) -> bool:
     elif changed:
         anew = " The current epoch starts over." if of_order and not same_batches and saved.position.batch else ""
         warn(
-            f"--resume: {', '.join(changed)} changed since the state was saved: the run continues, but not to the "
-            f"same result. Learning rates stay those of the state.{anew}"
+            f"--resume: {', '.join(changed)} changed since the state was saved: the run continues, but results "
+            f"will differ. Learning rates stay those of the state.{anew}"
         )
     return not of_order or same_batches
 

@@ -85,7 +85,7 @@ class Samples:
             if not word and len(words) > 1:
                 raise UserError(f"{place}: {TRIGGER} may stand for {' or '.join(words)}; write the word itself.")
             if not word and not words:
-                warn(f"{place}: {TRIGGER} stands for nothing without --trigger_word; it is drawn as it is written.")
+                warn(f"{place}: {TRIGGER} stands for nothing without --trigger_word; it is kept as written.")
             self.prompts[number - 1] = with_trigger(prompt, word or "".join(words))
 
     def due_at_start(self) -> bool:

@@ -41,7 +41,7 @@ class PreflightOptions:
     """Checks before training"""
 
     dry_run: bool = False
-    """Check everything, print the plan of the run, and end: no model is loaded and nothing is written."""
+    """Check everything, print the plan of the run and whether it fits, and end: nothing is loaded or written."""
 
 
 @dataclass

@@ -274,7 +274,7 @@ def open_checkpoint(
 
 
 def is_hub_id(name: Path | str) -> bool:
-    """Whether ``name`` can be an id on the hub and is no path that exists or that names a file."""
+    """Whether ``name`` can be an id on the hub and not a path that exists or that names a file."""
     path = Path(name)
     is_file_name = path.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES)
     return not path.exists() and not is_file_name and HUB_ID.fullmatch(path.as_posix()) is not None

@@ -32,7 +32,7 @@ def require_regular(path: Path | str) -> None:
 
 
 def open_regular(path: Path | str) -> IO[bytes]:
-    """The file, open for reading. Raises UserError for what is no regular file, OSError as ``open`` does."""
+    """The file, open for reading. Raises UserError for what is not a regular file, OSError as ``open`` does."""
     require_regular(path)
     return open(path, "rb")
 

@@ -76,7 +76,7 @@ def checksum(encoded: bytes) -> int:
 
 
 def read_heads(path: Path) -> dict[str, ArrayHead]:
-    """Shape, dtype and checksum of every array. Raises one of DAMAGE, and UserError for what is no regular file."""
+    """Shape, dtype and checksum of every array. Raises one of DAMAGE, and UserError for what is not a regular file."""
     heads = {}
     with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
         for member in archive.infolist():
@@ -89,7 +89,7 @@ def read_heads(path: Path) -> dict[str, ArrayHead]:
 def read_arrays(path: Path, names: Iterable[str], if_there: str = "") -> dict[str, numpy.ndarray]:
     """The named arrays, and that with the name ``if_there`` if there is one, their checksums verified.
 
-    Raises one of DAMAGE (KeyError: there is no such array), and UserError for what is no regular file.
+    Raises one of DAMAGE (KeyError: there is no such array), and UserError for what is not a regular file.
     """
     with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
         names = [*names, if_there] if f"{if_there}.npy" in archive.NameToInfo else names

@@ -157,7 +157,7 @@ class ImagePrompts:
     def session(self, draw: Callable[[list[ImagePrompt]], None]) -> None:
         """Ask for prompt lines and hand the images of each to ``draw``; a mistake or Ctrl-C does not end the session.
 
-        A line without a prompt before its options is asked for again.
+        A line without a prompt before its options is requested again.
         """
         draw_seed = _drawn_by(random.Random(self._base_seed))
         number = 0

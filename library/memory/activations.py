@@ -87,7 +87,7 @@ class OffloadedInputs:
         return kept
 
     def take_back(self, kept: Kept) -> Tensor:
-        """The tensor on its device, for what the device is told from now on; those before it are sent for."""
+        """The tensor on its device, for what is queued on the device from now on; those before it are sent for."""
         self.late += kept.returned is None
         self._send_for(kept)
         tensor, kept.returned = kept.returned, None

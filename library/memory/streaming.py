@@ -174,7 +174,7 @@ class BlockStream:
         return run
 
     def require(self, rank: int) -> None:
-        """Let the block of that rank be on the device for what the device is told from now on."""
+        """Let the block of that rank be on the device for what is queued on the device from now on."""
         if self.held[rank % self.slots] != rank:
             self.misses += any(held is not None for held in self.held)
             self._load_if_absent(rank)

@@ -66,7 +66,7 @@ class Copies:
         target.copy_(source)
 
     def finish(self, key: int) -> None:
-        """Let the device wait for the copy ``key`` before it does what it is told from now on."""
+        """Let the device wait for the copy ``key`` before it does what is queued from now on."""
 
 
 class PinnedCopies(Copies):

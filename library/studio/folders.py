@@ -72,7 +72,7 @@ class Roots:
         try:
             path = Path(os.path.expanduser(text)).resolve()
         except (OSError, RuntimeError, ValueError):
-            raise OutsideError("This is no path.") from None
+            raise OutsideError("This is not a path.") from None
         if not any(path.is_relative_to(root) for root in self.folders):
             raise OutsideError("This path is outside the folders that the studio was started for (--root).")
         return path

@@ -172,7 +172,7 @@ def empty_form(script: str, options_class: Any) -> Form:
 
 
 def kind_of(option: Option) -> Kind:
-    """How an option is asked for."""
+    """How a form shows an option."""
     kinds = plain_types(option.type)
     if bool in kinds:
         return "switch"

@@ -77,7 +77,7 @@ _NAMED: dict[str, _Entry] = {
 # Import name -> name to install, where they differ.
 _PACKAGES = {"lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free"}
 _UNSUITABLE = {"lbfgs": "it needs several evaluations per step", "sparseadam": "it takes sparse gradients only"}
-# torch's classes whose steps can be taken faster without a difference that anyone asked for: see ``step_kernels``.
+# torch's classes whose steps can be taken faster without a difference in the result: see ``step_kernels``.
 _FASTER_STEPS = {"AdamW", "Adam", "SGD"}
 # These compare the groups' rates at every step and stop the run when they differ.
 _ONE_RATE_ONLY = {"DAdaptAdam", "DAdaptLion", "DAdaptAdamPreprint", "DAdaptSGD", "Prodigy"}

@@ -379,6 +379,8 @@ def _document(path: Path | None) -> flask.Response:
     """A page that a run has written, as a document of its own origin."""
     if path is None or path.stat().st_size > LARGEST_FILE:
         return flask.abort(404)
+    if flask.request.headers.get("Sec-Fetch-Dest", "iframe") != "iframe":
+        return flask.abort(403)  # outside of a frame of the studio it could lead its reader elsewhere
     response = flask.Response(path.read_bytes(), mimetype="text/html")
     response.headers["Content-Security-Policy"] = DOCUMENT_POLICY
     return response
@@ -469,10 +471,12 @@ def _add_queue(app: flask.Flask, workspace: Workspace) -> None:
     def queued_report(name: str) -> flask.Response:
         return _document(_queue_file(workspace, name, "report"))
 
-    @app.get("/queue/<name>/log")
-    def queued_log(name: str) -> flask.Response:
+    @app.get("/queue/<name>")
+    def queued_job(name: str) -> str:
+        job = next((job for job in _queue_live(workspace)["jobs"] if job["name"] == name), None)
         path = _queue_file(workspace, name, "log")
-        return flask.Response(printable(tail_of(path)), mimetype="text/plain") if path else flask.abort(404)
+        log = printable(tail_of(path)) if path else ""
+        return flask.render_template("queued.html", job=job or flask.abort(404), log=log)
 
 
 def _queue_page(workspace: Workspace, problem: str = "") -> str:
@@ -509,7 +513,6 @@ def _queue_live(workspace: Workspace) -> dict[str, Any]:
                 "error": printable(str(entry.get("last_line") or "")),
                 "progress": progress,
                 "report": _queue_file(workspace, name, "report") is not None,
-                "log": log is not None,
             }
         )
     return {"running": run.id if run else None, "wishes": run.wishes if run else 0, "jobs": jobs}

@@ -28,7 +28,8 @@ def _in_double_quotes(word: str) -> str:
 
 def for_powershell(words: Sequence[str]) -> str:
     """For PowerShell."""
-    quoted = [word if PLAIN.fullmatch(word) else _in_quotes(word) for word in words]
+    # A bare word that begins like -name. is cut in two at its dot.
+    quoted = [w if PLAIN.fullmatch(w) and not re.match(r"-\w*\.", w) else _in_quotes(w) for w in words]
     return " ".join(["&", *quoted] if quoted[0].startswith("'") else quoted)
 
 

@@ -75,7 +75,7 @@ def test_every_address_is_tried_here(place):
         address = re.sub(r"20260101-000000-job|job_1\.png", "*", address)
         return address.replace("/jobs/job", "/jobs/*")
 
-    assert of("GET") - {"/studio.js", "/queue/*/page", "/queue/*/log"} == set(map(general, PAGES))
+    assert of("GET") - {"/studio.js", "/queue/*", "/queue/*/page"} == set(map(general, PAGES))
     assert of("POST") == set(map(general, CHANGES))
 
 
@@ -216,6 +216,8 @@ def test_what_a_report_runs_has_an_origin_of_its_own(place):
         and "'self'" not in policy.partition("frame-ancestors")[0]
     )
     assert 'sandbox="allow-scripts"' in client.get("/runs/20260101-000000-job").text
+    assert client.get("/runs/20260101-000000-job/page", sec_fetch_dest="iframe").code == 200
+    assert client.get("/runs/20260101-000000-job/page", sec_fetch_dest="document").code == 403
 
 
 def test_every_answer_has_the_headers_that_keep_a_browser_in(place):

@@ -212,7 +212,7 @@ def test_a_hostile_report_reaches_nothing(browser, tmp_path):
             tried("popup", () => { if (!open("about:blank")) throw 0; }),
             tried("form", () => { const f = document.createElement("form"); f.method = "post"; f.action = "/queue";
               document.body.append(f); f.submit(); throw 0; }),
-          ]).then(() => parent.postMessage(out.join(", "), "*"));
+          ]).then(() => { parent.postMessage(out.join(", "), "*"); location = "http://localhost:9/out"; });
         </script>"""
         (tmp_path / "evil.report.html").write_text(attack, encoding="utf-8")
         person = Person(browser, client, DESKTOP)
@@ -225,4 +225,6 @@ def test_a_hostile_report_reaches_nothing(browser, tmp_path):
         )
         said = browser.wait_for("return window.heard")
         assert "worked" not in said and said.count("failed") == 8, said
+        time.sleep(0.5)
+        assert not [address for address in browser.requests() if "localhost:9" in address]
         assert browser.run("return location.pathname") == "/" and workspace.queue_run() is None

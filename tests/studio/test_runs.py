@@ -155,7 +155,15 @@ def test_a_queue_is_put_in_order_started_and_shown(tmp_path, tiny_job, fork_serv
         (workspace.queue_folder / "queue.json").write_text(json.dumps({"jobs": [record]}), encoding="utf-8")
         shown = client.get("/queue").text
         assert "failed" in shown and "&lt;b&gt;no&lt;/b&gt;" in shown and "1 min 01 s" in shown
-        assert client.get("/queue/three/page").code == client.get("/queue/three/log").code == 404
+        assert client.get("/queue/three/page").code == 404
+        alone = client.get("/queue/three").text
+        assert "&lt;b&gt;no&lt;/b&gt;" in alone and "root:" not in alone
+        record |= {"outputs": {"report": str(tmp_path / "three.report.html"), "log": str(tmp_path / "three.log")}}
+        (workspace.queue_folder / "queue.json").write_text(json.dumps({"jobs": [record]}), encoding="utf-8")
+        (tmp_path / "three.report.html").write_text("<p>its report</p>", encoding="utf-8")
+        (tmp_path / "three.log").write_text("what it <said>\n", encoding="utf-8")
+        assert client.get("/queue/three/page").text == "<p>its report</p>"
+        assert "what it &lt;said&gt;" in client.get("/queue/three").text
         for thread in workspace.runs.threads:
             thread.join(20)
 

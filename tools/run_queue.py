@@ -39,10 +39,13 @@ from library.files import write_text  # noqa: E402
 from library.html_pages import link_from, render_page  # noqa: E402
 from library.options import configured_value, parse_options  # noqa: E402
 from library.text_files import parse_json, read_text  # noqa: E402
+from library.training.output.checkpoints import OutputFolder  # noqa: E402
 
 STATE_FILE, PAGE = "queue.json", "index.html"
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED = "waiting", "running", "done", "failed", "interrupted"
 SAVES = ("save_state", "save_state_on_train_end")
+LORAS = ("lora", "average")
+"""What a run's files of weights are called in the record: the LoRA, and its moving average."""
 
 
 @dataclass
@@ -64,7 +67,7 @@ class Job:
     last_line: str = ""
     """Of its output, where it failed."""
     outputs: dict[str, str] = field(default_factory=dict)
-    """Its LoRA file, report and log, by these words."""
+    """Its LoRA file, the moving average beside it, its report and log: ``lora``, ``average``, ``report``, ``log``."""
     saves_states: bool = False
 
     @property
@@ -84,14 +87,15 @@ def read_jobs(patterns: Sequence[str], script: str | None) -> list[Job]:
             text = str(error)
             mistakes.append(text if str(path) in text else f"{path}: {text}")
     for kind, of in (
-        ("are both named", lambda job: job.name),
-        ("write the same file", lambda job: job.outputs["lora"]),
+        ("are both named", lambda job: [job.name]),
+        ("write the same file", lambda job: [job.outputs[what] for what in LORAS if what in job.outputs]),
     ):
         first: dict[str, Job] = {}
         for job in jobs:
-            other = first.setdefault(of(job), job)
-            if other is not job:
-                mistakes.append(f"{other.file} and {job.file} {kind}, {of(job)}.")
+            for name in of(job):
+                other = first.setdefault(name, job)
+                if other is not job:
+                    mistakes.append(f"{other.file} and {job.file} {kind}, {name}.")
     if mistakes:
         raise UserError("\n".join(mistakes))
     return jobs
@@ -115,13 +119,14 @@ def _read_job(path: Path, script: str | None) -> Job:
     family = _family(configured_value(words, "script") or script, configured_value(words, "network_module"))
     options = parse_options(family.options_class(), "", words)
     saving = options.saving
-    folder, name = Path(saving.output_dir or "."), saving.output_name or "last"
+    files = OutputFolder(saving, read_only=True, averages=options.optimizer.ema_decay is not None)
+    written = dict(zip(LORAS, map(str, files.with_average(files.final_file()))))
     return Job(
         name=path.stem,
         file=str(path),
         script=family.file,
         digest=hashlib.sha256(path.read_bytes()).hexdigest(),
-        outputs={"lora": str(folder / f"{name}.{saving.save_model_as}"), "report": str(folder / f"{name}.report.html")},
+        outputs={**written, "report": str(files.final_file().with_suffix(".report.html"))},
         saves_states=any(getattr(saving, option) for option in SAVES) and not options.resume.resume,
     )
 
@@ -195,11 +200,8 @@ class Queue:
             with open(self.folder / job.log, "ab") as log:
                 log.write(f"$ {shlex.join(words)}\n".encode())
                 log.flush()
-                job.code = _wait_for(self.start(words, log))
+                job.code = self._wait_for(self.start(words, log), job)
             job.state = DONE if job.code == 0 else FAILED
-        except KeyboardInterrupt:
-            job.state = INTERRUPTED
-            raise
         finally:
             job.seconds = before + time.monotonic() - start
             if job.state == FAILED:
@@ -211,6 +213,17 @@ class Queue:
     def start(self, words: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         """Start a command that writes into ``log``."""
         return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def _wait_for(self, process: subprocess.Popen[bytes], job: Job) -> int:
+        """Its exit code. Ctrl-C reaches it too: it may end its step and save; another Ctrl-C ends both at once."""
+        try:
+            with _signals_passed_to(process):
+                return process.wait()
+        except KeyboardInterrupt:
+            job.state = INTERRUPTED
+            self.write()  # now: nothing is written any more after another Ctrl-C
+            process.wait()
+            raise
 
     def write(self) -> None:
         """Write the record and the page."""
@@ -232,20 +245,6 @@ class Queue:
             "error": job.last_line,
             "links": {what: link_from(page, Path(path).resolve()) for what, path in there.items()},
         }
-
-
-def _wait_for(process: subprocess.Popen[bytes]) -> int:
-    """Its exit code. Ctrl-C reaches it too: it may end its step and save; another Ctrl-C ends it at once."""
-    try:
-        with _signals_passed_to(process):
-            return process.wait()
-    except KeyboardInterrupt:
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            process.kill()
-            process.wait()
-        raise
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 // The page of tools/run_queue.py: one card for each job in DATA, in the order in which they run.
 
-const LINKS = {report: "report", lora: "LoRA file", log: "log"};
+const LINKS = {report: "report", lora: "LoRA file", average: "moving average", log: "log"};
 
 function job(entry) {
   const links = Object.entries(LINKS).filter(([name]) => entry.links[name]);

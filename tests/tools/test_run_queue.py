@@ -47,6 +47,8 @@ class Forked(Queue):
     server: ForkServer
     ends_in: str | None = None
     """The job during which Ctrl-C is pressed, once it has saved."""
+    record_after_ctrl_c: dict
+    """What the record says while the run in hand still ends its step."""
 
     def start(self, words, log):  # type: ignore[override]
         script = words.index(next(word for word in words if word.endswith("_network.py")))
@@ -62,6 +64,7 @@ class Pressed:
 
     def wait(self) -> int:
         if self.queue.ends_in is None:
+            self.queue.record_after_ctrl_c = json.loads((self.queue.folder / STATE_FILE).read_text())
             return self.started.wait()
         while "saved" not in self.started.output:
             assert self.started.poll() is None, self.started.output[-2000:]
@@ -106,7 +109,7 @@ def test_an_interrupted_queue_goes_on_and_ends_in_the_same_bytes(job, tmp_path, 
     queue = queue_of(files, tmp_path / "queue", fork_server, ends_in="first")
     with pytest.raises(KeyboardInterrupt):
         queue.run()
-    assert queue.jobs[0].state == INTERRUPTED
+    assert queue.jobs[0].state == queue.record_after_ctrl_c["jobs"][0]["state"] == INTERRUPTED
     assert json.loads((tmp_path / "queue" / STATE_FILE).read_text())["jobs"][0]["state"] == INTERRUPTED
     on = queue_of(files, tmp_path / "queue", fork_server)
     assert on.run() == 0
@@ -121,12 +124,14 @@ def test_an_interrupted_queue_goes_on_and_ends_in_the_same_bytes(job, tmp_path, 
 def test_every_mistake_is_said_before_anything_runs(job, tmp_path):
     good, wrong = job("good"), job("wrong", learning_rat=1)
     twin = job("twin", output_name="good")
+    averaged, beside = job("averaged", ema_decay=0.9), job("averaged-ema")
     nameless = tmp_path / "nameless.toml"
     nameless.write_text('network_module = "networks.lora"\n', encoding="utf-8")
     result = run_in_process("tools/run_queue.py", tmp_path / "*.toml", "--queue_dir", tmp_path / "queue")
     assert result.returncode == 2
     assert "learning_rat" in result.stderr and "Did you mean" in result.stderr and str(wrong) in result.stderr
     assert f"{good} and {twin} write the same file" in result.stderr
+    assert f"{beside} and {averaged} write the same file" in result.stderr
     assert f'{nameless}: the key "script" is missing' in result.stderr
     assert not (tmp_path / "queue").exists()
     with pytest.raises(UserError, match=r"no file is named like"):

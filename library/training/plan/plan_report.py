@@ -168,7 +168,7 @@ def _paths_lines(what: str, paths: Sequence[Path], removed: set[Path], size: int
     """The first, the last but one and the last of the paths."""
     if not paths:
         return []
-    each = "" if size is None else f", about {size_text(size)} each"
+    each = "" if size is None else f", about {size_text(size)}{' each' if len(paths) > 1 else ''}"
     gone = len([path for path in paths if path in removed])
     count = f"{counted(len(paths), what)}{each}{f', {gone:,} of them removed again' if gone else ''}:"
     shown = list(paths) if len(paths) <= 5 else [*paths[:2], None, *paths[-2:]]

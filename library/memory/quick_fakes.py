@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout})
 DEVICE = torch.ops.prim.device.default
 MISSING = object()
+COPY, TO_DTYPE = torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype
 VIEWS = frozenset(
     "_unsafe_view alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t "
     "transpose unbind unfold unsqueeze view view_as_complex view_as_real".split()
@@ -66,6 +67,10 @@ class QuickFakeMode(FakeTensorMode):
                 if isinstance(result, Tensor):
                     return self._fake(result, first.fake_device), way, None
                 return type(result)([self._fake(part, first.fake_device) for part in result]), way, None
+        elif way == "copy":
+            result = self._copy(func, args, kwargs)
+            if result is not MISSING:
+                return result, way, None
         elif way != "":
             parts: list[Any] = [func, torch.get_default_dtype()]
             if _describe(args, parts) and (not kwargs or _describe(kwargs.items(), parts)):
@@ -95,6 +100,30 @@ class QuickFakeMode(FakeTensorMode):
             if not storages & {part.untyped_storage()._cdata for part in tensors}:
                 made = [part if part is None else _new_as(part) for part in parts]
                 self._known[key] = made[0] if parts[0] is result else made
+
+    def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """A tensor in another format, or MISSING where anything else is wanted of it."""
+        first, given = args[0], kwargs or {}
+        if func is TO_DTYPE:
+            if len(args) != 2 or given:
+                return MISSING
+            dtype = args[1]
+            if type(first) is FakeTensor and first.dtype == dtype:
+                return first
+        else:
+            dtype = given.get("dtype")
+            if len(args) != 1 or given.keys() != {"dtype"}:
+                return MISSING
+        described: list[Any] = [func, dtype]
+        if not (isinstance(dtype, torch.dtype) and type(first) is FakeTensor and _describe((first,), described)):
+            return MISSING
+        key = tuple(described)
+        if key not in self._known:
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                meta = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="meta")
+                strides = torch.empty_like(meta, dtype=dtype).stride()
+            self._known[key] = (tuple(first.shape), strides, dtype, first.fake_device)
+        return self._new(self._known[key])
 
     def _new(self, like: tuple[Any, ...]) -> FakeTensor:
         shape, stride, dtype, device = like
@@ -132,7 +161,9 @@ class QuickFakeMode(FakeTensorMode):
 
 
 def _way(func: Any) -> str:
-    """How the results of an operation come about: new ones, views, its first argument; "" for anything else."""
+    """How the results of an operation come about: new ones, copies, views, its first argument; "" for anything else."""
+    if func in (COPY, TO_DTYPE):
+        return "copy"
     if not isinstance(func, OpOverload) or func.namespace != "aten":
         return ""
     name = func.overloadpacket.__name__

@@ -17,6 +17,11 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a product": lambda x, y: x @ y,
     "one in another format": lambda x, y: (x @ y).to(torch.bfloat16),
     "nothing to convert": lambda x, y: x.to(torch.float32),
+    "others in another format": lambda x, y: (
+        *(x.transpose(0, 2).to(torch.bfloat16), x[:, :1].expand(4, 3, 8).half(), x[:, 1:, ::2].to(torch.float64)),
+        *(x.to("cpu", torch.half), x.to(torch.half, copy=True), x.to(torch.float32, copy=True)),
+        x.to(torch.half, memory_format=torch.contiguous_format),
+    ),
     "views of views": lambda x, y: x.transpose(1, 2)[:, 2:].unflatten(1, (2, -1)).unsqueeze(0),
     "parts": lambda x, y: x.split((1, 2), dim=1),
     "equal parts": lambda x, y: x.chunk(3, dim=1),

@@ -16,7 +16,7 @@ from flux_minimal_inference import SESSION
 from library.errors import UserError
 from library.families import FAMILIES
 from library.generation.image_prompts import LETTERS
-from library.models.tokenizer_files import T5_XXL
+from library.models.tokenizer_files import QWEN2_5_VL, T5_XXL
 from library.options import declared_options, parse_options
 from library.prompt_options import LINE_OPTIONS
 from library.training.network.contract import import_network_module
@@ -110,6 +110,20 @@ def test_files_that_are_downloaded_are_those_that_the_preset_reads():
     brought = {name: words[2] for words in lines if words[1] == "download" for name in words[3:-2]}
     needed = {Path(value).name for value in preset.values() if value.startswith("models/")}
     assert brought.keys() == needed | set(T5_XXL.files) and {brought[name] for name in T5_XXL.files} == {T5_XXL.hub_id}
+
+
+@pytest.mark.parametrize(
+    ("kind", "page"), [(T5_XXL, "flux_train_network.md"), (QWEN2_5_VL, "hunyuan_image_train_network.md")]
+)
+def test_a_guide_has_the_line_for_the_tokenizer_that_its_model_needs(kind, page):
+    """From the tokenizer's own repository, into a folder where it is looked for beside a model in models/."""
+    lines = [shown.values[1] for shown in HUB if shown.values[0].page.name == page]
+    (words,) = (words for words in lines if kind.files[0] in words)
+    assert words[2] == kind.hub_id and set(kind.files) <= set(words)
+    assert Path(words[words.index("--local-dir") + 1]) in {
+        Path("models"),
+        *(Path("models") / name for name in kind.folders),
+    }
 
 
 @pytest.mark.parametrize("language", ["bat", "powershell"])

@@ -21,6 +21,7 @@ ALLOWED = {
     "tests/docs/test_families_stand_in_one_list.py": "shows what a second list looks like",
     "tools/quickstart.py": "shows each family in one table",
     "tests/e2e/test_documented_training.py": "runs the commands of the guides",
+    "tests/e2e/test_command_lines_of_other_guides.py": "checks command lines that guides of other programs show",
     "tests/e2e/test_memory_estimate.py": "runs two scripts",
     "tests/faults/test_killed_run_resumes_to_the_same_bytes.py": "runs two scripts",
     "tests/faults/test_kill_anywhere.py": "kills two scripts",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COPYING = 25e9
 """Bytes per second from pinned memory to a GPU (PCIe 4), assumed."""
 USUAL = 1.5
-"""Steps took 0.9 to 2.8 times what the counted operations take at full speed (models of reduced width, a busy CPU)."""
+"""Most steps took 0.9 to 2.8 times what their operations take at full speed (models of reduced width, a busy CPU)."""
 LEFT_OUT = "loading, caching, sample images, validation and saving come on top"
 MOST_FLOPS = {"cpu": 2e9, "cuda": 4e12}
 """Of a measured product; a larger one is measured with fewer rows."""

@@ -77,7 +77,13 @@ def named_in(source: str) -> frozenset[str]:
 
 def named_families(source: str, marks: Callable[[Family], set[str]] = own_marks) -> set[str]:
     """The rooms of the families whose scripts, classes or network modules a module names in strings or imports."""
-    return {family.room for family in FAMILIES if named_in(source) & marks(family)}
+    likely = [family for family in FAMILIES if any(last_word(mark) in source for mark in marks(family))]
+    return {family.room for family in likely if named_in(source) & marks(family)}
+
+
+def last_word(mark: str) -> str:
+    """What a module's text holds that names it, in whatever way."""
+    return mark.removesuffix(".py").rpartition(".")[2]
 
 
 def is_a_familys_own(path: str) -> bool:

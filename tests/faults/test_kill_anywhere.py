@@ -108,7 +108,7 @@ class Training:
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(
     request, family, fork_server, thorough, few_images, tmp_path
 ):
-    kills = 100 if thorough else 4
+    kills = 100 if thorough else 3
     script = "flux_train_network.py" if family == "flux" else "train_network.py"
     command = [*request.getfixturevalue(f"{family}_command"), "--network_train_unet_only"]
     command += ["--cache_text_encoder_outputs_to_disk", "--optimizer_type", "AdamW", "--ema_decay", 0.9]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.running import run_in_process
 from tools.make_tiny_models import LUMINA, fill_randomly
 from tools.other_layouts import diffusers_lumina_config, diffusers_lumina_state
 
-pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="diffusers loads LoRA through peft")
 
 CONFIG = replace(LUMINA, layers=2)
 QUERY, SHARED = CONFIG.heads * CONFIG.head_dim, CONFIG.kv_heads * CONFIG.head_dim

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from library.models.flux.transformer import FluxConfig, FluxTransformer
 from library.models.loading import on_meta
 from networks import lora_flux
 
-pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="diffusers loads LoRA through peft")
 
 TINY = FluxConfig(
     hidden_size=64, num_heads=2, depth=2, depth_single=2, in_channels=64, context_dim=48, vector_dim=32, time_dim=256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from networks import lora
 
-pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="diffusers loads LoRA through peft")
 
 
 @pytest.fixture(scope="module", params=[*(pytest.param(v, marks=pytest.mark.thorough) for v in ("sd1", "sd2")), "sdxl"])

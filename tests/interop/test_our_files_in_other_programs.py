@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from tools import make_lora_formats
 from tools.make_lora_formats import OURS, THEIRS
 from tools.page_tables import updated
 
-pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
-pytest.importorskip("lycoris", reason="lycoris-lora is in requirements-dev.txt")
+pytestmark = pytest.mark.skipif(
+    find_spec("peft") is None or find_spec("lycoris") is None,
+    reason="peft and lycoris-lora are in requirements-dev.txt",
+)
 
 LIKE_SD1 = ("LoRA-FA", "LyCORIS", "convolutions")
 """Rows in which other Stable Diffusion families do what 1.x does: they differ in names alone, which other rows try."""

@@ -6,9 +6,9 @@ the boolean mask that is meant.
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
-from diffusers import ChromaPipeline, FluxPipeline
 
 from flux_minimal_inference import FluxInference, FluxInferenceOptions
 from library.models.flux.transformer import pack_latents
@@ -20,12 +20,15 @@ PROMPT, NEGATIVE = "a big red cat on the blue photo", "small dog"
 HEIGHT, WIDTH, STEPS, LENGTH, SEED = 48, 64, 4, 24, 11
 
 
-class MaskedChromaPipeline(ChromaPipeline):
-    """With the boolean mask that Chroma was trained with."""
+def masked_chroma_pipeline() -> type:
+    """ChromaPipeline with the boolean mask that Chroma was trained with."""
 
-    def _get_t5_prompt_embeds(self, *arguments, **keywords):
-        states, mask = super()._get_t5_prompt_embeds(*arguments, **keywords)
-        return states, mask.bool()
+    class MaskedChromaPipeline(diffusers.ChromaPipeline):
+        def _get_t5_prompt_embeds(self, *arguments, **keywords):
+            states, mask = super()._get_t5_prompt_embeds(*arguments, **keywords)
+            return states, mask.bool()
+
+    return MaskedChromaPipeline
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def pair(request, tmp_path_factory):
     """The script's options for a tiny model, and the same model in diffusers."""
     files = make_tiny_flux(tmp_path_factory.mktemp("original"), request.param, seed=4)
     folder = make_tiny_flux(tmp_path_factory.mktemp("diffusers"), request.param, "diffusers", seed=4).transformer
-    kind = MaskedChromaPipeline if request.param == "chroma" else FluxPipeline
+    kind = masked_chroma_pipeline() if request.param == "chroma" else diffusers.FluxPipeline
     theirs = kind.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     command = ["--ckpt_path", files.transformer, "--t5xxl", files.t5xxl, "--ae", files.autoencoder]
@@ -84,7 +87,7 @@ def expected(theirs, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_same_latents_and_image(pair, negative):
     command, theirs = pair
     guided = [] if negative is None else ["--cfg_scale", "3", "--negative_prompt", negative]
-    if isinstance(theirs, ChromaPipeline):
+    if isinstance(theirs, diffusers.ChromaPipeline):
         arguments = {"guidance_scale": 1.0 if negative is None else 3.0, "negative_prompt": negative}
     else:
         arguments = {"guidance_scale": 2.5, "true_cfg_scale": 3.0, "negative_prompt": negative}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
-from diffusers import FluxPipeline as DiffusersPipeline
 
 from library.models.flux.pipeline import FluxFiles, FluxPipeline, FluxRequest
 from library.models.flux.transformer import pack_latents
@@ -16,17 +16,17 @@ HEIGHT, WIDTH, STEPS, LENGTH = 48, 64, 4, 24
 
 
 @pytest.fixture(scope="module", params=["dev", "schnell"])
-def pair(request, tmp_path_factory) -> tuple[FluxPipeline, DiffusersPipeline]:
+def pair(request, tmp_path_factory) -> tuple[FluxPipeline, diffusers.FluxPipeline]:
     """Ours on the original files, theirs on the Diffusers folder: the same weights through different loaders."""
     original = make_tiny_flux(tmp_path_factory.mktemp("original"), request.param, "original", seed=4)
     folder = make_tiny_flux(tmp_path_factory.mktemp("diffusers"), request.param, "diffusers", seed=4).transformer
     ours = FluxPipeline(FluxFiles(**vars(original)), torch.float32, "cpu", t5xxl_max_token_length=LENGTH)
-    theirs = DiffusersPipeline.from_pretrained(folder)
+    theirs = diffusers.FluxPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     return ours, theirs
 
 
-def run_diffusers(pipeline: DiffusersPipeline, output_type: str, **arguments) -> torch.Tensor:
+def run_diffusers(pipeline: diffusers.FluxPipeline, output_type: str, **arguments) -> torch.Tensor:
     noise = draw_noise((HEIGHT * WIDTH // 256, 64), [seeded_generator(11)])
     return pipeline(
         PROMPT,

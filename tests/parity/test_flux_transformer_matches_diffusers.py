@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from library.models.flux.checkpoint import open_transformer
 from library.models.flux.transformer import (
@@ -23,7 +23,7 @@ from tools.other_layouts import diffusers_transformer_config, diffusers_transfor
 TEXT = 7
 
 
-def run_diffusers(model: FluxTransformer2DModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
+def run_diffusers(model: diffusers.FluxTransformer2DModel, given: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         return model(
             hidden_states=given["img"],
@@ -41,7 +41,7 @@ def test_our_weights_in_diffusers_give_the_same_velocity(variant):
     config = transformer_config(variant)
     ours = FluxTransformer(config)
     fill_randomly(ours, 1, "parity")
-    theirs = FluxTransformer2DModel.from_config(diffusers_transformer_config(config))
+    theirs = diffusers.FluxTransformer2DModel.from_config(diffusers_transformer_config(config))
     theirs.load_state_dict(diffusers_transformer_state(ours.state_dict(), config), strict=True)
     given = transformer_inputs(TEXT)
     assert_equal_to_scale(ours(**given), run_diffusers(theirs, given))
@@ -50,7 +50,7 @@ def test_our_weights_in_diffusers_give_the_same_velocity(variant):
 @pytest.mark.parametrize("variant", ["dev", "schnell"])
 def test_diffusers_shards_in_our_loader_give_the_same_velocity(variant, tmp_path):
     torch.manual_seed(0)
-    theirs = FluxTransformer2DModel.from_config(diffusers_transformer_config(transformer_config(variant)))
+    theirs = diffusers.FluxTransformer2DModel.from_config(diffusers_transformer_config(transformer_config(variant)))
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path / "transformer", max_shard_size="300KB")
@@ -62,9 +62,9 @@ def test_diffusers_shards_in_our_loader_give_the_same_velocity(variant, tmp_path
 
 def test_packing_and_positions_are_those_of_diffusers():
     latents = torch.randn(2, 16, HEIGHT, WIDTH)
-    assert torch.equal(pack_latents(latents), FluxPipeline._pack_latents(latents, 2, 16, HEIGHT, WIDTH))
+    assert torch.equal(pack_latents(latents), diffusers.FluxPipeline._pack_latents(latents, 2, 16, HEIGHT, WIDTH))
     assert torch.equal(unpack_latents(pack_latents(latents), HEIGHT, WIDTH), latents)
-    theirs = FluxPipeline._prepare_latent_image_ids(1, HEIGHT // 2, WIDTH // 2, "cpu", torch.float32)
+    theirs = diffusers.FluxPipeline._prepare_latent_image_ids(1, HEIGHT // 2, WIDTH // 2, "cpu", torch.float32)
     assert torch.equal(image_ids(HEIGHT, WIDTH), theirs)
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKLHunyuanImage, FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline
-from diffusers.guiders import AdaptiveProjectedMixGuidance
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,7 +42,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def pair(request, tiny_hunyuan_image, tmp_path_factory) -> tuple[list[object], HunyuanImagePipeline]:
+def pair(request, tiny_hunyuan_image, tmp_path_factory) -> tuple[list[object], diffusers.HunyuanImagePipeline]:
     """The script's options for a tiny model, and the same model in diffusers, which is given merged weights."""
     tiny, folder = tiny_hunyuan_image, tmp_path_factory.mktemp("parity")
     command: list[object] = [
@@ -58,10 +57,10 @@ def pair(request, tiny_hunyuan_image, tmp_path_factory) -> tuple[list[object], H
         command += ["--lora_weight", lora, "--lora_multiplier", request.param]
     transformer = their_model(HUNYUAN_IMAGE)
     transformer.load_state_dict(diffusers_hunyuan_image_state(state, HUNYUAN_IMAGE))
-    vae = AutoencoderKLHunyuanImage.from_config(diffusers_hunyuan_autoencoder_config(HUNYUAN_AUTOENCODER))
+    vae = diffusers.AutoencoderKLHunyuanImage.from_config(diffusers_hunyuan_autoencoder_config(HUNYUAN_AUTOENCODER))
     vae.load_state_dict(diffusers_hunyuan_autoencoder_state(load_file(tiny.autoencoder), HUNYUAN_AUTOENCODER))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    theirs = HunyuanImagePipeline(scheduler, vae.eval(), None, None, None, None, transformer.eval())
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    theirs = diffusers.HunyuanImagePipeline(scheduler, vae.eval(), None, None, None, None, transformer.eval())
     theirs.set_progress_bar_config(disable=True)
     return command, theirs
 
@@ -72,7 +71,7 @@ def random_lora(tiny: Any, path: Path) -> Path:
 
 
 def in_diffusers(
-    theirs: HunyuanImagePipeline, texts: dict[str, Tensor], guider: AdaptiveProjectedMixGuidance
+    theirs: diffusers.HunyuanImagePipeline, texts: dict[str, Tensor], guider: diffusers.AdaptiveProjectedMixGuidance
 ) -> tuple[Tensor, Tensor]:
     """Latents and image."""
     theirs.register_modules(guider=guider, ocr_guider=guider)
@@ -117,7 +116,7 @@ def test_the_same_latents_and_image(pair, case):
     for (_, role), outputs in ((key[0], outputs) for key, outputs in run.texts.items()):
         prefix = "negative_" if role == "negative" else ""
         texts |= {prefix + theirs_name: outputs[name] for name, theirs_name in names.items()}
-    guider = AdaptiveProjectedMixGuidance(
+    guider = diffusers.AdaptiveProjectedMixGuidance(
         guidance_scale=scale,
         guidance_rescale=rescale,
         adaptive_projected_guidance_scale=10.0,

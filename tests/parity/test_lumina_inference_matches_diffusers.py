@@ -11,13 +11,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy
 import pytest
 import torch
-from diffusers import Lumina2Pipeline
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Gemma2Model
 
 from library.models.lumina.pipeline import LuminaFiles, LuminaPipeline
 from library.options import parse_options
@@ -51,14 +51,14 @@ def lora(pipeline, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(request, files, pipeline, lora, tmp_path_factory) -> tuple[list[object], Lumina2Pipeline]:
+def pair(request, files, pipeline, lora, tmp_path_factory) -> tuple[list[object], diffusers.Lumina2Pipeline]:
     """The script's options for a tiny model, and the same model in diffusers, which is given merged weights."""
     folder = make_tiny_lumina(tmp_path_factory.mktemp("diffusers"), "diffusers", seed=4).transformer
-    theirs = Lumina2Pipeline.from_pretrained(folder)
+    theirs = diffusers.Lumina2Pipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     theirs.register_modules(
         tokenizer=pipeline.tokenizer("gemma2"),
-        text_encoder=Gemma2Model.from_pretrained(folder / "text_encoder", attn_logit_softcapping=None),
+        text_encoder=transformers.Gemma2Model.from_pretrained(folder / "text_encoder", attn_logit_softcapping=None),
     )
     command: list[object] = [
         *("--pretrained_model_name_or_path", files.transformer, "--gemma2_path", files.gemma2),
@@ -97,7 +97,7 @@ def unshifted() -> numpy.ndarray:
     return numpy.linspace(1, SHIFT * 0.001 / (1 + (SHIFT - 1) * 0.001), STEPS)
 
 
-def in_diffusers(theirs: Lumina2Pipeline, **arguments: Any) -> tuple[Tensor, Tensor]:
+def in_diffusers(theirs: diffusers.Lumina2Pipeline, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Latents and image by ``Lumina2Pipeline``, whose scheduler shifts the sigmas."""
     assert theirs.scheduler.config.shift == SHIFT
     kept: dict[str, Tensor] = {}
@@ -158,7 +158,7 @@ def test_renormalised_guidance_is_the_formula_over_diffusers_predictions(pair, t
 
 
 @torch.no_grad()
-def by_the_formula(theirs: Lumina2Pipeline, truncation: float, renorm: float) -> tuple[Tensor, int]:
+def by_the_formula(theirs: diffusers.Lumina2Pipeline, truncation: float, renorm: float) -> tuple[Tensor, int]:
     """Latents in float64, and in how many steps a guided velocity was shortened."""
     positive, positive_mask, negative, negative_mask = theirs.encode_prompt(
         PROMPT, True, NEGATIVE, system_prompt=SYSTEM, max_sequence_length=LENGTH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mimetypes
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ LARGEST_BODY = 2 * 2**20
 LARGEST_FILE = 128 * 2**20
 """Bytes of an image or a report that are sent."""
 MOST_SAMPLES = 400
-SETTINGS_FILES = (".toml",)
+SAMPLE = re.compile(r"(e?\d{6})_\d\d_\d{14}")
+"""The step or epoch, and the prompt's number, in the name of a training's sample."""
 KINDS = {"training": "training", "images": "images", "check": "check", "data": "data set", "queue": "queue"}
 """Of runs, in a reader's words."""
 
@@ -412,12 +414,21 @@ def _live(workspace: Workspace, run: Run) -> dict[str, Any]:
         "error": printable(_error(tail)) if state == "failed" else "",
         "images": [
             {"name": path.name, "at": f"/runs/{run.id}/images/{path.name}?{int(path.stat().st_mtime)}"}
-            for path in images[-MOST_SAMPLES:]
+            for path in _newest_first(images[-MOST_SAMPLES:])
         ],
         "files": [_file(path) for path in workspace.files(run)],
         "page": None if page is None else int(page.stat().st_mtime * 1000),
         "resumable": record.kind == "training" and record.saves_states and state not in ("running", "finished"),
     }
+
+
+def _newest_first(images: list[Path]) -> list[Path]:
+    """Images in the order of their making, with the last moment of a training first and its prompts in their order."""
+    moments: dict[str, list[Path]] = {}
+    for path in images:
+        found = SAMPLE.search(path.name)
+        moments.setdefault(found[1] if found else path.name, []).append(path)
+    return [path for moment in reversed(moments.values()) for path in moment]
 
 
 def _file(path: Path) -> dict[str, str]:

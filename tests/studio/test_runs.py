@@ -230,6 +230,22 @@ def test_the_end_of_a_log_shows_each_progress_bar_once(tmp_path):
     assert tail_of(log, 30) == "last line\n" and progress_of("no bar") is None and tail_of(tmp_path / "none") == ""
 
 
+def test_samples_are_shown_with_the_last_moment_first_and_its_prompts_in_order(tmp_path):
+    (tmp_path / "sample").mkdir()
+    names = [f"a_{moment}_{prompt:02}_20260101000000_1.png" for moment in ("000010", "e000001") for prompt in (0, 1)]
+    for number, name in enumerate([*names, "a_other.png", "b_000010_00_20260101000000_1.png"]):
+        path = tmp_path / "sample" / name
+        path.write_bytes(b"")
+        os.utime(path, (2e9 + number, 2e9 + number))
+    with studio(tmp_path / "studio", [tmp_path]) as (client, workspace):
+        folder = workspace.runs.folder / "20260101-000000-a"
+        folder.mkdir(parents=True)
+        record = Record("training", "a", FLUX.file, ["x"], str(tmp_path), 1e9, str(tmp_path), "a")
+        (folder / "run.json").write_text(json.dumps(vars(record)))
+        shown = [image["name"] for image in live(client, folder.name)["images"]]
+    assert shown == ["a_other.png", names[2], names[3], names[0], names[1]]
+
+
 @pytest.mark.thorough
 def test_a_true_studio_is_ended_and_started_while_its_run_goes_on(tmp_path, tiny_job, image_folder):
     """As above, with every process as it really is: the program, its keeper, accelerate launch."""

@@ -175,7 +175,7 @@ function prepareRun(run) {
     if (JSON.stringify(live.images) !== JSON.stringify(shown.images)) {
       at("images-section").hidden = !live.images.length;
       const known = new Map([...at("images").children].map((item) => [item.querySelector("img").getAttribute("src"), item]));
-      at("images").replaceChildren(...[...live.images].reverse().map((image) => known.get(image.at) || element("li", {},
+      at("images").replaceChildren(...live.images.map((image) => known.get(image.at) || element("li", {},
         element("a", {href: image.at, target: "_blank", rel: "noopener"}, element("img", {src: image.at, alt: image.name})))));
     }
     at("files-section").hidden = !live.files.length;

@@ -18,7 +18,6 @@ from library.options import (
     check_value,
     choices_of,
     declared_options,
-    describe_type,
     keys_of_other_scripts,
     plain_types,
 )
@@ -65,11 +64,6 @@ class Field:
         if isinstance(value, bool):
             return "on" if value else "off"
         return text_of(value).replace("\n", " ")
-
-    @property
-    def wants(self) -> str:
-        """What the field takes, in a reader's words."""
-        return describe_type(self.option.type)
 
     @property
     def long(self) -> bool:

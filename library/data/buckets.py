@@ -76,9 +76,11 @@ def place_without_upscaling(image: Size, maximum: Size, step: int) -> Placement:
         resized = image
     bucket = (resized[0] // step * step, resized[1] // step * step)
     if 0 in bucket:
+        shrunk = "" if resized == image else ", shrunk to the resolution,"
         raise UserError(
-            f"{image[0]}x{image[1]} pixels is smaller than one bucket step of {step}; "
-            "use a larger image, a smaller bucket_reso_steps, or bucket_no_upscale = false."
+            f"{image[0]}x{image[1]} pixels{shrunk} is smaller than one bucket step of {step}; "
+            f"use {'a larger resolution' if shrunk else 'a larger image'}, a smaller bucket_reso_steps, "
+            "or bucket_no_upscale = false."
         )
     return Placement(bucket, resized, bucket[0] / bucket[1] - aspect)
 

@@ -165,9 +165,7 @@ class Workspace:
     def presets(self) -> list[Preset]:
         """The files of ``configs/``, with the title that their first line gives them."""
         found = []
-        for path in sorted(
-            (ROOT / "configs").glob("*.toml"), key=lambda path: (path.stem.rpartition("_")[0], path.stem)
-        ):
+        for path in sorted((ROOT / "configs").glob("*.toml"), key=_by_numbers):
             script = script_of(read_settings(path), path.stem)
             if script:
                 found.append(Preset(path, script, title_of(path)))
@@ -322,6 +320,11 @@ class Workspace:
         files = [str(self.job_path(name)) for name in names]
         launch = ["--launch_args", shlex.join(self.launch_arguments)] if self.launch_arguments else []
         return ["python", "tools/run_queue.py", *files, "--queue_dir", str(self.queue_folder), *launch]
+
+
+def _by_numbers(path: Path) -> list[int | str]:
+    """To sort files of a GPU with 8 GB before those of one with 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.stem)]
 
 
 def images_of(folder: Path, prefix: str, since: float) -> list[Path]:

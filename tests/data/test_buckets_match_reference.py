@@ -59,7 +59,9 @@ def test_without_upscaling_buckets_follow_the_image(image, bucket, resized):
 
 
 def test_an_image_smaller_than_one_step_is_refused_with_its_size():
-    with pytest.raises(UserError, match="50x80 pixels is smaller than one bucket step of 64"):
+    with pytest.raises(UserError, match="400x100 pixels, shrunk to the resolution, .* larger resolution"):
+        place_without_upscaling((400, 100), (128, 64), 64)
+    with pytest.raises(UserError, match="50x80 pixels is smaller than one bucket step of 64; use a larger image"):
         place_without_upscaling((50, 80), (512, 512), 64)
 
 

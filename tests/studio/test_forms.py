@@ -156,6 +156,8 @@ def test_keys_that_are_no_options_stay_in_the_file_and_wrong_values_are_named_at
 
 def test_a_preset_and_any_file_of_options_begin_a_job(tmp_path, client):
     browser, workspace = client
+    sizes = [preset.path.stem for preset in workspace.presets() if preset.path.stem.startswith("flux_")]
+    assert sizes == ["flux_8gb", "flux_10gb", "flux_12gb", "flux_16gb", "flux_24gb"]
     for preset in workspace.presets():
         name = preset.path.stem
         assert browser.post("/new", {"name": name, "preset": preset.path.name}).code == 303

@@ -31,6 +31,7 @@ from torch import Tensor
 from library.console import LOGGER
 from library.errors import UserError
 from library.options import parse_options
+from library.training.tracking import learning_rate_scalars
 from tests.documented import Entry
 from tests.running import ROOT, forget_accelerator, launched_script, run_in_process, trainer_class
 
@@ -151,7 +152,9 @@ def run(guide, place):
             running = trainer.of(parse_options(trainer.options_class, "", given))
             running.train()
             outcome.loss = running.progress.record.losses[0]
-            outcome.rates = {name.removeprefix("lr/"): rate for name, rate in running.learning_rates().items()}
+            learning, unet_only = running.optimization, running.options.network.network_train_unet_only
+            rates = learning_rate_scalars(learning.optimizer, learning.scheduler, learning.group_names, unet_only)
+            outcome.rates = {name.removeprefix("lr/"): rate for name, rate in rates.items()}
             outcome.no_effect = tuple(sorted(running.no_effect))
         except UserError as error:
             outcome.refused = str(error)

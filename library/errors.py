@@ -39,9 +39,11 @@ def in_one_line(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like ``name``, or None when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """The known name that looks most like ``name``, or else the only one with this word in it; None without one."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    matches = close or [other for other in names if name in other.split("_")]
+    return matches[0] if len(matches) == 1 else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -149,6 +149,10 @@ def test_a_resumed_run_ends_with_the_same_average(train, tmp_path, caplog):
     assert same(tensors(tmp_path, "late", "cat.safetensors"), tensors(tmp_path, "whole", "cat.safetensors"))
     assert not same(tensors(tmp_path, "late", "cat-ema.safetensors"), whole)
 
+    beside = tmp_path / "without" / "cat-ema.safetensors"  # the run is complete but for this file
+    train("without", *saving, "--ema_decay", 0.9, "--resume", "auto", steps=2)
+    assert same(load_file(beside), tensors(tmp_path, "without", "cat.safetensors"))
+
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),

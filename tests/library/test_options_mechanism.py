@@ -185,6 +185,7 @@ def test_toml_syntax_error_names_the_line(tmp_path):
     ("arguments", "sentence"),
     [
         (["--rnk", "4"], "Unknown option --rnk. Did you mean --rank?"),
+        (["--dir", "a"], "Unknown option --dir. Did you mean --output_dir?"),
         (["--rank", "x"], "--rank must be a whole number, not 'x'."),
         (["--swapped", "most"], "--swapped must be a whole number or auto, not 'most'."),
         (["--rank"], "--rank takes one value, a whole number; 0 given."),

@@ -58,7 +58,9 @@ class RunOutputs:
     def are_complete(self, max_steps: int) -> bool:
         """Whether the state that was chosen is the one with which a run of this length has ended."""
         saved, files = self.saved, self.files
-        if not self.chosen or saved is None or saved.folder != files.final_state() or not files.final_file().is_file():
+        if not self.chosen or saved is None or saved.folder != files.final_state():
+            return False
+        if not all(path.is_file() for path in files.with_average(files.final_file())):
             return False
         return saved.position.step == max_steps
 

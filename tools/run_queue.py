@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from library import families  # noqa: E402
+from library.child_processes import LAUNCHER, end_at_once, press_ctrl_c  # noqa: E402
 from library.console import run_script  # noqa: E402
 from library.errors import UserError  # noqa: E402
 from library.files import write_text  # noqa: E402
@@ -190,7 +191,7 @@ class Queue:
 
     def _run(self, job: Job, place: str) -> None:
         resumes = job.saves_states and job.state in (INTERRUPTED, FAILED)
-        words = [sys.executable, "-m", "accelerate.commands.launch", *self.launch_arguments, str(ROOT / job.script)]
+        words = [sys.executable, "-m", LAUNCHER, *self.launch_arguments, str(ROOT / job.script)]
         words += ["--config_file", job.file, *(["--resume", "auto"] if resumes else [])]
         job.state, job.code, job.last_line, job.started = RUNNING, None, "", time.time()
         self.write()
@@ -211,18 +212,23 @@ class Queue:
             print(f"{place}: {ended} after {_time(job.seconds)}", flush=True)
 
     def start(self, words: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        """Start a command that writes into ``log``."""
-        return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        """Start a command that writes into ``log``, where no Ctrl-C of this terminal reaches it (but on Windows)."""
+        return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def _wait_for(self, process: subprocess.Popen[bytes], job: Job) -> int:
-        """Its exit code. Ctrl-C reaches it too: it may end its step and save; another Ctrl-C ends both at once."""
+        """Its exit code. The first Ctrl-C lets it end its step and save, the second ends it now, the third kills."""
         try:
-            with _signals_passed_to(process):
+            with _other_wishes_to_end():
                 return process.wait()
         except KeyboardInterrupt:
             job.state = INTERRUPTED
-            self.write()  # now: nothing is written any more after another Ctrl-C
-            process.wait()
+            self.write()
+            for ask in (press_ctrl_c, press_ctrl_c, end_at_once):
+                if os.name != "nt":  # there it has reached the run already
+                    ask(process)
+                with contextlib.suppress(KeyboardInterrupt):
+                    process.wait()
+                    break
             raise
 
     def write(self) -> None:
@@ -248,18 +254,19 @@ class Queue:
 
 
 @contextlib.contextmanager
-def _signals_passed_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A SIGTERM for the queue ends the run in hand as Ctrl-C does."""
+def _other_wishes_to_end() -> Iterator[None]:
+    """SIGTERM, and the end of the terminal, are as Ctrl-C."""
 
     def ended(number: int, frame: object) -> None:
-        process.send_signal(number)
         raise KeyboardInterrupt
 
-    former = signal.signal(signal.SIGTERM, ended)
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    former = [signal.signal(number, ended) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in zip(numbers, former):
+            signal.signal(number, handler)
 
 
 def last_line(log: Path, length: int = 300) -> str:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from library.child_processes import end_at_once, press_ctrl_c
 from library.errors import UserError
 from library.files import write_text
 from library.processes import ProcessMark, this_process
@@ -32,7 +32,6 @@ BEGINS = 30.0
 """Seconds in which a keeper that was started has written its mark."""
 POLL = 0.1
 """Seconds between two looks of a keeper at its process and at wishes."""
-LAUNCHER = "accelerate.commands.launch"
 TAIL = 64 * 1024
 """Bytes of a log that the page shows."""
 RUN_ID = re.compile(r"\d{8}-\d{6}-[\w.-]{1,100}")
@@ -285,41 +284,3 @@ def _wait(process: Any, run: Run) -> int:
             press_ctrl_c(process) if heard < 3 else end_at_once(process)
         time.sleep(POLL)
     return int(code)
-
-
-def press_ctrl_c(process: Any) -> None:
-    """Ctrl-C for everything that a process has started, and for itself unless it only waits for another.
-
-    A launcher would end with a traceback while what it has launched ends its step; so it is left to wait.
-    """
-    if os.name == "nt":
-        os.kill(0, signal.CTRL_C_EVENT)  # type: ignore[attr-defined]  # to all in this console; the keeper ignores it
-        return
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(process.pid)
-        waiting = [one for one in (parent, *parent.children(recursive=True)) if _launches(one)]
-        others = [one for one in (parent, *parent.children(recursive=True)) if one not in waiting]
-        for one in others or waiting:
-            with contextlib.suppress(psutil.Error):
-                one.send_signal(signal.SIGINT)
-
-
-def _launches(process: Any) -> bool:
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        return LAUNCHER in process.cmdline()
-    return False
-
-
-def end_at_once(process: Any) -> None:
-    """Kill a process and everything that it has started."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(process.pid)
-        for one in (*parent.children(recursive=True), parent):
-            with contextlib.suppress(psutil.Error):
-                one.kill()

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from library import families
+from library.child_processes import LAUNCHER
 from library.errors import UserError
 from library.families import Family
 from library.files import write_text
 from library.options import SCRIPT, declared_options
 from library.studio.folders import Roots
 from library.studio.forms import Form, form_of_keys
-from library.studio.runs import LAUNCHER, SETTINGS, Kind, Record, Run, Runs
+from library.studio.runs import SETTINGS, Kind, Record, Run, Runs
 from library.studio.settings_files import read_settings, settings_text, title_of, value_text
 from library.text_files import parse_json, read_text
 

@@ -15,11 +15,12 @@ from urllib.parse import urlencode
 from waitress import wasyncore
 from waitress.server import create_server
 
+from library.child_processes import LAUNCHER
 from library.studio.access import FORM_TOKEN, Access
 from library.studio.app import LARGEST_BODY, create_app
 from library.studio.folders import Roots
 from library.studio.forms import PREFIX
-from library.studio.runs import LAUNCHER, Record, Run, Runs, keep
+from library.studio.runs import Record, Run, Runs, keep
 from library.studio.workspace import Workspace
 from tests.processes import ForkServer
 from tests.running import ROOT

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from library.errors import UserError
 from library.families import by_key
 from library.html_pages import read_page_data
 from tests.processes import ForkServer, Started
-from tests.running import run_in_process, toml_value
+from tests.running import ROOT, run_in_process, toml_value
 from tools.run_queue import DONE, FAILED, INTERRUPTED, PAGE, STATE_FILE, Queue, read_jobs
 
 
@@ -60,7 +62,7 @@ class Pressed:
     """A started script whose waiting user presses Ctrl-C after its first save."""
 
     def __init__(self, started: Started, queue: Forked):
-        self.started, self.queue = started, queue
+        self.started, self.queue, self.pid = started, queue, started.pid
 
     def wait(self) -> int:
         if self.queue.ends_in is None:
@@ -69,7 +71,6 @@ class Pressed:
         while "saved" not in self.started.output:
             assert self.started.poll() is None, self.started.output[-2000:]
             time.sleep(0.02)
-        self.started.send_signal(signal.SIGINT)
         self.queue.ends_in = None
         raise KeyboardInterrupt
 
@@ -119,6 +120,26 @@ def test_an_interrupted_queue_goes_on_and_ends_in_the_same_bytes(job, tmp_path, 
 
     one, other = (load_tensors(tmp_path / "out" / f"{name}.safetensors")[0] for name in ("straight", "first"))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.thorough
+def test_a_queue_of_launched_runs_waits_for_the_step_in_hand(job, tmp_path):
+    """Ctrl-C in its terminal: the launcher, which would end with a traceback, is not asked; SIGTERM is the same."""
+    file = job("first", max_train_steps=2000, save_state=True)
+    words = [sys.executable, ROOT / "tools" / "run_queue.py", file, "--queue_dir", tmp_path / "queue"]
+    log, state = tmp_path / "queue" / "first.log", tmp_path / "out"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, text=True) as queue:
+            begun = log.stat().st_size if log.exists() else 0
+            while not log.exists() or "saved" not in log.read_text()[begun:]:
+                assert queue.poll() is None
+                time.sleep(0.1)
+            queue.send_signal(number)
+            said, _ = queue.communicate(timeout=120)
+        text = log.read_text()[begun:]
+        assert "1/1 first: interrupted after" in said and queue.returncode not in (0, None)
+        assert "ended at step" in text and "Traceback" not in text
+        assert list(state.glob("first-step*-state"))
 
 
 def test_every_mistake_is_said_before_anything_runs(job, tmp_path):

@@ -31,9 +31,8 @@ from torch import Tensor
 from library.console import LOGGER
 from library.errors import UserError
 from library.options import parse_options
-from library.training.tracking import learning_rate_scalars
 from tests.documented import Entry
-from tests.running import ROOT, forget_accelerator, launched_script, run_in_process, trainer_class
+from tests.running import ROOT, forget_accelerator, launched_script, logged_rates, run_in_process, trainer_class
 
 RUN = (
     "--network_dim 4 --learning_rate 1e-3 --train_batch_size 2 --seed 7 --max_data_loader_n_workers 0 --no_report"
@@ -152,9 +151,7 @@ def run(guide, place):
             running = trainer.of(parse_options(trainer.options_class, "", given))
             running.train()
             outcome.loss = running.progress.record.losses[0]
-            learning, unet_only = running.optimization, running.options.network.network_train_unet_only
-            rates = learning_rate_scalars(learning.optimizer, learning.scheduler, learning.group_names, unet_only)
-            outcome.rates = {name.removeprefix("lr/"): rate for name, rate in rates.items()}
+            outcome.rates = {name.removeprefix("lr/"): rate for name, rate in logged_rates(running).items()}
             outcome.no_effect = tuple(sorted(running.no_effect))
         except UserError as error:
             outcome.refused = str(error)

@@ -98,6 +98,14 @@ def train(family: str | type, *arguments: object) -> Any:
     return trainer
 
 
+def logged_rates(trainer: Any) -> dict[str, float]:
+    """The learning rates that a trainer logs, by their names in logs."""
+    from library.training.tracking import learning_rate_scalars
+
+    learning, unet_only = trainer.optimization, trainer.options.network.network_train_unet_only
+    return learning_rate_scalars(learning.optimizer, learning.scheduler, learning.group_names, unet_only)
+
+
 @contextlib.contextmanager
 def no_weights_are_read() -> Iterator[None]:
     """Fails when a tensor of a model is read from its file; those of networks may be."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from library.errors import UserError
 from library.options import parse_options
-from tests.running import forget_accelerator, run_in_process, trainer_class
+from tests.running import forget_accelerator, logged_rates, run_in_process, trainer_class
 
 DOUBLE = ("mod_lin", "attn_qkv", "attn_proj", "mlp_0", "mlp_2")
 SINGLE = ("linear1", "linear2", "modulation_lin")
@@ -362,7 +362,7 @@ def lines(table: Mapping[str, Module], blocks: Collection[str]) -> list[str]:
 def trained_table(trainer: Any) -> dict[str, Module]:
     """What the run trained: the network's modules, the optimizer's rates, and the names that they are logged under."""
     rates: dict[int, tuple[float, str]] = {}
-    logged = trainer.learning_rates()
+    logged = logged_rates(trainer)
     for label, group in zip(trainer.optimization.group_names, trainer.optimization.optimizer.param_groups):
         assert logged[f"lr/{label}"] == group["lr"]
         rates |= {id(parameter): (group["lr"], label) for parameter in group["params"]}

@@ -159,8 +159,7 @@ class NetworkTrainer(FamilyHooks):
 
     def report_unused(self, names: Iterable[str], reason: str = "") -> None:
         """Of the options ``names``, say and remember those that were given: they change nothing (for this family)."""
-        given = changed_options(self.options)
-        idle = [name for name in names if name in given and name not in self.no_effect]
+        idle = [name for name in changed_options(self.options, names) if name not in self.no_effect]
         self.no_effect += idle
         if idle:
             say(f"no effect {reason or f'for {self.family}'}: {', '.join(f'--{name}' for name in idle)}")

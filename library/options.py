@@ -16,7 +16,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -224,10 +224,11 @@ def all_values(options: Any) -> dict[str, Any]:
     return {name: option_value(options, option) for name, option in declared_options(type(options)).items()}
 
 
-def changed_options(options: Any) -> dict[str, Any]:
-    """Name and value of every option that differs from its default."""
+def changed_options(options: Any, among: Iterable[str] | None = None) -> dict[str, Any]:
+    """Name and value of every option that differs from its default, ``among`` some names if these are given."""
     known = declared_options(type(options))
-    return {name: value for name, o in known.items() if (value := option_value(options, o)) != o.default}
+    names = known if among is None else [name for name in among if name in known]
+    return {name: value for name in names if (value := option_value(options, known[name])) != known[name].default}
 
 
 def _refuse_unknown_options(arguments: Sequence[str], known: dict[str, Option]) -> None:

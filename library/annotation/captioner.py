@@ -77,6 +77,7 @@ class Captioner:
         self.search = search_settings(kind, options)
         self.tokenizer, self.images = self.read_settings(folder)
         self.model = read_model(transformers_class(*self.model_class), folder, device, dtype)
+        self.keep_within_positions()
 
     def check_prompt(self, options: SentenceOptions) -> str:
         """The prompt, as the model takes it. Raises UserError."""
@@ -87,6 +88,18 @@ class Captioner:
         auto = transformers_class("auto.processing_auto", "AutoProcessor")
         processor = read_processor(auto, folder, backend="pil")
         return processor.tokenizer, processor
+
+    def keep_within_positions(self) -> None:
+        """Captions end where the model has no positions any more. Raises UserError for a --max_length beyond them."""
+        places, before = self.model.config.text_config.max_position_embeddings, self.words_before()
+        longest = before + max(self.options.max_length or 1, self.options.min_length)
+        if longest > places:
+            raise UserError(f"--max_length: prompt and caption have {longest} tokens then; the model takes {places}.")
+        self.search["max_new_tokens"] = min(self.search["max_new_tokens"], places - before)
+
+    def words_before(self) -> int:
+        """How many tokens of the prompt stand before a caption, in the same positions."""
+        return 0
 
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """Tensors for the model's ``generate``, by name."""
@@ -147,6 +160,10 @@ class BlipCaptioner(Captioner):
     """BLIP, whose prompt is the beginning of each caption."""
 
     model_class = ("blip.modeling_blip", "BlipForConditionalGeneration")
+
+    def words_before(self) -> int:
+        """The caption's beginning."""
+        return len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
 
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """Pixels, and the caption's beginning."""

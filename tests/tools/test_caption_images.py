@@ -441,6 +441,13 @@ def test_weights_that_are_missing_are_not_made_up(images, models, tmp_path):
     assert "lacks 1 weights" in refused("--image_dir", images, "--model", folder)
 
 
+def test_a_caption_may_be_as_long_as_the_model_has_positions(images, models):
+    """By default too, where a model has fewer than a caption usually takes."""
+    for model, *options in (("blip",), ("blip", "--prompt", "ab", "--max_length", 62), ("florence",)):
+        result = caption("--image_dir", images, "--model", models(model), "--overwrite", *options)
+        assert result.returncode == 0 and len(captions(images)) == len(SIZES), result.stderr
+
+
 def test_options_that_cannot_be_or_do_nothing(images, models, tmp_path):
     tagger, blip = models("tagger"), models("blip")
     where = ("--image_dir", images, "--model")
@@ -453,6 +460,9 @@ def test_options_that_cannot_be_or_do_nothing(images, models, tmp_path):
     assert "--thresh must be a probability" in refused(*where, tagger, "--thresh", 35)
     assert "--tag_replacement must be like" in refused(*where, tagger, "--tag_replacement", "a;b")
     assert "--max_length" in refused(*where, blip, "--max_length", 0)
+    beyond = refused(*where, blip, "--prompt", "ab", "--max_length", 63)
+    assert "--max_length: prompt and caption have 65 tokens then; the model takes 64." in beyond
+    assert "have 129 tokens then; the model takes 128." in refused(*where, models("florence"), "--max_length", 129)
     assert "--num_beams" in refused(*where, blip, "--num_beams", 0)
     assert "--top_p" in refused(*where, blip, "--top_p", 1.5)
     assert "--device" in refused(*where, blip, "--device", "cuda:9")

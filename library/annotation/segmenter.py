@@ -152,9 +152,20 @@ class ClipsegSegmenter(Segmenter):
     processor_class = ("auto.processing_auto", "AutoProcessor")
     processor_settings = {"backend": "pil"}
 
+    def __init__(
+        self, folder: Path, classes: Sequence[str], threshold: float, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """``classes`` are texts. Raises UserError for those that are too long, and for damaged files."""
+        super().__init__(folder, classes, threshold, device, dtype)
+        most = self.model.config.text_config.max_position_embeddings
+        for text in classes:
+            count = len(self.processor.tokenizer(text)["input_ids"])
+            if count > most:
+                raise UserError(f'--classes: "{text}" has {count} tokens; the model reads {most} at most.')
+
     def choose(self, classes: Sequence[str], config: dict[str, Any]) -> list[int]:
         """Every text counts."""
-        if not classes:
+        if not all(text.strip() for text in classes or [""]):
             raise UserError('--classes is missing: what CLIPSeg looks for, such as --classes "a cat".')
         return list(range(len(classes)))
 

@@ -262,7 +262,10 @@ def test_options_that_cannot_be_or_do_nothing(images, models, tmp_path):
     segformer = (*where, "--model", models("segformer"))
     assert "which of the model's 4 classes count (wall, cat, sofa, dog)?" in refused(*segformer)
     assert 'Did you mean "sofa"?' in refused(*segformer, "--classes", "sofo")
-    assert "what CLIPSeg looks for" in refused(*where, "--model", models("clipseg"))
+    for nothing in ([], ["--classes", "a cat", " "]):
+        assert "what CLIPSeg looks for" in refused(*where, "--model", models("clipseg"), *nothing)
+    beyond = refused(*where, "--model", models("clipseg"), "--classes", "a cat", "cat" * 20)
+    assert re.search(r"(cat){20}\" has \d+ tokens; the model reads 32 at most", beyond)
     said = make(*segformer, "--classes", "cat", "--threshold", 0.3, "--tolerance", 3, "--dry_run").stderr
     assert "--threshold has no effect" in said and "--tolerance has no effect without --color" in said
     config = tmp_path / "data.toml"

@@ -138,7 +138,7 @@ def _captions(
         what = "nothing but blank lines" if subset.captions.enable_wildcard else "a blank first line"
         notes.append(
             f"{subset.image_dir}: {len(blank)} caption file{'s have' if len(blank) > 1 else ' has'} {what} "
-            f"({first_names(blank)}): trained without a caption."
+            f"({first_names(blank)}): {_trained_with(subset)}."
         )
     separator = subset.captions.caption_separator
     if empty := [name for name, caption in read_from if caption.caption and not _words(caption.caption, separator)]:
@@ -154,6 +154,12 @@ def _captions(
     return [caption.caption for caption in found]
 
 
+def _trained_with(subset: SubsetSettings) -> str:
+    """What images without a caption of their own are trained with, in words."""
+    word = subset.captions.trigger_word
+    return f'trained with the trigger word "{word}"' if word else "trained without a caption"
+
+
 def _words(caption: str, separator: str) -> str:
     """What stands between the separators of a caption."""
     return caption.replace(separator, "").strip(" ,")
@@ -165,7 +171,7 @@ def _note_missing_captions(
     missing = [path.name for path, file in zip(paths, caption_files) if file is None]
     if not missing:
         return
-    instead = f'"{subset.class_tokens}" is used' if subset.class_tokens else "they are trained without a caption"
+    instead = f'"{subset.class_tokens}" is used' if subset.class_tokens else f"they are {_trained_with(subset)}"
     if len(missing) < len(paths):
         count = f"{len(missing)} of {len(paths)} images have no {subset.caption_extension} file"
         notes.append("\n".join([f"{subset.image_dir}: {count}; {instead}:", *shortened(missing)]))

@@ -555,6 +555,10 @@ def test_captions_of_which_less_is_trained_than_stands_in_the_file_are_counted_a
     notes = "\n".join(group.notes)
     assert "2 caption files have a blank first line (01.txt, 02.txt): trained without a caption." in notes
     assert "3 caption files have more than one line (01.txt, 03.txt, 05.txt): only the first is used" in notes
+    group, _ = build(folder, general={"trigger_word": "zog"})
+    assert '(01.txt, 02.txt): trained with the trigger word "zog".' in "\n".join(group.notes)
+    group, _ = build(folder, general={"trigger_word": "zog", "caption_extension": ".cap"})
+    assert 'has a .cap file; they are trained with the trigger word "zog".' in "\n".join(group.notes)
     group, _ = build(folder, general={"enable_wildcard": True})
     assert group.items[1].caption == "second line only" and "more than one line" not in "\n".join(group.notes)
     assert "1 caption file has nothing but blank lines (02.txt)" in "\n".join(group.notes)

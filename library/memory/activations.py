@@ -58,13 +58,13 @@ class OffloadedInputs:
     def around(self, inputs: Iterable[Any]) -> torch.autograd.graph.saved_tensors_hooks:
         """A context in which the large tensors among ``inputs`` that need a gradient are saved in host memory."""
         worth = {
-            value.data_ptr()
+            _place(value)
             for value in inputs
             if isinstance(value, Tensor) and value.requires_grad and value.nbytes >= self.smallest and _is_dense(value)
         }
 
         def pack(tensor: Tensor) -> Tensor | Kept:
-            return self.send_away(tensor) if tensor.data_ptr() in worth else tensor
+            return self.send_away(tensor) if _place(tensor) in worth else tensor
 
         def unpack(kept: Tensor | Kept) -> Tensor:
             return kept if isinstance(kept, Tensor) else self.take_back(kept)
@@ -142,3 +142,8 @@ def _is_dense(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory, in whatever order: then it can come back as it was, strides and all."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.numel() == last + 1
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's first number is: the same for two tensors on the same memory, also in a simulation."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -283,7 +283,7 @@ def test_other_files_given_as_vae_are_named(few_blocks_sd1, tmp_path):
         flux.clip_l: r"--vae: .*clip_l\.safetensors is a CLIP",
         flux.transformer: r"--vae: .*is a FLUX\.1 file",
         tmp_path / "wide.safetensors": "is an autoencoder with 16 latent channels; Stable Diffusion's have 4",
-        Path("stabilityai/sd-vae-ft-mse"): "--vae: there is no file or folder stabilityai/sd-vae-ft-mse",
+        Path("stabilityai/sd-vae-ft-mse"): "--vae: .*sd-vae-ft-mse does not exist, and models are not downloaded",
         tmp_path / "missing.safetensors": r"--vae: .*missing\.safetensors does not exist",
     }
     for path, message in refusals.items():

@@ -244,6 +244,7 @@ def test_legacy_switches_stand_for_their_optimizers():
         ({"optimizer_args": ["betas=2.0,0.9"]}, "refuses its arguments: Invalid beta"),
         ({"optimizer_args": ["betas=0.9"]}, "must be 2 numbers"),
         ({"learning_rate": -1.0}, "must not be negative"),
+        ({"unet_lr": 1e38}, "1e+38 is too large for float32"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
         ({"fused_backward_pass": True}, "Adafactor only, not with AdamW"),
     ],

@@ -119,6 +119,10 @@ def optimizer_name(options: OptimizerOptions) -> str:
     return legacy or options.optimizer_type or "AdamW"
 
 
+LARGEST_RATE = 1e36
+"""What an optimizer makes of it in a step, such as its tenfold, is a float32 number."""
+
+
 def check_optimizer_options(
     options: OptimizerOptions, gradient_accumulation_steps: int = 1, mixed_precision: str | None = None
 ) -> None:
@@ -132,6 +136,8 @@ def check_optimizer_options(
     for rate in (options.learning_rate, options.unet_lr, *(options.text_encoder_lr or [])):
         if rate is not None and rate < 0:
             raise UserError(f"A learning rate must not be negative: {rate}.")
+        if rate is not None and rate > LARGEST_RATE:
+            raise UserError(f"A learning rate of {rate:g} is too large for float32, in which steps are computed.")
     check_decay(options.ema_decay)
     if options.ema_decay is not None and is_schedule_free(options):
         raise UserError(f"--ema_decay: {name} averages the weights itself; leave it out.")

@@ -29,7 +29,8 @@ def main() -> int:
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # dozens of processes would each compile the project again
-    workers = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    count = min(os.cpu_count() or 1, 8) + 1  # one more than processors: now and then a test waits for another process
+    workers = ["-n", str(count), "--dist", "worksteal"]
     command = [str(environment_python()), "-m", "pytest", "-q", "--durations=10", *workers, *for_pytest]
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     print(f"tests took {time.perf_counter() - start:.0f} s", flush=True)

@@ -277,6 +277,7 @@ def open_pipeline(folder: Path, text_length: int = 16) -> FluxPipeline:
 
 
 def main() -> None:
+    """Run the stages of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=ALL_STAGES, help="what to run (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "tiny_flux_build", help="folder of the checkpoints")

@@ -144,6 +144,7 @@ def sheet(drawn: list[tuple[Row, list[Image.Image]]]) -> Image.Image:
 
 
 def main() -> None:
+    """Read the command line and write the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", type=Path, help="the quick start's LoRA")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "gen_img_features.png")

@@ -187,6 +187,7 @@ def make_tiny_vgg16(folder: Path | str, seed: int = 0) -> Path:
 
 
 def main() -> None:
+    """Read the command line and write the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model goes")
     parser.add_argument("--kind", choices=get_args(Kind), default="control-net", help="what is written")

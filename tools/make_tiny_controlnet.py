@@ -104,6 +104,7 @@ def diffusers_controlnet_state(state: dict[str, Tensor], streams: FluxConfig) ->
 
 
 def main() -> None:
+    """Read the command line and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the file goes")
     parser.add_argument("--layout", choices=get_args(Layout), default="original", help="whose key names and files")

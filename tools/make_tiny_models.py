@@ -486,6 +486,7 @@ def _save_shards(state: dict[str, Tensor], folder: Path, count: int) -> None:
 
 
 def main() -> None:
+    """Read the command line and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files go")
     models = [name for family in FAMILIES for name in family.model_names]

@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,15 +34,11 @@ sys.path.insert(0, str(ROOT))
 from library.console import run_script  # noqa: E402
 from library.torch_build import missing_cuda  # noqa: E402
 from tools import environment  # noqa: E402
+from tools.quickstart_families import FAMILIES, Family  # noqa: E402
 
 if TYPE_CHECKING:
     from tools.score_concept import Score
 
-FLUX = ROOT / "assets" / "tiny_flux"
-CHROMA = ROOT / "assets" / "tiny_chroma"
-LUMINA = ROOT / "assets" / "tiny_lumina"
-HUNYUAN_IMAGE = ROOT / "assets" / "tiny_hunyuan_image"
-SD15 = ROOT / "assets" / "tiny_sd15"
 NAME = "zog"
 PIXELS = 128
 PROMPTS = (
@@ -60,118 +56,6 @@ OWN_FILE = "# Written by tools/quickstart.py, which may overwrite this folder."
 
 
 @dataclass(frozen=True)
-class Family:
-    """What the quick start does differently for one family of models."""
-
-    script: str
-    network_module: str
-    files: dict[str, Path]
-    """The files of the tiny model by the options that name them."""
-    preset: str
-    """The beginning of the names of the real model's files in ``configs/``."""
-    settings: dict[str, object]
-    """Further training options, as the family's guide recommends them."""
-    samples: str
-    """Options of a sample prompt: how it is guided."""
-    steps: int = 600
-    flags: tuple[str, ...] = ("cache_text_encoder_outputs",)
-    only_tiny: dict[str, object] = field(default_factory=dict)
-    """Options that the real model does without."""
-    drawn_by: str | None = None
-    """The script that generates the images before and after the training; None: the training does."""
-
-
-FAMILIES = {
-    "flux": Family(
-        script="flux_train_network.py",
-        network_module="networks.lora_flux",
-        files={
-            "pretrained_model_name_or_path": FLUX / "flux1-tiny.safetensors",
-            "clip_l": FLUX / "clip_l.safetensors",
-            "t5xxl": FLUX / "t5xxl.safetensors",
-            "ae": FLUX / "ae.safetensors",
-        },
-        preset="flux",
-        settings={
-            "learning_rate": 2e-3,
-            "guidance_scale": 1.0,
-            "timestep_sampling": "sigmoid",
-            "model_prediction_type": "raw",
-        },
-        samples="--l 1.0 --g 1.0",
-        only_tiny={"tokenizer_cache_dir": FLUX / "tokenizers", "t5xxl_max_token_length": 16},
-    ),
-    "chroma": Family(
-        script="flux_train_network.py",
-        network_module="networks.lora_flux",
-        files={
-            "pretrained_model_name_or_path": CHROMA / "chroma-tiny.safetensors",
-            "t5xxl": CHROMA / "t5xxl.safetensors",
-            "ae": FLUX / "ae.safetensors",
-        },
-        preset="chroma",
-        settings={
-            "model_type": "chroma",
-            "learning_rate": 4e-3,
-            "guidance_scale": 0.0,
-            "timestep_sampling": "sigmoid",
-            "model_prediction_type": "raw",
-        },
-        samples="--n small --l 2.0 --g 0.0",
-        flags=("cache_text_encoder_outputs", "apply_t5_attn_mask"),
-        only_tiny={"tokenizer_cache_dir": FLUX / "tokenizers", "t5xxl_max_token_length": 16},
-    ),
-    "lumina": Family(
-        script="lumina_train_network.py",
-        network_module="networks.lora_lumina",
-        files={
-            "pretrained_model_name_or_path": LUMINA / "lumina-tiny.safetensors",
-            "gemma2": LUMINA / "gemma2.safetensors",
-            "ae": FLUX / "ae.safetensors",
-        },
-        preset="lumina",
-        settings={
-            "learning_rate": 4e-3,
-            "timestep_sampling": "nextdit_shift",
-            "model_prediction_type": "raw",
-            "discrete_flow_shift": 6.0,
-            "system_prompt": "You are an assistant designed to generate high-quality images based on user prompts.",
-        },
-        samples="--l 3.5",
-        steps=200,
-    ),
-    "hunyuan_image": Family(
-        script="hunyuan_image_train_network.py",
-        network_module="networks.lora_hunyuan_image",
-        files={
-            "pretrained_model_name_or_path": HUNYUAN_IMAGE / "hunyuan-image-tiny.safetensors",
-            "text_encoder": HUNYUAN_IMAGE / "qwen_2.5_vl.safetensors",
-            "byt5": HUNYUAN_IMAGE / "byt5_glyph.safetensors",
-            "vae": HUNYUAN_IMAGE / "vae.safetensors",
-        },
-        preset="hunyuan_image",
-        settings={"learning_rate": 4e-3, "model_prediction_type": "raw", "discrete_flow_shift": 5.0},
-        samples="--l 1.0",
-        steps=300,
-    ),
-    "sd15": Family(
-        script="train_network.py",
-        network_module="networks.lora",
-        files={"pretrained_model_name_or_path": SD15 / "sd15-tiny.safetensors"},
-        preset="sd1",
-        settings={
-            "learning_rate": 8e-3,
-            "network_args": ("conv_dim=16", "conv_alpha=16"),
-        },
-        samples="--l 3.0",
-        steps=400,
-        flags=("debiased_estimation_loss",),
-        drawn_by="gen_img.py",
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Folders:
     """Where the quick start keeps its files, and which of ``FAMILIES`` it trains."""
 
@@ -180,18 +64,22 @@ class Folders:
 
     @property
     def family(self) -> Family:
+        """What is done for its models."""
         return FAMILIES[self.name]
 
     @property
     def dataset(self) -> Path:
+        """Images and captions."""
         return self.root / "dataset"
 
     @property
     def trained(self) -> Path:
+        """The training's output folder."""
         return self.root / "trained"
 
     @property
     def samples(self) -> Path:
+        """Images that the training generates."""
         return self.trained / "sample"
 
     def drawn(self, moment: str) -> Path:
@@ -200,22 +88,27 @@ class Folders:
 
     @property
     def logs(self) -> Path:
+        """Training curves."""
         return self.root / "logs"
 
     @property
     def dataset_config(self) -> Path:
+        """The dataset's description."""
         return self.root / "dataset.toml"
 
     @property
     def prompts(self) -> Path:
+        """The sample prompts."""
         return self.root / "sample_prompts.txt"
 
     @property
     def lora(self) -> Path:
+        """The LoRA."""
         return self.trained / f"{NAME}.safetensors"
 
 
 def main() -> int:
+    """Make the environment, go on inside it, and run the quick start. Returns the exit code."""
     options = parse_arguments()
     if not options.use_this_python:
         seconds = environment.set_up(("requirements.txt",))
@@ -230,6 +123,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     help_of_family = "which tiny model (default flux)"
     parser.add_argument("--family", "--model_type", choices=tuple(FAMILIES), default="flux", help=help_of_family)

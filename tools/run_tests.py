@@ -19,6 +19,7 @@ from tools.environment import ROOT, environment_python, set_up
 
 
 def main() -> int:
+    """Make the environment and run pytest. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set-up-only", action="store_true", help="make the environment and run nothing")
     options, for_pytest = parser.parse_known_args()

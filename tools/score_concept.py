@@ -166,6 +166,7 @@ def read_images(paths: Sequence[Path]) -> list[numpy.ndarray]:
 
 
 def main() -> int:
+    """Score the images of the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("after", nargs="+", type=Path, help="images drawn with the network, files or folders")
     parser.add_argument("--before", nargs="+", type=Path, default=[], help="the same prompts and seeds without it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Caption:
     """Whether it ended by itself, before the limit."""
 
 
-class Captioner:
+class Captioner(ABC):
     """A model that writes captions."""
 
     model_class: tuple[str, str]
@@ -101,9 +102,9 @@ class Captioner:
         """How many tokens of the prompt stand before a caption, in the same positions."""
         return 0
 
+    @abstractmethod
     def inputs(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """Tensors for the model's ``generate``, by name."""
-        raise NotImplementedError
 
     def given(self, inputs: dict[str, Any]) -> int:
         """How many tokens of the output come before the caption: a start token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 LABELS_SHOWN = 20
 
 
-class Segmenter:
+class Segmenter(ABC):
     """A model that finds what counts in an image."""
 
     model_class: tuple[str, str]
@@ -70,9 +71,9 @@ class Segmenter:
                 for image, scores in zip(prepared, self.scores(prepared))
             ]
 
+    @abstractmethod
     def scores(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Of each image, how much speaks for each class where: [classes, h, w]."""
-        raise NotImplementedError
 
     def mask(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
         """Where the class that most speaks for is one that counts: [height, width], 0 or 1.

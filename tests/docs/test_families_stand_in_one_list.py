@@ -19,7 +19,7 @@ from tools.make_option_tables import PAGES
 ALLOWED = {
     "library/families.py": "the list",
     "tests/docs/test_families_stand_in_one_list.py": "shows what a second list looks like",
-    "tools/quickstart.py": "shows each family in one table",
+    "tools/quickstart_families.py": "shows each family in one table",
     "tests/e2e/test_documented_training.py": "runs the commands of the guides",
     "tests/e2e/test_command_lines_of_other_guides.py": "checks command lines that guides of other programs show",
     "tests/e2e/test_memory_estimate.py": "runs two scripts",

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,6 +194,13 @@ def test_caching_that_is_killed_goes_on_to_the_same_caches(
 # ---- images --------------------------------------------------------------------------------------------------------
 
 
+def drawn_below(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and pixels of each image in ``folder / "out"``."""
+    for path in (folder / "out").rglob("*.png"):
+        with Image.open(path) as image:
+            yield path.name, image.tobytes()
+
+
 @dataclass
 class Drawing:
     """gen_img.py with the images of a prompt file."""
@@ -214,11 +222,7 @@ class Drawing:
 
     def images(self) -> dict[str, bytes]:
         """The pixels of each image, by its name."""
-        found = {}
-        for path in (self.folder / "out").rglob("*.png"):
-            with Image.open(path) as image:
-                found[path.name] = image.tobytes()
-        return found
+        return dict(drawn_below(self.folder))
 
 
 def test_drawing_that_is_killed_goes_on_to_the_same_images(few_blocks_sd1, fork_server, thorough, tmp_path):
@@ -258,11 +262,7 @@ class InferenceScript:
 
     def images(self) -> set[bytes]:
         """The pixels of each image."""
-        found = set()
-        for path in (self.folder / "out").rglob("*.png"):
-            with Image.open(path) as image:
-                found.add(image.tobytes())
-        return found
+        return {pixels for _, pixels in drawn_below(self.folder)}
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from library.families import by_key
 from library.studio.forms import PREFIX
 from library.studio.settings_files import read_settings
+from library.studio.workspace import Workspace
 from tests.browser import DESKTOP, PHONE, Browser, browser_program
 from tests.studio.client import Client, studio
 
@@ -105,82 +107,99 @@ def test_options_are_found_filled_in_and_saved(browser, tmp_path):
         assert read_settings(workspace.job_path("first")) == {"script": by_key("flux").file, "max_grad_norm": 0.5}
 
 
+def begin_a_job_from_a_file(person: Person, folder: Path, tiny_job: Callable[[], object]) -> None:
+    """A new job, whose file is chosen in the page; ``tiny_job`` writes it."""
+    person.sees("document.body.innerText.includes('Begin here')")
+    person.click(".head a.main")
+    person.sees("location.pathname === '/new'")
+    person.type("#name", "tiny")
+    person.type("#file", str(folder))
+    tiny_job()
+    person.click(".choose[data-for=file]")
+    person.sees("document.querySelector('#chooser').open && document.querySelector('#chooser-list button')")
+    person.check()
+    person.browser.run(
+        "[...document.querySelectorAll('#chooser-list button')].find((b) => b.textContent === 'given.toml').click()"
+    )
+    person.click("main button.main")
+    person.sees("location.pathname === '/jobs/tiny'")
+    person.check()
+
+
+def choose_images(person: Person, image_folder: Path) -> None:
+    """The images of a folder, and how they are trained."""
+    person.click("button[value=data]")
+    person.sees("location.pathname === '/jobs/tiny/data'")
+    person.type("#path", str(image_folder))
+    person.click(".go button")
+    person.sees("document.querySelector('#use')")
+    assert "12 images here, 12 with captions" in person.browser.run("return document.querySelector('#use').textContent")
+    person.check()
+    person.type("#resolution", "64")
+    person.click("#enable_bucket")
+    person.click("button[value=sheet]")
+    person.sees("document.querySelector('#state') && document.querySelector('#state').textContent === 'finished'", 60)
+    person.sees("document.querySelector('#page').src")
+    person.check()
+
+
+def check_the_job(person: Person) -> None:
+    """An option is changed, and the plan is shown."""
+    person.go("/jobs/tiny")
+    person.type("#find", "network_dim")
+    person.type(f"#{PREFIX}network_dim", "4")
+    person.click("button[value=check]")
+    person.sees("document.querySelector('#state') && document.querySelector('#state').textContent === 'finished'", 60)
+    person.sees("document.querySelector('#verdict').innerText.includes('Verdict')")
+    person.check()
+
+
+def train_stop_and_resume(person: Person, workspace: Workspace) -> None:
+    """A run is followed, stopped, resumed, and stopped again."""
+    person.click("[data-when=finished] button")
+    person.sees("/^steps [1-9]/.test((document.querySelector('#going-words') || document.body).textContent)", 90)
+    person.sees("document.querySelector('#images img').naturalWidth > 0 && document.querySelector('#page').src")
+    time.sleep(1)
+    person.check()
+    person.click("#stop")
+    person.sees("document.querySelector('#state').textContent === 'stopped'", 60)
+    person.check()
+    person.sees("!document.querySelector('[data-when=resumable]').hidden")
+    person.click("[data-when=resumable] button")
+    person.sees("document.querySelector('#state').textContent === 'running'")
+    person.sees("/^steps [1-9]/.test(document.querySelector('#going-words').textContent)", 90)
+    person.go("/")
+    person.sees("document.querySelector('.pill.running')")
+    person.check()
+    person.browser.run("history.back()")
+    person.sees("document.querySelector('#stop')")
+    person.click("#stop")
+    person.sees("document.querySelector('#state').textContent === 'stopped'", 60)
+    assert read_settings(workspace.job_path("tiny"))["network_dim"] == 4
+    assert len([run for run in workspace.runs.all() if run.record.kind == "training"]) == 1
+
+
+def queue_the_job(person: Person, workspace: Workspace) -> None:
+    """The job in the queue."""
+    person.go("/jobs/tiny")
+    person.click("button[value=queue]")
+    person.sees("location.pathname === '/queue'")
+    person.check()
+    for thread in workspace.runs.threads:
+        thread.join(20)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("size", SIZES)
 def test_a_whole_visit(browser, size, tmp_path, tiny_job, image_folder, fork_server):
     dark = size == "phone"
     with studio(tmp_path / "studio", [tmp_path, image_folder], fork_server) as (client, workspace):
         person = Person(browser, client, SIZES[size], dark)
-        person.sees("document.body.innerText.includes('Begin here')")
-        person.click(".head a.main")
-        person.sees("location.pathname === '/new'")
-        person.type("#name", "tiny")
-        person.type("#file", str(tmp_path))
-        tiny_job()
-        person.click(".choose[data-for=file]")
-        person.sees("document.querySelector('#chooser').open && document.querySelector('#chooser-list button')")
-        person.check()
-        browser.run(
-            "[...document.querySelectorAll('#chooser-list button')].find((b) => b.textContent === 'given.toml').click()"
-        )
-        person.click("main button.main")
-        person.sees("location.pathname === '/jobs/tiny'")
-        person.check()
-
-        person.click("button[value=data]")
-        person.sees("location.pathname === '/jobs/tiny/data'")
-        person.type("#path", str(image_folder))
-        person.click(".go button")
-        person.sees("document.querySelector('#use')")
-        assert "12 images here, 12 with captions" in browser.run("return document.querySelector('#use').textContent")
-        person.check()
-        person.type("#resolution", "64")
-        person.click("#enable_bucket")
-        person.click("button[value=sheet]")
-        person.sees(
-            "document.querySelector('#state') && document.querySelector('#state').textContent === 'finished'", 60
-        )
-        person.sees("document.querySelector('#page').src")
-        person.check()
-
-        person.go("/jobs/tiny")
-        person.type("#find", "network_dim")
-        person.type(f"#{PREFIX}network_dim", "4")
-        person.click("button[value=check]")
-        person.sees(
-            "document.querySelector('#state') && document.querySelector('#state').textContent === 'finished'", 60
-        )
-        person.sees("document.querySelector('#verdict').innerText.includes('Verdict')")
-        person.check()
-
-        person.click("[data-when=finished] button")
-        person.sees("/^steps [1-9]/.test((document.querySelector('#going-words') || document.body).textContent)", 90)
-        person.sees("document.querySelector('#images img').naturalWidth > 0 && document.querySelector('#page').src")
-        time.sleep(1)
-        person.check()
-        person.click("#stop")
-        person.sees("document.querySelector('#state').textContent === 'stopped'", 60)
-        person.check()
-        person.sees("!document.querySelector('[data-when=resumable]').hidden")
-        person.click("[data-when=resumable] button")
-        person.sees("document.querySelector('#state').textContent === 'running'")
-        person.sees("/^steps [1-9]/.test(document.querySelector('#going-words').textContent)", 90)
-        person.go("/")
-        person.sees("document.querySelector('.pill.running')")
-        person.check()
-        browser.run("history.back()")
-        person.sees("document.querySelector('#stop')")
-        person.click("#stop")
-        person.sees("document.querySelector('#state').textContent === 'stopped'", 60)
-        assert read_settings(workspace.job_path("tiny"))["network_dim"] == 4
-        assert len([run for run in workspace.runs.all() if run.record.kind == "training"]) == 1
-
-        person.go("/jobs/tiny")
-        person.click("button[value=queue]")
-        person.sees("location.pathname === '/queue'")
-        person.check()
-        for thread in workspace.runs.threads:
-            thread.join(20)
+        begin_a_job_from_a_file(person, tmp_path, tiny_job)
+        choose_images(person, image_folder)
+        check_the_job(person)
+        train_stop_and_resume(person, workspace)
+        queue_the_job(person, workspace)
 
 
 @pytest.mark.thorough

@@ -45,19 +45,6 @@ def images(tmp_path) -> Path:
     return draw_images(tmp_path / "images", *SIZES)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """The folder of a tiny model by its kind, made once."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def made(kind: str) -> Path:
-        if not (folder / kind).exists():
-            getattr(tiny, f"write_{kind}")(folder / kind)
-        return folder / kind
-
-    return made
-
-
 def caption(*arguments: object):
     return run_in_process("tools/caption_images.py", *arguments)
 

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -206,6 +207,16 @@ def image_folder(tmp_path_factory) -> Path:
         ImageDraw.Draw(image).ellipse((20, 20, size[0] - 20, size[1] - 20), fill=colour)
         image.save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text(f"a circle, number {number}, on a background", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_images(image_folder, tmp_path_factory) -> Path:
+    """Four of the images, one of each shape, with their captions: for runs that are about something else."""
+    folder = tmp_path_factory.mktemp("few_images")
+    for number in range(4):
+        for suffix in (".png", ".txt"):
+            shutil.copy(image_folder / f"{number:02d}{suffix}", folder)
     return folder
 
 

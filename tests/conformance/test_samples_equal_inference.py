@@ -17,10 +17,10 @@ SIMILAR = {("sd2", "bf16"), ("sdxl", "fp32")}
 ENOUGH = {"fp32": {"flux", "sd2"}, "bf16": {"flux", "lumina", "hunyuan_image", "sd1", "sdxl"}}
 """Whose images an ordinary run of the tests compares; the others take the same way in the other dtype."""
 
-PROMPTS = """a red cat --w 96 --h 64 --s 3 {guidance} 2.5 --d 5
+PROMPTS = """a red cat --w 96 --h 64 --s 2 {guidance} 2.5 --d 5
 # the next ones are guided away from another text, and from the empty one
 a blue dog --w 64 --h 96 --s 2 --d 6 --l 3 --n small cat
-the photo --w 64 --h 64 --s 2 --d 7 --l 2
+the photo --w 64 --h 64 --s 1 --d 7 --l 2
 """
 FORMATS = {
     "fp32": ("--mixed_precision", "no"),

@@ -30,9 +30,9 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory) -> Path:
-    """The folder of a short run without caches, with the text encoders that the family trains."""
+    """The folder of a run of one step without caches, with the text encoders that the family trains."""
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, "--max_train_steps", "2")
+    train(folder, "--max_train_steps", "1")
     return folder
 
 

@@ -26,6 +26,10 @@ from tools.make_equality_table import CACHED, NEUTRAL, PAGE, ROUNDED, TABLE, Neu
 from tools.page_tables import updated
 
 LENGTH = ("--max_train_steps", "3", "--lr_scheduler", "cosine", "--validation_split", "0.25")
+NO_VALIDATION = ("--validate_every_n_epochs", "9")
+"""Holds where the words after it don't say otherwise."""
+VALIDATED = {"streamed", "recomputed"}
+"""Groups whose runs compute validation losses between their steps, where the run without their options does not."""
 LORA = "lora.safetensors"
 SHOWN_OF = {
     "command line": {"flux"},
@@ -102,8 +106,8 @@ def run(family, tiny_files, folder) -> Run:
     """Run the family's script with these words."""
 
     def train(name: str, words: Sequence[object]) -> Done:
-        given = [*family.command(tiny_files(family)), *LENGTH, "--output_name", "lora", "--output_dir", folder / name]
-        done = run_in_process(family.script, *given, *words)
+        given = [*family.command(tiny_files(family)), *LENGTH, *NO_VALIDATION, "--output_name", "lora"]
+        done = run_in_process(family.script, *given, "--output_dir", folder / name, *words)
         assert done.returncode == 0, done.stderr[-3000:]
         return Done(folder / name / LORA, done.stderr)
 
@@ -175,6 +179,7 @@ def test_a_run_learns_the_same(family, run, folder, plain, beside, rows):
         done = run(group, [*on_command_line(folder), "--no_report"])
     else:
         given = words_of(rows, beside.lora.parent if group == "resumed" else folder)
+        given += ["--validate_every_n_epochs", "1"] if group in VALIDATED else []
         done = run(group, [*in_file(folder), "--no_report", *given])
     if group == "streamed":
         assert re.search(r"--blocks_to_swap 2: \d+ of \d+ \w+.* are streamed from", done.said)

@@ -17,13 +17,14 @@ from tests.running import make_trainer
 
 
 @pytest.fixture
-def train(flux_command, dataset_toml, tmp_path):
+def train(flux_command, dataset_toml, few_images, tmp_path):
     """Train the transformer's network into a folder; ``watch`` is called with the trainer before and after steps."""
 
     def run(output: str, *arguments: object, steps: int = 4, watch=lambda trainer: None) -> FluxNetworkTrainer:
         given = [*flux_command, "--output_dir", tmp_path / output, "--output_name", "cat", "--max_train_steps", steps]
-        given += ["--dataset_config", dataset_toml(**SMALL), "--max_data_loader_n_workers", 0, "--cache_latents"]
-        given += ["--cache_text_encoder_outputs", "--network_train_unet_only", "--learning_rate", "1e-2", "--no_report"]
+        given += ["--dataset_config", dataset_toml(few_images, **SMALL), "--max_data_loader_n_workers", 0]
+        given += ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only"]
+        given += ["--learning_rate", "1e-2", "--no_report"]
         trainer = make_trainer(FluxNetworkTrainer, *given, *arguments)
 
         class WatchedLoop(TrainingLoop):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from library.deferred_compiler import defer_compiler
 from library.memory.activations import OffloadedInputs
 
 ATTENTION = (
@@ -29,6 +30,7 @@ def checkpointed(
     With ``offloaded`` those that are trained wait in system RAM. With ``keeps_attention`` the outputs of attention are
     kept, too, so that attention runs once only.
     """
+    defer_compiler()  # torch marks each call as not to be compiled
     contexts: dict[str, Any] = {}
     if keeps_attention:
         known = [getattr(torch.ops.aten, name) for name in ATTENTION if hasattr(torch.ops.aten, name)]

@@ -11,18 +11,42 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import CONSTANT_NUMEL_LIMIT, FakeTensor, FakeTensorConverter, FakeTensorMode
 from torch.utils._pytree import tree_leaves
+
+from library.deferred_compiler import defer_compiler
 
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout})
 DEVICE = torch.ops.prim.device.default
 MISSING = object()
+LIFT = torch.ops.aten.lift_fresh.default
+"""What ``torch.tensor`` hands over: a tensor with values that nobody else has."""
 COPY, TO_DTYPE = torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype
 VIEWS = frozenset(
     "_unsafe_view alias as_strided detach diagonal expand permute select slice split split_with_sizes squeeze t "
     "transpose unbind unfold unsqueeze view view_as_complex view_as_real".split()
 )
 """Operations whose results are always views of their first argument."""
+
+
+class QuickConverter(FakeTensorConverter):
+    """Gives numbers whose values are known their place, without torch's compiler, which would name their source."""
+
+    def from_real_tensor(
+        self, fake_mode: FakeTensorMode, t: Tensor, make_constant: bool = False, *others: Any, **named: Any
+    ) -> FakeTensor:
+        """``t`` without its values; with ``make_constant`` it is nobody else's and becomes the ``constant``."""
+        if others or any(named.values()) or not (make_constant and t.layout is torch.strided):
+            return super().from_real_tensor(fake_mode, t, make_constant, *others, **named)
+        known = self._get_memo(t)
+        if known is not None:
+            return known
+        assert isinstance(fake_mode, QuickFakeMode)
+        made = fake_mode.new(_like(t, t.device))
+        made.constant = t
+        self.add_constant_storage_mapping(made)
+        self.set_tensor_memo(t, made)
+        return made
 
 
 class QuickFakeMode(FakeTensorMode):
@@ -33,7 +57,9 @@ class QuickFakeMode(FakeTensorMode):
     _ways: ClassVar[dict[OpOverload, str]] = {}
 
     def __init__(self) -> None:
+        defer_compiler()
         super().__init__(allow_non_fake_inputs=True)
+        self.fake_tensor_converter = QuickConverter(export=False)
         self._states: dict[torch.device, dict[str, Any]] = {}
         """The attributes of a new tensor, by its device."""
 
@@ -57,6 +83,8 @@ class QuickFakeMode(FakeTensorMode):
         """
         if func is DEVICE and type(args[0]) is FakeTensor:
             return args[0].fake_device, "", None
+        if func is LIFT and type(args[0]) is Tensor and args[0].numel() > CONSTANT_NUMEL_LIMIT:
+            return self.new(_like(args[0], args[0].device)), "", None
         way = self._ways.get(func)
         if way is None:
             way = self._ways[func] = _way(func)
@@ -81,8 +109,8 @@ class QuickFakeMode(FakeTensorMode):
                 if found is None:
                     return args[0], way, key
                 if isinstance(found, tuple):
-                    return self._new(found), way, key
-                return [part if part is None else self._new(part) for part in found], way, key
+                    return self.new(found), way, key
+                return [part if part is None else self.new(part) for part in found], way, key
         return MISSING, way, None
 
     def _remember(self, way: str, key: Any, result: Any, args: Any, kwargs: Any) -> None:
@@ -98,7 +126,7 @@ class QuickFakeMode(FakeTensorMode):
         if all(type(part) is FakeTensor and _is_plain(part) for part in tensors):
             storages = {each.untyped_storage()._cdata for each in given}
             if not storages & {part.untyped_storage()._cdata for part in tensors}:
-                made = [part if part is None else _new_as(part) for part in parts]
+                made = [part if part is None else _like(part, part.device) for part in parts]
                 self._known[key] = made[0] if parts[0] is result else made
 
     def _copy(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
@@ -123,9 +151,9 @@ class QuickFakeMode(FakeTensorMode):
                 meta = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="meta")
                 strides = torch.empty_like(meta, dtype=dtype).stride()
             self._known[key] = (tuple(first.shape), strides, dtype, first.fake_device)
-        return self._new(self._known[key])
+        return self.new(self._known[key])
 
-    def _new(self, like: tuple[Any, ...]) -> FakeTensor:
+    def new(self, like: tuple[Any, ...]) -> FakeTensor:
         shape, stride, dtype, device = like
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
@@ -207,5 +235,5 @@ def _is_plain(tensor: Any) -> bool:
     return tensor.constant is None and tensor.storage_offset() == 0 and tensor.layout is torch.strided
 
 
-def _new_as(tensor: Any) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.fake_device
+def _like(tensor: Tensor, device: torch.device) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, device

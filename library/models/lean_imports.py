@@ -1,15 +1,17 @@
 """Classes of diffusers and transformers, and optimizers, without the eight seconds of imports that nothing here uses.
 
 Importing diffusers' U-Net also runs some eighty other models, PEFT, the quantizers with transformers and bitsandbytes,
-the client of the Hugging Face hub, ``scipy.stats`` and torch's compiler; importing T5 runs that compiler, torch's
-distributed tensors and SymPy; an optimizer of bitsandbytes or transformers runs half of all this. While one of them is
-imported here, stand-ins are in their places: whatever is used of them later, by whoever it is, is imported then.
+the client of the Hugging Face hub and ``scipy.stats``; importing T5 reads the names of all models, twice, composes
+docstrings, and runs torch's distributed tensors and SymPy; an optimizer of bitsandbytes or transformers runs half of
+all this. While one of them is imported here, stand-ins are in their places: whatever is used of them later, by whoever
+it is, is imported then.
 Nothing is hidden for good, everything else in the packages works as always, and no installed file is changed.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 import threading
@@ -18,6 +20,8 @@ from contextlib import contextmanager
 from functools import cache, partial, wraps
 from types import ModuleType
 from typing import Any
+
+from library.deferred_compiler import defer_compiler
 
 EXPORTS = tuple(f"diffusers.{name}" for name in ("hooks", "models.autoencoders", "models.transformers", "models.unets"))
 """Packages that do nothing but gather the names of all their modules."""
@@ -39,7 +43,6 @@ LOADER_CODE = ("transformers", "peft.tuners.tuners_utils", "diffusers.schedulers
 LOADERS = ("diffusers.loaders.lora_base", "diffusers.loaders.single_file_utils")
 TRANSFORMERS_CODE = (
     "scipy.optimize",
-    "torch._dynamo",
     "torch._dynamo._trace_wrapped_higher_order_op",
     "transformers.core_model_loading",
     "transformers.distributed.checkpoint",
@@ -63,6 +66,8 @@ TRANSFORMERS_CODE = (
 )
 """What models of transformers import for the losses of detectors, for masks in compiled models, to serve models, and to
 load them by ``from_pretrained``, over several devices, or with quantised weights."""
+OF_MODULES = ("transformers", "transformers.models")
+"""Packages whose modules are among their names, without their own code; none of these is the name of something else."""
 RUN_FOR = ("__all__", "__version__")
 """The only names with double underscores that run a package; debuggers and tests look for the others everywhere."""
 _lock = threading.RLock()
@@ -71,9 +76,9 @@ _lock = threading.RLock()
 def diffusers_class(name: str) -> Any:
     """The class that ``from diffusers import name`` gives."""
     with _lock:
-        with _absent("torch._dynamo"), _stand_ins(MODEL_CODE):  # diffusers has a way without it
-            importlib.import_module("diffusers.utils.torch_utils")
-        diffusers = sys.modules["diffusers"]
+        defer_compiler()
+        with _stand_ins(MODEL_CODE):
+            diffusers = importlib.import_module("diffusers")
         if name not in vars(diffusers):
             _import_lean(name)
         return getattr(diffusers, name)
@@ -82,6 +87,9 @@ def diffusers_class(name: str) -> Any:
 def prepare_transformers() -> None:
     """Call before a module ``transformers.models.X.Y`` is imported: its packages then don't read the other models."""
     with _lock:
+        if "transformers" not in sys.modules:
+            _defer("transformers")
+            sys.modules["transformers"].__dict__["__version__"] = importlib.metadata.version("transformers")
         _defer("transformers.models")
 
 
@@ -91,7 +99,7 @@ def transformers_class(module: str, name: str) -> Any:
     with _lock:
         if path not in sys.modules:
             prepare_transformers()
-            with _stand_ins(TRANSFORMERS_CODE), _no_compiler_is_told():
+            with _lean_transformers():
                 importlib.import_module(path)
     return getattr(sys.modules[path], name)
 
@@ -102,7 +110,7 @@ def optimizer_module(name: str) -> ModuleType:
         if name not in sys.modules:
             if name.startswith("transformers."):
                 prepare_transformers()
-            with _stand_ins(TRANSFORMERS_CODE), _no_compiler_is_told():
+            with _lean_transformers():
                 importlib.import_module(name)
     return sys.modules[name]
 
@@ -128,9 +136,20 @@ class DeferredPackage(ModuleType):
             if type(self) is DeferredPackage:
                 spec = self.__spec__
                 assert spec is not None and spec.loader is not None
+                if self.__name__ in OF_MODULES and importlib.util.find_spec(f"{self.__name__}.{name}"):
+                    return importlib.import_module(f"{self.__name__}.{name}")
                 self.__class__ = ModuleType  # type: ignore[assignment]
                 spec.loader.exec_module(self)
-        return getattr(sys.modules[self.__name__], name)  # transformers puts another object in its place
+                if sys.modules[self.__name__] is not self:  # transformers puts another object in its place
+                    self.__class__ = ReplacedPackage  # type: ignore[assignment]
+        return getattr(sys.modules[self.__name__], name)
+
+
+class ReplacedPackage(ModuleType):
+    """A package that has put another object in its place: whoever still holds this one gets that one's names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.modules[self.__name__], name)
 
 
 def _defer(name: str) -> None:
@@ -144,7 +163,8 @@ def _defer(name: str) -> None:
     package.__package__, package.__path__ = name, spec.submodule_search_locations
     sys.modules[name] = package
     parent, _, child = name.rpartition(".")
-    setattr(sys.modules[parent], child, package)
+    if parent:
+        setattr(sys.modules[parent], child, package)
 
 
 class StandIn(ModuleType):
@@ -216,22 +236,51 @@ def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
 
 
 @contextmanager
-def _no_compiler_is_told() -> Iterator[None]:
-    """Inside the block functions are marked for torch's compiler without importing it.
+def _lean_transformers() -> Iterator[None]:
+    defer_compiler()
+    with _stand_ins(TRANSFORMERS_CODE), _compiling_later(), _less_of_transformers():
+        yield
 
-    What bitsandbytes compiles, for devices without a kernel of its own, is compiled when it is first called. And
-    ``allow_in_graph`` notes nothing: it marks one property of transformers' base class, which no compiled block here
-    looks at.
+
+@contextmanager
+def _less_of_transformers() -> Iterator[None]:
+    """Inside the block transformers composes no docstrings, which takes half a second, and is not imported again.
+
+    Its ``direct_transformers_import`` runs the package anew, of which nothing but ``sys.modules`` is used.
     """
-    import torch
-
-    compiles, marks = torch.compile, torch.compiler.allow_in_graph
-    torch.compile = partial(_compiled_later, compiles)  # type: ignore[assignment]
-    torch.compiler.allow_in_graph = lambda fn: fn
+    simple = {
+        ("auto_docstring", "auto_docstring"): _undocumented,
+        ("import_utils", "direct_transformers_import"): lambda *place: sys.modules["transformers"],
+    }
+    utils = importlib.import_module("transformers.utils")
+    before = []
+    for (module, name), function in simple.items():
+        for place in (utils, importlib.import_module(f"transformers.utils.{module}")):
+            before.append((place, name, getattr(place, name)))
+            setattr(place, name, function)
     try:
         yield
     finally:
-        torch.compile, torch.compiler.allow_in_graph = compiles, marks
+        for place, name, function in before:
+            setattr(place, name, function)
+
+
+def _undocumented(documented: Any = None, **named: Any) -> Any:
+    """``documented`` as it is; a decorator, with or without arguments."""
+    return _undocumented if documented is None else documented
+
+
+@contextmanager
+def _compiling_later() -> Iterator[None]:
+    """What is compiled at an import, by bitsandbytes for devices without its kernels, is compiled when first called."""
+    import torch
+
+    compiles = torch.compile
+    torch.compile = partial(_compiled_later, compiles)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiles
 
 
 def _compiled_later(compiles: Callable[..., Any], model: Any = None, **settings: Any) -> Any:
@@ -245,19 +294,6 @@ def _compiled_later(compiles: Callable[..., Any], model: Any = None, **settings:
         return compiled()(*arguments, **named)
 
     return call
-
-
-@contextmanager
-def _absent(name: str) -> Iterator[None]:
-    """A module that nobody has imported cannot be imported inside the block."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        _put_back(name, None)
 
 
 @contextmanager

@@ -24,12 +24,18 @@ SHARED_EMBEDDING = "shared.weight"
 GATE = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 
 
+def _stack_class() -> Any:
+    """transformers' class without its look at all ways to run a mixture of experts, which are imported for it."""
+    stack = transformers_class("t5.modeling_t5", "T5Stack")
+    return type(stack.__name__, (stack,), {"get_correct_experts_implementation": lambda self, requested: "eager"})
+
+
 class T5TextEncoder(nn.Module):
     """T5's encoder under the checkpoints' names, with one embedding table (``encoder.embed_tokens``)."""
 
     def __init__(self, config: Any):
         super().__init__()
-        self.encoder = transformers_class("t5.modeling_t5", "T5Stack")(config)
+        self.encoder = _stack_class()(config)
 
     @property
     def config(self) -> Any:

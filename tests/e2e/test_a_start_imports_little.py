@@ -8,12 +8,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "bitsandbytes", "peft", "networkx", "torchvision")
+HEAVY = (
+    "torch._dynamo.eval_frame",
+    "torch._inductor",
+    "sympy",
+    "scipy",
+    "bitsandbytes",
+    "peft",
+    "networkx",
+    "torchvision",
+)
 UNUSED = ("transformers", "huggingface_hub.hf_api", "huggingface_hub.file_download", "requests", "diffusers.quantizers")
 MODELS = ("transformers.modeling_utils", "diffusers.models.transformers.transformer_flux", "diffusers.hooks.hooks")
 ENCODERS = [("clip.modeling_clip", "CLIPTextModel"), ("t5.modeling_t5", "T5EncoderModel")]
 ENCODERS += [("gemma2.modeling_gemma2", "Gemma2Model")]
-UNUSED_BY_ENCODERS = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy")
+UNUSED_BY_ENCODERS = (
+    "torch._dynamo.eval_frame",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "sympy",
+)
 UNUSED_BY_ENCODERS += ("scipy", "peft", "bitsandbytes", "transformers.core_model_loading")
 TRAIN = """
 import sys
@@ -34,7 +49,32 @@ for name in ("Prodigy", "AdamW8bit", "Adafactor"):
     options = OptimizerOptions(optimizer_type=name)
     check_optimizer_options(options)
     create_optimizer(options, [torch.nn.Parameter(torch.zeros(2, 2))])
-print("OPTIMIZERS", sorted({{"torch._dynamo", "torch._inductor", "sympy", "scipy"}} & set(sys.modules)))
+print("OPTIMIZERS", sorted({{"torch._dynamo.eval_frame", "torch._inductor", "sympy", "scipy"}} & set(sys.modules)))
+"""
+COMPILE = """
+from torch.utils.checkpoint import checkpoint
+@torch.compiler.disable
+def kept_out(x): return x.cos()
+@torch.compiler.allow_in_graph
+def allowed(x): return x.tan()
+@torch.compiler.assume_constant_result
+def constant(): return 3
+steps = [lambda x: allowed(x.sin()) * constant(), lambda x: kept_out(x.sin()) * constant()]
+x = torch.ones(2, requires_grad=True)
+expected = [checkpoint(step, x, use_reentrant=False) for step in steps]
+expected[0].sum().backward()
+assert "torch._dynamo.eval_frame" not in sys.modules
+import torch._dynamo.eval_frame as part
+assert part is torch._dynamo.eval_frame is sys.modules["torch._dynamo.eval_frame"]
+graphs = []
+def note(graph, inputs):
+    graphs.append([node.target for node in graph.graph.nodes if node.op.startswith("call")])
+    return graph.forward
+for step, result in zip(steps, expected):
+    assert torch.equal(torch.compile(step, backend=note)(x), result)
+    assert torch.equal(checkpoint(step, x, use_reentrant=False), result)
+assert [len(graph) for graph in graphs] == [3, 1, 1] and graphs[0][1] is allowed and graphs[1] == ["sin"], graphs
+print("COMPILED")
 """
 USE = """
 import tempfile
@@ -91,11 +131,11 @@ print("USED")
 def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     sd1_command, sdxl_command, few_blocks_sd1, image_folder, dataset_toml, tmp_path, thorough
 ):
-    """With ``--thorough`` whatever was put off at the imports is also used."""
+    """The compiler then compiles as always, and with ``--thorough`` whatever else was put off is used, too."""
     images = shutil.copytree(image_folder, tmp_path / "images")
     shared = [
         *("--dataset_config", dataset_toml(images, resolution=64, bucket_reso_steps=64), "--max_train_steps", "1"),
-        *("--output_dir", tmp_path, "--network_train_unet_only", "--cache_latents_to_disk"),
+        *("--output_dir", tmp_path, "--network_train_unet_only", "--cache_latents_to_disk", "--gradient_checkpointing"),
         *("--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"),
     ]
     commands = {"sd1": sd1_command, "sdxl": sdxl_command}
@@ -104,9 +144,9 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     drawing += ["--W", "64", "--H", "64"]
     unused = {"heavy": (*HEAVY, *UNUSED, *MODELS), "unused_by_encoders": UNUSED_BY_ENCODERS}
     code = TRAIN.format(arguments=arguments, drawing=drawing, encoders=ENCODERS, **unused)
-    code += USE if thorough else 'print("USED")'
+    code += COMPILE + (USE if thorough else 'print("USED")')
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     for what in ("TRAINED", "DRAWN", "ENCODERS", "OPTIMIZERS"):
         assert f"{what} []" in result.stdout, result.stdout
-    assert result.stdout.endswith("USED\n")
+    assert result.stdout.endswith("COMPILED\nUSED\n")

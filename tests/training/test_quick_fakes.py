@@ -35,7 +35,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a convolution": lambda x, y: F.conv2d(x[None], x[:, :, None, :1].transpose(0, 1)[:1].expand(2, 4, 1, 1)),
     "new ones": lambda x, y: (torch.zeros(3, 2), torch.empty_like(x), x.new_ones(2)),
     "random ones": lambda x, y: (torch.rand(3), torch.randn_like(x), F.dropout(x, 0.5)),
-    "a number as a tensor": lambda x, y: x * torch.tensor(2.0),
+    "values as tensors": lambda x, y: (x * torch.tensor(2.0), torch.tensor([[1, 2], [3, 4]]), torch.tensor(True)),
     "steps": lambda x, y: torch.arange(5).to(torch.float64) + 1,
     "expanded": lambda x, y: x[:, :1].expand(4, 3, 8) + y.sum(),
     "a table": lambda x, y: F.embedding(torch.zeros(2, 3, dtype=torch.long), y),
@@ -51,16 +51,19 @@ def facts(mode: FakeTensorMode, operation: Callable[[Tensor, Tensor], Any]) -> l
     with mode:
         x, y = torch.empty(4, 3, 8), torch.empty(8, 6)
         result = operation(x, y)
-        tensors = [result] if isinstance(result, Tensor) else list(result)
-        storages = [tensor.untyped_storage()._cdata for tensor in (x, y, *tensors)]
-        return [
-            (
-                *(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device),
-                *(tensor.requires_grad, tensor.untyped_storage().nbytes(), tensor.is_contiguous()),
-                storages.index(tensor.untyped_storage()._cdata),
-            )
-            for tensor in tensors
-        ]
+        return facts_of([x, y, *([result] if isinstance(result, Tensor) else result)])
+
+
+def facts_of(tensors: list[Tensor]) -> list[Any]:
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    return [
+        (
+            *(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device),
+            *(tensor.requires_grad, tensor.untyped_storage().nbytes(), tensor.is_contiguous()),
+            storages.index(tensor.untyped_storage()._cdata),
+        )
+        for tensor in tensors
+    ]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -84,6 +87,41 @@ def test_values_are_still_asked_for_in_vain():
         for _ in range(2):
             with pytest.raises(DataDependentOutputException):
                 torch.rand(()).item()
+
+
+NUMBERS: dict[str, Callable[[], Tensor]] = {
+    "a number": lambda: torch.tensor(2.0),
+    "a sum": lambda: torch.tensor(2.0) + 1,
+    "changed": lambda: torch.tensor(2).add_(3),
+    "changed through a view": lambda: (number := torch.tensor([2]), number.view(1, 1).fill_(3))[0],
+    "set to what is not known": lambda: torch.tensor(2.0).copy_(torch.rand(())),
+    "in another format": lambda: torch.tensor(2.5).half(),
+    "one of several": lambda: torch.tensor([2.0, 3.0])[0],
+    "a wrapped value": lambda: torch.as_tensor([True]),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_known_where_torch_knows_it(name):
+    def value(mode: FakeTensorMode) -> Any:
+        with mode:
+            try:
+                return NUMBERS[name]().item()
+            except DataDependentOutputException as error:
+                return str(error)
+
+    assert value(QuickFakeMode()) == value(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def test_tensors_with_values_share_memory_as_torch_has_it():
+    whole = torch.ones(4, 3, 8)
+    others = [whole, whole[1:], whole[:, :1], whole.detach(), whole.transpose(0, 1), torch.ones(8, requires_grad=True)]
+
+    def shared(mode: FakeTensorMode) -> list[Any]:
+        with mode:
+            return facts_of([mode.fake_tensor_converter.from_real_tensor(mode, each) for each in (*others, *others)])
+
+    assert shared(QuickFakeMode()) == shared(FakeTensorMode(allow_non_fake_inputs=True))
 
 
 @pytest.mark.parametrize("name", ["a product", "gradients", "gradients of a norm", "several results"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from library.console import say, warn
+from library.deferred_compiler import defer_compiler
 from library.errors import UserError, did_you_mean
 from library.models.lean_imports import optimizer_module
 from library.training.optim.ema import check_decay
@@ -214,34 +215,16 @@ def _construct(
 ) -> Any:
     parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
     kernels = step_kernels(optimizer_class, arguments, parameters)
+    used_class = optimizer_class if kernels is None else _with_kernels(optimizer_class, kernels)
+    defer_compiler()  # each method of an optimizer is marked as not to be compiled
     try:
         with contextlib.redirect_stdout(None):  # Prodigy says what was given to it
-            optimizer = _without_compiler(optimizer_class, kernels)(groups, lr=rate, **arguments)
+            optimizer = used_class(groups, lr=rate, **arguments)
     except Exception as error:
         raise UserError(f"--optimizer_type {name} refuses its arguments: {error}") from error
     if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
         raise UserError(f"--optimizer_type {name} is not an optimizer.")
     return optimizer
-
-
-def _without_compiler(optimizer_class: Any, kernels: str | None) -> Any:
-    """A class with methods that do not import torch's compiler where they are those of ``torch.optim.Optimizer``.
-
-    The import takes a second at every start, and serves only to keep these methods out of compiled graphs. Steps of
-    a class of ``torch.optim`` use the ``kernels`` of ``step_kernels``.
-    """
-    import torch
-
-    base = torch.optim.Optimizer
-    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, base)):
-        return optimizer_class
-    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
-    own = [name for name in names if getattr(optimizer_class, name) is getattr(base, name)]
-    methods: dict[str, Any] = {name: inspect.unwrap(getattr(base, name)) for name in own}
-    if optimizer_class.__module__.startswith("torch.optim."):
-        step = inspect.unwrap(optimizer_class.step)
-        methods["step"] = torch.no_grad()(step if kernels is None else _with_kernels(step, kernels))
-    return type(optimizer_class.__name__, (optimizer_class,), methods)
 
 
 def step_kernels(
@@ -266,12 +249,16 @@ def step_kernels(
     return None
 
 
-def _with_kernels(step: Callable[..., Any], kernels: str) -> Callable[..., Any]:
-    """``step`` with an argument of ``step_kernels`` that stands in the optimizer's groups only meanwhile.
+def _with_kernels(optimizer_class: type, kernels: str) -> Any:
+    """The class with an argument of ``step_kernels`` that stands in the optimizer's groups only during a step.
 
     So saved states are the same whatever is chosen, and any state continues with what is fastest on this machine.
     """
+    import torch
 
+    step = inspect.unwrap(optimizer_class.step)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
     def step_with_kernels(self: Any, closure: Any = None) -> Any:
         if kernels == "fused":
             _counters_to_parameters(self)
@@ -284,7 +271,7 @@ def _with_kernels(step: Callable[..., Any], kernels: str) -> Callable[..., Any]:
             for group, value in zip(self.param_groups, before):
                 group[kernels] = value
 
-    return step_with_kernels
+    return type(optimizer_class.__name__, (optimizer_class,), {"step": step_with_kernels})
 
 
 def _counters_to_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -234,7 +234,7 @@ def long_report(tmp_path_factory) -> Path:
     settings[0] |= {"value": NASTY, "changed": True}
     data = [{"title": NASTY, "images": 1, "samples": 1, "batches": 1, "notes": [NASTY], "datasets": []}]
     run = ReportHead(NASTY, NASTY, "ab12", 1.0, 9000, 100, 90, 0, settings, data, [(NASTY, NASTY)])
-    draw = random.Random(0)
+    draw, picture = random.Random(0), Image.linear_gradient("L").resize((320, 240))
     report = RunReport(path, run)
     for begin, end in ((1, 4000), (4001, 9000)):
         for step in range(begin, end + 1):
@@ -243,14 +243,13 @@ def long_report(tmp_path_factory) -> Path:
             if step % 100 == 0:
                 report.add_epoch_average(step, loss)
             if step % 250 == 0:
-                image = Image.effect_noise((320, 240), 80)
-                samples.draw(lambda prompts, image=image: [image] * len(prompts), step, None)
+                samples.draw(lambda prompts: [picture] * len(prompts), step, None)
                 report.add_samples(step, None, samples)
         report.end("interrupted", "SIGTERM")
         report = RunReport(path, replace(run, first_step=end, steps=12000), resumed=True)
     for entry in report.samples.rounds[:20]:
-        for picture in entry["images"].values():
-            del picture["thumb"]
+        for shown in entry["images"].values():
+            del shown["thumb"]
     report.step = 9000
     report.end("failed", NASTY)
     return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError, did_you_mean
 
@@ -114,3 +114,13 @@ def empty_cache(device: torch.device | None = None) -> None:
     device = device or default_device()
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
+
+
+def move_module(module: Any, *target: Any, **settings: Any) -> Any:
+    """``module`` itself after ``nn.Module.to`` with these arguments.
+
+    diffusers' models have a ``to`` of their own, which imports every quantizer, for seconds, to see that none is used.
+    """
+    from torch import nn
+
+    return nn.Module.to(module, *target, **settings)

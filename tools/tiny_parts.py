@@ -25,7 +25,7 @@ def fill_randomly(module: nn.Module, seed: int, purpose: str) -> None:
     A module on torch's meta device (``on_meta`` builds it in half of the time), without buffers, comes to the CPU.
     """
     if any(parameter.is_meta for parameter in module.parameters()):
-        module.to_empty(device="cpu")
+        module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # to_empty imports SymPy
     for name, parameter in module.named_parameters():
         values = torch.randn(parameter.shape, generator=generator(seed, purpose, name))
         is_norm_weight = parameter.dim() == 1 and not name.endswith("bias")

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from library.devices import move_module
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,13 +92,13 @@ class Feature(ABC):
 def models_at_work(features: Sequence[Feature], device: torch.device | str, offload: bool) -> Iterator[None]:
     """While it is active, the models of ``features`` are on ``device``; with ``offload``, on the CPU after that."""
     for module in _loaded(features):
-        module.to(device)
+        move_module(module, device)
     try:
         yield
     finally:
         if offload:
             for module in _loaded(features):
-                module.to("cpu")
+                move_module(module, "cpu")
 
 
 def _loaded(features: Sequence[Feature]) -> list[nn.Module]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.console import say
-from library.devices import empty_cache
+from library.devices import empty_cache, move_module
 from library.errors import NotFiniteError, UserError
 from library.memory.apply import AppliedPlan, apply_memory_plan
 from library.memory.formats import require
@@ -315,7 +315,7 @@ class Pipeline(ABC, Generic[Request]):
             if name in self.modules:
                 if name in self.applied:
                     self.applied[name].rest()
-                self.modules[name].to("cpu" if name in self.on_host else device)
+                move_module(self.modules[name], "cpu" if name in self.on_host else device)
         if torch.device(device) != self.device:
             empty_cache(self.device)
 

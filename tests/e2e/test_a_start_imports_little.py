@@ -141,7 +141,7 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     commands = {"sd1": sd1_command, "sdxl": sdxl_command}
     arguments = {family: [str(word) for word in (*words, *shared)] for family, words in commands.items()}
     drawing = ["--ckpt", str(few_blocks_sd1), "--outdir", str(tmp_path), "--prompt", "a cat", "--steps", "1"]
-    drawing += ["--W", "64", "--H", "64"]
+    drawing += ["--W", "64", "--H", "64", "--opt_channels_last", "--offload"]
     unused = {"heavy": (*HEAVY, *UNUSED, *MODELS), "unused_by_encoders": UNUSED_BY_ENCODERS}
     code = TRAIN.format(arguments=arguments, drawing=drawing, encoders=ENCODERS, **unused)
     code += COMPILE + (USE if thorough else 'print("USED")')

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.checkpoints import open_checkpoint
+from library.devices import move_module
 from library.errors import UserError
 from library.models.lean_imports import diffusers_class
 from library.models.loading import LoadSpec, Origin, TensorSource, on_meta, require_fit
@@ -64,7 +65,7 @@ class ControlNetFile(OpenedPart["ControlNetModel"]):
         for name, parameter in module.named_parameters():
             if name in self.base:
                 parameter.data += self.base.load(name, torch.float32, parameter.device)
-        return module if spec.compute is None else module.to(spec.compute)
+        return module if spec.compute is None else move_module(module, spec.compute)
 
 
 def open_control_net(path: Path | str, unet: UnetFile, option: str = "--control_net_models") -> ControlNetFile:
@@ -147,4 +148,4 @@ def load_control_net(opened: ControlNetFile, pipeline: StableDiffusionPipeline) 
     inner = getattr(type(module).forward, "__wrapped__", None)
     if inner is not None:
         module.forward = MethodType(inner, module)
-    return module.to(memory_format=torch.channels_last) if pipeline.channels_last else module
+    return move_module(module, memory_format=torch.channels_last) if pipeline.channels_last else module

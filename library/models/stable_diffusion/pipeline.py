@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.console import warn
+from library.devices import move_module
 from library.errors import NotFiniteError, UserError
 from library.memory.storage import BlocksStoredAs, StorageDtype
 from library.models.attention import AttentionBackend
@@ -211,7 +212,7 @@ class StableDiffusionPipeline(Pipeline[StableDiffusionRequest]):
         if part in self.words:
             self.words[part].attach(module)  # type: ignore[index]
         if self.channels_last and part in ("unet", "autoencoder"):
-            module.to(memory_format=torch.channels_last)
+            move_module(module, memory_format=torch.channels_last)
 
     streams_first = "large"  # they lie where the image is smallest, and hold almost all of the bytes
 

@@ -48,10 +48,8 @@ def prompt_file(tmp_path):
 
 
 SHRUNK = "--ds_depth_1 1 --ds_timesteps_1 400"
-LARGE_EULER = "--sampler euler_a --steps 4 --W 128 --H 128"
-GROWING = (
-    f"{LARGE_EULER} --gradual_latent_timesteps 1000 --gradual_latent_ratio_step 0.25 --gradual_latent_every_n_steps 1"
-)
+EULER = "--sampler euler_a --steps 4"
+GROWING = f"{EULER} --gradual_latent_timesteps 1000 --gradual_latent_ratio_step 0.25 --gradual_latent_every_n_steps 1"
 TWICE = "--W 128 --H 128 --highres_fix_scale 0.5 --highres_fix_steps 2"
 CHANGES = [
     ("", "--sampler k_euler_a"),
@@ -66,7 +64,7 @@ CHANGES = [
     (SHRUNK, "--ds_ratio 0.8"),
     (f"{SHRUNK} --ds_timesteps_2 0", "--ds_depth_2 0"),
     (f"{SHRUNK} --ds_depth_2 0", "--ds_timesteps_2 0"),
-    (LARGE_EULER, GROWING),
+    (EULER, GROWING),
     (GROWING, "--gradual_latent_timesteps 800"),
     (GROWING, "--gradual_latent_ratio 0.75"),
     (GROWING, "--gradual_latent_ratio_step 0.5"),

@@ -347,9 +347,7 @@ class NetworkTrainer(FamilyHooks):
     def load_models(self) -> None:
         """Load the frozen transformer and what control images need; other parts come when they are first used."""
         with self.load_in_turn():
-            transformer = self.pipeline.load_transformer()
-        transformer.requires_grad_(False)
-        transformer.eval()
+            self.pipeline.load_transformer()
         for part in sorted(self.control_parts()):
             with self.load_in_turn():
                 self.pipeline.load(part)

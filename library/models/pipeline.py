@@ -7,6 +7,7 @@ requested. Loading, releasing, moving, tokenizers and drawing images stand here 
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 Conditioning = Mapping[str, Tensor]
 """A denoiser's conditioning beside latents and timesteps, batch first, by name."""
+BYTES_OF_WIDEST_VALUE = 8
+"""No weight takes more: as float64, or in a storage format with its scales."""
 Text = tuple[str, Role]
 Request = TypeVar("Request", bound="ImageRequest")
 Module = TypeVar("Module", covariant=True)
@@ -409,6 +412,11 @@ class Pipeline(ABC, Generic[Request]):
         """The memory of a part's weights once it is loaded; if ``spread``, in one process of those that share it."""
         freed = self.sharded[part].freed if spread and part in self.sharded else 0
         return sum(self._tensor_bytes(part, with_scales=True).values()) - freed
+
+    def most_part_bytes(self, part: str) -> int:
+        """A size that ``part_bytes`` never exceeds, from the file's header alone: no dtype or format takes more."""
+        source = self.opened(part).source
+        return BYTES_OF_WIDEST_VALUE * sum(math.prod(source.shape(name)) for name in source.names())
 
     def dense_bytes(self, part: str) -> int:
         """The largest weight that a storage format makes dense for a product; 0 where there is no such format."""

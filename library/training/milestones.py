@@ -41,10 +41,14 @@ class Milestones:
         run = self.run
         if run.progress.step > 0:
             return self.catch_up()
+        due_samples = run.outputs.samples.due_at_start()
+        due_validation = run.data.validation is not None and run.options.validation.validate_every_n_steps
+        if not (due_samples or due_validation):
+            return
         with run.optimization.evaluating(), run.optimization.averaged():
-            if run.outputs.samples.due_at_start():
+            if due_samples:
                 self.evaluation.draw_samples(0, 0)
-            if run.data.validation is not None and run.options.validation.validate_every_n_steps:
+            if due_validation:
                 self.evaluation.validate("step", 0)
 
     def catch_up(self) -> None:

@@ -257,6 +257,11 @@ class AdapterNetwork(nn.Module, ABC, Generic[Module]):
         """The parameters that are trained."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def train(self, mode: bool = True) -> AdapterNetwork[Module]:
+        """Switch all modules to training mode or out of it; hundreds of them are not gone through for nothing."""
+        already = self.training == mode and all(lora.training == mode for lora in self.loras)
+        return self if already else super().train(mode)
+
     def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
         """Put the network into training mode."""
         self.train()

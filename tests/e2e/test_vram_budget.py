@@ -107,6 +107,7 @@ def test_the_bytes_of_parts_by_arithmetic(words, given):
     with Simulation(pipeline).running():
         for part in ("transformer", "t5xxl"):
             assert pipeline.part_bytes(part) == pytest.approx(module_bytes(pipeline.load(part)), rel=1e-3)
+            assert pipeline.part_bytes(part) <= pipeline.most_part_bytes(part)
 
 
 def test_given_options_stay(words):

@@ -141,8 +141,12 @@ def _has_little_room(run: Rehearsal, files: PlannedFiles) -> bool:
     processes = run.accelerator.num_processes
     if not run.accelerator.is_main_process or (processes > 1 and run.options.model.lowram):  # they load in turn
         return False
-    size = run.pipeline.part_bytes(run.pipeline.denoiser)
-    return files.peak_bytes(size, size) > free_bytes(run.outputs.files.folder)
+    free, denoiser = free_bytes(run.outputs.files.folder), run.pipeline.denoiser
+    most = run.pipeline.most_part_bytes(denoiser)
+    if files.peak_bytes(most, most) <= free:  # the exact size takes building the module
+        return False
+    size = run.pipeline.part_bytes(denoiser)
+    return files.peak_bytes(size, size) > free
 
 
 def cache_plans(run: Rehearsal) -> tuple[list[CachePlan], tuple[bool, bool], Collection[str]]:

@@ -41,7 +41,7 @@ def defer_compiler() -> None:
         compiler.__package__, compiler.__path__ = NAME, spec.submodule_search_locations
         sys.modules[NAME] = compiler
         setattr(torch, NAME.rpartition(".")[2], compiler)
-        importlib.import_module(CONFIG)  # its settings are asked for; it needs nothing else of the compiler
+        importlib.import_module(CONFIG)  # torch reads its settings; it needs nothing else of the compiler
         sys.meta_path.insert(0, compiler.finder)
 
 

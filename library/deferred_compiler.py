@@ -29,20 +29,29 @@ def defer_compiler() -> None:
     No installed file is changed. Whoever imports the compiler or a part of it, or uses a name of it, gets the real one,
     which then knows what was marked before.
     """
-    import torch
-
     with _lock:
         if NAME in sys.modules:
             return
-        spec = importlib.util.find_spec(NAME)
-        assert spec is not None and spec.submodule_search_locations is not None
         compiler = _DeferredCompiler(NAME)
-        compiler.__spec__, compiler.__loader__, compiler.__file__ = spec, spec.loader, spec.origin
-        compiler.__package__, compiler.__path__ = NAME, spec.submodule_search_locations
-        sys.modules[NAME] = compiler
-        setattr(torch, NAME.rpartition(".")[2], compiler)
+        put_in_place(compiler)
         importlib.import_module(CONFIG)  # torch reads its settings; it needs nothing else of the compiler
         sys.meta_path.insert(0, compiler.finder)
+
+
+def put_in_place(package: ModuleType) -> None:
+    """Let ``package`` be imported under its name in place of the installed package, whose modules it has.
+
+    That one's own code does not run; it must be installed and not be imported yet.
+    """
+    name = package.__name__
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.submodule_search_locations is not None
+    package.__spec__, package.__loader__, package.__file__ = spec, spec.loader, spec.origin
+    package.__package__, package.__path__ = name, spec.submodule_search_locations
+    sys.modules[name] = package
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, package)
 
 
 class _DeferredCompiler(ModuleType):

@@ -21,7 +21,7 @@ from functools import cache, partial, wraps
 from types import ModuleType
 from typing import Any
 
-from library.deferred_compiler import defer_compiler
+from library.deferred_compiler import defer_compiler, put_in_place
 
 EXPORTS = tuple(f"diffusers.{name}" for name in ("hooks", "models.autoencoders", "models.transformers", "models.unets"))
 """Packages that do nothing but gather the names of all their modules."""
@@ -154,17 +154,8 @@ class ReplacedPackage(ModuleType):
 
 def _defer(name: str) -> None:
     """Put a ``DeferredPackage`` in the place of a package that is not imported yet."""
-    if name in sys.modules:
-        return
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.submodule_search_locations is not None
-    package = DeferredPackage(name)
-    package.__spec__, package.__loader__, package.__file__ = spec, spec.loader, spec.origin
-    package.__package__, package.__path__ = name, spec.submodule_search_locations
-    sys.modules[name] = package
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, package)
+    if name not in sys.modules:
+        put_in_place(DeferredPackage(name))
 
 
 class StandIn(ModuleType):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from library.memory.stored_linear import matmul, matmul_t
 
@@ -29,7 +28,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale * (a @ b)`` in one kernel, so that a small scale acts before float16 could overflow."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    return a.new_empty((a.shape[0], b.shape[1])).addmm_(a, b, beta=0, alpha=scale)
 
 
 class _LinearPlusLowRank(torch.autograd.Function):
@@ -65,11 +64,12 @@ class _LinearPlusLowRank(torch.autograd.Function):
         ctx.linear = linear
         ctx.scale, ctx.shape, ctx.dtypes = scale, shape, (dtype, x.dtype, down.dtype, up.dtype)
         # The result of a custom operation must not be a view, or nobody could work on it in place.
-        return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+        return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[-1]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what once_differentiable is for, at a tenth of its cost
+            raise RuntimeError("a LoRA module has no second derivative")
         rows, down, up, hidden, mask = ctx.saved_tensors
         dtype, x_dtype, down_dtype, up_dtype = ctx.dtypes
         needs_x, needs_down, needs_up = ctx.needs_input_grad[:3]
@@ -83,7 +83,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
             grad_x = matmul_t(ctx.linear, grad)
             grad_x = as_dtype(grad_x.addmm_(grad_hidden, down), x_dtype).view(ctx.shape)
         if needs_down:
-            grad_down = as_dtype(grad_hidden.t() @ rows, down_dtype)
+            grad_down = as_dtype(grad_hidden.t().mm(rows), down_dtype)
         if needs_up:
             grad_up = as_dtype(scaled_product(hidden.t(), grad, ctx.scale).t(), up_dtype)
         return grad_x, grad_down, grad_up, None, None, None, None

@@ -114,6 +114,14 @@ def test_only_wanted_gradients_are_made(operation):
     assert x.grad is None and down.grad is None and up.grad is not None
 
 
+def test_a_second_derivative_is_refused():
+    """The product of both matrices that the first one keeps would be taken for a constant."""
+    linear, x, down, up = problem((2, 7))
+    y = linear_plus_low_rank(linear, x, down, up, SCALE).square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y, up, create_graph=True)
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])

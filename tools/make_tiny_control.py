@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from library.console import run_script
 from library.files import write_text
-from library.models.lean_imports import diffusers_class, prepare_transformers, transformers_class
+from library.models.lean_imports import diffusers_class, transformers_class
 from library.models.loading import on_meta
 from library.models.stable_diffusion.checkpoint import Variant
 from library.models.stable_diffusion.control_net import HINT
@@ -125,24 +125,20 @@ def _hint_layers(level: int, channels: int) -> tuple[tuple[int, int, int], ...]:
 
 def make_tiny_clip(folder: Path | str, seed: int = 0) -> Path:
     """Write a CLIP that reads texts and images, as the one that guides drawings; it knows the tiny tokenizer's ids."""
-    prepare_transformers()
-    from transformers.models.clip.configuration_clip import CLIPConfig
-
     text = {
         **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
         **{"num_attention_heads": 2, "eos_token_id": VOCABULARY - 1, "bos_token_id": VOCABULARY - 2},
     }
-    config = CLIPConfig(text_config=text, vision_config=_vision_sizes(), projection_dim=24)
+    config_class = transformers_class("clip.configuration_clip", "CLIPConfig")
+    config = config_class(text_config=text, vision_config=_vision_sizes(), projection_dim=24)
     return _write_transformers(folder, transformers_class("clip.modeling_clip", "CLIPModel")(config), seed)
 
 
 def make_tiny_clip_vision(folder: Path | str, seed: int = 0, projection: int = 80) -> Path:
     """Write a CLIP that reads images, as the one of CLIP vision conditioning, with outputs as XL's pooled text."""
-    prepare_transformers()
-    from transformers.models.clip.configuration_clip import CLIPVisionConfig
-
     model_class = transformers_class("clip.modeling_clip", "CLIPVisionModelWithProjection")
-    config = CLIPVisionConfig(**_vision_sizes(), projection_dim=projection)
+    config_class = transformers_class("clip.configuration_clip", "CLIPVisionConfig")
+    config = config_class(**_vision_sizes(), projection_dim=projection)
     return _write_transformers(folder, model_class(config), seed)
 
 

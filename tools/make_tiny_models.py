@@ -31,6 +31,7 @@ from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.gemma2 import Gemma2TextEncoder, gemma2_config
 from library.models.hunyuan_image.transformer import HunyuanImageConfig, HunyuanImageTransformer
+from library.models.lean_imports import transformers_class
 from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from library.models.t5 import T5TextEncoder
 from library.safetensors_io import save_file
@@ -278,9 +279,7 @@ def clip_config(vocabulary: int) -> ClipConfig:
 
 
 def t5_config(vocabulary: int) -> Any:
-    from transformers.models.t5.configuration_t5 import T5Config
-
-    return T5Config(
+    return transformers_class("t5.configuration_t5", "T5Config")(
         vocab_size=vocabulary,
         d_model=TEXT_WIDTH,
         d_kv=TEXT_WIDTH // TEXT_HEADS,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.files import write_text
 from library.models.hunyuan_image.text import BEFORE_PROMPT
+from library.models.lean_imports import transformers_class
 from library.models.qwen2_5_vl import Qwen25VLTextEncoder, qwen2_5_vl_config
 from library.models.t5 import T5TextEncoder
 from library.models.tokenizer_files import QWEN_ADDED, QWEN_SPECIAL, byte_characters
@@ -164,11 +165,10 @@ def _byte_order() -> list[int]:
 
 def tiny_byt5(width: int, seed: int) -> T5TextEncoder:
     """A glyph ByT5 of two layers."""
-    from transformers.models.t5.configuration_t5 import T5Config
-
     sizes = {"d_kv": HEAD_DIM, "d_ff": 2 * width, "num_layers": 2, "num_heads": width // HEAD_DIM}
     settings = {"feed_forward_proj": "gated-gelu", "use_cache": False, "is_encoder_decoder": False}
-    encoder = T5TextEncoder(T5Config(vocab_size=GLYPH_VOCABULARY, d_model=width, **sizes, **settings))
+    config_class = transformers_class("t5.configuration_t5", "T5Config")
+    encoder = T5TextEncoder(config_class(vocab_size=GLYPH_VOCABULARY, d_model=width, **sizes, **settings))
     fill_randomly(encoder, seed, "tiny byt5")
     return encoder
 

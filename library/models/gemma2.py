@@ -99,10 +99,10 @@ class Gemma2File(LanguageModelFile[Gemma2TextEncoder]):
 
 def gemma2_config(sizes: dict[str, Any]) -> Any:
     """transformers' configuration of a model of these ``sizes``, with the attention that this encoder computes."""
-    from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
-
     # The special ids of the configuration are unused: they come from the tokenizer.
-    config = Gemma2Config(**sizes, attn_logit_softcapping=None, use_cache=False)
+    config = transformers_class("gemma2.configuration_gemma2", "Gemma2Config")(
+        **sizes, attn_logit_softcapping=None, use_cache=False
+    )
     config._attn_implementation = "sdpa"  # transformers refuses it for the class, because it has no soft-capping
     return config
 

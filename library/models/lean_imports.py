@@ -85,7 +85,7 @@ def diffusers_class(name: str) -> Any:
 
 
 def prepare_transformers() -> None:
-    """Call before a module ``transformers.models.X.Y`` is imported: its packages then don't read the other models."""
+    """Call before another module of transformers is imported: its packages then don't read all models."""
     with _lock:
         if "transformers" not in sys.modules:
             _defer("transformers")
@@ -94,7 +94,7 @@ def prepare_transformers() -> None:
 
 
 def transformers_class(module: str, name: str) -> Any:
-    """A model class: ``name`` of ``transformers.models.<module>``."""
+    """The class ``name`` of ``transformers.models.<module>``: of a model, its configuration or its tokenizer."""
     path = f"transformers.models.{module}"
     with _lock:
         if path not in sys.modules:

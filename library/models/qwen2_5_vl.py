@@ -73,9 +73,7 @@ class Qwen25VLFile(LanguageModelFile[Qwen25VLTextEncoder]):
 
 def qwen2_5_vl_config(sizes: dict[str, Any]) -> Any:
     """transformers' configuration of language layers of these ``sizes``."""
-    from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-
-    config = Qwen2Config(**sizes, rms_norm_eps=1e-6, use_cache=False)
+    config = transformers_class("qwen2.configuration_qwen2", "Qwen2Config")(**sizes, rms_norm_eps=1e-6, use_cache=False)
     config._attn_implementation = "sdpa"
     return config
 

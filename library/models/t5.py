@@ -81,9 +81,7 @@ class T5File(OpenedTextEncoder[T5TextEncoder]):
 
     def meta_module(self) -> T5TextEncoder:
         """The module on torch's meta device: its structure without its values."""
-        from transformers.models.t5.configuration_t5 import T5Config
-
-        config = T5Config(
+        config = transformers_class("t5.configuration_t5", "T5Config")(
             **self.sizes,
             feed_forward_proj="gated-gelu",
             layer_norm_epsilon=1e-6,

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from library.checkpoints import Checkpoint
 from library.errors import UserError
 from library.models.clip_tokenizer import ClipTokenizer, clip_tokenizer
-from library.models.lean_imports import prepare_transformers
+from library.models.lean_imports import prepare_transformers, transformers_class
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,12 @@ QWEN_ADDED = (
     *("<|repo_name|>", "<|file_sep|>"),
 )
 """What Qwen2.5's tokenizer has behind its vocab.json: special tokens, then words that are never split."""
+TOKENIZER_CLASSES = {
+    "clip": ("clip.tokenization_clip", "CLIPTokenizer"),
+    "t5": ("t5.tokenization_t5", "T5Tokenizer"),
+    "gemma": ("gemma.tokenization_gemma", "GemmaTokenizer"),
+    "qwen": ("qwen2.tokenization_qwen2", "Qwen2Tokenizer"),
+}
 EMBEDDED = ("spiece_model", "text_encoders.spiece_model")
 """Under which keys checkpoints hold a sentencepiece model."""
 
@@ -244,11 +250,11 @@ def _with_pad_word_in_text(tokenizer: Any) -> Any:
     Stable Diffusion 2's and XL's folders name "!". As a special token it would cut every text at "!" and give other ids
     than the text encoder was trained on.
     """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     if len(tokenizer.pad_token or "") != 1:
         return tokenizer
+    from tokenizers import Tokenizer
+    from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != tokenizer.pad_token]
     return PreTrainedTokenizerFast(
@@ -294,10 +300,11 @@ def _gemma(folder: Path) -> Any:
 
     The former is left to sentencepiece itself: to convert 256,000 pieces takes transformers' own class ten seconds.
     """
-    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
-
     model = folder / "tokenizer.model"
     if model.is_file() and _is_gemmas(folder):
+        prepare_transformers()
+        from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
         return SentencePieceBackend(vocab_file=str(model), special_tokens_pattern="bos", **GEMMA_SPECIAL)
     with tempfile.TemporaryDirectory() as place:
         shutil.copy(folder / "tokenizer.json", place)
@@ -365,19 +372,4 @@ def _instead(kind: TokenizerKind) -> str:
 
 
 def _tokenizer_class(kind: TokenizerKind) -> Any:
-    prepare_transformers()
-    if kind.family == "clip":
-        from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
-        return CLIPTokenizer
-    if kind.family == "gemma":
-        from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
-
-        return GemmaTokenizer
-    if kind.family == "qwen":
-        from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
-
-        return Qwen2Tokenizer
-    from transformers.models.t5.tokenization_t5 import T5Tokenizer
-
-    return T5Tokenizer
+    return transformers_class(*TOKENIZER_CLASSES[kind.family])

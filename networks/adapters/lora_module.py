@@ -49,7 +49,7 @@ class BareConv2d(nn.Conv2d):
 def _matrices(part: nn.Module) -> list[Tensor]:
     """The weight of a layer, or of each in a list, as a matrix. (To search for ``parameters()`` would take longer.)"""
     layers: list[Any] = list(part) if isinstance(part, nn.ModuleList) else [part]
-    return [layer.weight.flatten(1) for layer in layers]
+    return [weight if weight.ndim == 2 else weight.flatten(1) for weight in (layer.weight for layer in layers)]
 
 
 @dataclass(frozen=True)

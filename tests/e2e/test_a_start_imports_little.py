@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.families.families import TINY
+
 ROOT = Path(__file__).parents[2]
 HEAVY = (
     "torch._dynamo.eval_frame",
@@ -39,6 +41,8 @@ print("TRAINED", sorted(set({heavy!r}) & set(sys.modules)))
 drawn = run_in_process("gen_img.py", *{drawing!r})
 assert drawn.returncode == 0, drawn.stderr
 print("DRAWN", sorted(set({heavy!r}) & set(sys.modules)))
+train("lumina", *{prompts_read!r})
+print("READ", [name for name in ("transformers", "transformers.models") if "__all__" in vars(sys.modules[name])])
 from library.models.lean_imports import transformers_class
 for module, name in {encoders!r}:
     transformers_class(module, name)
@@ -129,7 +133,7 @@ print("USED")
 
 
 def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
-    sd1_command, sdxl_command, few_blocks_sd1, image_folder, dataset_toml, tmp_path, thorough
+    sd1_command, sdxl_command, few_blocks_sd1, tiny_lumina, image_folder, dataset_toml, tmp_path, thorough
 ):
     """The compiler then compiles as always, and with ``--thorough`` whatever else was put off is used, too."""
     images = shutil.copytree(image_folder, tmp_path / "images")
@@ -140,13 +144,14 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     ]
     commands = {"sd1": sd1_command, "sdxl": sdxl_command}
     arguments = {family: [str(word) for word in (*words, *shared)] for family, words in commands.items()}
+    prompts_read = [str(word) for word in (*TINY["lumina"].command(tiny_lumina), *shared)]
     drawing = ["--ckpt", str(few_blocks_sd1), "--outdir", str(tmp_path), "--prompt", "a cat", "--steps", "1"]
     drawing += ["--W", "64", "--H", "64", "--opt_channels_last", "--offload"]
     unused = {"heavy": (*HEAVY, *UNUSED, *MODELS), "unused_by_encoders": UNUSED_BY_ENCODERS}
-    code = TRAIN.format(arguments=arguments, drawing=drawing, encoders=ENCODERS, **unused)
+    code = TRAIN.format(arguments=arguments, drawing=drawing, prompts_read=prompts_read, encoders=ENCODERS, **unused)
     code += COMPILE + (USE if thorough else 'print("USED")')
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    for what in ("TRAINED", "DRAWN", "ENCODERS", "OPTIMIZERS"):
+    for what in ("TRAINED", "DRAWN", "READ", "ENCODERS", "OPTIMIZERS"):
         assert f"{what} []" in result.stdout, result.stdout
     assert result.stdout.endswith("COMPILED\nUSED\n")

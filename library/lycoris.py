@@ -18,11 +18,14 @@ from library.checkpoints import load_tensors
 from library.console import LOGGER, say, warn
 from library.errors import UserError, did_you_mean
 from library.generation.lora_files import left_out
+from library.lean_imports import lean_module
 from library.safetensors_io import json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+NAME = "lycoris.kohya"
+"""What --network_module calls it."""
 WHOLE_NUMBERS = ("conv_dim", "factor", "block_size")
 NUMBERS = (
     *("conv_alpha", "dropout", "rank_dropout", "module_dropout", "constraint"),
@@ -41,6 +44,11 @@ PRESET_KEYS = (
     *("TEXT_ENCODER_TARGET_REPLACE_NAME", "MODULE_ALGO_MAP", "NAME_ALGO_MAP", "USE_FNMATCH", "TARGET_EXCLUDE_NAME"),
 )
 """The class attributes in which the package keeps a preset."""
+
+
+def open_lycoris() -> LycorisModule:
+    """The installed package. Raises ImportError where it is missing or broken."""
+    return LycorisModule(lean_module(NAME))
 
 
 class LycorisModule:

@@ -36,7 +36,7 @@ def import_what_scripts_use() -> None:
 
     torch.set_num_threads(1)
     from library.families import FAMILIES
-    from library.models.lean_imports import diffusers_class, transformers_class
+    from library.lean_imports import diffusers_class, transformers_class
 
     rooms = {f"library.models.{family.room}.pipeline" for family in FAMILIES}
     for family in FAMILIES:

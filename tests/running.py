@@ -53,6 +53,16 @@ def _run(program: Callable[[], object], script: str, *arguments: object) -> subp
     return subprocess.CompletedProcess(words, code, printed.getvalue(), said.getvalue())
 
 
+def lycoris_package() -> Any:
+    """The package lycoris-lora behind this suite's checks; without it the test is skipped."""
+    from library.lycoris import open_lycoris
+
+    try:
+        return open_lycoris()
+    except ImportError as error:
+        pytest.skip(f"lycoris-lora is in requirements-dev.txt: {error}")
+
+
 @contextlib.contextmanager
 def like_a_new_process() -> Iterator[None]:
     """accelerate starts anew; afterwards the environment and the console are as they were."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from library.console import run_script
 from library.files import write_text
-from library.models.lean_imports import diffusers_class, transformers_class
+from library.lean_imports import diffusers_class, transformers_class
 from library.models.loading import on_meta
 from library.models.stable_diffusion.checkpoint import Variant
 from library.models.stable_diffusion.control_net import HINT

@@ -25,13 +25,13 @@ from torch import Tensor
 from library.console import run_script
 from library.families import FAMILIES, FLUX
 from library.files import write_text
+from library.lean_imports import transformers_class
 from library.models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
 from library.models.clip import ClipConfig, ClipTextEncoder
 from library.models.flux.chroma import ChromaConfig, ChromaTransformer
 from library.models.flux.transformer import FluxConfig, FluxTransformer, rope_axes
 from library.models.gemma2 import Gemma2TextEncoder, gemma2_config
 from library.models.hunyuan_image.transformer import HunyuanImageConfig, HunyuanImageTransformer
-from library.models.lean_imports import transformers_class
 from library.models.lumina.transformer import LuminaConfig, LuminaTransformer
 from library.models.t5 import T5TextEncoder
 from library.safetensors_io import save_file

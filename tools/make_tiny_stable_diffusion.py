@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from library.files import write_text
+from library.lean_imports import diffusers_class
 from library.models.clip import ClipConfig, ClipTextEncoder
-from library.models.lean_imports import diffusers_class
 from library.models.loading import on_meta
 from library.models.stable_diffusion.checkpoint import SCALING_FACTORS, Variant
 from library.models.stable_diffusion.keys import autoencoder_table, inverted, open_clip_table, renamed, unet_table

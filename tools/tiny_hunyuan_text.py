@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from library.files import write_text
+from library.lean_imports import transformers_class
 from library.models.hunyuan_image.text import BEFORE_PROMPT
-from library.models.lean_imports import transformers_class
 from library.models.qwen2_5_vl import Qwen25VLTextEncoder, qwen2_5_vl_config
 from library.models.t5 import T5TextEncoder
 from library.models.tokenizer_files import QWEN_ADDED, QWEN_SPECIAL, byte_characters

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from library.annotation.images import read_on_white
 from library.annotation.model_files import read_model, read_processor
 from library.errors import UserError
-from library.models.lean_imports import transformers_class
+from library.lean_imports import transformers_class
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.console import say
 from library.errors import UserError, in_one_line
 from library.generation.features import weight_bytes
-from library.models.lean_imports import transformers_class
+from library.lean_imports import transformers_class
 from library.models.loading import on_meta
 from library.safetensors_io import json_object
 from library.text_files import read_text

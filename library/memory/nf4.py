@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.lean_imports import lean_module
 from library.memory.stored_linear import StoredLinear
 
 BLOCK = 64
@@ -50,7 +51,7 @@ class Nf4Weight:
 def _import_quietly() -> None:
     """Import bitsandbytes, which on some CPUs warns about a kernel that nothing here uses."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: F401
+    lean_module("bitsandbytes")
 
 
 def quantise(weight: Tensor) -> Nf4Weight:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.checkpoints import open_checkpoint
 from library.devices import to_device
+from library.lean_imports import transformers_class
 from library.models.language_model import (
     EMBEDDING,
     LanguageModelEncoder,
@@ -20,7 +21,6 @@ from library.models.language_model import (
     inferred_sizes,
     rotary_embedding,
 )
-from library.models.lean_imports import transformers_class
 from library.models.loading import TensorSource, on_meta
 from library.models.recognition import GEMMA2_PREFIXES, refuse_unless
 

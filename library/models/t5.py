@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from library.checkpoints import open_checkpoint
 from library.devices import to_device
 from library.errors import UserError
-from library.models.lean_imports import transformers_class
+from library.lean_imports import transformers_class
 from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedTextEncoder
 from library.models.recognition import T5_PREFIXES, refuse_unless

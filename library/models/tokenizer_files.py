@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol
 
 from library.checkpoints import Checkpoint
 from library.errors import UserError
+from library.lean_imports import prepare_transformers, transformers_class
 from library.models.clip_tokenizer import ClipTokenizer, clip_tokenizer
-from library.models.lean_imports import prepare_transformers, transformers_class
 
 logger = logging.getLogger(__name__)
 

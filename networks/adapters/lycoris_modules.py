@@ -17,7 +17,7 @@ from library.checkpoints import open_checkpoint
 from library.console import warn
 from library.errors import UserError
 from library.generation.lora_files import left_out, module_of
-from library.lycoris import LycorisModule
+from library.lycoris import open_lycoris
 from library.memory.stored_linear import write_weight
 from library.models.stable_diffusion.original_names import under_original_names
 from networks.adapters.adapter_module import AdapterModule
@@ -92,10 +92,9 @@ class LycorisFile:
 
     def __init__(self, path: Path, multiplier: float, pipeline: StableDiffusionPipeline, arguments: Mapping[str, str]):
         try:
-            from lycoris import kohya
+            self.module = open_lycoris()
         except ImportError as error:
             raise UserError(f"--network_module lycoris.kohya needs the package lycoris-lora: {error}.") from None
-        self.module = LycorisModule(kohya)
         self.module.check_network_args(arguments)
         self.path = path
         self.arguments: dict[str, Any] = dict(arguments)

@@ -43,7 +43,7 @@ assert drawn.returncode == 0, drawn.stderr
 print("DRAWN", sorted(set({heavy!r}) & set(sys.modules)))
 train("lumina", *{prompts_read!r})
 print("READ", [name for name in ("transformers", "transformers.models") if "__all__" in vars(sys.modules[name])])
-from library.models.lean_imports import transformers_class
+from library.lean_imports import transformers_class
 for module, name in {encoders!r}:
     transformers_class(module, name)
 print("ENCODERS", sorted(set({unused_by_encoders!r}) & set(sys.modules)))
@@ -53,6 +53,8 @@ for name in ("Prodigy", "AdamW8bit", "Adafactor"):
     options = OptimizerOptions(optimizer_type=name)
     check_optimizer_options(options)
     create_optimizer(options, [torch.nn.Parameter(torch.zeros(2, 2))])
+from library.memory.nf4 import quantise
+quantise(torch.ones(2, 2))
 print("OPTIMIZERS", sorted({{"torch._dynamo.eval_frame", "torch._inductor", "sympy", "scipy"}} & set(sys.modules)))
 """
 COMPILE = """
@@ -79,6 +81,11 @@ for step, result in zip(steps, expected):
     assert torch.equal(checkpoint(step, x, use_reentrant=False), result)
 assert [len(graph) for graph in graphs] == [3, 1, 1] and graphs[0][1] is allowed and graphs[1] == ["sin"], graphs
 print("COMPILED")
+from library.lycoris import open_lycoris
+open_lycoris()
+from lycoris.modules import base
+assert not isinstance(torch.nn.Linear(2, 2), base.BaseTunerLayer)
+print("LYCORIS", sorted({"peft", "scipy.optimize"} & set(sys.modules)))
 """
 USE = """
 import tempfile
@@ -110,7 +117,7 @@ with tempfile.TemporaryDirectory() as folder:
 assert read.state_dict().keys() == unet.state_dict().keys()
 unet.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
 found = [layer for layer in unet.modules() if isinstance(layer, lora_base.BaseTunerLayer)]
-assert found and issubclass(CLIPTextModel, lora_base.PreTrainedModel)
+assert found and isinstance(found[0], base.BaseTunerLayer) and issubclass(CLIPTextModel, lora_base.PreTrainedModel)
 assert unet.device.type == "cpu"
 from diffusers.models import modeling_utils
 from diffusers.quantizers import DiffusersAutoQuantizer
@@ -152,6 +159,6 @@ def test_a_started_run_has_imported_no_compiler_and_no_unused_models(
     code += COMPILE + (USE if thorough else 'print("USED")')
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    for what in ("TRAINED", "DRAWN", "READ", "ENCODERS", "OPTIMIZERS"):
+    for what in ("TRAINED", "DRAWN", "READ", "ENCODERS", "OPTIMIZERS", "LYCORIS"):
         assert f"{what} []" in result.stdout, result.stdout
-    assert result.stdout.endswith("COMPILED\nUSED\n")
+    assert "COMPILED\n" in result.stdout and result.stdout.endswith("USED\n")

@@ -15,7 +15,7 @@ from library.memory.stored_linear import StoredLinear
 from library.models.flux.checkpoint import open_transformer
 from library.models.loading import LoadSpec
 from tests.e2e.test_flux_training_options import SMALL
-from tests.running import make_trainer, no_weights_are_read, run_in_process, train
+from tests.running import lycoris_package, make_trainer, no_weights_are_read, run_in_process, train
 
 OPTIONS = {
     "--fp8_base_unet": Storage("fp8"),
@@ -129,7 +129,7 @@ def test_a_lora_is_to_the_bit_that_of_the_rounded_weights(given, rounded, tmp_pa
 def test_so_is_every_other_network(given, rounded, tmp_path, network, options):
     """Also those that look at the weights themselves."""
     if "lycoris" in network:
-        pytest.importorskip("lycoris.kohya", reason="lycoris-lora is in requirements-dev.txt")
+        lycoris_package()
     words = [*given, "--network_module", *network.split(), "--learning_rate", "1e-2", "--max_train_steps", "2"]
     train("flux", *words, *options.split(), "--output_dir", tmp_path / "stored")
     words[words.index("--pretrained_model_name_or_path") + 1] = rounded(OPTIONS[options])

@@ -18,7 +18,7 @@ from library.options import declared_options, parse_options
 from library.prompt_options import PromptOptions
 from library.safetensors_io import read_header
 from tests.generation.drawing import difference, latents, pixels, text_of, write_random_network
-from tests.running import run_in_process
+from tests.running import lycoris_package, run_in_process
 
 QUOTING = 'a red cat "hi"'
 
@@ -365,11 +365,9 @@ def test_a_merged_model_is_written_and_nothing_is_drawn(inference, lora_files, p
 
 
 def test_lycoris_files_are_merged(inference, plain, tmp_path):
-    kohya = pytest.importorskip("lycoris.kohya")
-    from library.lycoris import LycorisModule
-
+    package = lycoris_package()
     module = HunyuanImagePipeline(pipeline_files(inference), torch.float32, "cpu").load("transformer")
-    network = LycorisModule(kohya).create_network(1.0, 4, 2.0, None, [], module, algo="loha")
+    network = package.create_network(1.0, 4, 2.0, None, [], module, algo="loha")
     network.apply_to([], module, False, True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
-from library.lycoris import LycorisModule
 from networks import dylora, lora_fa
 from tests.interop.programs import in_comfyui, in_web_ui
 from tests.interop.workbench import Weights, Workbench, randomised
+from tests.running import lycoris_package
 
 MODULES = {"lora_fa": lora_fa, "dylora": dylora}
 
@@ -44,13 +44,6 @@ class File:
     weights: Weights
 
 
-def lycoris_module() -> LycorisModule:
-    """The published package behind this suite's checks."""
-    from lycoris import kohya
-
-    return LycorisModule(kohya)
-
-
 def make(bench: Workbench, kind: Kind, path: Path) -> File:
     """A file of this kind with random numbers."""
     file = _make(bench, kind, path)
@@ -64,7 +57,7 @@ def make(bench: Workbench, kind: Kind, path: Path) -> File:
 def _make(bench: Workbench, kind: Kind, path: Path) -> File:
     encoders = [encoder if number in kind.encoders else None for number, encoder in enumerate(bench.encoders)]
     if kind.module == "lycoris":
-        package = lycoris_module()
+        package = lycoris_package()
         given: Any = [encoder or torch.nn.Module() for encoder in encoders]
         given = given[0] if len(bench.encoders) == 1 and bench.family != "lumina" else given
         network = package.create_network(1.0, 4, kind.alpha, None, given, bench.tree, **kind.arguments)
@@ -114,7 +107,7 @@ def web_ui(bench: Workbench, kind: Kind, file: File) -> str:
 
 def lycoris(bench: Workbench, kind: Kind, file: File) -> str:
     """The package reads the file by its tensors alone."""
-    package = lycoris_module()
+    package = lycoris_package()
     encoders: Any = [encoder or torch.nn.Module() for encoder in bench.encoders]
     encoders = encoders[0] if len(encoders) == 1 and bench.family != "lumina" else encoders
     try:

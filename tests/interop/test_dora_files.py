@@ -21,13 +21,13 @@ from tests.interop.layouts import LAYOUTS
 from tests.interop.measuring import Kind, make
 from tests.interop.workbench import Workbench
 from tests.networks.lora_tool_files import run
-from tests.running import run_in_process
+from tests.running import lycoris_package, run_in_process
 
 
 @pytest.mark.parametrize("family", [pytest.param("sdxl", marks=pytest.mark.thorough), "flux"])
 def test_files_of_lycoris_merge_as_the_package_merges_them(bench, family, tmp_path):
     """Every layer that it trains by itself, convolutions too."""
-    pytest.importorskip("lycoris")
+    lycoris_package()
     models = bench(family)
     kind = Kind({"algo": "lora", "dora_wd": "True", "conv_dim": "2"}, "lycoris")
     file = make(models, kind, tmp_path / "dora.safetensors")

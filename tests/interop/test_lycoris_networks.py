@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.errors import UserError
-from library.lycoris import LycorisModule
 from library.options import parse_options
 from library.safetensors_io import model_hash
 from library.training.objective.step_inputs import ItemDraws
 from tests.families.families import TINY
-from tests.running import forget_accelerator, trainer_class
+from tests.running import forget_accelerator, lycoris_package, trainer_class
 
 pytestmark = pytest.mark.skipif(find_spec("lycoris") is None, reason="lycoris-lora is in requirements-dev.txt")
 
@@ -181,7 +179,7 @@ def names(module: Any, encoders: Any, base: Any, **arguments: str) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_presets_find_the_modules_that_our_own_loras_name(opened, family):
     own = importlib.import_module(f"networks.{'lora' if family.startswith('sd') else f'lora_{family}'}")
-    package = LycorisModule(import_module("lycoris.kohya"))
+    package = lycoris_package()
     encoders, base = opened(family)
     attention_and_mlp = names(own, encoders, base)
     if family == "lumina":  # the package numbers the only text encoder of a list
@@ -205,7 +203,7 @@ def test_a_preset_file_in_the_field_s_class_names_works(opened, tmp_path):
         encoding="utf-8",
     )
     encoders, base = opened("sd1")
-    package = LycorisModule(import_module("lycoris.kohya"))
+    package = lycoris_package()
     network = package.create_network(1.0, 2, 1.0, None, encoders, base, algo="loha", preset=str(path))
     kinds = {(type(lora).__name__, "_attn" in lora.lora_name) for lora in network.loras}
     assert kinds == {("LokrModule", True), ("LohaModule", False)}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from library.errors import UserError
-from library.models.lean_imports import diffusers_class
+from library.lean_imports import diffusers_class
 from library.models.loading import on_meta
 from library.models.stable_diffusion.checkpoint import open_stable_diffusion
 from library.models.stable_diffusion.control_net import load_control_net, open_control_net

@@ -20,6 +20,7 @@ from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 from networks import dylora, lora, lora_fa, oft
 from networks.adapters.image_networks import ImageNetworks, open_networks
 from tests.families.stable_diffusion import loaded_pipelines
+from tests.running import lycoris_package
 
 MODULES: dict[str, tuple[Any, dict[str, str]]] = {
     "networks.lora": (lora, {"conv_dim": "2"}),
@@ -68,12 +69,10 @@ def files(pipelines, tmp_path_factory):
                 path, None, {}
             )
             return path
-        from library.lycoris import LycorisModule
-
         is_xl, algo = variant == "sdxl", algorithm.partition("+")[0]
         arguments = {"algo": algo, **({"dora_wd": "True"} if algorithm.endswith("+dora") else {})}
         arguments |= {"train_norm": "True"} if algorithm.endswith("+norm") else {}
-        network = LycorisModule(pytest.importorskip("lycoris.kohya")).create_network(
+        network = lycoris_package().create_network(
             *(1.0, 4, 2.0, None, encoders if is_xl else encoders[0]),
             under_original_names(unet) if is_xl else unet,
             **arguments,
@@ -173,10 +172,8 @@ def test_applied_merged_and_pre_calculated_networks_act_alike(pipelines, files, 
 def test_lycoris_acts_as_in_training(pipelines, files, networks, algorithm):
     pipeline, path = pipelines("sd1"), files("sd1", "lycoris.kohya", 1, algorithm)
     plain, before = prediction(pipeline), state_of(pipeline)
-    from library.lycoris import LycorisModule
-
     encoder, unet = pipeline.modules["text_encoder"], pipeline.modules["unet"]
-    module = LycorisModule(pytest.importorskip("lycoris.kohya"))
+    module = lycoris_package()
     network, _ = module.create_network_from_weights(1.0, path, None, encoder, unet)
     network.apply_to(encoder, unet, True, True)
     expected = prediction(pipeline)
@@ -296,7 +293,7 @@ def test_arguments_without_effect_are_named(pipelines, files, networks, caplog):
 
 def test_metadata_are_printed_if_requested(pipelines, files, networks, capsys):
     """--network_show_meta"""
-    pytest.importorskip("lycoris.kohya")
+    lycoris_package()
     networks("sd1", [("lycoris.kohya", files("sd1", "lycoris.kohya", 1, "loha"))], network_show_meta=True)
     assert '"ss_network_module": "lycoris.kohya"' in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ from networks import lora_hunyuan_image, oft_hunyuan_image
 from tests.networks.conftest import randomise
 from tests.networks.lora_tool_files import assert_same, metadata
 from tests.parity.test_hunyuan_image_transformer_matches_diffusers import inputs
+from tests.running import lycoris_package
 from tools.make_tiny_models import HUNYUAN_IMAGE, fill_randomly
 
 REFERENCE = Path(__file__).parent.parent / "reference_data" / "lora_hunyuan_image_keys.json"
@@ -283,9 +284,7 @@ def test_oft_turns_the_attention_or_every_layer_and_its_file_has_a_tensor_for_ea
 
 
 def test_lycoris_finds_the_same_layers(hunyuan):
-    from library.lycoris import LycorisModule
-
-    package = LycorisModule(pytest.importorskip("lycoris.kohya"))
+    package = lycoris_package()
     attention = {name for name in EVERY if "_attn_" in name}
     for preset, wanted in (("full", EVERY), ("attn-mlp", EVERY), ("attn-only", attention), ("full", EVERY)):
         network = package.create_network(1.0, 2, 1.0, None, [], hunyuan, preset=preset)

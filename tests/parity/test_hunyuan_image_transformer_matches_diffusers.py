@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from library.lean_imports import diffusers_class
 from library.models.hunyuan_image.checkpoint import open_transformer
 from library.models.hunyuan_image.transformer import HunyuanImageConfig, HunyuanImageTransformer
-from library.models.lean_imports import diffusers_class
 from library.models.loading import LoadSpec
 from library.models.transformer_parts import GridRotations, sinusoid
 from tests.parity.flux_inputs import assert_equal_to_scale

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from library.errors import UserError
+from library.lean_imports import transformers_class
 from library.memory.apply import apply_memory_plan
 from library.memory.plan import MemoryPlan
 from library.memory.scaled import FP8
 from library.memory.storage import BlocksStoredAs
 from library.memory.stored_linear import StoredLinear
-from library.models.lean_imports import transformers_class
 from library.models.loading import LoadSpec
 from library.models.qwen2_5_vl import open_qwen2_5_vl
 from library.safetensors_io import save_file

@@ -17,7 +17,7 @@ from PIL import Image
 from library.annotation.captioner import QwenCaptioner, SentenceOptions
 from library.annotation.tagger import Tagger
 from library.data.captions import read_caption
-from library.models.lean_imports import transformers_class
+from library.lean_imports import transformers_class
 from library.options import declared_options
 from tests.running import run_in_process
 from tests.tools import tiny_annotators as tiny

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from library.data.build import build_dataset_groups
 from library.data.options import DatasetOptions
-from library.models.lean_imports import transformers_class
+from library.lean_imports import transformers_class
 from library.options import declared_options
 from tests.running import run_in_process
 from tests.tools import tiny_annotators as tiny

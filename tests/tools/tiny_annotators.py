@@ -13,7 +13,7 @@ import numpy
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from library.models.lean_imports import transformers_class
+from library.lean_imports import transformers_class
 
 TAGS = [
     ("general", 9),

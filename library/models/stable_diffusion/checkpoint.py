@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from library.checkpoints import Checkpoint, open_checkpoint
 from library.errors import UserError
+from library.lean_imports import diffusers_class
 from library.models.autoencoder_parts import norm_groups
 from library.models.clip import ClipFile, clip_file, name_below_text_model
-from library.models.lean_imports import diffusers_class
 from library.models.loading import Origin, TensorSource, on_meta
 from library.models.pipeline import OpenedPart
 from library.models.recognition import AUTOENCODER_PREFIXES, TRANSFORMER_PREFIXES, Kind, refuse_unless

@@ -16,7 +16,7 @@ import torch
 from library.checkpoints import open_checkpoint
 from library.devices import move_module
 from library.errors import UserError
-from library.models.lean_imports import diffusers_class
+from library.lean_imports import diffusers_class
 from library.models.loading import LoadSpec, Origin, TensorSource, on_meta, require_fit
 from library.models.pipeline import OpenedPart
 from library.models.recognition import refuse_unless

@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 from library.errors import UserError, did_you_mean
-from library.models.lean_imports import diffusers_class
+from library.lean_imports import diffusers_class
 from library.models.schedules import FIRST_BETA, LAST_BETA, TRAIN_STEPS
 
 NOISE_SCHEDULE = {

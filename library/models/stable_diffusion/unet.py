@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from library.lean_imports import diffusers_class
 from library.models.attention import AttentionBackend, attention
-from library.models.lean_imports import diffusers_class
 from library.models.loading import on_meta
 
 if TYPE_CHECKING:

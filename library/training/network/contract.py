@@ -19,7 +19,8 @@ from library.checkpoints import load_tensors, open_checkpoint
 from library.console import say
 from library.errors import UserError
 from library.families import FAMILIES, Family, network_modules
-from library.lycoris import LycorisModule
+from library.lycoris import NAME as LYCORIS
+from library.lycoris import LycorisModule, open_lycoris
 
 REQUIRED_METHODS = (
     *("apply_to", "set_multiplier", "prepare_grad_etc", "on_epoch_start", "load_weights", "save_weights"),
@@ -107,7 +108,7 @@ def find_network_module(name: str, family: Family) -> None:
         others = " and ".join(other.name for other in FAMILIES if name in other.networks)
         raise UserError(f"--network_module: {name} is for {others}; {offered}.")
     try:
-        found = importlib.util.find_spec(name)
+        found = importlib.util.find_spec("lycoris" if name == LYCORIS else name)
     except (ImportError, ValueError):
         found = None
     if found is None:
@@ -125,7 +126,7 @@ def import_network_module(options: NetworkOptions) -> Any:
     if str(Path(__file__).parents[3]) not in sys.path:
         sys.path.insert(0, str(Path(__file__).parents[3]))
     try:
-        module: Any = importlib.import_module(name)
+        module: Any = open_lycoris() if name == LYCORIS else importlib.import_module(name)
     except ImportError as error:
         raise UserError(f'--network_module: "{name}" cannot be imported: {error}.') from None
     if not hasattr(module, "create_network"):
@@ -133,8 +134,6 @@ def import_network_module(options: NetworkOptions) -> Any:
     needing = "--dim_from_weights" if options.dim_from_weights else "--base_weights" if options.base_weights else ""
     if needing and not hasattr(module, "create_network_from_weights"):
         raise UserError(f'--network_module: "{name}" has no create_network_from_weights, which {needing} needs.')
-    if name == "lycoris.kohya":
-        module = LycorisModule(module)
     if hasattr(module, "check_network_args"):
         module.check_network_args(parse_network_args(options))
     return module

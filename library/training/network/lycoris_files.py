@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.checkpoints import open_checkpoint
 from library.errors import UserError
-from library.lycoris import LycorisModule
+from library.lycoris import open_lycoris
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +29,9 @@ class LycorisStack:
         keep: Sequence[Callable[[str], bool] | None] = (),
     ) -> None:
         try:
-            from lycoris import kohya
+            self.module = open_lycoris()
         except ImportError as error:
             raise UserError(f"--lycoris needs the package lycoris-lora: {error}.") from None
-        self.module = LycorisModule(kohya)
         self.files, self.denoiser = list(files), denoiser
         self.keep = list(keep) or [None] * len(self.files)
         self.multipliers = [multiplier for _, multiplier in files]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from library.console import say, warn
 from library.deferred_compiler import defer_compiler
 from library.errors import UserError, did_you_mean
-from library.models.lean_imports import optimizer_module
+from library.lean_imports import lean_module
 from library.training.optim.ema import check_decay
 from library.training.optim.keyword_arguments import check_keyword_arguments, parse_keyword_arguments
 
@@ -323,7 +323,7 @@ def _import(module_name: str, optimizer: str) -> Any:
     package = module_name.partition(".")[0]
     try:
         if package in ("bitsandbytes", "transformers"):
-            return optimizer_module(module_name)
+            return lean_module(module_name)
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == package and error.name != package:

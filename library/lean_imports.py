@@ -1,4 +1,4 @@
-"""Classes of diffusers and transformers, and optimizers, without the eight seconds of imports that nothing here uses.
+"""diffusers, transformers, bitsandbytes and LyCORIS without the eight seconds of imports that nothing here uses.
 
 Importing diffusers' U-Net also runs some eighty other models, PEFT, the quantizers with transformers and bitsandbytes,
 the client of the Hugging Face hub and ``scipy.stats``; importing T5 reads the names of all models, twice, composes
@@ -38,10 +38,13 @@ MODEL_CODE = (
     "scipy.stats",
 )
 """What modules of models import at their top and use in functions for quantised, offloaded or fetched models only."""
-LOADER_CODE = ("transformers", "peft.tuners.tuners_utils", "diffusers.schedulers")
+PEFT_CODE = ("peft.tuners.tuners_utils",)
+"""What LyCORIS and diffusers look into a model with, for layers of PEFT."""
+LOADER_CODE = ("transformers", *PEFT_CODE, "diffusers.schedulers")
 """The same of the loaders of LoRA and single files, which are bases of the model classes."""
 LOADERS = ("diffusers.loaders.lora_base", "diffusers.loaders.single_file_utils")
 TRANSFORMERS_CODE = (
+    "peft",
     "scipy.optimize",
     "torch._dynamo._trace_wrapped_higher_order_op",
     "transformers.core_model_loading",
@@ -104,14 +107,18 @@ def transformers_class(module: str, name: str) -> Any:
     return getattr(sys.modules[path], name)
 
 
-def optimizer_module(name: str) -> ModuleType:
-    """A module of bitsandbytes or transformers with optimizers; what they import raises as always."""
+def lean_module(name: str) -> ModuleType:
+    """A module of bitsandbytes or LyCORIS, or one of transformers without models; what they import raises as always."""
     with _lock:
         if name not in sys.modules:
             if name.startswith("transformers."):
                 prepare_transformers()
-            with _lean_transformers():
-                importlib.import_module(name)
+                with _lean_transformers():
+                    importlib.import_module(name)
+            else:
+                defer_compiler()
+                with _stand_ins(PEFT_CODE), _compiling_later():
+                    importlib.import_module(name)
     return sys.modules[name]
 
 
@@ -205,10 +212,14 @@ class DeferredName:
     __ror__ = __or__
 
     def __instancecheck__(self, instance: Any) -> bool:
-        return isinstance(instance, self._real())
+        return self._may_have_objects() and isinstance(instance, self._real())
 
     def __subclasscheck__(self, subclass: type) -> bool:
-        return issubclass(subclass, self._real())
+        return self._may_have_objects() and issubclass(subclass, self._real())
+
+    def _may_have_objects(self) -> bool:
+        """Whether anything of the package was imported; before, nobody has an object of its classes."""
+        return self._module.partition(".")[0] in sys.modules
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._real(),)
@@ -218,12 +229,21 @@ class DeferredName:
 def _stand_ins(names: tuple[str, ...]) -> Iterator[None]:
     """Stand-ins for the modules ``names`` inside the block, whether they are imported already or not."""
     before = {name: sys.modules.get(name) for name in names}
-    sys.modules.update({name: StandIn(name) for name in names})
+    sys.modules.update({name: stand_in for name in names if (stand_in := _stand_in(name)) is not None})
     try:
         yield
     finally:
         for name, module in before.items():
             _put_back(name, module)
+
+
+def _stand_in(name: str) -> StandIn | None:
+    """One for a module; None for a package that is not installed. Packages are looked for by their ``__spec__``."""
+    stand_in = StandIn(name)
+    if "." not in name:
+        stand_in.__spec__ = importlib.util.find_spec(name)
+        return None if stand_in.__spec__ is None else stand_in
+    return stand_in
 
 
 @contextmanager

@@ -164,10 +164,12 @@ class _PartsFinder(MetaPathFinder, Loader):
         if not name.startswith(f"{NAME}.") or name == CONFIG:
             return None
         _real(self._compiler)
-        if name not in sys.modules:
+        part = sys.modules.get(name)
+        if part is None:
             return None
-        self._own_spec[name] = sys.modules[name].__spec__
-        return ModuleSpec(name, self)
+        # Python would otherwise take the part's own spec, and run its code once more.
+        self._own_spec[name], part.__spec__ = part.__spec__, ModuleSpec(name, self)
+        return part.__spec__
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The part that was imported with the compiler."""

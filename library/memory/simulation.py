@@ -253,15 +253,15 @@ class PeakMemory(TorchDispatchMode):
 
     def _count(self, packet: Any, made: int, result: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Add an operation that has made ``made`` bytes to the effort."""
-        formula = FLOPS.get(packet)
-        if formula is None:
-            if made and packet.__name__ not in MAKE_NOTHING:
-                self.effort += Effort(bytes=made, operations=1)
-            return
-        product, first = None, PRODUCTS.get(packet)
-        if first is not None:
-            product = (*args[first].shape, args[first + 1].shape[1])
-        self.effort += Effort(formula(*args, **kwargs, out_val=result), 0, 1, product)
+        effort, first = self.effort, PRODUCTS.get(packet)
+        if first is not None:  # torch's formula looks for tensors in all that it is given
+            rows, inner = args[first].shape
+            columns = args[first + 1].shape[1]
+            self.effort = effort + Effort(2 * rows * inner * columns, 0, 1, (rows, inner, columns))
+        elif packet in FLOPS:
+            self.effort = effort + Effort(FLOPS[packet](*args, **kwargs, out_val=result), 0, 1)
+        elif made and packet.__name__ not in MAKE_NOTHING:
+            self.effort = Effort(effort.flops, effort.bytes + made, effort.operations + 1, effort.product)
 
     @contextlib.contextmanager
     def apart(self, course: Course) -> Iterator[None]:

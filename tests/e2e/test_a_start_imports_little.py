@@ -72,6 +72,7 @@ expected[0].sum().backward()
 assert "torch._dynamo.eval_frame" not in sys.modules
 import torch._dynamo.eval_frame as part
 assert part is torch._dynamo.eval_frame is sys.modules["torch._dynamo.eval_frame"]
+assert part.OptimizedModule is torch._dynamo.OptimizedModule and part.__spec__.origin == part.__file__
 graphs = []
 def note(graph, inputs):
     graphs.append([node.target for node in graph.graph.nodes if node.op.startswith("call")])

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from library.memory.simulation import Effort, PeakMemory
@@ -53,14 +54,20 @@ class Speed:
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype, product: tuple[int, int, int] | None) -> Speed:
-    """Measure for a fraction of a second (longer where a CPU multiplies slowly).
+    """Measure for a fraction of a second (longer where a CPU multiplies slowly), each of the numbers once in a process.
 
     ``product``: rows, inner dimension and columns of the product of matrices in ``dtype`` that stands for all. Draws
     no random number of the run.
     """
+    flops = _flops_per_second(device, dtype, product or (1024, 1024, 1024))
+    return Speed(flops, _bytes_per_second(device, dtype), _seconds_to_start(device, dtype), device.type == "cpu")
+
+
+@cache
+def _flops_per_second(device: torch.device, dtype: torch.dtype, product: tuple[int, int, int]) -> float:
     import torch
 
-    rows, inner, columns = product or (1024, 1024, 1024)
+    rows, inner, columns = product
     rows = min(rows, max(1, int(MOST_FLOPS.get(device.type, 4e12) / (2 * inner * columns))))
     generator = torch.Generator(device).manual_seed(0)
 
@@ -69,12 +76,19 @@ def measure_speed(device: torch.device, dtype: torch.dtype, product: tuple[int, 
 
     with torch.no_grad():
         left, right = values(rows, inner), values(inner, columns)
+        return 2 * rows * inner * columns / _seconds(lambda: left @ right, device)
+
+
+@cache
+def _bytes_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    import torch
+
+    with torch.no_grad():
         large = torch.ones(WRITTEN.get(device.type, 1 << 26), device=device, dtype=dtype)
-        flops = 2 * rows * inner * columns / _seconds(lambda: left @ right, device)
-        written = large.nbytes / _seconds(lambda: large * large, device)
-    return Speed(flops, written, _seconds_to_start(device, dtype), waits=device.type == "cpu")
+        return large.nbytes / _seconds(lambda: large * large, device)
 
 
+@cache
 def _seconds_to_start(device: torch.device, dtype: torch.dtype) -> float:
     """The time that an operation takes however small it is: of a LoRA's steps on layers that are next to nothing."""
     import torch

@@ -115,6 +115,8 @@ class MaskWriter:
         self.shape, self.as_alpha = shape, as_alpha
         self.empty: list[str] = []
         """Names of images in which nothing counts, before the background's weight."""
+        self.full: list[str] = []
+        """Names of images in which everything counts: they have no transparency, say, or no such backdrop."""
 
     def __call__(self, target: Target, mask: numpy.ndarray) -> bool:
         """Write a mask as 8-bit greyscale, white where the image counts; or the image with this transparency."""
@@ -124,6 +126,8 @@ class MaskWriter:
         mask = shaped(mask.astype(numpy.float32), self.shape)
         if mask.max() <= self.shape.background:
             self.empty.append(target.image.name)
+        elif mask.min() >= 1:
+            self.full.append(target.image.name)
         image = Image.fromarray((mask * 255).round().clip(0, 255).astype(numpy.uint8))
         if self.as_alpha:
             pixels, alpha = read_image(target.image)[0], image
@@ -148,8 +152,9 @@ def main() -> None:
     targets = mask_targets(find_folders(images), images, files.mask_dir or files.alpha_dir)
     write = MaskWriter(options.shape, as_alpha=files.alpha_dir is not None)
     outcome = go_through(targets, images, "masks", options.model.batch_size, load, write)
-    if write.empty:
-        warn(f"images in which nothing counts: {len(write.empty)} ({first_names(write.empty)})")
+    for what, names in (("nothing", write.empty), ("everything", write.full)):
+        if names:
+            warn(f"images in which {what} counts: {len(names)} ({first_names(names)})")
     if not images.dry_run:
         folders = list(dict.fromkeys(str(target.file.parent) for target in targets))
         say(f"{outcome.line('masks')}; they are in {first_names(folders)}")

@@ -104,6 +104,14 @@ def test_masks_grow_shrink_soften_and_leave_the_rest_some_weight(images):
     assert "images in which nothing counts: 3 (a.png, b.png, c.png)" in make(*where, "--grow", -40).stderr
 
 
+def test_images_in_which_everything_counts_are_named(images):
+    """A cut-out that lost its transparency."""
+    Image.open(images / "b.png").convert("RGB").save(images / "b.png")
+    said = make("--image_dir", images, "--alpha").stderr
+    assert "images in which everything counts: 1 (b.png)" in said and "nothing counts" not in said
+    assert set(mask(images.parent / "images_masks" / "b.png").flatten()) == {255}
+
+
 def test_the_masks_are_those_that_training_takes(images, tmp_path):
     config = tmp_path / "data.toml"
     config.write_text(

@@ -127,7 +127,7 @@ ROUNDED = (
         "`--torch_compile --dynamo_backend eager`", "--torch_compile --dynamo_backend eager", "compiled", {}, BATCH
     ),
     Neutral("`--fp8_base`", "--fp8_base", "fp8", bound(0.2), IN_BF16, MODELS[:-1]),
-    Neutral("`--fp8_scaled`", "--fp8_scaled", "fp8 scaled", bound(0.1), IN_BF16),
+    Neutral("`--fp8_scaled`", "--fp8_scaled", "fp8 scaled", {**bound(0.1), "lumina": 0.15}, IN_BF16),
     Neutral("`--base_format int8`", "--base_format int8", "int8", bound(0.05), IN_BF16),
     Neutral(
         "`--blocks_to_swap` beside `--fp8_scaled`", "--blocks_to_swap 2", "fp8 streamed", {}, f"{IN_BF16} --fp8_scaled"

@@ -428,9 +428,9 @@ def require_fit(module: nn.Module, source: TensorSource) -> dict[str, Any]:
     unexpected = sorted(names - places.keys())
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors are missing ({_few(missing)})")
+        problems.append(f"{_counted(missing)} missing ({_few(missing)})")
     if unexpected:
-        problems.append(f"{len(unexpected)} tensors are unexpected ({_few(unexpected)})")
+        problems.append(f"{_counted(unexpected)} unexpected ({_few(unexpected)})")
     if problems:
         raise UserError(
             f"{source.checkpoint.label} does not fit the model it was recognised as: {' and '.join(problems)}."
@@ -516,6 +516,10 @@ def _stored_layers(module: nn.Module, spec: LoadSpec) -> dict[str, nn.Linear]:
         return {}
     layers = block_linears(module, getattr(module, "kept_dense", ()))
     return {f"{name}.weight": layer for name, layer in layers.items()}
+
+
+def _counted(names: list[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 def _few(names: list[str], count: int = 3) -> str:

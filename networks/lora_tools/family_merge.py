@@ -237,7 +237,7 @@ class FamilyMerge:
             total = widened(source.load(name, None, self.device))
             for change in changes[name]:
                 total += change.values(self.device)
-            return rounded(name, total, dtype, form.precision)
+            return rounded(f'{source.checkpoint.label}: "{name}"', total, dtype, form.precision)
 
         save_one_by_one(described, load, model.save_to, metadata)
 

@@ -171,7 +171,7 @@ def _merged(checkpoint: Checkpoint, key: str, changes: Sequence[Change], form: M
         for part, rows, values in change.parts(form.device):
             if part == key:
                 total[rows] += values
-    return rounded(key, total, dtype, form.precision)
+    return rounded(f'{checkpoint.label}: "{key}"', total, dtype, form.precision)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -179,9 +179,9 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def rounded(key: str, total: Tensor, dtype: torch.dtype, precision: torch.dtype) -> Tensor:
+def rounded(place: str, total: Tensor, dtype: torch.dtype, precision: torch.dtype) -> Tensor:
     """``total`` through ``precision`` in ``dtype``, on the CPU; errors as of ``converted``."""
-    return converted(key, converted(key, total, precision), dtype).cpu()
+    return converted(place, converted(place, total, precision), dtype).cpu()
 
 
 def load_converted(source: Checkpoint | TensorSource, name: str, dtype: torch.dtype) -> Tensor:
@@ -189,16 +189,17 @@ def load_converted(source: Checkpoint | TensorSource, name: str, dtype: torch.dt
     stored = source.dtype(name) if isinstance(source, Checkpoint) else source.stored_dtype(name)
     if stored == dtype or not _ends_early(dtype):
         return source.load(name, dtype, "cpu")
-    return converted(name, source.load(name, torch.float32, "cpu"), dtype)
+    checkpoint = source if isinstance(source, Checkpoint) else source.checkpoint
+    return converted(f'{checkpoint.label}: "{name}"', source.load(name, torch.float32, "cpu"), dtype)
 
 
-def converted(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``. Raises UserError where numbers pass its range, instead of ending at it."""
+def converted(place: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``. Raises UserError, naming ``place``, where numbers pass its range, not clipping them."""
     if tensor.dtype != dtype and _ends_early(dtype) and tensor.numel():
         smallest, largest = widened(tensor).aminmax()
         size = max(float(largest), -float(smallest))
         if math.isfinite(size) and size > torch.finfo(dtype).max:
-            raise UserError(f'"{key}" gets numbers too large for {dtype}; use --save_precision bf16 or float.')
+            raise UserError(f"{place} gets numbers too large for {dtype}; use --save_precision bf16 or float.")
     return tensor.to(dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from library.families import SDXL, Family
-from library.models.loading import TensorSource
+from library.models.loading import TensorSource, require_fit
 from library.models.stable_diffusion.checkpoint import StableDiffusionModel
 from networks.adapters.lora_targets import Rules, Target, TargetTable, find_targets
 from networks.lora import SD_PATHS, SDXL_PATHS, rules_of
@@ -46,9 +46,14 @@ class Part:
 
 
 def parts_of(model: StableDiffusionModel) -> tuple[Rules, list[Part]]:
-    """The rules of the model's family, and its parts: the text encoders in order, then the U-Net."""
+    """The rules of the model's family, and its parts: the text encoders in order, then the U-Net.
+
+    Raises UserError where tensors are missing or have other shapes than the rest of the model implies.
+    """
     encoders = [encoder.meta_module() for encoder in model.text_encoders]
     unet: Any = model.unet.meta_module()
+    for module, file in zip((*encoders, unet), (*model.text_encoders, model.unet)):
+        require_fit(module, file.source)
     rules, tree = rules_of(unet, encoders)
     parts = [
         Part(encoder, _paths(encoder), file.source, table)

@@ -125,7 +125,7 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path, original):
         load(tmp_path / "flux.safetensors")
     message = str(error.value)
     assert "2 tensors are missing (double_blocks.0.txt_mlp.0.bias, final_layer.linear.bias)" in message
-    assert "1 tensors are unexpected (final_layer.surprise)" in message
+    assert "1 tensor is unexpected (final_layer.surprise)" in message
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path, original):

@@ -157,7 +157,7 @@ class TestFiles:
         state = load_tensors(tiny_controlnet)[0]
         del state["controlnet_blocks.0.bias"]
         save_file(state, tmp_path / "net.safetensors")
-        with pytest.raises(UserError, match="1 tensors are missing .controlnet_blocks.0.bias"):
+        with pytest.raises(UserError, match="1 tensor is missing .controlnet_blocks.0.bias"):
             open_controlnet(tmp_path / "net.safetensors", transformer).load(LoadSpec.of(torch.float32))
 
     def test_a_union_controlnet_needs_one_of_its_modes(self, transformer, net_of, tiny_controlnet):

@@ -311,7 +311,7 @@ def test_files_that_lack_something_or_have_more_are_refused(tiny, tmp_path):
     lacking = {key: value for key, value in tiny.items() if "decoder.mid.attn_1.k" not in key}
     assert "2 tensors are missing (decoder.mid.attn_1.k.bias" in refused(lacking, tmp_path)
     more = {**tiny, "encoder.down.5.downsample.conv.weight": torch.zeros(4, 4, 3, 3)}
-    assert "1 tensors are unexpected (encoder.down.5.downsample.conv.weight)" in refused(more, tmp_path)
+    assert "1 tensor is unexpected (encoder.down.5.downsample.conv.weight)" in refused(more, tmp_path)
     deep = {**tiny, "encoder.mid.block_1.conv1.weight": torch.zeros(128, 128, 3, 3, 3)}
     assert "encoder.mid.block_1.conv1.weight" in refused(deep, tmp_path)
     assert "decoder.up.0.upsample.conv.weight" in refused(

@@ -230,7 +230,7 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path, original):
         load(tmp_path / "hunyuan.safetensors")
     message = str(error.value)
     assert "2 tensors are missing (double_blocks.1.txt_attn_k_norm.weight, final_layer.linear.bias)" in message
-    assert "1 tensors are unexpected (final_layer.surprise)" in message
+    assert "1 tensor is unexpected (final_layer.surprise)" in message
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
@@ -242,7 +242,7 @@ def test_half_of_a_joined_tensor_is_not_enough(tmp_path, original, layout):
         state = separate(original)
         del state["double_blocks.1.img_attn_k.weight"]
     save_file(state, tmp_path / "single.safetensors")
-    words = r"1 tensors are missing \(double_blocks\.1\.img_attn_qkv\.weight\) and 2 tensors are unexpected"
+    words = r"1 tensor is missing \(double_blocks\.1\.img_attn_qkv\.weight\) and 2 tensors are unexpected"
     with pytest.raises(UserError, match=words):
         load(tmp_path / "single.safetensors")
 

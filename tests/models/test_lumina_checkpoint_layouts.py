@@ -176,7 +176,7 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path, original):
         load(tmp_path / "lumina.safetensors")
     message = str(error.value)
     assert "2 tensors are missing (context_refiner.0.ffn_norm1.weight, final_layer.linear.bias)" in message
-    assert "1 tensors are unexpected (final_layer.surprise)" in message
+    assert "1 tensor is unexpected (final_layer.surprise)" in message
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_what_a_diffusers_file_lacks_is_named_too(tmp_path, missing):
     checkpoint = open_checkpoint(folder)
     state = {key: checkpoint.load(key) for key in checkpoint if key != f"layers.1.{missing}"}
     save_file(state, tmp_path / "single.safetensors")
-    with pytest.raises(UserError, match=r"1 tensors are missing \(layers\.1\."):
+    with pytest.raises(UserError, match=r"1 tensor is missing \(layers\.1\."):
         load(tmp_path / "single.safetensors")
 
 

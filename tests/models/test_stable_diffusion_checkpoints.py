@@ -365,10 +365,10 @@ def test_files_of_other_families_are_named(tmp_path):
 def test_tensors_that_do_not_fit_are_listed_when_a_part_is_loaded(few_blocks_sd1, changed):
     query = "transformer_blocks.0.attn1.to_q.weight"
     cases = {
-        r"1 tensors are unexpected \(input_blocks.1.0.odd.weight\)": lambda tensors: (
+        r"1 tensor is unexpected \(input_blocks.1.0.odd.weight\)": lambda tensors: (
             tensors | {f"{UNET}input_blocks.1.0.odd.weight": torch.ones(1)}
         ),
-        rf"1 tensors are missing \(down_blocks.0.attentions.0.{query}\)": lambda tensors: {
+        rf"1 tensor is missing \(down_blocks.0.attentions.0.{query}\)": lambda tensors: {
             key: value for key, value in tensors.items() if key != f"{UNET}input_blocks.1.1.{query}"
         },
         rf'tensor "down_blocks.0.attentions.0.{query}" has the shape \(3, 32\)': lambda tensors: (
@@ -382,7 +382,7 @@ def test_tensors_that_do_not_fit_are_listed_when_a_part_is_loaded(few_blocks_sd1
     for prefix, part in ((VAE, "autoencoder"), (CLIP, "text_encoders")):
         path = changed(few_blocks_sd1, lambda tensors, prefix=prefix: tensors | {f"{prefix}encoder.odd": torch.ones(1)})
         files = getattr(open_stable_diffusion(path), part)
-        with pytest.raises(UserError, match=r"1 tensors are unexpected \(.*encoder.odd\)"):
+        with pytest.raises(UserError, match=r"1 tensor is unexpected \(.*encoder.odd\)"):
             (files[0] if part == "text_encoders" else files).load(LoadSpec.of(torch.float32))
 
 

@@ -93,7 +93,7 @@ def test_files_that_are_no_control_net_of_the_model_are_refused_in_one_sentence(
         xl: "belongs to another model",
         wide: "belongs to another model",
         few_blocks_sd1: "a ControlNet for Stable Diffusion",
-        tmp_path / "damaged.safetensors": "1 tensors are missing",
+        tmp_path / "damaged.safetensors": "1 tensor is missing",
         tmp_path / "grey.safetensors": "takes hints of 1 channels, where an image has 3",
         tmp_path / "nothing.safetensors": "does not exist",
     }

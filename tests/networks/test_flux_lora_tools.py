@@ -331,7 +331,7 @@ def test_numbers_too_large_for_8_bits_are_named(tiny_flux, flux_loras, tmp_path)
     with pytest.raises(UserError, match=r'"txt_in.bias" gets numbers too large for torch.float8_e4m3fn'):
         files = ["--models", flux_loras[1], "--ratios", 1, "--flux_model", tmp_path / "model.safetensors"]
         run(merge, *files, *out)
-    with pytest.raises(UserError, match=r'"txt_in.bias" gets numbers too large'):
+    with pytest.raises(UserError, match=r'model.safetensors: "txt_in.bias" gets numbers too large'):
         run(to_original, "--diffusers_path", tmp_path / "model.safetensors", *out)
     assert not (tmp_path / "out.safetensors").exists()
 

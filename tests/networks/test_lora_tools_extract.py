@@ -146,6 +146,12 @@ def test_a_tuned_model_that_is_damaged_is_named(few_blocks_sd1, tmp_path):
     assert not (tmp_path / "e.safetensors").exists()
 
 
+def test_a_tuned_model_that_lacks_a_layer_is_named(few_blocks_sd1, tmp_path):
+    model = with_changed(few_blocks_sd1, tmp_path / "tuned.safetensors", lambda tensors: tensors.pop(UNET_KEY))
+    with pytest.raises(UserError, match=r"tuned\.safetensors.*1 tensor is missing \(.*attn1\.to_q\.weight"):
+        extract(few_blocks_sd1, model, tmp_path / "e.safetensors", "--dim", 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

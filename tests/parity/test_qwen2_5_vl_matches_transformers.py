@@ -271,7 +271,7 @@ def test_a_file_with_two_layers_has_none_that_is_needed(reference, tmp_path):
 def test_a_missing_tensor_of_a_needed_layer_is_named(reference, tmp_path):
     state = {name: value for name, value in reference.state_dict().items() if name != "layers.1.mlp.up_proj.weight"}
     save_file(state, tmp_path / "qwen.safetensors", EXCEPTIONS)
-    with pytest.raises(UserError, match=r"1 tensors are missing \(layers\.1\.mlp\.up_proj\.weight\)"):
+    with pytest.raises(UserError, match=r"1 tensor is missing \(layers\.1\.mlp\.up_proj\.weight\)"):
         load(tmp_path / "qwen.safetensors")
 
 

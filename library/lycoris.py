@@ -334,7 +334,7 @@ def _group_norm(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
 
 def _recipe(metadata: Mapping[str, str]) -> tuple[int, float, dict[str, Any]] | None:
     """Rank, alpha and arguments that a file of this module was made with."""
-    if metadata.get("ss_network_module") != "lycoris.kohya":
+    if metadata.get("ss_network_module") != NAME:
         return None
     try:
         arguments = json_object(metadata.get("ss_network_args"))

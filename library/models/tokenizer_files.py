@@ -92,6 +92,7 @@ TOKENIZER_CLASSES = {
     "gemma": ("gemma.tokenization_gemma", "GemmaTokenizer"),
     "qwen": ("qwen2.tokenization_qwen2", "Qwen2Tokenizer"),
 }
+"""transformers' module and class for each family."""
 EMBEDDED = ("spiece_model", "text_encoders.spiece_model")
 """Under which keys checkpoints hold a sentencepiece model."""
 

@@ -18,6 +18,7 @@ from library.console import show, warn
 from library.errors import UserError, did_you_mean
 from library.families import SDXL, STABLE_DIFFUSION
 from library.generation.network_options import NetworkFile, NetworkOptions, parse_network_files, strengths
+from library.lycoris import NAME as LYCORIS
 from library.memory.stored_linear import stored_weight, write_weight
 from library.models.stable_diffusion.regions import Change
 from networks.adapters.adapter_module import AdapterModule
@@ -27,7 +28,7 @@ from networks.adapters.network_stack import NetworkStack
 if TYPE_CHECKING:
     from library.models.stable_diffusion.pipeline import StableDiffusionPipeline
 
-MODULES = tuple(dict.fromkeys((*STABLE_DIFFUSION.networks, *SDXL.networks, "lycoris.kohya")))
+MODULES = tuple(dict.fromkeys((*STABLE_DIFFUSION.networks, *SDXL.networks, LYCORIS)))
 """What ``--network_module`` may name here."""
 
 
@@ -225,7 +226,7 @@ def _change(module: AdapterModule, x: Tensor, y: Tensor) -> Tensor:
 def _open(
     file: NetworkFile, pipeline: StableDiffusionPipeline, meta_modules: Mapping[str, nn.Module]
 ) -> NetworkStack | LycorisFile:
-    if file.module == "lycoris.kohya":
+    if file.module == LYCORIS:
         return LycorisFile(file.path, file.multiplier, pipeline, file.arguments)
     module: Any = importlib.import_module(file.module)
     if file.arguments:

@@ -148,6 +148,44 @@ def write_once(path: Path, data: bytes) -> None:
         raise FileExistsError(path) from None
 
 
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Let nobody else who asks for this change a file; gives whether there is one, which is then safe to replace.
+
+    Where files cannot be locked, as on Windows, it only looks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a file that is open could not be replaced either
+        yield path.exists()
+        return
+    while path.exists():
+        try:
+            file = _opened(path)
+        except FileNotFoundError:
+            continue
+        with file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                is_current = False
+            if is_current:  # and not the one that a process before this has replaced
+                yield True
+                return
+    yield False
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A regular file, open for writing if possible, as locks of network file systems need it. Raises UserError."""
+    open_regular(path).close()
+    try:
+        return open(path, "rb+")
+    except PermissionError:
+        return open(path, "rb")
+
+
 def remove_whole(path: Path) -> None:
     """Remove a file or a folder, if there is one; a folder is never seen half-removed under its name."""
     if not path.is_dir() or path.is_symlink():

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,21 +74,40 @@ def pytest_runtest_setup() -> None:
 
 _kept_modules = 0
 """How many modules had been imported when the collector of garbage last was told to leave alone what is there."""
+SLOW_SEARCH = 0.02
+"""Processor seconds of a search for garbage after which what there is counts as lasting."""
+_searches: list[float] = []
+"""Processor seconds of each full search for garbage since then."""
+
+
+def _time_search(phase: str, info: dict[str, int]) -> None:
+    if info["generation"] == 2:
+        if phase == "start":
+            _searches.append(-time.process_time())
+        else:
+            _searches[-1] += time.process_time()
+
+
+gc.callbacks.append(_time_search)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """A test that looks at accelerate or at messages does not meet what a run before it has set up or held back.
 
-    What imported modules hold stays for good: a run's collections of garbage need not look at it again and again. And
-    their loggers pass on what they are told: those that don't, dozens of torch, pytest visits six times in every test.
+    What imported modules, a compiler or fixtures hold stays for long: a run's searches for garbage need not look at it
+    again and again. And loggers pass on what they are told: those that don't, dozens of torch, pytest visits six times
+    in every test.
     """
     global _kept_modules
     forget_accelerator()
     console._waiting.clear()
-    if len(sys.modules) > _kept_modules + 100:
+    has_new_modules = len(sys.modules) > _kept_modules + 100
+    if has_new_modules or max(_searches, default=0) > SLOW_SEARCH:
         gc.collect()
         gc.freeze()
+        _searches.clear()
+    if has_new_modules:
         _kept_modules = len(sys.modules)
         for name, logger in logging.root.manager.loggerDict.items():
             if name.startswith("torch") and isinstance(logger, logging.Logger):

@@ -18,12 +18,14 @@ import signal
 import socket
 import sys
 import traceback
+import weakref
 from dataclasses import dataclass, field
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
     *("accelerate", "torch.optim", "PIL.Image", "PIL.PngImagePlugin", "safetensors.torch", "cv2", "scipy.stats"),
     *("library.training.plan.dry_run", "library.training.objective.ddpm", "library.data.cache"),
+    "torch.distributed.fsdp",
 )
 TRANSFORMERS_CLASSES = {"t5.modeling_t5": "T5EncoderModel"}
 DIFFUSERS_CLASSES = ("UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler", "EulerDiscreteScheduler")
@@ -50,6 +52,8 @@ def import_what_scripts_use() -> None:
     from PIL import Image
 
     Image.init()
+    for finalizer in list(weakref.finalize._registry):  # torch's operators need not be taken back by each child
+        finalizer.atexit = False
 
 
 def fork_script(request: dict) -> int:

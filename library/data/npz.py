@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,7 +22,7 @@ import numpy
 from numpy.lib import format as npy
 
 from library.errors import UserError
-from library.files import open_regular, write_once, writing
+from library.files import held, open_regular, write_once, writing
 
 # What reading a damaged archive raises.
 DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, RuntimeError)
@@ -178,7 +177,7 @@ def update(path: Path, encoded: Mapping[str, bytes], keep: Callable[[str], bool]
 
 def _update_once(path: Path, encoded: Mapping[str, bytes], keep: Callable[[str], bool]) -> bool:
     """False if another process has changed the file in the meantime. Raises OSError and UserError."""
-    with _held(path) as is_there:
+    with held(path) as is_there:
         kept = _readable_members(path, lambda name: name not in encoded and keep(name)) if is_there else {}
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -193,41 +192,6 @@ def _update_once(path: Path, encoded: Mapping[str, bytes], keep: Callable[[str],
         except FileExistsError:
             return False
         return True
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    """Let no other process change a file; gives whether there is one. Where files cannot be locked, it only looks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where a file that is open could not be replaced either
-        yield path.exists()
-        return
-    while path.exists():
-        try:
-            file = _opened(path)
-        except FileNotFoundError:
-            continue
-        with file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except FileNotFoundError:
-                is_current = False
-            if is_current:  # and not the one that a process before this has replaced
-                yield True
-                return
-    yield False
-
-
-def _opened(path: Path) -> IO[bytes]:
-    """A regular file, open for writing if possible, as locks of network file systems need it. Raises UserError."""
-    open_regular(path).close()
-    try:
-        return open(path, "rb+")
-    except PermissionError:
-        return open(path, "rb")
 
 
 def _readable_members(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -210,26 +211,33 @@ def test_a_run_touches_its_lock_again_and_again(tmp_path, monkeypatch):
     lock.release()
 
 
-def _take(folder: Path, begin: object, got: object) -> None:
-    begin.wait()
-    try:
-        lock = NameLock(folder, "lora")
-    except UserError:
-        return
-    got.put(os.getpid())
-    time.sleep(1.0)
-    lock.release()
+def _take(folders: list[Path], together: Any, got: Any) -> None:
+    for folder in folders:
+        together.wait()
+        try:
+            lock = NameLock(folder, "lora")
+        except UserError:
+            lock = None
+        together.wait()
+        if lock is not None:
+            got.put(folder.name)
+            lock.release()
 
 
 def test_of_many_that_find_the_lock_of_a_dead_process_one_gets_it(tmp_path):
-    processes = multiprocessing.get_context("fork")
-    mark = replace(this_process(), start="1")
-    (tmp_path / ".lora.running").write_text(json.dumps({"process": str(mark)}), encoding="utf-8")
-    begin, got = processes.Event(), processes.Queue()
-    started = [processes.Process(target=_take, args=(tmp_path, begin, got)) for _ in range(6)]
+    processes, newcomers = multiprocessing.get_context("fork"), 6
+    dead = json.dumps({"process": str(replace(this_process(), start="1"))})
+    folders = [tmp_path / str(number) for number in range(30)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / ".lora.running").write_text(dead, encoding="utf-8")
+    together, got = processes.Barrier(newcomers, timeout=60), processes.Queue()
+    started = [processes.Process(target=_take, args=(folders, together, got)) for _ in range(newcomers)]
     for process in started:
         process.start()
-    begin.set()
+    winners = [got.get(timeout=60) for _ in folders]
     for process in started:
         process.join(60)
-    assert got.qsize() == 1 and os.listdir(tmp_path) == []
+        assert process.exitcode == 0
+    assert sorted(winners) == sorted(folder.name for folder in folders) and got.empty()
+    assert [path for folder in folders for path in folder.iterdir()] == []

@@ -217,7 +217,7 @@ def test_features_of_texts_and_images_are_those_of_transformers(sd1, folder):
     """--clip_model, --c: the prompt without its weights, or another text"""
     feature: Any = guide(sd1, folder, clip_guidance_scale=1.0)
     module = feature.clip.module
-    tokens = sd1.tokenizers["text_encoder"]("a red cat", padding="max_length", max_length=77, return_tensors="pt")
+    tokens = sd1.tokenizer("text_encoder")("a red cat", padding="max_length", max_length=77, return_tensors="pt")
     expected = module.get_text_features(tokens.input_ids).pooler_output
     torch.testing.assert_close(feature.clip.of_texts([PROMPT.prompt]), expected / expected.norm())
     images = torch.rand(1, 3, 32, 32)

@@ -20,7 +20,7 @@ from typing import Any
 
 from library.console import say, warn
 from library.errors import UserError
-from library.files import SILENCE, temporary_path, write_once, write_text
+from library.files import SILENCE, held, write_once, write_text
 from library.processes import ProcessMark, host_name, this_process
 
 BEAT = 20.0
@@ -69,7 +69,8 @@ class NameLock:
             if _mark(text) == this_process():  # an earlier run of this process
                 return write_text(self.path, self._text)
             self._require_dead(text)
-            self._remove(text)
+            if self._take_over(text):
+                return
 
     def _require_dead(self, text: str) -> None:
         """Raises UserError if the process that has written ``text`` still runs."""
@@ -98,17 +99,13 @@ class NameLock:
             return False
         return False
 
-    def _remove(self, text: str) -> None:
-        """Remove the file if it still holds ``text``: another newcomer may have been quicker."""
-        aside = temporary_path(self.path)
-        try:
-            os.replace(self.path, aside)
-        except FileNotFoundError:
-            return
-        if aside.read_text(encoding="utf-8", errors="replace") != text:
-            with contextlib.suppress(FileExistsError):
-                write_once(self.path, aside.read_bytes())
-        aside.unlink(missing_ok=True)
+    def _take_over(self, dead: str) -> bool:
+        """Replace the text of a dead process; False where another newcomer was quicker."""
+        with held(self.path) as is_there:
+            if not is_there or self.path.read_text(encoding="utf-8", errors="replace") != dead:
+                return False
+            write_text(self.path, self._text)
+        return True
 
     def _refusal(self, text: str, who: str) -> str:
         since = _entry(text).get("since")

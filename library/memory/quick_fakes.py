@@ -120,7 +120,7 @@ class QuickFakeMode(FakeTensorMode):
             return
         parts = [result] if isinstance(result, Tensor) else result
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        if type(parts) not in (tuple, list):
+        if not isinstance(parts, (tuple, list)):  # some are named
             return
         tensors = [part for part in parts if part is not None]
         if all(type(part) is FakeTensor and _is_plain(part) for part in tensors):

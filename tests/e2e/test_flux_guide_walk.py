@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.guide_walk import (
     walk_on,
     with_files,
 )
+from tests.running import run_in_process
 
 __all__ = ["compared", "console", "run"]  # fixtures
 WALK = WALKS["flux"]
@@ -130,7 +130,7 @@ def trained(run, models, named, tmp_path_factory) -> dict[str, Path]:
         found[name] = run(folder / name, [*flux, "--network_train_unet_only", *options]).file
     found["merged"] = folder / "merged.safetensors"
     merge = "--flux_model <flux> --models <lora> --ratios 1 --save_to <merged>"
-    importlib.import_module("networks.flux_merge_lora").main(with_files(merge, found))
+    assert run_in_process("networks/flux_merge_lora.py", *with_files(merge, found)).returncode == 0
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import shutil
@@ -246,26 +247,28 @@ OURS = [
 ]
 
 
-@pytest.fixture
-def our_place(place, named) -> Path:
-    """The folder with what the commands of our own guide name, too."""
+@pytest.fixture(scope="module")
+def our_place(place, named, tmp_path_factory) -> Path:
+    """A folder with what the commands of our own guide name, too."""
+    ours = tmp_path_factory.mktemp("our_walk") / "here"
+    shutil.copytree(place, ours, copy_function=os.link)
     for name in ("style", "character", "left", "right"):
-        shutil.copy(named["lora"], place / f"{name}.safetensors")
-    shutil.copy(named["control"], place / "control_sd15_canny.safetensors")
-    shutil.copy(named["upscaler"], place / "upscaler-v1-e100-220.safetensors")
-    shutil.copy(place / "sdxl.safetensors", place / "sd_xl_base_1.0.safetensors")
-    shutil.copy(named["mask"], place / "mask.png")
-    shutil.copy(named["picture"], place / "photo.png")
+        shutil.copy(named["lora"], ours / f"{name}.safetensors")
+    shutil.copy(named["control"], ours / "control_sd15_canny.safetensors")
+    shutil.copy(named["upscaler"], ours / "upscaler-v1-e100-220.safetensors")
+    os.link(ours / "sdxl.safetensors", ours / "sd_xl_base_1.0.safetensors")
+    shutil.copy(named["mask"], ours / "mask.png")
+    shutil.copy(named["picture"], ours / "photo.png")
     for folder in ("src_image", "images"):
-        if not (place / folder).is_dir():
-            (place / folder).mkdir()
-            with Image.open(named["picture"]) as picture:
-                save_image(picture.copy(), place / folder, "1", {"prompt": "a red cat"})
+        (ours / folder).mkdir()
+        with Image.open(named["picture"]) as picture:
+            save_image(picture.copy(), ours / folder, "1", {"prompt": "a red cat"})
     for block in blocks("text"):
         if block.page.name == "gen_img_README.md" and block.name:
             text = re.sub(r"--([wh]) \d+", r"--\1 64", block.text)
-            (place / block.name).write_text(text, encoding="utf-8")
-    return place
+            (ours / block.name).unlink(missing_ok=True)  # linked
+            (ours / block.name).write_text(text, encoding="utf-8")
+    return ours
 
 
 @pytest.mark.slow

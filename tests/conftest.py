@@ -24,6 +24,7 @@ from library import console
 from tests.documented import DATASETS
 from tests.families.families import TINY
 from tests.families.stable_diffusion import make_few_blocks
+from tests.forked import keep_freed_memory
 from tests.processes import ForkServer
 from tests.running import forget_accelerator, toml_value
 
@@ -63,6 +64,7 @@ def pytest_collection() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(50_000)  # as the scripts have it
     gc.enable()
 
 
@@ -130,7 +132,7 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
 
 @pytest.fixture(autouse=True, scope="session")
 def settings_of_what_is_tested() -> None:
-    """One thread for torch, and memory features that take tiny models seriously.
+    """One thread for torch, freed memory at hand, and memory features that take tiny models seriously.
 
     Imported here: the process that hands tests to its workers needs none of it.
     """
@@ -140,6 +142,7 @@ def settings_of_what_is_tested() -> None:
     from library.memory.streaming import BlockStream
 
     torch.set_num_threads(1)
+    keep_freed_memory(True)
     BlockStream.poisons = True  # a streamed weight that is used where it isn't there makes every result NaN
     OffloadedInputs.smallest = 1  # the inputs of tiny models are worth the way too
 

@@ -292,16 +292,20 @@ def _subsets(
     return tuple(kept.values())
 
 
-def _caption_rules(value: Callable[[str], Any], table: SubsetTable, place: str) -> CaptionRules:
+def _caption_rules(
+    value: Callable[[str], Any], tables: tuple[SubsetTable, DatasetTable, GeneralTable], place: str
+) -> CaptionRules:
     """The caption options of a subset; regularisation images have a trigger word only if their own table gives one."""
+    table = tables[0]
     values = {name: value(name) for name in CaptionRules.__dataclass_fields__}
     if table.is_reg and table.trigger_word is None:
         values["trigger_word"] = None
     word, separator = (values["trigger_word"] or "").strip(), values["caption_separator"]
     if separator in word or "\n" in word:
+        is_in_file = any(each.trigger_word is not None for each in tables)
+        name = f"{place}: trigger_word" if is_in_file else "--trigger_word"
         raise UserError(
-            f'{place}: trigger_word must be one tag, without a line end or the caption separator "{separator}", not '
-            f"{shown(word)}."
+            f'{name} must be one tag, without a line end or the caption separator "{separator}", not {shown(word)}.'
         )
     return CaptionRules(**{**values, "trigger_word": word or None})
 
@@ -321,8 +325,10 @@ def _subset(
     if kind != "fine_tuning" and table.image_dir is None:
         raise UserError(f"{place}: image_dir is missing.")
 
+    tables = (table, dataset, general)
+
     def value(key: str) -> Any:
-        return _look_up(key, fallback, table, dataset, general)
+        return _look_up(key, fallback, *tables)
 
     face_range, random_crop = value("face_crop_aug_range"), value("random_crop")
     if kind == "conditioning" and random_crop:
@@ -337,7 +343,7 @@ def _subset(
         class_tokens=value("class_tokens") if kind == "dreambooth" else None,
         num_repeats=value("num_repeats"),
         caption_extension=extension if extension.startswith(".") else f".{extension}",
-        captions=_caption_rules(value, table, place),
+        captions=_caption_rules(value, tables, place),
         cache_info=value("cache_info") and kind != "fine_tuning",
         color_aug=value("color_aug"),
         rotate_aug=value("rotate_aug"),

@@ -112,10 +112,14 @@ def test_a_placeholder_for_no_word_is_noted(build, captions):
     assert "[trigger] barks" in trained(group)
 
 
-@pytest.mark.parametrize("word", ["a, b", "a\\nb"])
-def test_a_word_that_is_no_single_tag_is_refused(build, captions, word):
-    with pytest.raises(UserError, match=r"trigger_word must be one tag, without a line end or the caption separator"):
-        build([], toml=f"resolution = 64\ntrigger_word = \"{word}\"\n[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'")
+@pytest.mark.parametrize("word", ["a, b", "a\nb"])
+def test_a_word_that_is_no_single_tag_is_refused_where_it_is_given(build, captions, word):
+    toml = "resolution = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir='x'\n"
+    reason = "must be one tag, without a line end or the caption separator"
+    with pytest.raises(UserError, match=rf'number 1: trigger_word {reason} ","'):
+        build([], toml=f"{toml}trigger_word = {json.dumps(word)}")
+    with pytest.raises(UserError, match=f"^--trigger_word {reason}"):
+        build([], toml=toml, options=DatasetOptions(trigger_word=word))
 
 
 def test_a_changed_word_encodes_the_captions_that_it_changes_and_no_others(build, captions):

@@ -38,8 +38,16 @@ class Interruption:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        passed_on = self.reason is not None and self._is_passed_on()
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, self._after if passed_on else handler)
+
+    def _after(self, number: int, frame: FrameType | None) -> None:
+        """A signal after the loop, which was quicker than the launcher, is still the one that has been obeyed."""
+        if not self._is_passed_on():
+            for each, handler in self._handlers.items():
+                signal.signal(each, handler)
+            signal.raise_signal(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None and self._is_passed_on():

@@ -117,6 +117,20 @@ def test_one_that_a_finalizer_swallows_ends_the_training_before_its_first_step()
         assert interruption.reason is None
 
 
+def test_one_that_the_launcher_passes_on_after_the_end_of_the_training_ends_nothing_else(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    ordinary = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+    assert interruption.reason == "Ctrl-C"
+    for number in ordinary:
+        signal.raise_signal(number)
+    interruption._noted -= 10.0
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert {number: signal.getsignal(number) for number in ordinary} == ordinary
+
+
 @pytest.mark.parametrize("script", ["gen_img.py", "tools/cache_latents.py"])
 def test_one_ends_what_has_nothing_to_save(start, image_folder, tmp_path, script):
     process = start(script)

@@ -46,10 +46,13 @@ class BareConv2d(nn.Conv2d):
         pass
 
 
-def _matrices(part: nn.Module) -> list[Tensor]:
-    """The weight of a layer, or of each in a list, as a matrix. (To search for ``parameters()`` would take longer.)"""
-    layers: list[Any] = list(part) if isinstance(part, nn.ModuleList) else [part]
-    return [weight if weight.ndim == 2 else weight.flatten(1) for weight in (layer.weight for layer in layers)]
+def _matrix(weight: Any) -> Tensor:
+    return weight if weight.ndim == 2 else weight.flatten(1)
+
+
+def _matrices(parts: Any) -> list[Tensor]:
+    """The weight of each layer in a list, as a matrix. (To search for ``parameters()`` would take longer.)"""
+    return [_matrix(layer.weight) for layer in parts]
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,14 @@ class LoRAModule(AdapterModule):
     @property
     def down_matrix(self) -> Tensor:
         """[parts * rank, in], of a convolution [rank, in * height * width]."""
-        downs = _matrices(self.lora_down)
-        return downs[0] if self.split_rows is None else torch.cat(downs)
+        down = self.lora_down
+        return _matrix(down.weight) if self.split_rows is None else torch.cat(_matrices(down))
 
     @property
     def up_matrix(self) -> Tensor:
         """[out, parts * rank]."""
-        ups = _matrices(self.lora_up)
-        return ups[0] if self.split_rows is None else torch.block_diag(*ups)
+        up = self.lora_up
+        return _matrix(up.weight) if self.split_rows is None else torch.block_diag(*_matrices(up))
 
     def file_weights(self) -> LoRAWeights:
         """The module as files hold it: parts joined, and alpha raised with the rank so that the strength stays."""
